@@ -1,0 +1,353 @@
+"""Checkpoints as safetensors, both ways: read one tensor at a time, write each as it comes, appear all at once.
+
+Reading checks every header against its file before the first weight is used. Writing lays out all shards beforehand
+(the sizes of the result are known before it is computed), so tensors go to their final place in any order and are
+forgotten; the folder takes its name only when the last byte is on disk.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptq.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+
+# In the order in which safetensors lays tensors out: wide types first, so that every tensor is aligned.
+DTYPES = {
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
+    "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Source:
+    """A checkpoint folder that is read one tensor at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder` and check every header.
+
+        Raises:
+            InputError: there is no safetensors checkpoint, or it is damaged; says which file.
+        """
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, Path] = {}
+        listed, files = _shards(folder)
+        for file in files:
+            for name, info in _header(file).items():
+                if name in self.tensors:
+                    raise InputError(f"{file} and {self._file_of[name]} both hold the tensor {name}")
+                self.tensors[name] = info
+                self._file_of[name] = file
+        missing = sorted(listed - set(self.tensors))
+        if missing:
+            raise InputError(
+                f"{folder / INDEX} lists {missing[0]}, which is in none of its shards; download them again"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored, in memory of its own.
+
+        Raises:
+            InputError: it holds NaN or infinity.
+        """
+        tensor = self.read_unchecked(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise InputError(f"{name} in {self._file_of[name]} holds NaN or infinity; the checkpoint is damaged")
+        return tensor
+
+    def read_unchecked(self, name: str) -> Tensor:
+        """The tensor as stored, finite or not, in memory of its own."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name).clone()
+        return tensor
+
+
+def _shards(folder: Path) -> tuple[set[str], list[Path]]:
+    """Names that an index lists (none for a single file), and the safetensors files of a checkpoint folder."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names, files = set(weight_map), sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is not a safetensors index; download it again") from error
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise InputError(f"{index} names the shard {file!r}, which is not a safetensors file beside it")
+            if not (folder / file).is_file():
+                raise InputError(f"{index} names the shard {file}, which is missing; download it again")
+        return names, [folder / file for file in files]
+    if (folder / SINGLE).is_file():
+        return set(), [folder / SINGLE]
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return set(), others
+    if others:
+        raise InputError(f"{folder} has several safetensors files but no {INDEX} that says which belong together")
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickled:
+        raise InputError(
+            f"{folder} holds a pickled checkpoint ({pickled[0].name}), which can run code when it is opened and is not "
+            "read. Convert it once where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise InputError(f"{folder} holds no *.safetensors file; is it a model folder?")
+
+
+def _header(file: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return {n: TensorInfo(_dtype(s.get_dtype(), n, file), tuple(s.get_shape())) for n, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged or cut short ({error}); download it again") from error
+
+
+def _dtype(code: str, name: str, file: Path) -> torch.dtype:
+    if code not in DTYPES:
+        raise InputError(f"{name} in {file} has the type {code}, which is not supported; known are {', '.join(DTYPES)}")
+    return DTYPES[code]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as safetensors stores them: row-major, little-endian."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def sha256_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+class ShardWriter:
+    """Writes a checkpoint whose tensors are known in advance, one tensor at a time, in any order.
+
+    Shards are what `safetensors.torch.save_file` makes of the same tensors, byte for byte, with the Hub's names.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder = folder
+        self.checksums: dict[str, str] = {}
+        self._tensors = tensors
+        self._offsets: dict[str, tuple[int, int]] = {}  # name -> (shard, byte in its file)
+        self._files: list[BinaryIO] = []
+        shards = _split_into_shards(tensors, max_shard_bytes)
+        for number, names in enumerate(shards):
+            file_name = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            self._open_shard(file_name, number, names)
+            for name in names:
+                self.checksums[name] = ""
+        if len(shards) > 1:
+            self._write_index(shards)
+
+    def _open_shard(self, file_name: str, number: int, names: list[str]) -> None:
+        header, offset = _encode_header({name: self._tensors[name] for name in names})
+        file = (self.folder / file_name).open("wb")  # closed by `close` or `abandon`
+        self._files.append(file)
+        file.write(header)
+        for name, begin in offset.items():
+            self._offsets[name] = (number, len(header) + begin)
+        file.truncate(len(header) + sum(self._tensors[name].nbytes for name in names))
+
+    def _write_index(self, shards: list[list[str]]) -> None:
+        weight_map = {n: Path(self._files[i].name).name for i, names in enumerate(shards) for n in names}
+        total = sum(info.nbytes for info in self._tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in its place.
+
+        Raises:
+            ValueError: it is not the tensor that was announced, or comes a second time.
+        """
+        announced = self._tensors[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (announced.dtype, announced.shape):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {announced}")
+        if self.checksums[name]:
+            raise ValueError(f"{name} was written already")
+        shard, offset = self._offsets[name]
+        content = tensor_bytes(tensor)
+        self._files[shard].seek(offset)
+        self._files[shard].write(content)
+        self.checksums[name] = hashlib.sha256(content).hexdigest()
+
+    def sync(self) -> None:
+        """Make what was written so far survive a power cut."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Raises ValueError if an announced tensor never came."""
+        missing = [name for name, checksum in self.checksums.items() if not checksum]
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
+        self.sync()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the files as they are; a full disk has been reported by then."""
+        for file in self._files:
+            with suppress(OSError):
+                file.close()
+
+
+def _split_into_shards(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, info in tensors.items():
+        if shards[-1] and size + info.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += info.nbytes
+    return shards
+
+
+def _encode_header(tensors: dict[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """A shard's header and each tensor's offset behind it."""
+    offsets: dict[str, int] = {}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    rank = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+    for name in sorted(tensors, key=lambda n: (rank[tensors[n].dtype], n)):
+        info = tensors[name]
+        offsets[name] = end
+        end += info.nbytes
+        entries[name] = {
+            "dtype": DTYPE_CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+@contextmanager
+def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A working folder beside `out` that takes its name when the body succeeds, and is removed when it fails.
+
+    Raises:
+        InputError: `out` exists and is not empty, cannot be made, or the disk is or becomes too small.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty; choose another name or remove it")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
+        free = shutil.disk_usage(partial).free
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    with _sole_use(partial, out):
+        try:
+            if free < needed_bytes:
+                raise InputError(f"{out} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
+            for left_over in partial.iterdir():  # of a run that was killed
+                left_over.unlink()
+            yield partial
+            for file in partial.iterdir():
+                _sync_path(file)
+            _sync_path(partial)
+            partial.replace(out)
+            _sync_path(out.parent)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(f"writing {out} failed: {error.strerror or error}; nothing was left there") from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _sole_use(folder: Path, out: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"another run is writing {out}") from error
+    finally:
+        os.close(descriptor)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> Iterable[str]:
+    """Copy the plain files of a folder whose name is wanted; returns their names."""
+    names = sorted(p.name for p in source.iterdir() if p.is_file() and wanted(p.name))
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def resolve(model: str, revision: str | None) -> Path:
+    """A local checkpoint folder, or the local copy of a Hub repository (safetensors, configuration and tokenizer only).
+
+    Raises:
+        InputError: neither exists.
+    """
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"{model}: no such folder")
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{model} is neither a folder nor a model that the Hub could give ({reason})") from error

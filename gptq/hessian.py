@@ -1,0 +1,44 @@
+"""The input Hessian of a linear layer, H = X^T X / N over N calibration tokens.
+
+The paper's H is 2 X X^T with tokens as columns (section 3.1); a positive factor changes no code, so the mean over
+tokens is used: tr((W - Q) H (W - Q)^T) is then the mean squared output error of a token, summed over outputs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class HessianAccumulator:
+    """Sums x^T x of one layer input in float32, in the order in which windows arrive.
+
+    A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round.
+    """
+
+    def __init__(self, num_inputs: int, device: torch.device) -> None:
+        self.sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
+        self.num_tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the input of one window, (..., num_inputs); every leading dimension counts tokens."""
+        x = x.reshape(-1, x.shape[-1]).float()  # (tokens, num_inputs)
+        with _full_float32():
+            self.sum.addmm_(x.T, x)
+        self.num_tokens += x.shape[0]
+
+    def mean(self) -> Tensor:
+        """H, (num_inputs, num_inputs) float32; zero where no token came."""
+        return self.sum / max(self.num_tokens, 1)
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """TF32 would round inputs to 11 bits; whatever the process has set, H is summed without it."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,170 @@
+"""GPTQ's column-by-column solve as a pure function of tensors, on an LDL factorization of the Hessian.
+
+With H = U D U^T, U unit upper triangular and D diagonal, the error of a layer separates by columns:
+
+    tr((W - Q) H (W - Q)^T) = sum_k D_k || w'_k - Q_k ||^2,      w'_k = W_k + (W - Q)[:, :k] U[:k, k]
+
+so column k is rounded at w'_k, which is known once the columns before it are chosen. These are the codes of Frantar et
+al. 2023 (arXiv 2210.17323), Algorithm 1, which keeps W updated through the Cholesky factor of H^-1; this form needs
+one factorization and no inverse, and hands over the exact error. Columns are solved in blocks (section 3.3): inside a
+block each column updates the rest of the block, and one matrix product brings the errors of all earlier blocks.
+
+A worked example, one row and a grid of integers: H = [[1, .5], [.5, 1]] is U = [[1, .5], [0, 1]], D = (.75, 1).
+W = (0.4, 0.3): the first column rounds to 0 and leaves 0.4, so the second is rounded at 0.3 + 0.4 * 0.5 = 0.5.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq import grid
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A damped Hessian in solving order: H[perm][:, perm] + damp * mean(diag H) * I = U diag(D) U^T."""
+
+    H: Tensor  # (n, n) undamped, in the order of the weight's columns
+    perm: Tensor  # (n,) solving order: step k takes column perm[k]
+    U: Tensor  # (n, n) unit upper triangular
+    D: Tensor  # (n,)
+    damp: float  # fraction of the mean diagonal that was added at last
+    ridge: float  # the same as the number that was added
+
+
+@dataclass(frozen=True)
+class SolvedLayer:
+    """Integer codes of one weight (rows, columns) in the weight's own column order."""
+
+    codes: Tensor  # (rows, columns) uint8
+    scale: Tensor  # (rows, groups) float32 with float16 values
+    zero: Tensor  # (rows, groups) uint8
+    g_idx: Tensor  # (columns,) int32: the group of each column
+    error: float  # tr((W - Q) (H + ridge I) (W - Q)^T), from the sum over D
+
+    def weight(self) -> Tensor:
+        """The dequantized weight, (rows, columns) float32: exactly what a reader of the file computes."""
+        groups = self.g_idx.long()
+        return grid.dequantize(self.codes.float(), self.scale[:, groups], self.zero[:, groups].float())
+
+
+class NotPositiveDefiniteError(ArithmeticError):
+    """No damping up to the whole mean diagonal made the Hessian factor."""
+
+
+def natural_order(H: Tensor) -> Tensor:
+    return torch.arange(H.shape[0], device=H.device)
+
+
+def act_order(H: Tensor) -> Tensor:
+    """Columns with the largest mean squared input first; equal ones in their own order."""
+    return torch.argsort(H.diagonal(), descending=True, stable=True)
+
+
+def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01) -> Factor:
+    """LDL of the damped Hessian, through one Cholesky factorization of the matrix turned end for end.
+
+    Damping starts at damp_percent of the mean diagonal and grows tenfold until the matrix factors. An input that is
+    always zero keeps a diagonal of the ridge alone, is coupled to nothing and so rounds to nearest. A Hessian that is
+    all zero has no scale to damp by and becomes the identity.
+
+    Args:
+        H: (n, n) symmetric.
+        perm: (n,) permutation of the columns.
+    Raises:
+        NotPositiveDefiniteError: H is far from positive semi-definite, which no sum of x x^T is, or not finite.
+    """
+    mean_diagonal = float(H.diagonal().mean())
+    damp = damp_percent
+    reversed_H = H[perm][:, perm].flip(0, 1)
+    while True:
+        ridge = damp * mean_diagonal if mean_diagonal > 0 else 1.0
+        damped = reversed_H.clone()
+        damped.diagonal().add_(ridge)
+        L, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
+            break
+        if damp >= 1:
+            raise NotPositiveDefiniteError(f"not positive definite with {damp:.0%} of its mean diagonal added")
+        damp = min(10 * damp, 1.0)
+    M = L.flip(0, 1)  # (n, n) upper triangular, H = M M^T
+    d = M.diagonal().clone()
+    return Factor(H, perm, M / d, d.square(), damp, ridge)
+
+
+def solve(
+    W: Tensor, factor: Factor, bits: int, group_size: int, sym: bool, static_groups: bool = True, block_size: int = 128
+) -> SolvedLayer:
+    """Choose the codes of W one column at a time, each where the errors before it are best made up for.
+
+    Args:
+        W: (rows, columns) float32 or float64; the solve runs in this dtype.
+        factor: of the layer's input Hessian, in the same dtype.
+        group_size: columns per scale and zero point; the last group may be shorter.
+        static_groups: fit grids to W; otherwise to the compensated weights when a group's first column is reached,
+            and groups are runs of columns in solving order.
+        block_size: columns per lazy update; changes the speed, not the codes.
+    Raises:
+        ValueError: a scale does not fit its stored dtype.
+    """
+    rows, columns = W.shape
+    perm, U = factor.perm, factor.U
+    Wt = W.T[perm].contiguous()  # (columns, rows) in solving order: a column of W is one contiguous line
+    position = torch.arange(columns, device=W.device)
+    group_of = (perm if static_groups else position) // group_size  # (columns,) of the k-th solved column
+    num_groups = -(-columns // group_size)
+    if static_groups:
+        scale, zero = (t.T.contiguous() for t in grid.fit_groups(W, bits, group_size, sym))  # (groups, rows)
+    else:
+        scale, zero = (torch.empty(num_groups, rows, dtype=W.dtype, device=W.device) for _ in range(2))
+
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
+    E = torch.zeros_like(Wt)  # (columns, rows) W - Q of the columns solved so far
+    residual = torch.zeros(columns, dtype=torch.float64, device=W.device)  # ||w'_k - Q_k||^2
+    groups = group_of.tolist()
+    for start, stop in _column_blocks(columns, block_size, columns if static_groups else group_size):
+        if not static_groups and start % group_size == 0:
+            end = min(start + group_size, columns)
+            reached = Wt[start:end] + U[:start, start:end].T @ E[:start]  # (group, rows)
+            scale[groups[start]], zero[groups[start]] = grid.fit(reached.T, bits, sym)
+        block = Wt[start:stop] + U[:start, start:stop].T @ E[:start]  # (block, rows) w' as far as earlier blocks go
+        for k in range(start, stop):
+            w, s, z = block[k - start], scale[groups[k]], zero[groups[k]]  # (rows,)
+            code = grid.quantize(w, s, z, bits)
+            q = grid.dequantize(code, s, z)
+            codes[k] = code.to(torch.uint8)
+            E[k] = Wt[k] - q
+            residual[k] = (w - q).square().sum()
+            block[k - start + 1 :].addr_(U[k, k + 1 : stop], E[k])
+    inverse = torch.argsort(perm)
+    return SolvedLayer(
+        codes=codes[inverse].T.contiguous(),
+        scale=scale.T.float().contiguous(),
+        zero=zero.T.to(torch.uint8).contiguous(),
+        g_idx=group_of[inverse].to(torch.int32),
+        error=float((factor.D.double() * residual).sum()),
+    )
+
+
+def _column_blocks(columns: int, block_size: int, span: int) -> list[tuple[int, int]]:
+    """Blocks of at most block_size columns, none of which crosses a multiple of span."""
+    return [
+        (start, min(start + block_size, begin + span, columns))
+        for begin in range(0, columns, span)
+        for start in range(begin, min(begin + span, columns), block_size)
+    ]
+
+
+def round_to_nearest(W: Tensor, bits: int, group_size: int, sym: bool) -> SolvedLayer:
+    """Every weight to the nearest point of its group's grid, each by itself; `error` is ||W - Q||^2 (H = I)."""
+    scale, zero = grid.fit_groups(W, bits, group_size, sym)  # (rows, groups)
+    g_idx = torch.arange(W.shape[1], device=W.device) // group_size
+    codes = grid.quantize(W, scale[:, g_idx], zero[:, g_idx], bits)
+    error = float((W - grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])).double().square().sum())
+    return SolvedLayer(codes.to(torch.uint8), scale.float(), zero.to(torch.uint8), g_idx.to(torch.int32), error)
+
+
+def output_power(A: Tensor, H: Tensor) -> float:
+    """tr(A H A^T), the mean squared output of a token that the weight A (rows, columns) makes, summed over rows."""
+    return float(((A @ H) * A).sum(dtype=torch.float64))

@@ -1,0 +1,101 @@
+"""A forward pass that pauses: it stops where the engine wants to look, and goes on when it is told to.
+
+GPTQ has to see what reaches each layer after the layers before it were quantized. Instead of running a block again for
+every layer, the forward of each calibration window runs in a greenlet, a function call that can be left in the middle
+and entered again. When all windows stand at a layer, the engine has its whole input, quantizes it, swaps the weight
+and lets them go on: one forward per window, whatever happens inside the model's code.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from greenlet import GreenletExit, greenlet
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Where a forward stands: it is about to run `module` on these arguments."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class PausableForward:
+    """One call of `function`, advanced from pause to pause."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.standing: Pause | None = None
+        self.result: Any = None
+        self._greenlet = greenlet(function)
+
+    def advance(self, answer: Any = None) -> Pause | None:
+        """Go on to the next pause, or to the end; then None comes back and `result` is set.
+
+        `answer` is what the module at which the forward stands returns, if it was entered by `pause_instead`.
+        """
+        self.standing = None
+        reached = self._greenlet.switch(answer) if self._greenlet else self._greenlet.switch()
+        if isinstance(reached, Pause):
+            self.standing = reached
+        else:
+            self.result = reached
+        return self.standing
+
+    def stop(self) -> None:
+        """Leave the forward where it stands for good and free what it holds."""
+        if self._greenlet:
+            self._greenlet.throw(GreenletExit)
+        self.standing = None
+
+
+def _pause(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    forward = greenlet.getcurrent()
+    if forward.parent is None:
+        raise RuntimeError("a module that pauses was called outside a PausableForward")
+    return forward.parent.switch(Pause(module, args, kwargs))
+
+
+@contextmanager
+def pause_before(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, forwards stop before each of `modules` and then run it."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _pause(module, args, kwargs)
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def pause_instead(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Callable[..., Any]]]:
+    """Inside, forwards stop before each of `modules`, and take the answer they are given for its output.
+
+    Yields the modules' own forward functions.
+    """
+    originals = {module: module.forward for module in modules}
+    try:
+        for module in originals:
+            module.forward = _pausing_forward(module)
+        yield originals
+    finally:
+        for module in originals:
+            del module.forward  # the class's own shows again
+
+
+def _pausing_forward(module: nn.Module) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _pause(module, args, kwargs)
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two live tensors are the same unchanged numbers in memory, so that layers on them share a Hessian."""
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a._version == b._version
+    )
