@@ -4,6 +4,7 @@ This is the one file that knows transformers models. A model is built without we
 the checkpoint when it is about to run, and dropped when it is done.
 """
 
+import ctypes
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -173,7 +174,7 @@ class WeightStream:
     def __init__(self, source: Source, names: Names, device: torch.device, dtype: torch.dtype) -> None:
         self._source = source
         self._names = names
-        self._device = device
+        self.device = device
         self._dtype = dtype
 
     def fill(self, module: nn.Module, prefix: str, skip: Collection[nn.Module] = (), recurse: bool = True) -> None:
@@ -190,7 +191,7 @@ class WeightStream:
             for key, buffer in child._buffers.items():
                 if buffer is not None:
                     saved = key not in child._non_persistent_buffers_set and self._names.find(f"{name}.{key}")
-                    child._buffers[key] = self.read(f"{name}.{key}", buffer) if saved else buffer.to(self._device)
+                    child._buffers[key] = self.read(f"{name}.{key}", buffer) if saved else buffer.to(self.device)
 
     def weight(self, linear: nn.Module, name: str) -> Tensor:
         """The stored weight of a linear layer as (outputs, inputs) float32."""
@@ -210,7 +211,7 @@ class WeightStream:
             found, needed = tuple(tensor.shape), tuple(old.shape)
             raise InputError(f"{stored} has the shape {found}, but config.json describes a model where it is {needed}")
         dtype = (dtype or self._dtype) if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=self._device, dtype=dtype)
+        return tensor.to(device=self.device, dtype=dtype)
 
     @staticmethod
     def drop(module: nn.Module) -> None:
@@ -220,6 +221,16 @@ class WeightStream:
                 if parameter is not None:
                     empty = torch.empty_like(parameter, device="meta")
                     child._parameters[key] = nn.Parameter(empty, requires_grad=False)
+
+    @staticmethod
+    def return_freed_memory() -> None:
+        """Give freed memory back to the system, where the C library would keep it.
+
+        glibc holds freed tensors of up to 32 MB in a heap that fragments, so that a process grows with every block.
+        """
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
     @contextmanager
     def on_demand(self, model: nn.Module, blocks: list[Block]) -> Iterator[Callable[[], None]]:

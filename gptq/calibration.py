@@ -92,7 +92,7 @@ def _text_column(rows: Dataset, source: str) -> Sequence[str]:
     return cast(Sequence[str], rows["text"])
 
 
-def windows(
+def draw_windows(
     rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, seq_len: int, seed: int
 ) -> Tensor:
     """Draw calibration windows: (num_samples, seq_len) int64 tokens, without padding and without overlap.

@@ -155,8 +155,11 @@ def sha256(tensor: Tensor) -> str:
 
 
 def sha256_file(file: Path) -> str:
+    digest = hashlib.sha256()
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        while chunk := opened.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class ShardWriter:
@@ -347,7 +350,8 @@ def resolve(model: str, revision: str | None) -> Path:
         raise InputError(f"{model}: no such folder")
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        doubles = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{model} is neither a folder nor a model that the Hub could give ({reason})") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from tqdm import tqdm
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(args)
     except InputError as error:
         print(f"gptq: {error}", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"gptq: out of memory ({first}); fewer --samples or a smaller --batch-size need less", file=sys.stderr)
     except KeyboardInterrupt:
         print("gptq: interrupted; nothing half-written was left behind", file=sys.stderr)
     return 2
@@ -134,7 +138,7 @@ def _quantize(args: argparse.Namespace) -> int:
             args.model,
             args.out,
             config,
-            calibration_source=args.calibration,
+            calibration=args.calibration,
             device=args.device,
             dtype=args.dtype,
             batch_size=args.batch_size,
@@ -246,9 +250,12 @@ def _megabytes(count: int) -> str:
 
 
 def _peak_rss() -> int:
-    """Peak resident memory of this process in bytes; the kernel counts in kilobytes, on a Mac in bytes."""
+    """Peak resident memory of this process in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count the parent's memory in where the process was forked from a large one
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes elsewhere
 
 
 class Progress(Observer):

@@ -56,7 +56,7 @@ def run(observer: Observer) -> Demo:
     """Quantize and measure; about a minute on two cores."""
     tokenizer = read_tokenizer(MODEL, trust_remote_code=False)
     calibration_text, measured_text = texts()
-    calibration_windows = calibration.windows([calibration_text], tokenizer, WINDOWS, SEQ_LEN, seed=0)
+    calibration_windows = calibration.draw_windows([calibration_text], tokenizer, WINDOWS, SEQ_LEN, seed=0)
     measured = calibration.evaluation_windows([measured_text], tokenizer, SEQ_LEN, WINDOWS)
     observer.stage("measuring the original")
     original = perplexity_of(load(MODEL), measured).perplexity
@@ -70,7 +70,7 @@ def run(observer: Observer) -> Demo:
                 observer.stage(f"{bits} bits, {method}")
                 out = Path(folder) / f"{method}{bits}"
                 config = QuantConfig(bits=bits, group_size=GROUP_SIZE, method=method)
-                made = quantize(MODEL, out, config, calibration_source=calibration_windows)
+                made = quantize(MODEL, out, config, calibration=calibration_windows)
                 network = load(out)
                 found = perplexity_of(network, measured).perplexity
                 rows.append(Row(bits, method, made.bytes_after, made.bits_per_weight, found, found / original - 1))

@@ -4,7 +4,7 @@ source tensors -> one block -> inputs of each layer -> Hessian -> solver -> code
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gptq import calibration, formats, solver
+from gptq import formats, solver
 from gptq.blocks import (
     Block,
     Names,
@@ -27,6 +27,7 @@ from gptq.blocks import (
     read_config,
     read_tokenizer,
 )
+from gptq.calibration import documents, draw_windows
 from gptq.checkpoint import ShardWriter, Source, appearing_folder, resolve, sha256
 from gptq.config import QuantConfig
 from gptq.errors import InputError
@@ -71,7 +72,7 @@ def quantize(
     out: str | Path,
     config: QuantConfig | None = None,
     *,
-    calibration_source: str | Tensor = "c4",
+    calibration: str | Tensor = "c4",
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -84,7 +85,7 @@ def quantize(
     Args:
         model: folder, or Hub id (then at `revision`).
         out: folder to make; it appears when the run has succeeded and is left untouched otherwise.
-        calibration_source: text (see `gptq.calibration`), or ready windows of tokens, (windows, tokens) integers.
+        calibration: source of text (see `gptq.calibration`), or ready windows of tokens, (windows, tokens) integers.
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
         dtype: of the forward passes: "float32", "bfloat16", "float16"; "auto" is the checkpoint's own, but float32 on a
             CPU without native bfloat16. The solver works in float32 on the stored weights.
@@ -116,8 +117,8 @@ def quantize(
     with appearing_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
         windows = None
         if config.method == "gptq":
-            observer.stage(f"reading calibration text from {_describe(calibration_source)}")
-            windows, shortened = _windows(calibration_source, folder, hf_config, config, trust_remote_code)
+            observer.stage(f"reading calibration text from {_describe(calibration)}")
+            windows, shortened = _windows(calibration, folder, hf_config, config, trust_remote_code)
             notes += shortened
         for note in notes:
             observer.note(note)
@@ -131,12 +132,12 @@ def quantize(
                 else:
                     _walk_blocks(network, blocks, windows.to(where), batch_size or len(windows), job)
             observer.stage("copying what is not quantized")
-            for name in source.tensors.keys() & tensors.keys():
+            for name in (n for n in source.tensors if n in tensors):
                 writer.write(name, source.read(name))
             writer.close()
         finally:
             writer.abandon()
-        calibrated_on = None if windows is None else _describe(calibration_source)
+        calibrated_on = None if windows is None else _describe(calibration)
         write_files(
             folder, partial_out, config, plans, job.results, job.weight_checksums, writer.checksums, calibrated_on
         )
@@ -166,8 +167,8 @@ def _windows(
         return source.long(), []
     tokenizer = read_tokenizer(folder, trust_remote_code)
     seq_len, notes = fitting_seq_len(config.seq_len, hf_config)
-    rows = calibration.documents(source, "train")
-    return calibration.windows(rows, tokenizer, config.num_samples, seq_len, config.seed), notes
+    rows = documents(source, "train")
+    return draw_windows(rows, tokenizer, config.num_samples, seq_len, config.seed), notes
 
 
 def _describe(source: str | Tensor) -> str:
@@ -201,7 +202,8 @@ def _round_blocks(blocks: list[Block], job: _Job) -> None:
     for index, block in enumerate(blocks):
         for name in block.linears:
             _finish_layer(index, block, name, None, 0, job)
-            WeightStream.drop(block.module)
+        job.stream.drop(block.module)
+        job.stream.return_freed_memory()
 
 
 def _walk_blocks(network: PreTrainedModel, blocks: list[Block], windows: Tensor, in_flight: int, job: _Job) -> None:
@@ -220,6 +222,7 @@ def _walk_blocks(network: PreTrainedModel, blocks: list[Block], windows: Tensor,
             run = block_forward[block.module]
             outputs = _walk_block(index, block, run, [call for call in calls if call], in_flight, job)
             job.stream.drop(block.module)
+            job.stream.return_freed_memory()
             if block is blocks[-1]:
                 break
             for i, forward in enumerate(forwards):
@@ -254,7 +257,8 @@ def _walk_block(
             if linear not in done:
                 if here.keys() != last.keys() or not all(same_tensor(here[i], last[i]) for i in here):
                     factor = None  # free the old one first
-                    H, tokens = _hessian(order[linear], here, linear, fresh, job.plans[order[linear]].inputs)
+                    arriving = _arriving(here, fresh[in_flight:], linear)
+                    H, tokens = _hessian(order[linear], arriving, job.plans[order[linear]].inputs, job.stream.device)
                     factor, last = _factorize(order[linear], H, job), here
                 _finish_layer(index, block, order[linear], factor, tokens, job)
                 done.add(linear)
@@ -276,18 +280,21 @@ def _input(pause: Pause) -> Tensor:
     return x
 
 
-def _hessian(
-    name: str, here: dict[int, Tensor], linear: nn.Module, fresh: Sequence[Callable[[], Any]], num_inputs: int
-) -> tuple[Tensor, int]:
-    """H (inputs, inputs) and its number of tokens over all windows in their order, the same however many stand here."""
-    in_flight = max(here) + 1
-    accumulator = HessianAccumulator(num_inputs, next(iter(here.values())).device)
+def _arriving(here: dict[int, Tensor], waiting: Iterable[Callable[[], Any]], linear: nn.Module) -> Iterator[Tensor]:
+    """The input of `linear` in every window, in their order: those that stand here, then those that run again."""
     for i in sorted(here):
-        accumulator.add(here[i])
-    for function in fresh[in_flight:]:
+        yield here[i]
+    for function in waiting:
         x = _run_until(function, linear)
         if x is not None:
-            accumulator.add(x)
+            yield x
+
+
+def _hessian(name: str, arriving: Iterable[Tensor], num_inputs: int, device: torch.device) -> tuple[Tensor, int]:
+    """H (inputs, inputs) of a layer, and its number of tokens."""
+    accumulator = HessianAccumulator(num_inputs, device)
+    for x in arriving:
+        accumulator.add(x)
     H = accumulator.mean()
     if not bool(torch.isfinite(H.diagonal()).all()):
         raise InputError(
@@ -332,15 +339,15 @@ def _finish_layer(index: int, block: Block, name: str, factor: solver.Factor | N
     config, plan, linear = job.config, job.plans[name], block.linears[name]
     W = job.stream.weight(linear, name)  # (outputs, inputs) float32
     try:
-        nearest = solver.round_to_nearest(W, config.bits, plan.group_size, config.sym)
+        solved = solver.round_to_nearest(W, config.bits, plan.group_size, config.sym)
         if factor is None:
-            solved, power = nearest, float(W.double().square().sum())
-            error = rtn_error = nearest.error
+            power = float(W.double().square().sum())
+            error = rtn_error = solved.error
         else:
-            solved = solver.solve(W, factor, config.bits, plan.group_size, config.sym, config.static_groups)
             power = solver.output_power(W, factor.H)
+            rtn_error = solver.output_power(W - solved.weight(), factor.H)
+            solved = solver.solve(W, factor, config.bits, plan.group_size, config.sym, config.static_groups)
             error = solver.output_power(W - solved.weight(), factor.H)
-            rtn_error = solver.output_power(W - nearest.weight(), factor.H)
     except ValueError as problem:
         raise InputError(f"{name}: {problem}; its largest weight is {float(W.abs().max()):.3g}") from problem
     for suffix, tensor in formats.encode(solved, config.bits).items():

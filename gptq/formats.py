@@ -8,7 +8,7 @@ For a linear layer P with `out` outputs and `in` inputs in groups of g:
     P.g_idx    (in,)                                  int32    group of each input
 
 A layer whose inputs the group size does not divide has a short last group, and one whose codes do not fill the last
-word has zero bits there; both read back here, while vLLM, SGLang and GPTQModel want whole groups and words.
+word has zero bits there; both read back here and in GPTQModel 7.7, while vLLM and SGLang want whole groups and words.
 """
 
 from typing import Any

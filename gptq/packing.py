@@ -61,4 +61,5 @@ def unpack(words: Tensor, bits: int, num_codes: int) -> Tensor:
         # The right shift drags the sign bit along; keep only the bits that belong to the code.
         codes &= (1 << inside) - 1
         codes |= padded[:, (word + 1).clamp(max=bits - 1)] << inside
-    return (codes & (2**bits - 1)).to(torch.uint8).view(units * 32, columns)[:num_codes]
+    codes &= 2**bits - 1
+    return codes.to(torch.uint8).view(units * 32, columns)[:num_codes]

@@ -39,7 +39,7 @@ def notes_on_shapes(plans: Iterable[LayerPlan]) -> Iterator[str]:
         which = f"{kind} in {len(names)} layers ({names[0]} ...)" if len(names) > 1 else names[0]
         yield (
             f"{which}: {inputs} inputs are {whole} x {group_size} and a "
-            f"last group of {rest}. This package reads that; vLLM, SGLang and GPTQModel want a group size that divides"
+            f"last group of {rest}. This package and GPTQModel read that; vLLM and SGLang want whole groups"
         )
 
 

@@ -76,12 +76,13 @@ def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01) -> Factor:
         NotPositiveDefiniteError: H is far from positive semi-definite, which no sum of x x^T is, or not finite.
     """
     mean_diagonal = float(H.diagonal().mean())
-    damp = damp_percent
-    reversed_H = H[perm][:, perm].flip(0, 1)
+    backwards = perm.flip(0)
+    damped = H[backwards[:, None], backwards]  # (n, n)
+    damp, added = damp_percent, 0.0
     while True:
         ridge = damp * mean_diagonal if mean_diagonal > 0 else 1.0
-        damped = reversed_H.clone()
-        damped.diagonal().add_(ridge)
+        damped.diagonal().add_(ridge - added)
+        added = ridge
         L, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
             break
@@ -121,30 +122,43 @@ def solve(
 
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
     E = torch.zeros_like(Wt)  # (columns, rows) W - Q of the columns solved so far
-    residual = torch.zeros(columns, dtype=torch.float64, device=W.device)  # ||w'_k - Q_k||^2
+    error = 0.0
     groups = group_of.tolist()
     for start, stop in _column_blocks(columns, block_size, columns if static_groups else group_size):
         if not static_groups and start % group_size == 0:
-            end = min(start + group_size, columns)
-            reached = Wt[start:end] + U[:start, start:end].T @ E[:start]  # (group, rows)
-            scale[groups[start]], zero[groups[start]] = grid.fit(reached.T, bits, sym)
+            group = slice(start, min(start + group_size, columns))
+            scale[groups[start]], zero[groups[start]] = grid.fit(_compensated(Wt, E, U, group).T, bits, sym)
         block = Wt[start:stop] + U[:start, start:stop].T @ E[:start]  # (block, rows) w' as far as earlier blocks go
+        rounded = torch.empty_like(block)  # (block, rows) Q
         for k in range(start, stop):
             w, s, z = block[k - start], scale[groups[k]], zero[groups[k]]  # (rows,)
             code = grid.quantize(w, s, z, bits)
+            codes[k] = code
             q = grid.dequantize(code, s, z)
-            codes[k] = code.to(torch.uint8)
+            rounded[k - start] = q
             E[k] = Wt[k] - q
-            residual[k] = (w - q).square().sum()
             block[k - start + 1 :].addr_(U[k, k + 1 : stop], E[k])
+        residual = (block - rounded).square().sum(1, dtype=torch.float64)  # (block,) ||w'_k - Q_k||^2
+        error += float(factor.D[start:stop].double() @ residual)
     inverse = torch.argsort(perm)
     return SolvedLayer(
         codes=codes[inverse].T.contiguous(),
         scale=scale.T.float().contiguous(),
         zero=zero.T.to(torch.uint8).contiguous(),
         g_idx=group_of[inverse].to(torch.int32),
-        error=float((factor.D.double() * residual).sum()),
+        error=error,
     )
+
+
+def _compensated(Wt: Tensor, E: Tensor, U: Tensor, group: slice) -> Tensor:
+    """What Algorithm 1 has made of a group's columns when its first one is reached, (group, rows).
+
+    Those are the weights that best make up for E while all columns from here on are free, so each also answers to its
+    neighbours' moving: W_g + P with P = E U[:start, g] would hold them still; the way out is P U[g, g]^-1.
+    """
+    P = U[: group.start, group].T @ E[: group.start]  # (group, rows)
+    free: Tensor = torch.linalg.solve_triangular(U[group, group].T, P, upper=False, unitriangular=True)
+    return Wt[group] + free
 
 
 def _column_blocks(columns: int, block_size: int, span: int) -> list[tuple[int, int]]:

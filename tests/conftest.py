@@ -1,0 +1,117 @@
+"""What tests share: seeded numbers, tiny random models of each architecture, and real data where it is at hand.
+
+Real data is looked for in the folder that GPTQ_TEST_DATA names, by default `shared` beside the project.
+"""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the Hub's libraries are imported: tests never ask the network
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+DATA = Path(os.environ.get("GPTQ_TEST_DATA", Path(__file__).parents[2] / "shared"))
+WIDTH, VOCAB = 64, 320
+
+SMALL = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+}
+LLAMA_LIKE = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA_LIKE,
+    "mistral": {**LLAMA_LIKE, "head_dim": 16, "sliding_window": 16},
+    "qwen2": LLAMA_LIKE,
+    "qwen3": {**LLAMA_LIKE, "head_dim": 16},
+    "opt": {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": WIDTH},
+    "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64},
+}  # fmt: skip
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Plain English that every Python carries."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))[:60_000]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text: str) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<s>"], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>")
+
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture
+def make_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> MakeModel:
+    """Writes a tiny random model of an architecture and returns its folder; options go to its configuration."""
+
+    def make(
+        kind: str = "llama", dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **options: Any
+    ) -> Path:
+        settings = {**ARCHITECTURES[kind], "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **options}
+        config = transformers.AutoConfig.for_model(kind, **settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config)
+            for parameter in model.parameters():  # as large as trained ones, so that layers matter; biases too
+                torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else parameter.data.normal_(1, 0.1)
+        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
+        model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def text_file(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "calibration.txt"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    folder = DATA / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"no real model at {folder}")
+    return folder
+
+
+@pytest.fixture
+def novel_halves(tmp_path: Path) -> tuple[str, str]:
+    """A novel's two halves as files: one calibrates, the other is measured."""
+    novel = DATA / "data" / "wizard-of-oz.txt"
+    if not novel.is_file():
+        pytest.skip(f"no novel at {novel}")
+    words = novel.read_text(encoding="utf-8")
+    files = []
+    for name, half in (("first.txt", words[: len(words) // 2]), ("second.txt", words[len(words) // 2 :])):
+        (tmp_path / name).write_text(half, encoding="utf-8")
+        files.append(str(tmp_path / name))
+    return files[0], files[1]

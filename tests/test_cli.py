@@ -1,0 +1,186 @@
+"""The command line as a person or a script meets it: names, JSON, exit codes, sentences instead of tracebacks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptq import cli
+from tests.conftest import MakeModel
+
+FAST = ["--group-size", "32", "--samples", "4", "--seq-len", "32"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_quantize_eval_inspect_verify_in_json(
+    make_model: MakeModel, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_model("llama"), tmp_path / "out"
+    code, printed, progress = run(capsys, "quantize", source, out, *FAST, "--calibration", text_file, "--json")
+    assert code == 0
+    made = json.loads(printed)
+    assert {"bits_per_weight", "bytes_before", "bytes_after", "layers", "seconds", "peak_rss_bytes"} <= made.keys()
+    assert {"name", "bits", "group_size", "error", "damp", "seconds"} <= made["layers"][0].keys()
+    assert made["bytes_before"] == (source / "model.safetensors").stat().st_size
+    assert made["bytes_after"] == (out / "model.safetensors").stat().st_size
+    assert "block 2 of 2" in progress
+
+    for model in (source, out):
+        code, printed, _ = run(capsys, "eval", model, "--data", text_file, "--seq-len", "32", "--windows", 3, "--json")
+        assert code == 0
+        assert {"perplexity", "tokens", "windows"} <= json.loads(printed).keys()
+        assert json.loads(printed)["tokens"] == 3 * 31
+
+    code, printed, _ = run(capsys, "inspect", out, "--json")
+    assert code == 0
+    content = json.loads(printed)
+    assert [layer["error"] for layer in content["layers"]].count(None) == 0
+    assert content["bits_per_weight"] == pytest.approx(made["bits_per_weight"])
+
+    code, printed, _ = run(capsys, "verify", out, "--json")
+    assert (code, json.loads(printed)["ok"]) == (0, True)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.qweight"][0, 0] ^= 1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    code, printed, _ = run(capsys, "verify", out)
+    assert code == 1
+    assert "model.layers.0.mlp.up_proj" in printed
+
+
+def test_printed_for_people(
+    make_model: MakeModel, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_model("opt"), tmp_path / "out"
+    code, printed, _ = run(capsys, "quantize", source, out, "--bits", 3, *FAST, "--calibration", text_file)
+    assert code == 0
+    assert "12 layers at" in printed
+    code, printed, _ = run(capsys, "inspect", out)
+    assert code == 0
+    assert len(printed.splitlines()) == 1 + 12 + 1
+    code, printed, _ = run(capsys, "eval", out, "--data", text_file, "--windows", 2)
+    assert code == 0
+    assert printed.startswith("perplexity ")
+    code, printed, _ = run(capsys, "verify", out)
+    assert code == 0
+    assert "as it was written" in printed
+
+
+def test_a_models_limit_shortens_windows_and_says_so(
+    make_model: MakeModel, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, progress = run(
+        capsys, "quantize", make_model("gpt2"), tmp_path / "out", "--samples", 2, "--calibration", text_file
+    )
+    assert code == 0
+    assert "windows are 64 tokens, the model's limit, instead of 2048" in progress
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "5"], "bits is 5; GPTQ v1 files hold 2, 3, 4 or 8 bits"),
+        (["--group-size", "0"], "group_size is 0"),
+        (["--damp-percent", "-1"], "damp_percent is -1"),
+        (["--samples", "100000"], "100000 windows need 3200000"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt: no such file or folder"),
+        (["--device", "cuda:99"], "the device 'cuda:99' cannot be used"),
+        (["--dtype", "int3"], "dtype is 'int3'"),
+        (["--batch-size", "0"], "batch_size is 0"),
+    ],
+)
+def test_bad_options_are_a_sentence_and_exit_code_2(
+    options: list[str], message: str, make_model: MakeModel, text_file: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source, out = make_model("llama"), tmp_path / "out"
+    code, printed, errors = run(capsys, "quantize", source, out, *FAST, "--calibration", text_file, *options)
+    assert (code, printed) == (2, "")
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not out.exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_bad_models_are_a_sentence_and_exit_code_2(
+    make_model: MakeModel, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    file = tmp_path / "file"
+    file.touch()
+    for model, message in (
+        (tmp_path / "nowhere", "no such folder"),
+        ("nobody/nothing", "neither a folder nor a model that the Hub could give"),
+        ("not a name!", "neither a folder nor a model that the Hub could give"),
+        (tmp_path / "empty", "is it a model folder?"),
+        (file, "is a file"),
+    ):
+        for command in (
+            ["quantize", model, tmp_path / "out", "--calibration", text_file],
+            ["eval", model, "--data", text_file],
+        ):
+            code, printed, errors = run(capsys, *command)
+            assert (code, printed) == (2, "")
+            assert message in errors
+    plain = make_model("llama")
+    for name in ("inspect", "verify"):
+        code, _, errors = run(capsys, name, plain)
+        assert code == 2
+        assert "not a quantized checkpoint" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_remote_code_is_not_run_unless_asked_for(
+    make_model: MakeModel, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_model("llama")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    code, _, errors = run(capsys, "quantize", source, tmp_path / "out", "--calibration", text_file)
+    assert code == 2
+    assert "config.json could not be used" in errors
+    assert not (tmp_path / "ran").exists()
+
+
+def test_ctrl_c_is_a_sentence_and_leaves_nothing(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
+    source = make_model("llama", num_hidden_layers=60)
+    command = [
+        sys.executable,
+        "-m",
+        "gptq",
+        "quantize",
+        str(source),
+        str(tmp_path / "out"),
+        "--samples",
+        "32",
+        "--seq-len",
+        "64",
+    ]
+    process = subprocess.Popen([*command, "--calibration", text_file], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = [next(process.stderr) for _ in range(3)]  # it is among the blocks by now
+    assert "block" in seen[-1]
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "interrupted; nothing half-written was left behind" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_torch_keeps_its_global_settings(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
+    before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    assert cli.main(["quantize", str(make_model("llama")), str(tmp_path / "o"), *FAST, "--calibration", text_file]) == 0
+    assert before == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())

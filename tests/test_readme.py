@@ -1,0 +1,44 @@
+"""The README tells the truth about commands and files."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gptq import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_is_the_one_on_disk() -> None:
+    tree = README.split("## Where things are")[1].split("```")[1]
+    listed = set(re.findall(r"^    (\w+\.py)", tree, re.MULTILINE))
+    assert listed == {p.name for p in (ROOT / "gptq").glob("*.py") if not p.name.startswith("__")}
+    listed_scripts = set(
+        re.findall(r"^    (\w+(?:\.py)?) ", tree.split("scripts/")[1].split("tests/")[0], re.MULTILINE)
+    )
+    assert listed_scripts == {p.name for p in (ROOT / "scripts").iterdir() if p.is_file()}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("gptq ")]
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) >= 5
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_is_understood(line: str) -> None:
+    arguments = shlex.split(line, comments=True)[1:]
+    assert callable(cli._parser().parse_args(arguments).command)
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile

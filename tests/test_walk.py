@@ -1,0 +1,93 @@
+"""A paused forward computes what a plain one does, and leaves nothing behind."""
+
+import pytest
+import torch
+from torch import nn
+
+from gptq.walk import PausableForward, pause_before, pause_instead, same_tensor
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+def run_through(forward: PausableForward) -> None:
+    while forward.advance():
+        pass
+
+
+def test_pausing_changes_no_bit_and_sees_every_input(rng: torch.Generator) -> None:
+    net, x = network(), torch.randn(3, 4, generator=rng)
+    with torch.no_grad():
+        plain = net(x)
+        forward = PausableForward(lambda: net(x))
+        with pause_before([net[0], net[2]]):
+            first = forward.advance()
+            assert first is not None
+            assert first.module is net[0]
+            assert first.args[0] is x
+            second = forward.advance()
+            assert second is not None
+            assert torch.equal(second.args[0], torch.tanh(net[0].forward(x)))
+            assert forward.advance() is None
+    assert torch.equal(forward.result, plain)
+
+
+def test_a_weight_swapped_during_a_pause_is_the_one_that_runs() -> None:
+    net, x = network(), torch.ones(1, 4)
+    forward = PausableForward(lambda: net(x))
+    with torch.no_grad(), pause_before([net[2]]):
+        forward.advance()
+        net[2].weight = nn.Parameter(torch.zeros(4, 4))
+        forward.advance()
+    assert torch.equal(forward.result, net[2].state_dict()["bias"][None])
+
+
+def test_two_forwards_interleave() -> None:
+    net = network()
+    inputs = [torch.full((1, 4), float(i)) for i in range(3)]
+    with torch.no_grad():
+        expected = [net(x) for x in inputs]
+        forwards = [PausableForward(lambda x=x: net(x)) for x in inputs]  # type: ignore[misc]
+        with pause_before([net[0], net[2]]):
+            for _ in range(3):
+                for forward in reversed(forwards):
+                    forward.advance()
+    assert all(torch.equal(f.result, e) for f, e in zip(forwards, expected, strict=True))
+
+
+def test_answers_stand_in_for_a_module_and_its_forward_comes_back() -> None:
+    net, x = network(), torch.ones(1, 4)
+    with torch.no_grad():
+        forward = PausableForward(lambda: net(x))
+        with pause_instead([net[0]]) as originals:
+            pause = forward.advance()
+            assert pause is not None
+            forward.advance(originals[net[0]](*pause.args) + 1)
+        assert torch.equal(forward.result, net[2](torch.tanh(net[0](x) + 1)))
+        assert "forward" not in vars(net[0])
+
+
+def test_stopping_frees_and_errors_reach_the_caller() -> None:
+    net = network()
+    with pause_before([net[0]]):
+        forward = PausableForward(lambda: net(torch.ones(1, 4)))
+        forward.advance()
+        forward.stop()
+        forward.stop()
+        assert forward.standing is None
+        with pytest.raises(RuntimeError, match="outside a PausableForward"):
+            net(torch.ones(1, 4))
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            run_through(PausableForward(lambda: net(torch.ones(1, 5))))
+    assert not net[0]._forward_pre_hooks
+
+
+def test_same_tensor_sees_writes_and_views() -> None:
+    x = torch.zeros(2, 6)
+    assert same_tensor(x, x.view(2, 6))
+    assert not same_tensor(x, x.clone())
+    assert not same_tensor(x, x.view(3, 4))
+    view = x.view(2, 6)
+    remembered = torch.zeros(2, 6)
+    assert not same_tensor(view, remembered)
