@@ -287,7 +287,7 @@ def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     with _sole_use(partial, out):
         try:
             if free < needed_bytes:
-                raise InputError(f"{out} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
+                raise InputError(f"{out} needs {needed_bytes / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free")
             for left_over in partial.iterdir():  # of a run that was killed
                 left_over.unlink()
             yield partial

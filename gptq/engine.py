@@ -31,7 +31,7 @@ from gptq.calibration import documents, draw_windows
 from gptq.checkpoint import ShardWriter, Source, appearing_folder, resolve, sha256
 from gptq.config import QuantConfig
 from gptq.errors import InputError
-from gptq.hessian import HessianAccumulator
+from gptq.hessian import HessianAccumulator, exact_float32
 from gptq.plan import LayerPlan, announce, notes_on_shapes, plan_block
 from gptq.record import LayerResult, write_files
 from gptq.walk import PausableForward, Pause, pause_before, pause_instead, same_tensor
@@ -126,7 +126,7 @@ def quantize(
         writer = ShardWriter(partial_out, tensors)
         try:
             job = _Job(config, plans, stream, writer, observer)
-            with torch.no_grad():
+            with torch.no_grad(), exact_float32():
                 if windows is None:
                     _round_blocks(blocks, job)
                 else:

@@ -24,8 +24,7 @@ class HessianAccumulator:
     def add(self, x: Tensor) -> None:
         """Add the input of one window, (..., num_inputs); every leading dimension counts tokens."""
         x = x.reshape(-1, x.shape[-1]).float()  # (tokens, num_inputs)
-        with _full_float32():
-            self.sum.addmm_(x.T, x)
+        self.sum.addmm_(x.T, x)
         self.num_tokens += x.shape[0]
 
     def mean(self) -> Tensor:
@@ -34,11 +33,14 @@ class HessianAccumulator:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
-    """TF32 would round inputs to 11 bits; whatever the process has set, H is summed without it."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+def exact_float32() -> Iterator[None]:
+    """Inside, products of float32 matrices are float32 products, whatever the process has set.
+
+    TF32 and bfloat16 modes round the factors to 11 or 8 bits, which neither H nor the solve survives unharmed.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)

@@ -95,7 +95,7 @@ def test_occupied_folders_small_disks_and_second_runs_are_refused(tmp_path: Path
     (tmp_path / "full" / "file").touch()
     with pytest.raises(InputError, match="not empty"), appearing_folder(tmp_path / "full", 1):
         pass
-    with pytest.raises(InputError, match="GB free"), appearing_folder(tmp_path / "big", 10**18):
+    with pytest.raises(InputError, match="MB free"), appearing_folder(tmp_path / "big", 10**18):
         pass
     assert not (tmp_path / "big.partial").exists()
     with appearing_folder(tmp_path / "out", 1) as working:

@@ -2,7 +2,7 @@
 
 import torch
 
-from gptq.hessian import HessianAccumulator
+from gptq.hessian import HessianAccumulator, exact_float32
 
 
 def hessian(*parts: torch.Tensor) -> torch.Tensor:
@@ -33,3 +33,14 @@ def test_half_precision_does_not_overflow_the_sum() -> None:
 
 def test_no_tokens_is_zero_not_nan() -> None:
     assert torch.equal(HessianAccumulator(3, torch.device("cpu")).mean(), torch.zeros(3, 3))
+
+
+def test_reduced_precision_modes_are_off_inside_and_come_back() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with exact_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
