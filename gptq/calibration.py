@@ -35,7 +35,7 @@ def documents(source: str, default_split: str) -> Sequence[str]:
         return _text_column(_hub_dataset(source, default_split), source)
     try:
         if file.is_dir():
-            return _text_column(_choose_split(load_dataset(str(file)), split or default_split, source), source)
+            return _text_column(_choose_split(load_dataset(str(file)), split or default_split, str(file)), source)
         if file.suffix == ".txt":
             return [file.read_text(encoding="utf-8")]
         if file.suffix in (".jsonl", ".json", ".parquet"):
@@ -69,7 +69,7 @@ def _hub_dataset(source: str, default_split: str) -> Dataset:
             f"the data set {name!r} is neither a local path nor could it be fetched from the Hub "
             f"({_first_line(error)}). Pass a local .txt, .jsonl or .parquet file or a folder of those instead"
         ) from error
-    return _choose_split(loaded, split or default_split, source)
+    return _choose_split(loaded, split or default_split, f"{name}:{config}" if config else name)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 from tqdm import tqdm
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
     try:
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
