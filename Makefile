@@ -13,6 +13,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
 
+# First and by itself, so that no other requirement chooses another torch.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch

@@ -1,10 +1,30 @@
 """GPTQ for Hugging Face checkpoints, block by block: quantize, load, measure."""
 
-from gptq.config import QuantConfig
-from gptq.engine import quantize
-from gptq.errors import InputError
-from gptq.evaluate import perplexity
-from gptq.linear import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from gptq.version import __version__
 
+if TYPE_CHECKING:
+    from gptq.config import QuantConfig
+    from gptq.engine import quantize
+    from gptq.errors import InputError
+    from gptq.evaluate import perplexity
+    from gptq.linear import load
+
 __all__ = ["InputError", "QuantConfig", "__version__", "load", "perplexity", "quantize"]
+
+_HOMES = {
+    "InputError": "errors",
+    "QuantConfig": "config",
+    "load": "linear",
+    "perplexity": "evaluate",
+    "quantize": "engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers when they are first needed, not when the package is named."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"gptq.{_HOMES[name]}"), name)

@@ -1,11 +1,12 @@
 """Where a Hugging Face model's repeated blocks and their linear layers are, found from its structure.
 
-This is the one file that knows transformers models. A model is built without weights; a module's tensors are read from
-the checkpoint when it is about to run, and dropped when it is done.
+This is the one file that knows how transformers models are built. A model is made without weights; a module's tensors
+are read from the checkpoint when it is about to run, and dropped when it is done.
 """
 
 import ctypes
 import math
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from gptq.checkpoint import Source
+from gptq.checkpoint import Source, TensorInfo
 from gptq.errors import InputError
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is stored as (inputs, outputs)
@@ -56,6 +57,8 @@ def choose_device(device: str) -> torch.device:
     """Raises InputError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise InputError(f"the device is {device!r}; it is auto, cpu, cuda, or cuda:N")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -88,6 +91,8 @@ def fitting_seq_len(seq_len: int, hf_config: PreTrainedConfig) -> tuple[int, lis
     limit = getattr(hf_config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit >= seq_len:
         return seq_len, []
+    if limit < 2:
+        raise InputError(f"config.json says max_position_embeddings {limit}; a window has at least 2 tokens")
     return limit, [f"windows are {limit} tokens, the model's limit, instead of {seq_len}"]
 
 
@@ -101,7 +106,7 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrained
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # initial values that do not exist cannot be set
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, AttributeError, ImportError) as error:
+    except (ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"no causal language model for model_type {config.model_type!r}: {reason}") from error
     model.config.use_cache = False
@@ -110,7 +115,7 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrained
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of the longest run of alike modules: the outermost module list with most linear weights.
+    """The model's blocks: of the outermost lists of alike modules, the one with most linear weights.
 
     Raises:
         InputError: the model has no repeated blocks with linear layers.
@@ -136,6 +141,16 @@ def shape(linear: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer."""
     rows, columns = linear.weight.shape  # type: ignore[misc]
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+
+
+def check_tokens(windows: Tensor, network: PreTrainedModel) -> None:
+    """Raises InputError if a token has no embedding; then tokenizer and model do not belong together."""
+    vocabulary = int(network.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= vocabulary:
+        raise InputError(
+            f"tokens run from {low} to {high}, but the model has {vocabulary}; is the tokenizer another model's?"
+        )
 
 
 class Names:
@@ -166,6 +181,30 @@ class Names:
         if found is None:
             raise InputError(f"the checkpoint lacks {name}, which the model described by its config.json needs")
         return found
+
+
+def check_tensors(network: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> list[str]:
+    """Compare what a model needs with what a checkpoint's headers say it holds; returns notes on what is left over.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or does not hold floating-point numbers.
+    """
+    used = {names.find(name) for name, _ in network.named_buffers()}
+    for name, parameter in network.named_parameters():
+        stored = names.stored(name)
+        used.add(stored)
+        found, needed = tensors[stored], tuple(parameter.shape)
+        if found.shape != needed:
+            raise InputError(
+                f"{stored} has the shape {found.shape}, but config.json describes a model where it is {needed}"
+            )
+        if not found.dtype.is_floating_point:
+            raise InputError(f"{stored} holds {found.dtype}, not floating-point weights; is the checkpoint quantized?")
+    used |= {names.find(name) for name in getattr(network, "all_tied_weights_keys", None) or {}}
+    extra = [name for name in tensors if name not in used]
+    if not extra:
+        return []
+    return [f"{len(extra)} tensors that the model does not use ({extra[0]} ...) are copied as they are"]
 
 
 class WeightStream:
@@ -213,25 +252,6 @@ class WeightStream:
         dtype = (dtype or self._dtype) if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=self.device, dtype=dtype)
 
-    @staticmethod
-    def drop(module: nn.Module) -> None:
-        """Forget the parameters of a module and everything in it; their shapes stay."""
-        for child in module.modules():
-            for key, parameter in child._parameters.items():
-                if parameter is not None:
-                    empty = torch.empty_like(parameter, device="meta")
-                    child._parameters[key] = nn.Parameter(empty, requires_grad=False)
-
-    @staticmethod
-    def return_freed_memory() -> None:
-        """Give freed memory back to the system, where the C library would keep it.
-
-        glibc holds freed tensors of up to 32 MB in a heap that fragments, so that a process grows with every block.
-        """
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
     @contextmanager
     def on_demand(self, model: nn.Module, blocks: list[Block]) -> Iterator[Callable[[], None]]:
         """Inside, modules outside the blocks read their own tensors when they are called.
@@ -252,7 +272,7 @@ class WeightStream:
 
         def drop_all() -> None:
             for module in filled:
-                self.drop(module)
+                drop(module)
             filled.clear()
 
         for name, module in model.named_modules():
@@ -263,3 +283,22 @@ class WeightStream:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def drop(module: nn.Module) -> None:
+    """Forget the parameters of a module and everything in it; their shapes stay."""
+    for child in module.modules():
+        for key, parameter in child._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                child._parameters[key] = nn.Parameter(empty, requires_grad=False)
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library would keep it.
+
+    glibc holds freed tensors of up to 32 MB in a heap that fragments, so that a process grows with every block.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -73,7 +73,8 @@ def _hub_dataset(source: str, default_split: str) -> Dataset:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    cause = error.__cause__ or error  # datasets wraps what went wrong in a sentence that says nothing
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 
 
 def _choose_split(loaded: Any, split: str, source: str) -> Dataset:
@@ -89,6 +90,9 @@ def _choose_split(loaded: Any, split: str, source: str) -> Dataset:
 def _text_column(rows: Dataset, source: str) -> Sequence[str]:
     if "text" not in rows.column_names:
         raise InputError(f"{source} has no column 'text'; its columns are {', '.join(rows.column_names)}")
+    kind = getattr(rows.features["text"], "dtype", "no text")
+    if kind not in ("string", "large_string"):
+        raise InputError(f"the column 'text' of {source} holds {kind}, not strings")
     return cast(Sequence[str], rows["text"])
 
 
@@ -116,7 +120,7 @@ def draw_windows(
 def _at_most(rows: Sequence[str], characters: int) -> bool:
     total = 0
     for row in rows:
-        total += len(row)
+        total += len(row or "")
         if total > characters:
             return False
     return True
@@ -135,7 +139,7 @@ def _draw_from_rows(
         row = start
         while row < len(rows) and row not in used and sum(map(len, ids)) < seq_len:
             used.add(row)
-            ids.append(tokenize([rows[row] + "\n\n"], tokenizer, special_tokens=not ids))
+            ids.append(tokenize([(rows[row] or "") + "\n\n"], tokenizer, special_tokens=not ids))
             row += 1
         seen_tokens += sum(map(len, ids))
         if sum(map(len, ids)) >= seq_len:
@@ -154,7 +158,7 @@ def _require_tokens(tokens: int, num_samples: int, seq_len: int, whole: int) -> 
 
 def tokenize(rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True) -> Tensor:
     """Rows joined by blank lines as one run of tokens (tokens,), a beginning-of-text token at most at the start."""
-    text = rows[0] if len(rows) == 1 else "\n\n".join(rows)
+    text = "\n\n".join(row or "" for row in rows)  # a missing value is an empty row
     ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 

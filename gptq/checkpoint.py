@@ -26,6 +26,11 @@ from gptq.errors import InputError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
+CONVERT = (
+    "pickled weights are not read. Convert them once, where you trust them: "
+    "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), and the tokenizer likewise"
+)
+MARKER = ".unfinished"  # says that a working folder is ours to empty
 
 # In the order in which safetensors lays tensors out: wide types first, so that every tensor is aligned.
 DTYPES = {
@@ -79,6 +84,10 @@ class Source:
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def file_bytes(self) -> int:
+        return sum(file.stat().st_size for file in set(self._file_of.values()))
+
     def read(self, name: str) -> Tensor:
         """The tensor as stored, in memory of its own.
 
@@ -99,11 +108,13 @@ class Source:
 
 def _shards(folder: Path) -> tuple[set[str], list[Path]]:
     """Names that an index lists (none for a single file), and the safetensors files of a checkpoint folder."""
+    if (folder / SINGLE).is_file():  # before an index, as in transformers
+        return set(), [folder / SINGLE]
     index = folder / INDEX
     if index.is_file():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names, files = set(weight_map), sorted(set(weight_map.values()))
+            names, files = set(weight_map), sorted({file + "" for file in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is not a safetensors index; download it again") from error
         for file in files:
@@ -112,8 +123,6 @@ def _shards(folder: Path) -> tuple[set[str], list[Path]]:
             if not (folder / file).is_file():
                 raise InputError(f"{index} names the shard {file}, which is missing; download it again")
         return names, [folder / file for file in files]
-    if (folder / SINGLE).is_file():
-        return set(), [folder / SINGLE]
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return set(), others
@@ -122,9 +131,7 @@ def _shards(folder: Path) -> tuple[set[str], list[Path]]:
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickled:
         raise InputError(
-            f"{folder} holds a pickled checkpoint ({pickled[0].name}), which can run code when it is opened and is not "
-            "read. Convert it once where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder} holds a pickled checkpoint ({pickled[0].name}), which can run code when it is opened; {CONVERT}"
         )
     raise InputError(f"{folder} holds no *.safetensors file; is it a model folder?")
 
@@ -174,14 +181,18 @@ class ShardWriter:
         self._tensors = tensors
         self._offsets: dict[str, tuple[int, int]] = {}  # name -> (shard, byte in its file)
         self._files: list[BinaryIO] = []
+        self.checksums.update(dict.fromkeys(tensors, ""))
         shards = _split_into_shards(tensors, max_shard_bytes)
-        for number, names in enumerate(shards):
-            file_name = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            self._open_shard(file_name, number, names)
-            for name in names:
-                self.checksums[name] = ""
-        if len(shards) > 1:
-            self._write_index(shards)
+        try:
+            for number, names in enumerate(shards):
+                single = len(shards) == 1
+                file_name = SINGLE if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+                self._open_shard(file_name, number, names)
+            if len(shards) > 1:
+                self._write_index(shards)
+        except BaseException:
+            self.abandon()
+            raise
 
     def _open_shard(self, file_name: str, number: int, names: list[str]) -> None:
         header, offset = _encode_header({name: self._tensors[name] for name in names})
@@ -275,33 +286,49 @@ def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     Raises:
         InputError: `out` exists and is not empty, cannot be made, or the disk is or becomes too small.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty; choose another name or remove it")
+    out = out.resolve()
     partial = out.with_name(out.name + ".partial")
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-        free = shutil.disk_usage(partial).free
+        _require_free(out, partial)
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     with _sole_use(partial, out):
         try:
-            if free < needed_bytes:
-                raise InputError(f"{out} needs {needed_bytes / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free")
             for left_over in partial.iterdir():  # of a run that was killed
                 left_over.unlink()
+            (partial / MARKER).touch()
+            free = shutil.disk_usage(partial).free
+            if free < needed_bytes:
+                raise InputError(f"{out} needs {needed_bytes / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free")
             yield partial
             for file in partial.iterdir():
                 _sync_path(file)
-            _sync_path(partial)
+            (partial / MARKER).unlink()
             partial.replace(out)
             _sync_path(out.parent)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(f"writing {out} failed: {error.strerror or error}; nothing was left there") from error
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
+            if isinstance(error, OSError):
+                where = f"{error.filename}: " if error.filename else ""
+                raise InputError(
+                    f"writing {out} failed ({where}{error.strerror or error}); nothing is left there"
+                ) from error
             raise
+
+
+def _require_free(out: Path, partial: Path) -> None:
+    """Raises InputError if `out` is occupied, or `partial` is somebody else's."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty; choose another name or remove it")
+    if out.is_mount():
+        raise InputError(f"{out} is a mount point, which cannot be replaced; name a folder inside it")
+    if partial.exists() and any(partial.iterdir()) and not (partial / MARKER).is_file():
+        raise InputError(f"{partial} is in the way, and no left-over of an earlier run; rename or remove it")
 
 
 @contextmanager
@@ -348,10 +375,14 @@ def resolve(model: str, revision: str | None) -> Path:
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"{model}: no such folder")
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    doubles = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-        doubles = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))
+        copy = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{model} is neither a folder nor a model that the Hub could give ({reason})") from error
+        which = f"{model} at {revision}" if revision else model
+        raise InputError(f"{which} is neither a folder nor a model that the Hub could give ({reason})") from error
+    if not any(copy.glob("*.safetensors")):
+        raise InputError(f"{model} has no safetensors weights on the Hub; {CONVERT}")
+    return copy

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import resource
 import sys
 import time
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(args)
     except InputError as error:
         print(f"gptq: {error}", file=sys.stderr)
+    except BrokenPipeError:  # what read our output has gone; Python would complain once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"gptq: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
     except (torch.OutOfMemoryError, MemoryError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         print(f"gptq: out of memory ({first}); fewer --samples or a smaller --batch-size need less", file=sys.stderr)
@@ -104,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (None, False) or action.required
+        silent = action.default is None or action.default is False or action.required
         return action.help if silent else super()._get_help_string(action)
 
 
@@ -181,6 +186,10 @@ def _eval(args: argparse.Namespace) -> int:
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
             progress=progress.window_done,
+        )
+    if found.seq_len != args.seq_len:
+        print(
+            f"note: windows are {found.seq_len} tokens, the model's limit, instead of {args.seq_len}", file=sys.stderr
         )
     if args.json:
         _print_json(vars(found))
@@ -286,6 +295,7 @@ class Progress(Observer):
 
     def started(self, num_blocks: int, weights: int) -> None:
         self._blocks, self._weights, self._began = num_blocks, weights, time.monotonic()
+        self._done, self._block = 0, -1
         self._open_bar(weights)
 
     def layer_done(self, block: int, layer: LayerResult, weights: int) -> None:
@@ -293,7 +303,7 @@ class Progress(Observer):
         if self._bar is not None:
             self._bar.set_description(f"block {block + 1}/{self._blocks} {layer.name.rpartition('.')[2]}")
             self._bar.update(weights)
-        elif self._done == self._weights or block != self._block:
+        elif block != self._block:
             self._line(f"block {block + 1} of {self._blocks}", self._done / self._weights)
             self._block = block
 

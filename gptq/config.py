@@ -43,15 +43,19 @@ class QuantConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            number = kind is float and type(value) is int
+            _require(type(value) is kind or number, f"{field.name} is {value!r}; it has to be of type {kind.__name__}")
         _require(self.bits in (2, 3, 4, 8), f"bits is {self.bits}; GPTQ v1 files hold 2, 3, 4 or 8 bits")
         _require(
-            self.group_size == -1 or self.group_size >= 8,
-            f"group_size is {self.group_size}; take -1 (one group per row) or at least 8, usually 32, 64 or 128",
+            self.group_size == -1 or self.group_size >= 1,
+            f"group_size is {self.group_size}; it is -1 (a row is one group) or a number of inputs, such as 128",
         )
         _require(self.method in ("gptq", "rtn"), f"method is {self.method!r}; it is 'gptq' or 'rtn'")
         _require(
-            0 < self.damp_percent <= 1,
-            f"damp_percent is {self.damp_percent}; it is a fraction above 0 and at most 1, usually 0.01",
+            0 < self.damp_percent < 1,
+            f"damp_percent is {self.damp_percent}; it is a fraction between 0 and 1, usually 0.01",
         )
         _require(self.num_samples >= 1, f"num_samples is {self.num_samples}; at least one window is needed")
         _require(self.seq_len >= 2, f"seq_len is {self.seq_len}; a window has at least 2 tokens")

@@ -4,8 +4,8 @@ source tensors -> one block -> inputs of each layer -> Hessian -> solver -> code
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ from gptq.blocks import (
     Block,
     Names,
     WeightStream,
+    check_tensors,
+    check_tokens,
     choose_device,
     choose_dtype,
+    drop,
     empty_model,
     find_blocks,
     fitting_seq_len,
     read_config,
     read_tokenizer,
+    return_freed_memory,
 )
 from gptq.calibration import documents, draw_windows
 from gptq.checkpoint import ShardWriter, Source, appearing_folder, resolve, sha256
@@ -34,7 +38,7 @@ from gptq.errors import InputError
 from gptq.hessian import HessianAccumulator, exact_float32
 from gptq.plan import LayerPlan, announce, notes_on_shapes, plan_block
 from gptq.record import LayerResult, write_files
-from gptq.walk import PausableForward, Pause, pause_before, pause_instead, same_tensor
+from gptq.walk import PausableForward, Pause, identity, pause_before, pause_instead
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def quantize(
     out: str | Path,
     config: QuantConfig | None = None,
     *,
-    calibration: str | Tensor = "c4",
+    calibration: str | Path | Tensor = "c4",
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -87,7 +91,7 @@ def quantize(
         out: folder to make; it appears when the run has succeeded and is left untouched otherwise.
         calibration: source of text (see `gptq.calibration`), or ready windows of tokens, (windows, tokens) integers.
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
-        dtype: of the forward passes: "float32", "bfloat16", "float16"; "auto" is the checkpoint's own, but float32 on a
+        dtype: of the forward passes: "float32", "bfloat16", "float16"; "auto" is that of config.json, but float32 on a
             CPU without native bfloat16. The solver works in float32 on the stored weights.
         batch_size: how many calibration windows stand in mid-block at once (default all). The others repeat the
             block's forward for each distinct layer input: less memory, more time, the same bytes.
@@ -98,6 +102,7 @@ def quantize(
     started = time.monotonic()
     observer = observer or Observer()
     config = config or QuantConfig()
+    calibration = str(calibration) if isinstance(calibration, Path) else calibration
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; at least one window has to be in flight")
     folder = resolve(str(model), revision)
@@ -108,9 +113,10 @@ def quantize(
     network = empty_model(hf_config, trust_remote_code)
     blocks = find_blocks(network)
     names = Names(network, set(source.tensors))
+    left_over = check_tensors(network, names, source.tensors)
     plans = {p.name: p for block in blocks for p in plan_block(block, names, config)}
     tensors = announce(source, plans, config)
-    notes = list(notes_on_shapes(plans.values()))
+    notes = [*notes_on_shapes(plans.values(), config), *left_over]
     where = choose_device(device)
     stream = WeightStream(source, names, where, choose_dtype(dtype, hf_config, where))
 
@@ -119,6 +125,7 @@ def quantize(
         if config.method == "gptq":
             observer.stage(f"reading calibration text from {_describe(calibration)}")
             windows, shortened = _windows(calibration, folder, hf_config, config, trust_remote_code)
+            check_tokens(windows, network)
             notes += shortened
         for note in notes:
             observer.note(note)
@@ -126,7 +133,7 @@ def quantize(
         writer = ShardWriter(partial_out, tensors)
         try:
             job = _Job(config, plans, stream, writer, observer)
-            with torch.no_grad(), exact_float32():
+            with torch.no_grad(), exact_float32(where):
                 if windows is None:
                     _round_blocks(blocks, job)
                 else:
@@ -149,7 +156,7 @@ def quantize(
         layers=job.results,
         notes=notes + job.notes,
         bits_per_weight=8 * stored / sum(p.outputs * p.inputs for p in plans.values()),
-        bytes_before=_file_bytes(folder),
+        bytes_before=source.file_bytes,
         bytes_after=after,
         seconds=time.monotonic() - started,
     )
@@ -187,11 +194,9 @@ class _Job:
     stream: WeightStream
     writer: ShardWriter
     observer: Observer
-
-    def __post_init__(self) -> None:
-        self.results: list[LayerResult] = []
-        self.notes: list[str] = []
-        self.weight_checksums: dict[str, str] = {}
+    results: list[LayerResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    weight_checksums: dict[str, str] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -202,32 +207,34 @@ def _round_blocks(blocks: list[Block], job: _Job) -> None:
     for index, block in enumerate(blocks):
         for name in block.linears:
             _finish_layer(index, block, name, None, 0, job)
-        job.stream.drop(block.module)
-        job.stream.return_freed_memory()
+        drop(block.module)
+        return_freed_memory()
 
 
 def _walk_blocks(network: PreTrainedModel, blocks: list[Block], windows: Tensor, in_flight: int, job: _Job) -> None:
     """Take every window (windows, tokens) through the model's own forward, block by block."""
-    by_module = {block.module: index for index, block in enumerate(blocks)}
+    modules = [block.module for block in blocks]
     forwards = [PausableForward(partial(network, input_ids=w[None], use_cache=False)) for w in windows]
-    with job.stream.on_demand(network, blocks) as drop_others, pause_instead(by_module) as block_forward:
-        calls = [forward.advance() for forward in forwards]
-        drop_others()
-        for index, block in enumerate(blocks):
-            if any(call is None or call.module is not block.module for call in calls):
-                raise InputError(
-                    f"{block.name} is not run once per forward, in the order in which the blocks are listed"
-                )
-            job.stream.fill(block.module, block.name, skip=block.linears.values())
-            run = block_forward[block.module]
-            outputs = _walk_block(index, block, run, [call for call in calls if call], in_flight, job)
-            job.stream.drop(block.module)
-            job.stream.return_freed_memory()
-            if block is blocks[-1]:
-                break
-            for i, forward in enumerate(forwards):
-                calls[i], outputs[i] = forward.advance(outputs[i]), None
+    try:
+        with job.stream.on_demand(network, blocks) as drop_others, pause_instead(modules) as block_forward:
+            calls = [forward.advance() for forward in forwards]
             drop_others()
+            for index, block in enumerate(blocks):
+                if any(call is None or call.module is not block.module for call in calls):
+                    raise InputError(
+                        f"{block.name} is not run once per forward, in the order in which the blocks are listed"
+                    )
+                job.stream.fill(block.module, block.name, skip=block.linears.values())
+                run = block_forward[block.module]
+                outputs = _walk_block(index, block, run, [call for call in calls if call], in_flight, job)
+                drop(block.module)
+                return_freed_memory()
+                if block is blocks[-1]:
+                    break
+                for i, forward in enumerate(forwards):
+                    calls[i], outputs[i] = forward.advance(outputs[i]), None
+                drop_others()
+    finally:  # a forward left standing would hold its activations as long as the process lives
         for forward in forwards:
             forward.stop()
 
@@ -237,40 +244,53 @@ def _walk_block(
 ) -> list[Any]:
     """Quantize a block's layers in the order in which its forward reaches them; returns its output for every window.
 
-    The first `in_flight` windows run once, standing still before each layer until it is quantized. Layers that get the
-    very same tensor (queries, keys and values, say) share one Hessian and its factor.
+    The first `in_flight` windows run once, standing still before each layer until it is quantized.
     """
     fresh = [partial(run, *call.args, **call.kwargs) for call in calls]
     forwards = [PausableForward(function) for function in fresh[:in_flight]]
-    order = {linear: name for name, linear in block.linears.items()}
-    rank = {linear: i for i, linear in enumerate(order)}
+    try:
+        with pause_before(block.linears.values()):
+            for forward in forwards:
+                forward.advance()
+            done = _solve_as_reached(index, block, forwards, fresh[in_flight:], job)
+            for name, linear in block.linears.items():
+                if linear not in done:
+                    job.note(f"{name}: no calibration token reached it, so it is rounded to nearest")
+                    _finish_layer(index, block, name, None, 0, job)
+            return [f.result for f in forwards] + [_run_through(function) for function in fresh[in_flight:]]
+    finally:
+        for forward in forwards:
+            forward.stop()
+
+
+def _solve_as_reached(
+    index: int, block: Block, forwards: list[PausableForward], waiting: Sequence[Callable[[], Any]], job: _Job
+) -> set[nn.Module]:
+    """Solve the layers at which forwards stand until none stands; returns the layers that were reached.
+
+    Layers that get the very same tensors (queries, keys and values, say) share one Hessian and its factor.
+    """
+    names = {linear: name for name, linear in block.linears.items()}
+    rank = {linear: i for i, linear in enumerate(names)}
     done: set[nn.Module] = set()
     factor: solver.Factor | None = None
     tokens = 0
-    last: dict[int, Tensor] = {}
-    with pause_before(order):
-        for forward in forwards:
-            forward.advance()
-        while any(forward.standing for forward in forwards):
-            linear = min((f.standing.module for f in forwards if f.standing), key=rank.__getitem__)
-            here = {i: _input(f.standing) for i, f in enumerate(forwards) if f.standing and f.standing.module is linear}
-            if linear not in done:
-                if here.keys() != last.keys() or not all(same_tensor(here[i], last[i]) for i in here):
-                    factor = None  # free the old one first
-                    arriving = _arriving(here, fresh[in_flight:], linear)
-                    H, tokens = _hessian(order[linear], arriving, job.plans[order[linear]].inputs, job.stream.device)
-                    factor, last = _factorize(order[linear], H, job), here
-                _finish_layer(index, block, order[linear], factor, tokens, job)
-                done.add(linear)
-            for i in here:
-                forwards[i].advance()
-        last.clear()
-        factor = None
-        for linear, name in order.items():
-            if linear not in done:
-                job.note(f"{name}: no calibration token reached it, so it is rounded to nearest")
-                _finish_layer(index, block, name, None, 0, job)
-        return [f.result for f in forwards] + [_run_through(function) for function in fresh[in_flight:]]
+    shared: tuple[dict[int, Tensor], dict[int, object]] = {}, {}  # inputs that factor is of, kept alive, and identities
+    while any(forward.standing for forward in forwards):
+        linear = min((f.standing.module for f in forwards if f.standing), key=rank.__getitem__)
+        here = {i: _input(f.standing) for i, f in enumerate(forwards) if f.standing and f.standing.module is linear}
+        identities: dict[int, object] = {i: identity(x) for i, x in here.items()}
+        if linear not in done:
+            if identities != shared[1]:
+                factor = None  # free the old one first
+                name = names[linear]
+                H, tokens = _hessian(name, _arriving(here, waiting, linear), job.plans[name].inputs, job.stream.device)
+                factor, shared = _factorize(name, H, job), (here, identities)
+            _finish_layer(index, block, names[linear], factor, tokens, job)
+            done.add(linear)
+        for i in here:
+            forwards[i].advance()
+    return done
 
 
 def _input(pause: Pause) -> Tensor:

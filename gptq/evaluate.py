@@ -1,5 +1,6 @@
 """Perplexity of a model on a text."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gptq import calibration
-from gptq.blocks import fitting_seq_len, read_config, read_tokenizer
+from gptq.blocks import check_tokens, fitting_seq_len, read_config, read_tokenizer
 from gptq.checkpoint import resolve
 from gptq.errors import InputError
 from gptq.linear import load
+
+MAX_LOSS = 700.0  # its exponential is the largest that a float holds
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def perplexity_of(
     Raises:
         InputError: the model's output is not finite.
     """
+    check_tokens(tokens, network)
     total = 0.0
     for done, window in enumerate(tokens):
         window = window.to(network.device)
@@ -79,7 +83,8 @@ def perplexity_of(
         loss = torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
         total += float(loss)
         progress(done + 1, len(tokens))
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
-    if not total < float("inf"):
+    windows, seq_len = tokens.shape
+    count = windows * (seq_len - 1)
+    if not total / count < MAX_LOSS:
         raise InputError("the model's output holds NaN or infinity; try --dtype float32")
-    return Perplexity(float(torch.tensor(total / count, dtype=torch.float64).exp()), count, *tokens.shape)
+    return Perplexity(perplexity=math.exp(total / count), tokens=count, windows=windows, seq_len=seq_len)

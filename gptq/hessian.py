@@ -6,6 +6,7 @@ tokens is used: tr((W - Q) H (W - Q)^T) is then the mean squared output error of
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +34,26 @@ class HessianAccumulator:
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
+def exact_float32(device: torch.device) -> Iterator[None]:
     """Inside, products of float32 matrices are float32 products, whatever the process has set.
 
-    TF32 and bfloat16 modes round the factors to 11 or 8 bits, which neither H nor the solve survives unharmed.
+    TF32, bfloat16 modes and autocast round factors to 11 or 8 bits, which neither H nor the solve survives unharmed.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with torch.autocast(device.type, enabled=False):
+        if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9 there was one setting for all
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
+            return
+        products: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        settings = [product.fp32_precision for product in products]
+        for product in products:
+            product.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for product, setting in zip(products, settings, strict=True):
+                product.fp32_precision = setting

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from gptq import formats
-from gptq.blocks import Names, WeightStream, choose_device, choose_dtype, empty_model, read_config
+from gptq.blocks import Names, WeightStream, choose_device, choose_dtype, empty_model, read_config, shape
 from gptq.checkpoint import Source, resolve
 from gptq.errors import InputError
 
@@ -78,7 +78,11 @@ def load(
     network.config.use_cache = True
     _fill(network, source, grid, where, compute)
     if (folder / "generation_config.json").is_file():
-        network.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            network.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder / 'generation_config.json'} could not be used: {reason}") from error
     return network
 
 
@@ -86,11 +90,21 @@ def _load_plain(
     folder: Path, hf_config: PreTrainedConfig, where: torch.device, compute: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     try:
-        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, config=hf_config, dtype=compute, use_safetensors=True, trust_remote_code=trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=hf_config,
+            dtype=compute,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise InputError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    network: PreTrainedModel = loaded[0]
+    found: dict[str, set[Any]] = loaded[1]
+    wanting = sorted(str(name) for name in [*found["missing_keys"], *found["mismatched_keys"]])
+    if wanting:  # transformers would go on with random numbers
+        raise InputError(f"{folder} lacks {wanting[0]}, or holds it in another shape than its config.json describes")
     network.to(where)  # type: ignore[arg-type]
     return network
 
@@ -101,12 +115,15 @@ def read_quantization(folder: Path, quantization: dict[str, Any]) -> tuple[int, 
     Raises:
         InputError: it is not of a GPTQ v1 file with one width throughout, or lacks a value.
     """
-    method, kind = quantization.get("quant_method"), quantization.get("checkpoint_format", "gptq")
+    method, kind = (
+        quantization.get("quant_method"),
+        quantization.get("checkpoint_format") or quantization.get("format") or "gptq",
+    )
     if (method, kind) != ("gptq", "gptq"):
         raise InputError(f"{folder} is quantized as {method!r}, format {kind!r}; what is read is 'gptq', format 'gptq'")
     bits, group_size = quantization.get("bits"), quantization.get("group_size")
     where = folder / "config.json"
-    if bits not in (2, 3, 4, 8) or quantization.get("dynamic"):
+    if type(bits) is not int or bits not in (2, 3, 4, 8) or quantization.get("dynamic"):
         raise InputError(f"{where} says bits {bits!r}; what is read is 2, 3, 4 or 8, the same in all layers")
     if not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
         raise InputError(f"{where} says group_size {group_size!r}; it is -1 or a number of columns")
@@ -125,7 +142,7 @@ def packed_layers(source: Source, bits: int, group_size: int) -> list[str]:
     for layer in layers:
         found = {suffix: source.tensors.get(f"{layer}.{suffix}") for suffix in formats.SUFFIXES}
         shapes = {suffix: info.shape for suffix, info in found.items() if info}
-        if len(shapes) < len(found) or len(shapes["g_idx"]) != 1 or len(shapes["scales"]) != 2:
+        if len(shapes) < len(found) or len(shapes["g_idx"]) != 1 or len(shapes["scales"]) != 2 or 0 in shapes["g_idx"]:
             raise InputError(
                 f"{layer} in {source.folder} has {shapes}; it needs a matrix of scales and all of {found.keys()}"
             )
@@ -135,6 +152,9 @@ def packed_layers(source: Source, bits: int, group_size: int) -> list[str]:
             if shapes[suffix] != expected.shape:
                 needed = f"not {expected.shape} as {bits} bits in groups of {columns} need"
                 raise InputError(f"{layer}.{suffix} in {source.folder} has the shape {shapes[suffix]}, {needed}")
+            dtype = source.tensors[f"{layer}.{suffix}"].dtype
+            if dtype != expected.dtype and not (suffix == "scales" and dtype.is_floating_point):
+                raise InputError(f"{layer}.{suffix} in {source.folder} holds {dtype}, not {expected.dtype}")
     return layers
 
 
@@ -156,21 +176,22 @@ def _fill(
     network: PreTrainedModel, source: Source, grid: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Give an empty model its tensors, packed layers taking the place of linear ones; what is tied is tied again."""
-    names = Names(network, set(source.tensors))
     bits, group_size = grid
+    names = Names(network, set(source.tensors))
     waiting = set(packed_layers(source, bits, group_size))
-    quantized: list[QuantLinear] = []
-    for name, _ in list(network.named_modules()):
-        layer = (names.find(f"{name}.qweight") or "").removesuffix(".qweight")
-        if not layer:
-            continue
-        packed = {suffix: tensor.to(device) for suffix, tensor in read_packed(source, layer).items()}
-        bias = source.read(f"{layer}.bias").to(device, dtype) if f"{layer}.bias" in source.tensors else None
+    found = {name: names.find(f"{name}.qweight") for name, _ in network.named_modules()}
+    layers = {name: stored.removesuffix(".qweight") for name, stored in found.items() if stored}
+    if waiting - set(layers.values()):
+        extra = min(waiting - set(layers.values()))
+        raise InputError(f"{source.folder} holds {extra}.qweight, for which its config.json has no layer")
+    linears = {name: network.get_submodule(name) for name in layers}
+    WeightStream(source, names, device, dtype).fill(network, "", skip=linears.values())
+    for name, linear in linears.items():
+        packed = {suffix: tensor.to(device) for suffix, tensor in read_packed(source, layers[name]).items()}
+        needed, stored_shape = shape(linear), (packed["scales"].shape[1], packed["g_idx"].shape[0])
+        if needed != stored_shape:
+            raise InputError(f"{layers[name]} is packed for {stored_shape}, but config.json describes {needed}")
         parent, _, child = name.rpartition(".")
-        quantized.append(QuantLinear(packed, bias, bits))
-        setattr(network.get_submodule(parent), child, quantized[-1])
-        waiting.discard(layer)
-    if waiting:
-        raise InputError(f"{source.folder} holds {min(waiting)}.qweight, for which its config.json has no layer")
-    WeightStream(source, names, device, dtype).fill(network, "", skip=quantized)
+        bias = linear._parameters.get("bias")
+        setattr(network.get_submodule(parent), child, QuantLinear(packed, None if bias is None else bias.data, bits))
     network.tie_weights()

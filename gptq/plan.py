@@ -7,6 +7,7 @@ from gptq import formats
 from gptq.blocks import Block, Names, shape
 from gptq.checkpoint import Source, TensorInfo
 from gptq.config import QuantConfig
+from gptq.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,27 @@ def plan_block(block: Block, names: Names, config: QuantConfig) -> Iterator[Laye
         yield LayerPlan(name, names.stored(f"{name}.weight").removesuffix(".weight"), outputs, inputs, group_size)
 
 
-def notes_on_shapes(plans: Iterable[LayerPlan]) -> Iterator[str]:
+def notes_on_shapes(plans: Iterable[LayerPlan], config: QuantConfig) -> Iterator[str]:
     """What a user should know of shapes that do not divide, once for the like layers of all blocks."""
-    alike: dict[tuple[str, int, int], list[str]] = {}
+    alike: dict[tuple[str, str], list[str]] = {}
     for plan in plans:
-        if plan.inputs % plan.group_size:
-            key = (plan.name.rpartition(".")[2], plan.inputs, plan.group_size)
-            alike.setdefault(key, []).append(plan.name)
-    for (kind, inputs, group_size), names in alike.items():
-        whole, rest = divmod(inputs, group_size)
+        for remark in _remarks(plan, config):
+            alike.setdefault((plan.name.rpartition(".")[2], remark), []).append(plan.name)
+    for (kind, remark), names in alike.items():
         which = f"{kind} in {len(names)} layers ({names[0]} ...)" if len(names) > 1 else names[0]
-        yield (
-            f"{which}: {inputs} inputs are {whole} x {group_size} and a "
-            f"last group of {rest}. This package and GPTQModel read that; vLLM and SGLang want whole groups"
-        )
+        yield f"{which}: {remark}"
+
+
+def _remarks(plan: LayerPlan, config: QuantConfig) -> Iterator[str]:
+    whole, rest = divmod(plan.inputs, plan.group_size)
+    readers = "this package and GPTQModel read that, vLLM and SGLang do not"
+    if plan.group_size < config.group_size:
+        yield f"{plan.inputs} inputs are one group, smaller than the group size of {config.group_size}"
+    if rest:
+        yield f"{plan.inputs} inputs are {whole} groups of {plan.group_size} and a last one of {rest}; {readers}"
+    for count, what in ((plan.inputs, "inputs"), (plan.outputs, "outputs")):
+        if count * config.bits % 32:
+            yield f"{count} {what} of {config.bits} bits do not fill whole 32-bit words; {readers}"
 
 
 def announce(source: Source, plans: dict[str, LayerPlan], config: QuantConfig) -> dict[str, TensorInfo]:
@@ -53,5 +61,8 @@ def announce(source: Source, plans: dict[str, LayerPlan], config: QuantConfig) -
             announced[name] = info
         else:
             layout = formats.layout(plan.outputs, plan.inputs, config.bits, plan.group_size)
-            announced |= {f"{plan.stored}.{suffix}": packed for suffix, packed in layout.items()}
+            for suffix, packed in layout.items():
+                if f"{plan.stored}.{suffix}" in source.tensors:
+                    raise InputError(f"the checkpoint holds {plan.stored}.{suffix} already; is it quantized?")
+                announced[f"{plan.stored}.{suffix}"] = packed
     return announced

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq import formats
-from gptq.checkpoint import copy_files, sha256_file
+from gptq.checkpoint import MARKER, copy_files, sha256_file
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.plan import LayerPlan
@@ -48,7 +48,7 @@ def write_files(
     """Write config.json, quantize_config.json, the source's small files, and the record; no times, so that the same
     run makes the same bytes."""
     written = {"config.json", "quantize_config.json", RECORD}
-    copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and ".safetensors" not in n and n not in written)
+    copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
     shuffled = config.method == "gptq" and config.desc_act and not config.static_groups and config.group_size != -1
     quantization = formats.quantization_config(config, shuffled)
     hf_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -65,7 +65,9 @@ def write_files(
         "calibration": calibration,
         "layers": layers,
         "tensors": tensor_checksums,
-        "files": {p.name: sha256_file(p) for p in sorted(out.iterdir()) if not p.name.endswith(".safetensors")},
+        "files": {
+            p.name: sha256_file(p) for p in sorted(out.iterdir()) if p.suffix != ".safetensors" and p.name != MARKER
+        },
     }
     _write_json(out / RECORD, record)
 
@@ -82,7 +84,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         _ = record["files"].items(), record["tensors"].items()
-        _ = [(entry["stored"], entry["weight_sha256"]) for entry in record["layers"]]
+        for entry in record["layers"]:
+            _ = entry["stored"] + entry["weight_sha256"], entry["error"] + 0.0, entry["rtn_error"] + 0.0
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged: {error!r}") from error
     return record

@@ -1,5 +1,6 @@
 """What a quantized checkpoint holds, and whether it is still what was written."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 
 from gptq import formats
-from gptq.blocks import read_config
 from gptq.checkpoint import Source, sha256, sha256_file
 from gptq.errors import InputError
 from gptq.linear import packed_layers, read_packed, read_quantization
@@ -57,12 +57,13 @@ class Verification:
         return {"ok": not self.problems, **asdict(self)}
 
 
-def inspect(folder: Path) -> Content:
+def inspect(folder: str | Path) -> Content:
     """Read a quantized checkpoint layer by layer.
 
     Raises:
         InputError: it is not one, or its tensors do not fit each other.
     """
+    folder = Path(folder)
     source, (bits, group_size) = _open(folder)
     errors: dict[str, dict[str, Any]] = {}
     if (folder / RECORD).is_file():
@@ -84,8 +85,11 @@ def inspect(folder: Path) -> Content:
 def _open(folder: Path) -> tuple[Source, tuple[int, int]]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
-    quantization = getattr(read_config(folder, trust_remote_code=False), "quantization_config", None)
-    if quantization is None:
+    try:  # not through transformers, which would need the code of models that bring their own
+        quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'} could not be read: {error}") from error
+    if not isinstance(quantization, dict):
         raise InputError(f"{folder} is not a quantized checkpoint: its config.json has no quantization_config")
     return Source(folder), read_quantization(folder, quantization)
 
@@ -108,7 +112,7 @@ def _layer_content(source: Source, name: str, bits: int, recorded: dict[str, Any
     )
 
 
-def verify(folder: Path) -> Verification:
+def verify(folder: str | Path) -> Verification:
     """Reopen a checkpoint and compare it with what was recorded when it was written.
 
     Every tensor's and file's checksum, and for every quantized layer the checksum of the float32 weight that unpacking
@@ -117,11 +121,12 @@ def verify(folder: Path) -> Verification:
     Raises:
         InputError: the checkpoint cannot be opened, or has no record.
     """
+    folder = Path(folder)
     source, (bits, group_size) = _open(folder)
     record = read_record(folder)
-    packed_layers(source, bits, group_size)
+    packed = packed_layers(source, bits, group_size)
     problems = [*_changed_files(folder, record["files"]), *_changed_tensors(source, record["tensors"])]
-    problems += _changed_weights(source, bits, record["layers"])
+    problems += _changed_weights(source, bits, packed, record["layers"])
     return Verification(len(record["layers"]), len(record["tensors"]), len(record["files"]), problems)
 
 
@@ -143,11 +148,13 @@ def _changed_tensors(source: Source, recorded: dict[str, str]) -> Iterator[str]:
             yield f"the tensor {name} was changed after it was written"
 
 
-def _changed_weights(source: Source, bits: int, recorded: list[dict[str, Any]]) -> Iterator[str]:
+def _changed_weights(source: Source, bits: int, packed: list[str], recorded: list[dict[str, Any]]) -> Iterator[str]:
+    for name in sorted(set(packed) ^ {layer["stored"] for layer in recorded}):
+        yield f"{name} is {'packed but not recorded' if name in packed else 'recorded but not packed'}"
     for layer in recorded:
         stored = layer["stored"]
-        if any(f"{stored}.{suffix}" not in source.tensors for suffix in formats.SUFFIXES):
-            continue  # reported as missing tensors
+        if stored not in packed:
+            continue  # reported above
         try:
             weight = formats.dequantize(**read_packed(source, stored), bits=bits)
         except (InputError, ValueError) as error:

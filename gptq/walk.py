@@ -38,6 +38,9 @@ class PausableForward:
         `answer` is what the module at which the forward stands returns, if it was entered by `pause_instead`.
         """
         self.standing = None
+        if self._greenlet.dead:
+            raise RuntimeError("this forward has ended")
+        # A greenlet is false until it has started, and takes its function's arguments (none) at that first switch.
         reached = self._greenlet.switch(answer) if self._greenlet else self._greenlet.switch()
         if isinstance(reached, Pause):
             self.standing = reached
@@ -94,8 +97,9 @@ def _pausing_forward(module: nn.Module) -> Callable[..., Any]:
     return lambda *args, **kwargs: _pause(module, args, kwargs)
 
 
-def same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two live tensors are the same unchanged numbers in memory, so that layers on them share a Hessian."""
-    return a is b or (
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a._version == b._version
-    )
+def identity(x: Tensor) -> tuple[object, ...]:
+    """Equal for two tensors, as long as both are alive, if they are the same numbers in memory, unchanged in between.
+
+    Layers that get such tensors share a Hessian.
+    """
+    return x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), x._version

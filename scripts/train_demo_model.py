@@ -128,7 +128,7 @@ def main() -> None:
     peak = [0.02, 3e-3]
     optimizers = [Muon(matrices, lr=peak[0]), torch.optim.AdamW(others, lr=peak[1], betas=(0.9, 0.95), weight_decay=0)]
     draw = torch.Generator().manual_seed(SEED)
-    native_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    native_bf16 = torch.cpu._is_avx512_bf16_supported()
     bar = tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
     start, step, progress, average, saved = time.monotonic(), 0, 0.0, float("nan"), 0.0
     while progress < 1.0:

@@ -17,6 +17,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # the models are tiny: threads would wait for each other longer than they compute
+
 DATA = Path(os.environ.get("GPTQ_TEST_DATA", Path(__file__).parents[2] / "shared"))
 WIDTH, VOCAB = 64, 320
 

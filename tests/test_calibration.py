@@ -80,11 +80,13 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "a.csv").write_text("text\n1\n")
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
     (tmp_path / "broken.jsonl").write_text('{"content": "x"\n[')
+    (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("a.csv", "is not a .txt, .jsonl or .parquet"),
         ("a.jsonl", "no column 'text'; its columns are content"),
         ("broken.jsonl", "could not be read"),
+        ("numbers.jsonl", "holds int64, not strings"),
         ("empty", "could not be read"),
         ("nowhere.txt", "no such file or folder"),
     ):

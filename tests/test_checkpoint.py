@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq import InputError
-from gptq.checkpoint import DTYPES, INDEX, ShardWriter, Source, TensorInfo, appearing_folder
+from gptq.checkpoint import DTYPES, INDEX, MARKER, ShardWriter, Source, TensorInfo, appearing_folder
 
 
 def some_tensors(rng: torch.Generator) -> dict[str, torch.Tensor]:
@@ -108,6 +108,7 @@ def test_occupied_folders_small_disks_and_second_runs_are_refused(tmp_path: Path
 def test_left_overs_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "old").touch()
+    (tmp_path / "out.partial" / MARKER).touch()
     with appearing_folder(tmp_path / "out", 1) as working:
         (working / "new").touch()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
@@ -163,3 +164,22 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, bad: float) -> No
     assert torch.equal(source.read("fine"), torch.ones(2))
     with pytest.raises(InputError, match=r"broken\.weight in .* holds NaN or infinity"):
         source.read("broken.weight")
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious.txt").write_text("x")
+    with pytest.raises(InputError, match="is in the way"), appearing_folder(tmp_path / "out", 1):
+        pass
+    assert (tmp_path / "out.partial" / "precious.txt").read_text() == "x"
+
+
+def test_links_and_parents(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with appearing_folder(tmp_path / "link", 1) as working:
+        (working / "file").touch()
+    assert (tmp_path / "real" / "file").exists()
+    with pytest.raises(RuntimeError, match="x"), appearing_folder(tmp_path / "a" / "b" / "out", 1):
+        raise RuntimeError("x")
+    assert not (tmp_path / "a").exists()

@@ -18,7 +18,8 @@ def test_json_both_ways() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [("bits", 5), ("bits", 0), ("group_size", 0), ("group_size", -2), ("damp_percent", 0.0), ("damp_percent", 1.5),
-     ("num_samples", 0), ("seq_len", 1), ("method", "awq"), ("seed", -1), ("damp_percent", float("nan"))],
+     ("num_samples", 0), ("seq_len", 1), ("method", "awq"), ("seed", -1), ("damp_percent", float("nan")),
+     ("bits", 4.0), ("sym", "no"), ("seed", None)],
 )  # fmt: skip
 def test_an_option_out_of_range_is_named_with_its_value(option: str, value: Any) -> None:
     with pytest.raises(InputError, match=rf"^{option} is '?{value}"):

@@ -1,7 +1,9 @@
 """The whole journey on tiny random models of each architecture, checked against plain transformers and the oracle."""
 
+import gc
 import hashlib
 import json
+import resource
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -9,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from greenlet import greenlet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
-from gptq import InputError, QuantConfig, engine, load, quantize, solver, verify
+from gptq import InputError, QuantConfig, engine, load, perplexity, quantize, solver, verify
 from gptq.checkpoint import ShardWriter, sha256
+from gptq.linear import QuantLinear
 from tests import oracle
 from tests.conftest import ARCHITECTURES, VOCAB, WIDTH, MakeModel
 
@@ -79,6 +83,75 @@ def test_what_a_file_holds_is_what_the_solver_chose_and_the_forward_used(
         read = oracle.dequantized(file, layer["stored"], 4)
         assert torch.equal(read.float().double(), read)
         assert sha256(read.float()) == layer["weight_sha256"]
+        for dtype in ("float32", "bfloat16", "float16"):  # of activations; packed tensors stay as they are
+            linear = load(tmp_path / "out", dtype=dtype).get_submodule(layer["name"])
+            assert isinstance(linear, QuantLinear)
+            assert sha256(linear.weight()) == layer["weight_sha256"]
+
+
+def test_what_is_written_for_readers(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
+    source = make_model("llama")
+    for name, options, sym, desc_act in (
+        ("sym", {}, True, False),
+        ("asym", {"sym": False, "desc_act": True}, False, False),
+        ("scattered", {"desc_act": True, "static_groups": False}, True, True),
+    ):
+        out = tmp_path / name
+        quantize(source, out, QuantConfig(**{**CONFIG.to_dict(), **options}), calibration=windows)
+        written = json.loads((out / "quantize_config.json").read_text())
+        expected = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 32, "lm_head": False}
+        assert {**written, **expected, "sym": sym, "desc_act": desc_act} == written
+        config = json.loads((out / "config.json").read_text())
+        assert config.pop("quantization_config") == written
+        assert config == json.loads((source / "config.json").read_text())
+        assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_a_failed_run_lets_go_of_its_forwards(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
+    source = make_model("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="infinity"):
+        quantize(source, tmp_path / "out", CONFIG, calibration=windows)
+    gc.collect()
+    assert not [g for g in gc.get_objects() if type(g) is greenlet and g and not g.dead and g.parent]
+
+
+def test_missing_tensors_are_found_before_the_work_and_when_measuring(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path, text_file: str
+) -> None:
+    source = make_model("llama")
+    original = load_file(source / "model.safetensors")
+    for name in ("model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
+        save_file({k: t for k, t in original.items() if k != name}, source / "model.safetensors")
+        with pytest.raises(InputError, match=f"lacks {name}"):
+            quantize(source, tmp_path / "out", QuantConfig(method="rtn"))
+        with pytest.raises(InputError, match=f"lacks {name}"):
+            perplexity(source, text_file, seq_len=32)
+    whole_numbers = {**original, "model.layers.0.mlp.up_proj.weight": torch.ones(96, 64, dtype=torch.int32)}
+    save_file(whole_numbers, source / "model.safetensors")
+    with pytest.raises(InputError, match=r"up_proj\.weight holds torch\.int32, not floating-point"):
+        quantize(source, tmp_path / "out", CONFIG, calibration=windows)
+    save_file({**original, "mtp.weight": torch.ones(3)}, source / "model.safetensors")
+    result = quantize(source, tmp_path / "out", CONFIG, calibration=windows)
+    assert any("1 tensors that the model does not use (mtp.weight ...)" in note for note in result.notes)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["mtp.weight"], torch.ones(3))
+    with pytest.raises(InputError, match=r"tokens run from \d+ to 9999"):
+        quantize(
+            source, tmp_path / "new", CONFIG, calibration=windows.clamp(min=1).index_fill(0, torch.tensor([2]), 9999)
+        )
+
+
+def test_a_layer_that_no_token_reaches_is_rounded_and_said(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.up_proj(x))))
+    result = quantize(make_model("llama"), tmp_path / "out", CONFIG, calibration=windows)
+    unreached = [layer for layer in result.layers if layer.tokens == 0]
+    assert [layer.name for layer in unreached] == [f"model.layers.{i}.mlp.gate_proj" for i in range(2)]
+    assert sum("no calibration token reached it" in note for note in result.notes) == 2
+    assert verify.verify(tmp_path / "out").problems == []
 
 
 @pytest.mark.parametrize("options", [{}, {"desc_act": True, "static_groups": False, "sym": False}])
@@ -184,7 +257,7 @@ def test_sizes_are_the_formats_arithmetic(
     assert result.bytes_after == (out / "model.safetensors").stat().st_size
     content = verify.inspect(out)
     assert content.quantized_bytes == 2 * stored
-    assert bool(result.notes) == (group_size == 48)
+    assert any("a last one of" in note for note in result.notes) == (group_size == 48)
 
 
 def test_rtn_needs_no_calibration_and_is_the_nearest_code(make_model: MakeModel, tmp_path: Path) -> None:
@@ -325,8 +398,19 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ShardWriter, "write", fills_up)
-    with pytest.raises(InputError, match="No space left on device; nothing was left there"):
+    with pytest.raises(InputError, match=r"No space left on device\); nothing is left there"):
         quantize(make_model("llama"), tmp_path / "out", CONFIG, calibration=windows)
+    assert leaves_nothing(tmp_path / "out")
+
+
+def test_a_real_limit_on_file_size_is_a_sentence_too(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
+    source, before = make_model("llama"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"File too large\); nothing is left there"):
+            quantize(source, tmp_path / "out", CONFIG, calibration=windows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert leaves_nothing(tmp_path / "out")
 
 

@@ -20,6 +20,18 @@ def test_scales_are_float16_and_zeros_fit_gptq_v1(bits: int, sym: bool, rng: tor
         assert (zero == 2 ** (bits - 1)).all()
 
 
+def test_scales_by_hand() -> None:
+    w = torch.tensor([[-1.5, 0.25, 3.0], [-6.0, 0.0, 1.5]])
+    scale, zero = grid.fit(w, 2, sym=True)  # 2 max|w| / 3
+    assert (scale.tolist(), zero.tolist()) == ([2.0, 4.0], [2.0, 2.0])
+    assert grid.quantize(w, scale[:, None], zero[:, None], 2).tolist() == [[1, 2, 3], [0, 2, 2]]
+    scale, zero = grid.fit(w, 4, sym=False)  # (max - min) / 15
+    assert torch.allclose(scale, torch.tensor([0.3, 0.5]), rtol=2**-11)
+    assert zero.tolist() == [5.0, 12.0]
+    scale, zero = grid.fit(torch.tensor([[0.0, 7.0, 14.0]]), 4, sym=False)  # all positive: zero 1, top code 14 steps up
+    assert (scale.tolist(), zero.tolist()) == ([1.0], [1.0])
+
+
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_every_weight_is_within_half_a_step_on_the_asymmetric_grid(bits: int, rng: torch.Generator) -> None:
     """Also where all weights have one sign, where a zero point of 0 would be the natural but forbidden choice."""

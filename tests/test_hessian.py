@@ -1,5 +1,6 @@
 """H is the closed form, summed in float32, and does not depend on how the tokens arrive."""
 
+import pytest
 import torch
 
 from gptq.hessian import HessianAccumulator, exact_float32
@@ -36,11 +37,24 @@ def test_no_tokens_is_zero_not_nan() -> None:
 
 
 def test_reduced_precision_modes_are_off_inside_and_come_back() -> None:
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:
+        pytest.skip("this torch has one precision setting for all backends")
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("medium")
-        with exact_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
+        torch.set_float32_matmul_precision("medium")  # the setting of old
+        with torch.autocast("cpu", torch.bfloat16), exact_float32(torch.device("cpu")):
+            assert (x @ x).dtype == torch.float32
+            assert matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+    own = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"  # the newer one
+        with exact_float32(torch.device("cpu")):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = own

@@ -14,10 +14,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_tree_is_the_one_on_disk() -> None:
     tree = README.split("## Where things are")[1].split("```")[1]
-    listed = set(re.findall(r"^    (\w+\.py)", tree, re.MULTILINE))
+    listed = set(re.findall(r"^    (\w+\.py)", tree.split("\nscripts/")[0], re.MULTILINE))
     assert listed == {p.name for p in (ROOT / "gptq").glob("*.py") if not p.name.startswith("__")}
     listed_scripts = set(
-        re.findall(r"^    (\w+(?:\.py)?) ", tree.split("scripts/")[1].split("tests/")[0], re.MULTILINE)
+        re.findall(r"^    (\w+(?:\.py)?) ", tree.split("\nscripts/")[1].split("\ntests/")[0], re.MULTILINE)
     )
     assert listed_scripts == {p.name for p in (ROOT / "scripts").iterdir() if p.is_file()}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptq.walk import PausableForward, pause_before, pause_instead, same_tensor
+from gptq.walk import PausableForward, identity, pause_before, pause_instead
 
 
 def network() -> nn.Sequential:
@@ -83,11 +83,19 @@ def test_stopping_frees_and_errors_reach_the_caller() -> None:
     assert not net[0]._forward_pre_hooks
 
 
-def test_same_tensor_sees_writes_and_views() -> None:
+def test_identity_sees_views_and_writes() -> None:
     x = torch.zeros(2, 6)
-    assert same_tensor(x, x.view(2, 6))
-    assert not same_tensor(x, x.clone())
-    assert not same_tensor(x, x.view(3, 4))
-    view = x.view(2, 6)
-    remembered = torch.zeros(2, 6)
-    assert not same_tensor(view, remembered)
+    before = identity(x)
+    assert identity(x.view(2, 6)) == before
+    assert identity(x.clone()) != before
+    assert identity(x.view(3, 4)) != before
+    x += 1
+    assert identity(x) != before
+
+
+def test_an_ended_forward_cannot_go_on() -> None:
+    forward = PausableForward(lambda: 7)
+    assert forward.advance() is None
+    assert forward.result == 7
+    with pytest.raises(RuntimeError, match="has ended"):
+        forward.advance()
