@@ -296,9 +296,10 @@ def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     with _sole_use(partial, out):
         try:
-            for left_over in partial.iterdir():  # of a run that was killed
-                left_over.unlink()
             (partial / MARKER).touch()
+            for left_over in partial.iterdir():  # of a run that was killed
+                if left_over.name != MARKER:
+                    left_over.unlink()
             free = shutil.disk_usage(partial).free
             if free < needed_bytes:
                 raise InputError(f"{out} needs {needed_bytes / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free")
