@@ -1,0 +1,79 @@
+"""Weights alone to 8, 4, 3, 2 bits, three ways: max-abs per tensor, round-to-nearest per channel, GPTQ per channel.
+
+Activations and biases stay float32. A convolution is the matrix of its unfolded patches, so the package's own solver
+does all layers. They go in order, and each layer's Hessian is of the inputs that the GPTQ layers before it make.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gptq.hessian import HessianAccumulator, exact_float32
+from gptq.solver import act_order, factorize, output_power, round_to_nearest, solve
+from lenet_baseline.maxabs import dequantize_weights, quantize_weights
+from lenet_baseline.model import LeNet, unfold, walk
+
+Method = Literal["max-abs", "rtn", "gptq"]
+METHODS: tuple[Method, ...] = ("max-abs", "rtn", "gptq")
+BITS = (8, 4, 3, 2)
+BATCH = 250  # images whose unfolded patches stand in memory at once
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What one width made of a model, by method."""
+
+    models: dict[Method, LeNet]
+    errors: dict[Method, dict[str, float]]  # by layer: tr(E H E^T) / tr(W H W^T), E = W - Q, on the inputs GPTQ saw
+
+
+@torch.no_grad()
+def quantize_weight(W: Tensor, H: Tensor, method: Method, bits: int) -> Tensor:
+    """The dequantized weight, (outputs, inputs) float32.
+
+    Args:
+        W: (outputs, inputs) float32.
+        H: (inputs, inputs) float32, mean of x x^T over the layer's inputs; only GPTQ looks at it.
+    """
+    if method == "max-abs":
+        return dequantize_weights(*quantize_weights(W, bits))
+    if method == "rtn":
+        return round_to_nearest(W, bits, W.shape[1], sym=True).weight()
+    with exact_float32(W.device):
+        return solve(W, factorize(H, act_order(H)), bits, W.shape[1], sym=True).weight()
+
+
+@torch.no_grad()
+def quantize_model(model: LeNet, bits: int, images: Tensor) -> Quantized:
+    """All layers at one width by every method, calibrated on images (n, 3, 32, 32)."""
+    models = {method: _copy(model) for method in METHODS}
+    errors: dict[Method, dict[str, float]] = {method: {} for method in METHODS}
+
+    def layer(name: str, x: Tensor) -> Tensor:
+        shape = model.weight(name).shape
+        W = model.weight(name).flatten(1)  # (outputs, inputs)
+        H = _hessian(x, model.weight(name))
+        for method in METHODS:
+            Q = quantize_weight(W, H, method, bits)
+            errors[method][name] = output_power(W - Q, H) / output_power(W, H)
+            models[method].weight(name).copy_(Q.view(shape))
+        return models["gptq"].layer(name, x)
+
+    walk(images, layer)
+    return Quantized(models, errors)
+
+
+def _copy(model: LeNet) -> LeNet:
+    copy = LeNet(model.bias)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def _hessian(x: Tensor, weight: Tensor) -> Tensor:
+    accumulator = HessianAccumulator(weight[0].numel(), x.device)
+    with exact_float32(x.device):
+        for part in x.split(BATCH):
+            accumulator.add(unfold(part, weight))
+    return accumulator.mean()
