@@ -4,41 +4,72 @@ This is the one file that knows how transformers models are built. A model is ma
 are read from the checkpoint when it is about to run, and dropped when it is done.
 """
 
+import copy
 import ctypes
-import math
+import inspect
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from gptq.checkpoint import Source, TensorInfo
 from gptq.errors import InputError
+from gptq.experts import Experts, take_apart
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is stored as (inputs, outputs)
+FUSED = (  # what engines make one layer of, and its name there (`packed_modules_mapping` in vLLM's models)
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("qkv_proj", ("query", "key", "value")),
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+    ("gate_up_proj", ("w1", "w3")),
+    ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
+)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One of the model's repeated blocks; `linears` are its quantizable layers by their full name in the model."""
+    """One of the model's repeated blocks, or its output head, which is its own only layer.
+
+    `linears` are its quantizable layers by their full name in the model.
+    """
 
     name: str
     module: nn.Module
     linears: dict[str, nn.Module]
+
+    def is_head(self) -> bool:
+        return isinstance(self.module, LINEAR)
+
+    def stops(self) -> dict[nn.Module, str]:
+        """Where a forward is stopped, with names: the layers, but lists of experts as one."""
+        experts = {m: f"{self.name}.{path}" for path, m in self.module.named_modules() if isinstance(m, Experts)}
+        inside = {layer for m in experts for layer in m.modules()}
+        alone = {m: name for name, m in self.linears.items() if m not in inside}
+        found = alone | {
+            m: name for m, name in experts.items() if not set(self.linears.values()).isdisjoint(m.modules())
+        }
+        return {module: found[module] for module in self.module.modules() if module in found}
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
@@ -86,36 +117,86 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     return tokenizer
 
 
-def fitting_seq_len(seq_len: int, hf_config: PreTrainedConfig) -> tuple[int, list[str]]:
-    """seq_len, or the model's limit where that is smaller, and a note that says so."""
+def fitting_seq_len(seq_len: int, hf_config: PreTrainedConfig, model: nn.Module | None = None) -> tuple[int, list[str]]:
+    """seq_len, or the model's limit where that is smaller, and a note that says so.
+
+    A position embedding with a padding row (RoBERTa's) starts counting behind it, which only `model` can tell.
+    """
     limit = getattr(hf_config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit >= seq_len:
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")] if model is not None else []
+    padding = max(
+        (m.padding_idx for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None), default=-1
+    )
+    if not isinstance(limit, int) or limit - padding - 1 >= seq_len:
         return seq_len, []
     if limit < 2:
         raise InputError(f"config.json says max_position_embeddings {limit}; a window has at least 2 tokens")
+    limit -= padding + 1
     return limit, [f"windows are {limit} tokens, the model's limit, instead of {seq_len}"]
+
+
+def model_class(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
+    """The class that config.json names, or an Auto class that finds one: code of its own, causal model, base model."""
+    name = next(iter(getattr(config, "architectures", None) or []), "")
+    own_code: dict[str, str] = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and own_code:
+        autos = [auto for auto, where in own_code.items() if auto != "AutoConfig" and where.endswith(f".{name}")]
+        return getattr(transformers, autos[0]) if autos else AutoModelForCausalLM
+    named = getattr(transformers, name, None) if name.isidentifier() else None
+    if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
+        return named
+    known = AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if type(config) in known else AutoModel
 
 
 def empty_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """The model in evaluation mode with parameters on the meta device and real (computed) buffers.
 
     Raises:
-        InputError: transformers has no causal language model for this configuration.
+        InputError: transformers has no model for this configuration.
     """
     try:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # initial values that do not exist cannot be set
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            kind = model_class(config, trust_remote_code)
+            if issubclass(kind, PreTrainedModel):
+                model: PreTrainedModel = kind._from_config(copy.deepcopy(config))
+            else:
+                model = kind.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"no causal language model for model_type {config.model_type!r}: {reason}") from error
+        raise InputError(f"no model could be made for model_type {config.model_type!r}: {reason}") from error
     model.config.use_cache = False
     model.eval()
     return model
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The model's blocks: of the outermost lists of alike modules, the one with most linear weights.
+def take_experts_apart(model: nn.Module, names: "Names") -> list[str]:
+    """Put single experts where `model` has fused ones and the checkpoint has single ones; returns notes on the rest."""
+    fused = []
+    for name, module in list(model.named_modules()):
+        stacks = [p for p in module._parameters.values() if p is not None and p.ndim == 3 and len(p) > 1]
+        if len(stacks) < 2:
+            continue
+        single = names.find(f"{name}.0.down_proj.weight") or names.find_packed(f"{name}.0.down_proj")
+        experts = take_apart(module) if single else None
+        if experts is None:
+            fused.append(name)
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, experts.eval())
+    if not fused:
+        return []
+    return [
+        f"fused tensors of {len(fused)} modules ({fused[0]} ...) stay as they are: the checkpoint has no single ones"
+    ]
+
+
+def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tuple[list[Block], list[str]]:
+    """The model's blocks, those of each outermost list of alike modules with linear layers; and notes.
+
+    Lists inside a part of the model (an image encoder, say) that takes none of `inputs`, the names of what the model is
+    called on, are left out, because nothing will reach them.
 
     Raises:
         InputError: the model has no repeated blocks with linear layers.
@@ -123,24 +204,80 @@ def find_blocks(model: nn.Module) -> list[Block]:
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if isinstance(module, nn.ModuleList)
+        and len({type(child) for child in module}) == 1
+        and not isinstance(module[0], LINEAR)
+        and _linears(module, name)
     }
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
-    weights = {n: sum(math.prod(shape(w)) for w in _linears(m, n).values()) for n, m in outermost.items()}
-    if not any(weights.values()):
+    if not outermost:
         raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
-    name = max(weights, key=lambda n: weights[n])
-    return [Block(f"{name}.{i}", m, _linears(m, f"{name}.{i}")) for i, m in enumerate(outermost[name])]
+    reached = {n: m for n, m in outermost.items() if inputs is None or _takes(model, n, inputs)}
+    notes = [f"{n} stays as it is: the calibration has no inputs for it" for n in outermost if n not in reached]
+    if not reached:
+        kind, wanted = type(model).__name__, getattr(model, "main_input_name", "other inputs")
+        raise InputError(f"{kind} is called on {wanted}, so it needs arrays of them for calibration, not text")
+    blocks = [(f"{n}.{i}", child) for n, m in reached.items() for i, child in enumerate(m)]
+    return [Block(name, module, _linears(module, name)) for name, module in blocks], notes
+
+
+def _takes(model: nn.Module, name: str, inputs: Collection[str]) -> bool:
+    """Whether all models inside `model` and around the module called `name` take one of `inputs`.
+
+    A decoder's input_ids are its whole model's decoder_input_ids.
+    """
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
+    wanted = [m.main_input_name for m in around if isinstance(m, PreTrainedModel)]
+    return all(any(given.endswith(want) for given in inputs) for want in wanted)
+
+
+def find_head(model: PreTrainedModel) -> Block:
+    """The layer that turns hidden states into scores of tokens; raises InputError where the model has none."""
+    head = model.get_output_embeddings()
+    name = next((n for n, m in model.named_modules() if m is head), None)
+    if name is None or not isinstance(head, LINEAR):
+        raise InputError(f"{type(model).__name__} has no linear output head to quantize")
+    return Block(name, head, {name: head})
+
+
+def check_untied(config: PreTrainedConfig, head: Block, names: "Names", trust_remote_code: bool) -> None:
+    """Raises InputError where a model with an output head of its own cannot be described, or needs more than that."""
+    values = config.to_dict()
+    for part in (values, values.get("text_config")):
+        if isinstance(part, dict):
+            part["tie_word_embeddings"] = False
+    apart = type(config).from_dict(values)
+    model = empty_model(apart, trust_remote_code)
+    take_experts_apart(model, names)
+    needed = {name for name, _ in model.named_parameters()} - {f"{head.name}.weight"}
+    if apart.get_text_config().tie_word_embeddings or any(names.find_own(name) is None for name in needed):
+        raise InputError(f"a {config.model_type} model cannot have an output head of its own; leave out --lm-head")
 
 
 def _linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
     return {f"{prefix}.{n}": m for n, m in module.named_modules() if isinstance(m, LINEAR)}
 
 
+def fused_siblings(layers: Iterable[str]) -> list[list[str]]:
+    """The layers, those together that engines fuse into one: parts of one FUSED entry inside the same module."""
+    groups: dict[tuple[str, object], list[str]] = {}
+    for name in layers:
+        parent, _, own = name.rpartition(".")
+        fused = next((parts for _, parts in FUSED if own in parts), own)
+        groups.setdefault((parent, fused), []).append(name)
+    return list(groups.values())
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether a linear layer's weight is stored as (inputs, outputs)."""
+    return isinstance(linear, Conv1D)
+
+
 def shape(linear: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer."""
     rows, columns = linear.weight.shape  # type: ignore[misc]
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+    return (columns, rows) if is_transposed(linear) else (rows, columns)
 
 
 def check_tokens(windows: Tensor, network: PreTrainedModel) -> None:
@@ -153,27 +290,56 @@ def check_tokens(windows: Tensor, network: PreTrainedModel) -> None:
         )
 
 
+def check_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    """Raises InputError for an argument that the model does not take."""
+    known = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
+    unknown = [name for name in inputs if name not in known]
+    if unknown:
+        raise InputError(f"{type(model).__name__} takes no {unknown[0]}; it takes {', '.join(known)}")
+
+
+def with_defaults(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's forward without a cache of keys and values, where it has one."""
+    cached = "use_cache" in inspect.signature(model.forward).parameters
+    return partial(model, use_cache=False) if cached else model
+
+
 class Names:
     """Translates names of a model's tensors to the names a checkpoint uses.
 
     Checkpoints saved from a bare model lack the head model's prefix (`h.0.` for `transformer.h.0.`) and the other way
-    round, and of tied tensors only one may be stored.
+    round, and of tied tensors only one may be stored. Beyond that, transformers' own table is asked, which knows of
+    `block_sparse_moe` for `mlp`, or of experts called w1, w2 and w3; single experts are named as in `gptq.experts`.
     """
 
-    def __init__(self, model: PreTrainedModel, stored: set[str]) -> None:
-        self._stored = stored
+    def __init__(self, model: PreTrainedModel, stored: Collection[str]) -> None:
         self._prefix = model.base_model_prefix + "."
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         self._tied = {**tied, **{v: k for k, v in tied.items()}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            table = get_model_conversion_mapping(model)
+        self._stored = {name: name for name in stored}
+        for name in stored:
+            self._stored.setdefault(_name_in_model(name, table), name)
 
     def find(self, name: str) -> str | None:
-        for candidate in (name, self._tied.get(name)):
-            if candidate is None:
-                continue
-            for spelled in (candidate, candidate.removeprefix(self._prefix), self._prefix + candidate):
-                if spelled in self._stored:
-                    return spelled
-        return None
+        found = self.find_own(name)
+        return self.find_own(self._tied[name]) if found is None and name in self._tied else found
+
+    def find_own(self, name: str) -> str | None:
+        """Under its own name, not under that of a tensor it is tied to."""
+        spelled = (name, name.removeprefix(self._prefix), self._prefix + name)
+        return next((self._stored[s] for s in spelled if s in self._stored), None)
+
+    def find_packed(self, layer: str) -> str | None:
+        """What the checkpoint calls a layer that it holds packed."""
+        found = (self.find_own(f"{layer}.{marker}") for marker in PACKED_WEIGHTS)
+        return next((name.rpartition(".")[0] for name in found if name), None)
+
+    def find_layer(self, layer: str) -> str:
+        """What the checkpoint calls a layer that it holds as it is; its name in the model where that has no weight."""
+        return (self.find_own(f"{layer}.weight") or layer).removesuffix(".weight")
 
     def stored(self, name: str) -> str:
         """Raises InputError if the checkpoint has no such tensor."""
@@ -183,25 +349,68 @@ class Names:
         return found
 
 
-def check_tensors(network: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> list[str]:
-    """Compare what a model needs with what a checkpoint's headers say it holds; returns notes on what is left over.
+PACKED_WEIGHTS = ("qweight", "weight_packed")
+PACKED = re.compile(  # stands where a linear layer's `weight` was
+    r"(?<=\.)(qweight|qzeros|scales|g_idx|weight_(?:packed|scale|zero_point|shape|g_idx))$"
+)
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # of a fused parameter, in order
+STACKING = {"MergeModulelist", "Concatenate", "Force16BytesAlignment"}  # what makes fused experts of single ones
 
+
+def _name_in_model(name: str, table: Collection[Any]) -> str:
+    """What transformers calls a checkpoint's tensor; a matrix of one expert gets the name it has in `gptq.experts`."""
+    suffix = PACKED.search(name)
+    key = PACKED.sub("weight", name)
+    for renaming in table:
+        if isinstance(renaming, WeightRenaming):
+            key, _ = renaming.rename_source_key(key)
+    for converter in table:
+        fused, pattern = converter.rename_source_key(key) if isinstance(converter, WeightConverter) else (key, None)
+        if pattern is not None:
+            key = _name_of_part(key, fused, str(pattern), converter) or key
+            break
+    return key.removesuffix("weight") + suffix[0] if suffix else key
+
+
+def _name_of_part(key: str, fused: str, pattern: str, converter: Any) -> str | None:
+    experts, _, parameter = fused.rpartition(".")
+    parts = PARTS.get(parameter, ())
+    number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+    stacked = {type(operation).__name__ for operation in converter.operations} <= STACKING
+    if not number or not stacked or len(parts) != len(converter.source_patterns):
+        return None
+    return f"{experts}.{number[1]}.{parts[converter.source_patterns.index(pattern)]}.weight"
+
+
+def check_tensors(
+    network: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo], packed: Collection[str] = ()
+) -> list[str]:
+    """Compare what a model needs with what a checkpoint's headers say it holds; returns the tensors left over.
+
+    Args:
+        packed: layers of the model whose weight is not looked for.
     Raises:
         InputError: a tensor is missing, has another shape, or does not hold floating-point numbers.
     """
-    used = {names.find(name) for name, _ in network.named_buffers()}
-    for name, parameter in network.named_parameters():
+    used: set[str | None] = set()
+    without = {f"{name}.weight" for name in packed}
+    needed = [(name, tensor) for name, tensor in network.named_parameters() if name not in without]
+    for name, tensor in [*needed, *((n, b) for n, b in network.named_buffers() if names.find(n))]:
         stored = names.stored(name)
         used.add(stored)
-        found, needed = tensors[stored], tuple(parameter.shape)
-        if found.shape != needed:
+        found, expected = tensors[stored], tuple(tensor.shape)
+        if found.shape != expected:
             raise InputError(
-                f"{stored} has the shape {found.shape}, but config.json describes a model where it is {needed}"
+                f"{stored} has the shape {found.shape}, but config.json describes a model where it is {expected}"
             )
-        if not found.dtype.is_floating_point:
+        if tensor.is_floating_point() and not found.dtype.is_floating_point:
             raise InputError(f"{stored} holds {found.dtype}, not floating-point weights; is the checkpoint quantized?")
     used |= {names.find(name) for name in getattr(network, "all_tied_weights_keys", None) or {}}
-    extra = [name for name in tensors if name not in used]
+    return [name for name in tensors if name not in used]
+
+
+def note_on_left_over(extra: list[str]) -> list[str]:
+    """What is said of tensors that `check_tensors` has left over."""
     if not extra:
         return []
     return [f"{len(extra)} tensors that the model does not use ({extra[0]} ...) are copied as they are"]
@@ -220,35 +429,45 @@ class WeightStream:
         """Give `module`, whose name in the model is `prefix`, its tensors, but not the weights of modules in `skip`.
 
         Raises:
-            InputError: a tensor is missing, has another shape, or is not finite.
+            InputError: a tensor is missing or not finite.
         """
         for path, child in module.named_modules() if recurse else [("", module)]:
             name = ".".join(part for part in (prefix, path) if part)
             for key, old in child._parameters.items():
                 if old is not None and not (key == "weight" and child in skip):
-                    child._parameters[key] = nn.Parameter(self.read(f"{name}.{key}", old), requires_grad=False)
+                    child._parameters[key] = nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False)
             for key, buffer in child._buffers.items():
                 if buffer is not None:
                     saved = key not in child._non_persistent_buffers_set and self._names.find(f"{name}.{key}")
-                    child._buffers[key] = self.read(f"{name}.{key}", buffer) if saved else buffer.to(self.device)
+                    child._buffers[key] = self.read(f"{name}.{key}") if saved else buffer.to(self.device)
 
     def weight(self, linear: nn.Module, name: str) -> Tensor:
         """The stored weight of a linear layer as (outputs, inputs) float32."""
-        W = self.read(f"{name}.weight", linear.weight, torch.float32)  # type: ignore[arg-type]
-        return W.T.contiguous() if isinstance(linear, Conv1D) else W
+        W = self.read(f"{name}.weight", torch.float32)
+        return W.T.contiguous() if is_transposed(linear) else W
 
     def set_weight(self, linear: nn.Module, W: Tensor) -> None:
         """Put W (outputs, inputs) into a linear layer, in the dtype that the forward computes in."""
-        stored = (W.T if isinstance(linear, Conv1D) else W).to(self._dtype).contiguous()
-        linear.weight = nn.Parameter(stored, requires_grad=False)
+        linear.weight = nn.Parameter(self.computed_with(linear, W), requires_grad=False)
 
-    def read(self, name: str, old: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor called `name` in the model, which has to have the shape of `old`."""
+    def computed_with(self, linear: nn.Module, W: Tensor) -> Tensor:
+        """W (outputs, inputs) as the linear layer holds it, in its own order and the forward's dtype."""
+        return (W.T if is_transposed(linear) else W).to(self._dtype).contiguous()
+
+    def to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a model is called on, numbers that are not whole in the forward's dtype."""
+        return {
+            name: x.to(self.device, self._dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()
+        }
+
+    def as_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        """The checkpoint's name of the tensor called `name` in the model, and new values for it in the stored dtype."""
         stored = self._names.stored(name)
-        tensor = self._source.read(stored)
-        if tensor.shape != old.shape:
-            found, needed = tuple(tensor.shape), tuple(old.shape)
-            raise InputError(f"{stored} has the shape {found}, but config.json describes a model where it is {needed}")
+        return stored, tensor.to(self._source.tensors[stored].dtype)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor called `name` in the model, which `check_tensors` has compared with it."""
+        tensor = self._source.read(self._names.stored(name))
         dtype = (dtype or self._dtype) if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=self.device, dtype=dtype)
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,6 +88,9 @@ class Source:
     @property
     def file_bytes(self) -> int:
         return sum(file.stat().st_size for file in set(self._file_of.values()))
+
+    def file_of(self, name: str) -> Path:
+        return self._file_of[name]
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, in memory of its own.
@@ -175,14 +179,21 @@ class ShardWriter:
     Shards are what `safetensors.torch.save_file` makes of the same tensors, byte for byte, with the Hub's names.
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, TensorInfo],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        shards: list[list[str]] | None = None,
+    ) -> None:
+        """Lay out `shards`, lists of names, or shards of at most so many bytes that do not part a layer's tensors."""
         self.folder = folder
         self.checksums: dict[str, str] = {}
         self._tensors = tensors
         self._offsets: dict[str, tuple[int, int]] = {}  # name -> (shard, byte in its file)
         self._files: list[BinaryIO] = []
         self.checksums.update(dict.fromkeys(tensors, ""))
-        shards = _split_into_shards(tensors, max_shard_bytes)
+        shards = shards or _split_into_shards(tensors, max_shard_bytes)
         try:
             for number, names in enumerate(shards):
                 single = len(shards) == 1
@@ -250,13 +261,22 @@ class ShardWriter:
 def _split_into_shards(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
-    for name, info in tensors.items():
-        if shards[-1] and size + info.nbytes > max_shard_bytes:
+    for _, together in groupby(tensors, key=lambda name: name.rpartition(".")[0] or name):
+        names = list(together)
+        nbytes = sum(tensors[name].nbytes for name in names)
+        if shards[-1] and size + nbytes > max_shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(name)
-        size += info.nbytes
+        shards[-1] += names
+        size += nbytes
     return shards
+
+
+def file_bytes(tensors: dict[str, TensorInfo]) -> int:
+    """What the safetensors files that `ShardWriter` makes of these tensors take together."""
+    shards = _split_into_shards(tensors, MAX_SHARD_BYTES)
+    headers = sum(len(_encode_header({name: tensors[name] for name in names})[0]) for names in shards)
+    return headers + sum(info.nbytes for info in tensors.values())
 
 
 def _encode_header(tensors: dict[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
@@ -290,7 +310,7 @@ def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     partial = out.with_name(out.name + ".partial")
     made = [parent for parent in out.parents if not parent.exists()]
     try:
-        _require_free(out, partial)
+        require_free(out)
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
@@ -322,8 +342,9 @@ def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
             raise
 
 
-def _require_free(out: Path, partial: Path) -> None:
-    """Raises InputError if `out` is occupied, or `partial` is somebody else's."""
+def require_free(out: Path) -> None:
+    """Raises InputError if `out` is occupied, or the folder it is made in somebody else's."""
+    partial = out.with_name(out.name + ".partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty; choose another name or remove it")
     if out.is_mount():
@@ -376,7 +397,7 @@ def resolve(model: str, revision: str | None) -> Path:
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"{model}: no such folder")
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE", "NOTICE"]
     doubles = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
     try:
         copy = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))

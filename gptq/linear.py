@@ -1,51 +1,68 @@
 """QuantLinear, a linear layer that keeps its weight packed, and `load`, which builds a model of them."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from gptq import formats
-from gptq.blocks import Names, WeightStream, choose_device, choose_dtype, empty_model, read_config, shape
+from gptq.blocks import (
+    LINEAR,
+    Names,
+    WeightStream,
+    check_tensors,
+    choose_device,
+    choose_dtype,
+    empty_model,
+    model_class,
+    read_config,
+    shape,
+    take_experts_apart,
+)
 from gptq.checkpoint import Source, resolve
 from gptq.errors import InputError
+from gptq.formats import Scheme
+from gptq.packed import PackedLayer, packed_layers, read_packed
+from gptq.schemes import Quantization, quantization_of, read_quantization
+
+logger = logging.getLogger(__name__)
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + bias, W (outputs, inputs) held as GPTQ v1 tensors, which are its buffers under their file names."""
+    """y = x W^T + bias, W (outputs, inputs) held as the stored tensors, its buffers under their names in the file."""
 
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-    g_idx: Tensor
     bias: Tensor | None
 
-    def __init__(self, packed: dict[str, Tensor], bias: Tensor | None, bits: int) -> None:
+    def __init__(self, packed: dict[str, Tensor], bias: Tensor | None, scheme: Scheme, shape: tuple[int, int]) -> None:
+        """`shape` is that of W."""
         super().__init__()
-        self.bits = bits
-        for suffix in formats.SUFFIXES:
-            self.register_buffer(suffix, packed[suffix])
+        self.scheme = scheme
+        self.out_features, self.in_features = shape
+        self._suffixes = tuple(packed)
+        for suffix, tensor in packed.items():
+            self.register_buffer(suffix, tensor)
         self.register_buffer("bias", bias)
 
-    @property
-    def in_features(self) -> int:
-        return self.g_idx.shape[0]
+    def packed(self) -> dict[str, Tensor]:
+        return {suffix: self.get_buffer(suffix) for suffix in self._suffixes}
 
     @property
-    def out_features(self) -> int:
-        return self.scales.shape[1]
-
     def weight(self) -> Tensor:
-        """The dequantized weight (outputs, inputs) in float32, exactly as quantization chose it."""
-        return formats.dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits)
+        """The dequantized weight (outputs, inputs) in float32, exactly as quantization chose it, made on every access.
+
+        A property, as models here and there look at the weight of a linear layer.
+        """
+        return formats.decode(self.packed(), self.scheme).weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bits={self.scheme.bits}, format={self.scheme.format}"
 
 
 def load(
@@ -69,14 +86,14 @@ def load(
     hf_config = read_config(folder, trust_remote_code)
     where = choose_device(device)
     compute = choose_dtype(dtype, hf_config, where)
-    quantization = getattr(hf_config, "quantization_config", None)
+    quantization = quantization_of(folder)
     source = Source(folder)
     if quantization is None:
         return _load_plain(folder, hf_config, where, compute, trust_remote_code)
-    grid = read_quantization(folder, quantization)
+    stored_as = read_quantization(folder / "config.json", quantization)
     network = empty_model(hf_config, trust_remote_code)
     network.config.use_cache = True
-    _fill(network, source, grid, where, compute)
+    _fill(network, source, stored_as, where, compute)
     if (folder / "generation_config.json").is_file():
         try:
             network.generation_config = GenerationConfig.from_pretrained(folder)
@@ -90,7 +107,7 @@ def _load_plain(
     folder: Path, hf_config: PreTrainedConfig, where: torch.device, compute: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(hf_config, trust_remote_code).from_pretrained(
             folder,
             config=hf_config,
             dtype=compute,
@@ -109,89 +126,57 @@ def _load_plain(
     return network
 
 
-def read_quantization(folder: Path, quantization: dict[str, Any]) -> tuple[int, int]:
-    """Bits and group size of a `quantization_config`.
-
-    Raises:
-        InputError: it is not of a GPTQ v1 file with one width throughout, or lacks a value.
-    """
-    method, kind = (
-        quantization.get("quant_method"),
-        quantization.get("checkpoint_format") or quantization.get("format") or "gptq",
-    )
-    if (method, kind) != ("gptq", "gptq"):
-        raise InputError(f"{folder} is quantized as {method!r}, format {kind!r}; what is read is 'gptq', format 'gptq'")
-    bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    where = folder / "config.json"
-    if type(bits) is not int or bits not in (2, 3, 4, 8) or quantization.get("dynamic"):
-        raise InputError(f"{where} says bits {bits!r}; what is read is 2, 3, 4 or 8, the same in all layers")
-    if not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
-        raise InputError(f"{where} says group_size {group_size!r}; it is -1 or a number of columns")
-    return bits, group_size
-
-
-def packed_layers(source: Source, bits: int, group_size: int) -> list[str]:
-    """Stored names of the quantized layers, whose tensors are all there and fit each other.
-
-    Raises:
-        InputError: names the tensor and what was expected.
-    """
-    layers = [name.removesuffix(".qweight") for name in source.tensors if name.endswith(".qweight")]
-    if not layers:
-        raise InputError(f"{source.folder} says it is quantized but holds no packed weight (*.qweight)")
-    for layer in layers:
-        found = {suffix: source.tensors.get(f"{layer}.{suffix}") for suffix in formats.SUFFIXES}
-        shapes = {suffix: info.shape for suffix, info in found.items() if info}
-        if len(shapes) < len(found) or len(shapes["g_idx"]) != 1 or len(shapes["scales"]) != 2 or 0 in shapes["g_idx"]:
-            raise InputError(
-                f"{layer} in {source.folder} has {shapes}; it needs a matrix of scales and all of {found.keys()}"
-            )
-        inputs, outputs = shapes["g_idx"][0], shapes["scales"][1]
-        columns = inputs if group_size == -1 else min(group_size, inputs)
-        for suffix, expected in formats.layout(outputs, inputs, bits, columns).items():
-            if shapes[suffix] != expected.shape:
-                needed = f"not {expected.shape} as {bits} bits in groups of {columns} need"
-                raise InputError(f"{layer}.{suffix} in {source.folder} has the shape {shapes[suffix]}, {needed}")
-            dtype = source.tensors[f"{layer}.{suffix}"].dtype
-            if dtype != expected.dtype and not (suffix == "scales" and dtype.is_floating_point):
-                raise InputError(f"{layer}.{suffix} in {source.folder} holds {dtype}, not {expected.dtype}")
-    return layers
-
-
-def read_packed(source: Source, layer: str, suffixes: tuple[str, ...] = formats.SUFFIXES) -> dict[str, Tensor]:
-    """The stored tensors of a quantized layer, g_idx among them.
-
-    Raises:
-        InputError: g_idx points outside the groups.
-    """
-    packed = {suffix: source.read(f"{layer}.{suffix}") for suffix in suffixes}
-    groups = source.tensors[f"{layer}.scales"].shape[0]
-    low, high = int(packed["g_idx"].min()), int(packed["g_idx"].max())
-    if low < 0 or high >= groups:
-        raise InputError(f"{layer}.g_idx in {source.folder} runs from {low} to {high}, but there are {groups} groups")
-    return packed
-
-
 def _fill(
-    network: PreTrainedModel, source: Source, grid: tuple[int, int], device: torch.device, dtype: torch.dtype
+    network: PreTrainedModel, source: Source, quantization: Quantization, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Give an empty model its tensors, packed layers taking the place of linear ones; what is tied is tied again."""
-    bits, group_size = grid
     names = Names(network, set(source.tensors))
-    waiting = set(packed_layers(source, bits, group_size))
-    found = {name: names.find(f"{name}.qweight") for name, _ in network.named_modules()}
-    layers = {name: stored.removesuffix(".qweight") for name, stored in found.items() if stored}
-    if waiting - set(layers.values()):
-        extra = min(waiting - set(layers.values()))
-        raise InputError(f"{source.folder} holds {extra}.qweight, for which its config.json has no layer")
-    linears = {name: network.get_submodule(name) for name in layers}
+    take_experts_apart(network, names)
+    layers = packed_layers(source, quantization)
+    stored = match_layers(network, names, source, layers)
+    left_over = {*check_tensors(network, names, source.tensors, stored)}
+    left_over -= {f"{name}.{suffix}" for name, layer in layers.items() for suffix in (*layer.suffixes, "bias")}
+    if left_over:
+        logger.warning("%s holds %s, which the model does not use", source.folder, ", ".join(sorted(left_over)[:3]))
+    linears = {name: network.get_submodule(name) for name in stored}
     WeightStream(source, names, device, dtype).fill(network, "", skip=linears.values())
     for name, linear in linears.items():
-        packed = {suffix: tensor.to(device) for suffix, tensor in read_packed(source, layers[name]).items()}
-        needed, stored_shape = shape(linear), (packed["scales"].shape[1], packed["g_idx"].shape[0])
-        if needed != stored_shape:
-            raise InputError(f"{layers[name]} is packed for {stored_shape}, but config.json describes {needed}")
-        parent, _, child = name.rpartition(".")
+        layer, own = layers[stored[name]], stored[name]
+        packed = {suffix: tensor.to(device) for suffix, tensor in read_packed(source, own, layer).items()}
         bias = linear._parameters.get("bias")
-        setattr(network.get_submodule(parent), child, QuantLinear(packed, None if bias is None else bias.data, bits))
+        if bias is None and f"{own}.bias" in source.tensors:  # early GPTQ tools gave every layer one
+            bias = nn.Parameter(source.read(f"{own}.bias").to(device, dtype), requires_grad=False)
+        replace_linear(network, name, packed, None if bias is None else bias.data, layer.scheme)
     network.tie_weights()
+
+
+def match_layers(
+    network: PreTrainedModel, names: Names, source: Source, layers: dict[str, PackedLayer]
+) -> dict[str, str]:
+    """Stored names of packed layers by the names of the model's linear layers.
+
+    Raises:
+        InputError: a packed layer has no linear layer in the model, or one of another shape.
+    """
+    stored: dict[str, str] = {}
+    for name, module in network.named_modules():
+        own = names.find_packed(name) if isinstance(module, LINEAR) else None
+        if own in layers:
+            stored[name] = own
+            found = layers[own].outputs, layers[own].inputs
+            if shape(module) != found:
+                raise InputError(f"{own} is packed for {found}, but config.json describes {shape(module)}")
+    extra = layers.keys() - set(stored.values())
+    if extra:
+        name = f"{min(extra)}.{layers[min(extra)].suffixes[0]}"
+        raise InputError(f"{source.folder} holds {name}, for which its config.json has no layer")
+    return stored
+
+
+def replace_linear(
+    network: nn.Module, name: str, packed: dict[str, Tensor], bias: Tensor | None, scheme: Scheme
+) -> None:
+    """Put a QuantLinear in the place of the linear layer called `name`."""
+    parent, _, child = name.rpartition(".")
+    shape_of = shape(network.get_submodule(name))
+    setattr(network.get_submodule(parent), child, QuantLinear(packed, bias, scheme, shape_of))

@@ -1,18 +1,23 @@
 """What a quantized checkpoint holds, and whether it is still what was written."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gptq import formats
+from gptq.blocks import Names, check_tensors, empty_model, read_config, take_experts_apart
 from gptq.checkpoint import Source, sha256, sha256_file
+from gptq.config import Format
+from gptq.engines import Engine, engines
 from gptq.errors import InputError
-from gptq.linear import packed_layers, read_packed, read_quantization
-from gptq.record import RECORD, read_record
+from gptq.linear import match_layers
+from gptq.packed import PackedLayer, packed_layers, read_packed
+from gptq.record import RECORD, add_perplexity, read_record
+from gptq.schemes import Quantization, quantization_of, read_quantization
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class LayerContent:
     name: str
     bits: int
     group_size: int
+    sym: bool
     outputs: int
     inputs: int
     ordered_groups: bool  # every group is a run of neighbouring columns, so readers may ignore g_idx
@@ -34,11 +40,13 @@ class LayerContent:
 class Content:
     """What `inspect` finds; sizes in bytes."""
 
+    format: Format
     bits_per_weight: float
     quantized_bytes: int
     other_bytes: int
     layers: list[LayerContent]
     other_tensors: dict[str, int]
+    engines: list[Engine]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,8 +54,13 @@ class Content:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` checked, and each difference as a sentence that names the layer or file."""
+    """What `verify` checked, and each difference as a sentence that names the layer or file.
 
+    Without a record (`recorded` is false, another tool wrote the file) there is nothing to compare with; then every
+    tensor was read, every layer unpacked, and all held against the model that config.json describes.
+    """
+
+    recorded: bool
     layers: int
     tensors: int
     files: int
@@ -58,55 +71,66 @@ class Verification:
 
 
 def inspect(folder: str | Path) -> Content:
-    """Read a quantized checkpoint layer by layer.
+    """Read a quantized checkpoint layer by layer, whichever tool wrote it.
 
     Raises:
         InputError: it is not one, or its tensors do not fit each other.
     """
     folder = Path(folder)
-    source, (bits, group_size) = _open(folder)
+    source, quantization = _open(folder)
     errors: dict[str, dict[str, Any]] = {}
     if (folder / RECORD).is_file():
         errors = {layer["stored"]: layer for layer in read_record(folder)["layers"]}
-    layers = [
-        _layer_content(source, name, bits, errors.get(name, {})) for name in packed_layers(source, bits, group_size)
-    ]
-    packed = {f"{layer.name}.{suffix}" for layer in layers for suffix in formats.SUFFIXES}
+    packed = packed_layers(source, quantization)
+    layers = [_layer_content(source, name, layer, errors.get(name, {})) for name, layer in packed.items()]
+    of_layers = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in layer.suffixes}
     quantized = sum(layer.nbytes for layer in layers)
     return Content(
+        format=quantization.format,
         bits_per_weight=8 * quantized / sum(layer.outputs * layer.inputs for layer in layers),
         quantized_bytes=quantized,
         other_bytes=source.nbytes - quantized,
         layers=layers,
-        other_tensors={name: info.nbytes for name, info in source.tensors.items() if name not in packed},
+        other_tensors={name: info.nbytes for name, info in source.tensors.items() if name not in of_layers},
+        engines=engines({name: (layer.scheme, layer.inputs) for name, layer in packed.items()}),
     )
 
 
-def _open(folder: Path) -> tuple[Source, tuple[int, int]]:
+def note_perplexity(folder: str | Path, measured: dict[str, Any]) -> None:
+    """Write a measured perplexity into the record and the model card of a folder that this package wrote.
+
+    Raises:
+        InputError: the folder has no record.
+    """
+    folder = Path(folder)
+    source, quantization = _open(folder)
+    packed = packed_layers(source, quantization)
+    described = {name: (layer.scheme, layer.inputs) for name, layer in packed.items()}
+    add_perplexity(folder, measured, quantization.format, described)
+
+
+def _open(folder: Path) -> tuple[Source, Quantization]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
-    try:  # not through transformers, which would need the code of models that bring their own
-        quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'} could not be read: {error}") from error
-    if not isinstance(quantization, dict):
+    quantization = quantization_of(folder)  # not through transformers, which would need the code of some models
+    if quantization is None:
         raise InputError(f"{folder} is not a quantized checkpoint: its config.json has no quantization_config")
-    return Source(folder), read_quantization(folder, quantization)
+    return Source(folder), read_quantization(folder / "config.json", quantization)
 
 
-def _layer_content(source: Source, name: str, bits: int, recorded: dict[str, Any]) -> LayerContent:
-    infos = {suffix: source.tensors[f"{name}.{suffix}"] for suffix in formats.SUFFIXES}
-    outputs, inputs = infos["scales"].shape[1], infos["g_idx"].shape[0]
-    g_idx = read_packed(source, name, ("g_idx",))["g_idx"]
+def _layer_content(source: Source, name: str, layer: PackedLayer, recorded: dict[str, Any]) -> LayerContent:
+    scheme = layer.scheme
+    g_idx = formats.decode_groups(read_packed(source, name, layer, with_codes=False), scheme, layer.inputs)
     group_size = int(torch.bincount(g_idx).max())
     return LayerContent(
         name=name,
-        bits=bits,
+        bits=scheme.bits,
         group_size=group_size,
-        outputs=outputs,
-        inputs=inputs,
-        ordered_groups=bool((g_idx == torch.arange(inputs) // group_size).all()),
-        nbytes=sum(info.nbytes for info in infos.values()),
+        sym=scheme.sym,
+        outputs=layer.outputs,
+        inputs=layer.inputs,
+        ordered_groups=bool((g_idx == torch.arange(layer.inputs) // group_size).all()),
+        nbytes=layer.nbytes,
         error=recorded.get("error"),
         rtn_error=recorded.get("rtn_error"),
     )
@@ -119,15 +143,50 @@ def verify(folder: str | Path) -> Verification:
     gives, against that of the weight which the solver chose and the forward passes went on with.
 
     Raises:
-        InputError: the checkpoint cannot be opened, or has no record.
+        InputError: the checkpoint cannot be opened.
     """
     folder = Path(folder)
-    source, (bits, group_size) = _open(folder)
+    source, quantization = _open(folder)
+    packed = packed_layers(source, quantization)
+    if not (folder / RECORD).is_file():
+        problems = [*_inconsistent(folder, source, packed)]
+        return Verification(False, len(packed), len(source.tensors), 0, problems)
     record = read_record(folder)
-    packed = packed_layers(source, bits, group_size)
     problems = [*_changed_files(folder, record["files"]), *_changed_tensors(source, record["tensors"])]
-    problems += _changed_weights(source, bits, packed, record["layers"])
-    return Verification(len(record["layers"]), len(record["tensors"]), len(record["files"]), problems)
+    problems += _changed_weights(source, packed, record["layers"])
+    return Verification(True, len(record["layers"]), len(record["tensors"]), len(record["files"]), problems)
+
+
+def _inconsistent(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
+    """What is wrong with a checkpoint by itself."""
+    try:
+        network = empty_model(read_config(folder, trust_remote_code=False), trust_remote_code=False)
+        names = Names(network, set(source.tensors))
+        known = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in (*layer.suffixes, "bias")}
+        take_experts_apart(network, names)
+        stored = match_layers(network, names, source, packed)
+        for extra in check_tensors(network, names, source.tensors, stored):
+            if extra not in known:
+                yield f"the tensor {extra} belongs to nothing in the model that config.json describes"
+    except InputError as error:
+        yield str(error)
+    for name, layer in packed.items():
+        yield from _complaint(partial(_decode, source, name, layer))
+    of_layers = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in layer.suffixes}
+    for name in sorted(source.tensors.keys() - of_layers):
+        yield from _complaint(partial(source.read, name))
+
+
+def _decode(source: Source, name: str, layer: PackedLayer) -> formats.Codes:
+    return formats.decode(read_packed(source, name, layer), layer.scheme)
+
+
+def _complaint(read: Callable[[], object]) -> Iterator[str]:
+    """What is said when something cannot be read."""
+    try:
+        read()
+    except (InputError, ValueError) as error:
+        yield str(error)
 
 
 def _changed_files(folder: Path, recorded: dict[str, str]) -> Iterator[str]:
@@ -148,15 +207,15 @@ def _changed_tensors(source: Source, recorded: dict[str, str]) -> Iterator[str]:
             yield f"the tensor {name} was changed after it was written"
 
 
-def _changed_weights(source: Source, bits: int, packed: list[str], recorded: list[dict[str, Any]]) -> Iterator[str]:
-    for name in sorted(set(packed) ^ {layer["stored"] for layer in recorded}):
+def _changed_weights(source: Source, packed: dict[str, PackedLayer], recorded: list[dict[str, Any]]) -> Iterator[str]:
+    for name in sorted(packed.keys() ^ {layer["stored"] for layer in recorded}):
         yield f"{name} is {'packed but not recorded' if name in packed else 'recorded but not packed'}"
     for layer in recorded:
         stored = layer["stored"]
         if stored not in packed:
             continue  # reported above
         try:
-            weight = formats.dequantize(**read_packed(source, stored), bits=bits)
+            weight = _decode(source, stored, packed[stored]).weight()
         except (InputError, ValueError) as error:
             yield f"{stored} cannot be unpacked: {error}"
             continue

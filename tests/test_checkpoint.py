@@ -15,7 +15,7 @@ from gptq.checkpoint import DTYPES, INDEX, MARKER, ShardWriter, Source, TensorIn
 
 def some_tensors(rng: torch.Generator) -> dict[str, torch.Tensor]:
     numbers = torch.randn(7, 5, generator=rng)
-    tensors = {f"t.{code}": (numbers * 10).to(dtype) for code, dtype in DTYPES.items() if not code.startswith("U")}
+    tensors = {f"{code}.t": (numbers * 10).to(dtype) for code, dtype in DTYPES.items() if not code.startswith("U")}
     return {
         **tensors,
         "odd": numbers[:1, :3].half().contiguous(),

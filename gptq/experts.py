@@ -1,0 +1,124 @@
+"""Mixture of experts: the fused tensors that transformers computes with, taken apart into one module per expert.
+
+transformers 5 holds a layer's experts as two three-dimensional parameters, while checkpoints (and the engines that read
+them) have three matrices for each expert. Here they are linear layers again, which can be quantized one by one.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from gptq.hessian import HessianAccumulator
+
+TOKENS_PER_INPUT = 2  # below so many tokens for each input, an expert's own Hessian is too poor to stand alone
+
+
+class Expert(nn.Module):
+    """down(act(gate(x)) * up(x)) on x (tokens, hidden)."""
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def __init__(self, hidden: int, intermediate: int, act: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, device="meta")
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False, device="meta")
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False, device="meta")
+        self.act = act
+
+    def intermediate(self, x: Tensor) -> Tensor:
+        """What down_proj gets, (tokens, intermediate)."""
+        inner: Tensor = self.act(self.gate_proj(x)) * self.up_proj(x)
+        return inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.intermediate(x))
+        return out
+
+
+class Experts(nn.ModuleList):
+    """The experts of one layer, called as transformers calls its fused ones."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum each token's experts: (tokens, hidden), (tokens, k) expert numbers, (tokens, k) -> (tokens, hidden)."""
+        out = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self):
+            token, choice = torch.where(top_k_index == number)
+            if len(token):
+                y = expert(hidden_states[token]) * top_k_weights[token, choice, None]
+                out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+
+def take_apart(fused: nn.Module) -> Experts | None:
+    """Single experts, without weights, that compute what `fused` computes; None where it is no such module.
+
+    Its parameters have to be gate_up_proj (experts, 2 intermediate, hidden) and down_proj (experts, hidden,
+    intermediate), and on small random numbers its forward has to give what the single experts give.
+    """
+    parameters = {name: tuple(p.shape) for name, p in fused.named_parameters()}
+    if set(parameters) != {"gate_up_proj", "down_proj"} or any(len(shape) != 3 for shape in parameters.values()):
+        return None
+    gate_up, down, act = parameters["gate_up_proj"], parameters["down_proj"], getattr(fused, "act_fn", None)
+    if (gate_up[1], gate_up[2]) != (2 * down[2], down[1]) or not isinstance(act, nn.Module):
+        return None
+    if not _computes_alike(fused, gate_up[0], act):
+        return None
+    return Experts(Expert(gate_up[2], down[2], act) for _ in range(gate_up[0]))
+
+
+def _computes_alike(fused: nn.Module, count: int, act: nn.Module) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    hidden, intermediate, tokens = 8, 12, 16
+    gate_up = torch.randn(count, 2 * intermediate, hidden, generator=draw)
+    down = torch.randn(count, hidden, intermediate, generator=draw)
+    small = copy.copy(fused)
+    object.__setattr__(small, "_parameters", {"gate_up_proj": nn.Parameter(gate_up), "down_proj": nn.Parameter(down)})
+    if isinstance(config := getattr(small, "config", None), PreTrainedConfig):
+        plain = copy.copy(config)
+        plain._experts_implementation = "eager"  # a loop over experts, whatever kernel the model runs with
+        object.__setattr__(small, "config", plain)
+    single = Experts(Expert(hidden, intermediate, act) for _ in range(count))
+    for expert, pair, out in zip(single, gate_up, down, strict=True):
+        gate, up = pair.chunk(2)
+        expert.load_state_dict(
+            {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": out}, strict=False, assign=True
+        )
+    k = min(2, count)
+    routes = torch.rand(tokens, count, generator=draw).topk(k).indices
+    arguments = torch.randn(tokens, hidden, generator=draw), routes, torch.rand(tokens, k, generator=draw)
+    with torch.no_grad():
+        try:
+            found = small(*arguments)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            return False  # it is called in another way, so it is another kind of module
+        return isinstance(found, Tensor) and torch.allclose(found, single(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def pseudo_tokens(tokens: int, inputs: int) -> int:
+    """How many tokens of the whole layer make up for those that an expert did not see."""
+    return max(TOKENS_PER_INPUT * inputs - tokens, 0)
+
+
+def blend(own: HessianAccumulator, everyone: HessianAccumulator, own_weight: float) -> tuple[Tensor, Tensor | None]:
+    """H and C (see `HessianAccumulator`) of an expert: own_weight of its own tokens' mean, the rest of all tokens'.
+
+    With n tokens of its own and k pseudo-tokens, own_weight = n / (n + k) and so
+
+        H = (n H_own + k H_all) / (n + k),      k = max(TOKENS_PER_INPUT * inputs - n, 0).
+
+    H has inputs * (inputs + 1) / 2 unknowns, and n tokens give it a rank of at most n. With fewer tokens than inputs
+    the solver would find directions in which errors seem to cost nothing, though other text would use them. All tokens
+    of the layer are the best guess at hand of what that text looks like: the router sends an expert some of them. An
+    expert with enough tokens (k = 0) is judged by its own only.
+    """
+    if own_weight == 1:
+        return own.mean(), own.cross_mean()
+    H = own_weight * own.mean() + (1 - own_weight) * everyone.mean()
+    C_own, C_all = own.cross_mean(), everyone.cross_mean()
+    if C_all is None:
+        return H, None
+    return H, (1 - own_weight) * C_all + (0 if C_own is None else own_weight * C_own)

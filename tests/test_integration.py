@@ -1,0 +1,135 @@
+"""Plain transformers reads what this package wrote: GPTQ through us, pack-quantized through compressed-tensors."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from gptq import QuantConfig, integration, load, quantize
+from gptq.checkpoint import sha256
+from gptq.linear import QuantLinear
+from tests.conftest import VOCAB, MakeModel
+
+RTN = {"method": "rtn", "group_size": 32}
+MIXED = {"overrides": [["down_proj", {"bits": 8, "group_size": -1}], [r"layers\.0\..*o_proj", {"skip": True}]]}
+IDS = torch.randint(1, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"format": "gptq"}, {"format": "gptq_v2", "bits": 3, "sym": False}])
+def test_transformers_loads_and_saves_gptq_files(
+    kind: str, dtype: torch.dtype, options: dict[str, Any], make_model: MakeModel, tmp_path: Path
+) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    mixed = MIXED if kind == "llama" else {}
+    quantize(make_model(kind, dtype=dtype), out, QuantConfig.from_dict({**RTN, **options, **mixed}))
+    network = AutoModelForCausalLM.from_pretrained(out)
+    assert network.dtype == dtype
+    with torch.no_grad():
+        ours, theirs = load(out, dtype=str(dtype).removeprefix("torch.")), network
+        assert torch.equal(theirs(IDS).logits, ours(IDS).logits)
+    assert sum(isinstance(module, QuantLinear) for module in network.modules()) >= 7
+
+    network.save_pretrained(again)
+    one, two = load_file(out / "model.safetensors"), load_file(again / "model.safetensors")
+    assert {n: (t.dtype, sha256(t)) for n, t in one.items()} == {n: (t.dtype, sha256(t)) for n, t in two.items()}
+    assert _quantization(again) == _quantization(out)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(again)(IDS).logits, network(IDS).logits)
+
+
+def _quantization(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def test_pipeline_and_generate(make_model: MakeModel, tmp_path: Path) -> None:
+    quantize(make_model("llama"), tmp_path / "out", QuantConfig.from_dict({**RTN, "format": "gptq"}))
+    ours: Any = load(tmp_path / "out")
+    made = ours.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False)
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "out").decode(IDS[0, :5])
+    write: Any = pipeline("text-generation", model=str(tmp_path / "out"))
+    written = write(prompt, max_new_tokens=6, do_sample=False)
+    assert written[0]["generated_text"].startswith(prompt)
+    network: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(network.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False), made)
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 3}, {"bits": 5, "group_size": -1}, MIXED])
+def test_transformers_loads_pack_quantized_files_with_compressed_tensors(
+    options: dict[str, Any], make_model: MakeModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(make_model("llama"), out, QuantConfig.from_dict({**RTN, **options, "format": "pack-quantized"}))
+    network = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        theirs = network(IDS).logits
+        ours = load(out)
+        torch.testing.assert_close(theirs, ours(IDS).logits, rtol=0, atol=1e-5)
+    for name, layer in ours.named_modules():
+        if isinstance(layer, QuantLinear):
+            assert torch.equal(network.get_submodule(name).state_dict()["weight"], layer.weight)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_compressed_tensors_unpacks_our_weights(bits: int, sym: bool, make_model: MakeModel, tmp_path: Path) -> None:
+    """transformers 5.23 stumbles over asymmetric files of every tool, so that its own decompression is asked here."""
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    out = tmp_path / "out"
+    options = {**RTN, "bits": bits, "sym": sym, "format": "pack-quantized"}
+    quantize(make_model("llama", num_hidden_layers=1), out, QuantConfig.from_dict(options))
+    scheme = QuantizationConfig.model_validate(_quantization(out)).config_groups["group_0"]
+    file, network = load_file(out / "model.safetensors"), load(out)
+    for name, layer in network.named_modules():
+        if isinstance(layer, QuantLinear):
+            own = {key.removeprefix(f"{name}."): t for key, t in file.items() if key.startswith(f"{name}.")}
+            own["weight_scale"] = own["weight_scale"].float()
+            assert torch.equal(PackedQuantizationCompressor.decompress(own, scheme)["weight"], layer.weight)
+
+
+def test_the_package_is_light_and_registers_before_transformers_is_there(make_model: MakeModel, tmp_path: Path) -> None:
+    quantize(make_model("llama"), tmp_path / "out", QuantConfig.from_dict({**RTN, "format": "gptq"}))
+    program = """
+import sys
+import gptq
+assert not {"torch", "transformers"} & set(sys.modules)
+from transformers import AutoModelForCausalLM
+network = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(network.model.layers[0].mlp.up_proj).__module__)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "gptq.linear\n"
+
+
+def test_where_optimum_and_gptqmodel_are_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Theirs: ...
+
+    tables: Any = types.ModuleType("tables")
+    tables.AUTO_QUANTIZER_MAPPING, tables.AUTO_QUANTIZATION_CONFIG_MAPPING = {"gptq": Theirs}, {"gptq": Theirs}
+    monkeypatch.setattr(integration, "others_load_gptq", lambda: True)
+    integration._enter(tables)
+    assert tables.AUTO_QUANTIZER_MAPPING["gptq"] is tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is Theirs
+    monkeypatch.setattr(integration, "others_load_gptq", lambda: False)
+    integration._enter(tables)
+    entered = tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
+    assert issubclass(entered, Theirs)
+    integration._enter(tables)  # a second time changes nothing
+    assert tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is entered
+
+
+def test_quantizing_through_transformers_is_still_their_business(make_model: MakeModel) -> None:
+    with pytest.raises(ImportError, match="optimum"):
+        AutoModelForCausalLM.from_pretrained(
+            make_model("llama"), quantization_config=transformers.GPTQConfig(bits=4, dataset=["a text"])
+        )
