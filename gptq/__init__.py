@@ -3,20 +3,27 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gptq.integration import register
 from gptq.version import __version__
 
 if TYPE_CHECKING:
-    from gptq.config import QuantConfig
+    from gptq.config import Override, QuantConfig
+    from gptq.conversion import convert
     from gptq.engine import quantize
     from gptq.errors import InputError
-    from gptq.evaluate import perplexity
+    from gptq.evaluate import compare, perplexity
     from gptq.linear import load
 
-__all__ = ["InputError", "QuantConfig", "__version__", "load", "perplexity", "quantize"]
+__all__ = [
+    "InputError", "Override", "QuantConfig", "__version__", "compare", "convert", "load", "perplexity", "quantize",
+]  # fmt: skip
 
 _HOMES = {
     "InputError": "errors",
+    "Override": "config",
+    "convert": "conversion",
     "QuantConfig": "config",
+    "compare": "evaluate",
     "load": "linear",
     "perplexity": "evaluate",
     "quantize": "engine",
@@ -28,3 +35,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"gptq.{_HOMES[name]}"), name)
+
+
+register()

@@ -1,30 +1,41 @@
-"""Text -> seeded windows of tokens, for calibration and for perplexity.
+"""Text -> seeded windows of tokens, for calibration and for perplexity; or arrays for models of other kinds.
 
 A source is written SRC on the command line:
 
     book.txt                          one text
-    rows.jsonl, rows.parquet          the column `text`, one document a row
+    rows.jsonl, rows.parquet          the column `text`, one document a row; .json.gz and .jsonl.gz too
     FOLDER, FOLDER:SPLIT              a folder that `datasets` loads
     NAME, NAME:SPLIT, NAME:CONFIG:SPLIT   a data set on the Hub, e.g. wikitext:wikitext-2-raw-v1:test
-    c4                                the slice of C4 that the GPTQ paper calibrates on (its first training shard)
+    c4                                the slice of C4 that the GPTQ paper calibrates on (its first training shard);
+                                      where text is measured, or as c4:validation, its first validation shard
+
+For calibration also
+
+    images.npz, pairs.safetensors     arrays by the names of the model's arguments (pixel_values, input_features,
+                                      input_ids, attention_mask, decoder_input_ids ...), first dimension: windows
+    FOLDER                            of such files
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gptq.errors import InputError
 
 SMALL_SOURCE = 16_000_000  # characters: up to here a source is tokenized whole, beyond it only the rows drawn
-C4_SHARD = {"train": "en/c4-train.00000-of-01024.json.gz"}
+C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+ARRAYS = (".npz", ".safetensors")
+Inputs = dict[str, Tensor]  # what a model is called on in one window, by its arguments' names; (1, ...) each
 
 
-def documents(source: str, default_split: str) -> Sequence[str]:
+def documents(source: str, default_split: str, column: str = "text") -> Sequence[str]:
     """The rows of text of a source, in its own order.
 
     Raises:
@@ -32,15 +43,16 @@ def documents(source: str, default_split: str) -> Sequence[str]:
     """
     file, split = _local_path(source)
     if file is None:
-        return _text_column(_hub_dataset(source, default_split), source)
+        return _text_column(_hub_dataset(source, default_split), source, column)
     try:
         if file.is_dir():
-            return _text_column(_choose_split(load_dataset(str(file)), split or default_split, str(file)), source)
+            rows = _choose_split(load_dataset(str(file)), split or default_split, str(file))
+            return _text_column(rows, source, column)
         if file.suffix == ".txt":
             return [file.read_text(encoding="utf-8")]
-        if file.suffix in (".jsonl", ".json", ".parquet"):
+        if file.name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet")):
             kind = "parquet" if file.suffix == ".parquet" else "json"
-            return _text_column(load_dataset(kind, data_files=str(file), split="train"), source)
+            return _text_column(load_dataset(kind, data_files=str(file), split="train"), source, column)
     except InputError:
         raise
     except Exception as error:  # datasets raises whatever its readers raise
@@ -59,11 +71,18 @@ def _local_path(source: str) -> tuple[Path | None, str]:
 def _hub_dataset(source: str, default_split: str) -> Dataset:
     name, *rest = source.split(":")
     config, split = ("", "") if not rest else ("", rest[0]) if len(rest) == 1 else (rest[0], rest[1])
-    if len(rest) > 2 or name.startswith((".", "/", "~")) or name.endswith((".txt", ".jsonl", ".json", ".parquet")):
+    if (
+        len(rest) > 2
+        or name.startswith((".", "/", "~"))
+        or name.endswith((".txt", ".jsonl", ".json", ".parquet", ".gz"))
+    ):
         raise InputError(f"{source}: no such file or folder")
     try:
-        c4 = name == "c4"
-        loaded = load_dataset("allenai/c4", data_files=C4_SHARD) if c4 else load_dataset(name, config or None)
+        if name == "c4":
+            part = "train" if (split or default_split) == "train" else "validation"
+            loaded = load_dataset("allenai/c4", data_files={part: C4_SHARDS[part]})
+        else:
+            loaded = load_dataset(name, config or None)
     except Exception as error:  # offline, unknown name, gated, broken: many types, one remedy
         raise InputError(
             f"the data set {name!r} is neither a local path nor could it be fetched from the Hub "
@@ -87,34 +106,63 @@ def _choose_split(loaded: Any, split: str, source: str) -> Dataset:
     raise InputError(f"{source} has no split {split!r}; name one of {', '.join(names)}, as in {source}:{names[0]}")
 
 
-def _text_column(rows: Dataset, source: str) -> Sequence[str]:
-    if "text" not in rows.column_names:
-        raise InputError(f"{source} has no column 'text'; its columns are {', '.join(rows.column_names)}")
-    kind = getattr(rows.features["text"], "dtype", "no text")
+def _text_column(rows: Dataset, source: str, column: str) -> Sequence[str]:
+    if column not in rows.column_names:
+        raise InputError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
+    kind = getattr(rows.features[column], "dtype", "no text")
     if kind not in ("string", "large_string"):
-        raise InputError(f"the column 'text' of {source} holds {kind}, not strings")
-    return cast(Sequence[str], rows["text"])
+        raise InputError(f"the column {column!r} of {source} holds {kind}, not strings")
+    return cast(Sequence[str], rows[column])
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The two tokens (BERT's [CLS] and [SEP], say) between which an encoder reads every text; or none."""
+    ends: list[int] = tokenizer("")["input_ids"]
+    return ends if len(ends) == 2 else []
 
 
 def draw_windows(
-    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, seq_len: int, seed: int
+    rows: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    frame: Sequence[int] = (),
 ) -> Tensor:
     """Draw calibration windows: (num_samples, seq_len) int64 tokens, without padding and without overlap.
 
     A small source is tokenized as one text, cut into windows, and a seeded choice of them taken in seeded order. From
     a large one, rows are visited in seeded order, and each window starts at a row and runs on into the next ones.
+    Where a `frame` of two tokens is given, every window begins and ends with them.
 
     Raises:
         InputError: the text is too short; says how many tokens it has and how many are needed.
     """
     draw = torch.Generator().manual_seed(seed)
+    if frame:
+        if seq_len < 3:
+            raise InputError(f"seq_len is {seq_len}; between this tokenizer's two special tokens is no room for text")
+        inner = _draw(rows, tokenizer, num_samples, seq_len - 2, draw, special_tokens=False)
+        first, last = (inner.new_full((len(inner), 1), token) for token in frame)
+        return torch.cat([first, inner, last], dim=1)
+    return _draw(rows, tokenizer, num_samples, seq_len, draw, special_tokens=True)
+
+
+def _draw(
+    rows: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    seq_len: int,
+    draw: torch.Generator,
+    special_tokens: bool,
+) -> Tensor:
     if len(rows) == 1 or _at_most(rows, SMALL_SOURCE):
-        tokens = tokenize(rows, tokenizer)
+        tokens = tokenize(rows, tokenizer, special_tokens)
         whole = len(tokens) // seq_len
         _require_tokens(len(tokens), num_samples, seq_len, whole)
         chosen = torch.randperm(whole, generator=draw)[:num_samples]
         return tokens[: whole * seq_len].view(whole, seq_len)[chosen]
-    return _draw_from_rows(rows, tokenizer, num_samples, seq_len, draw)
+    return _draw_from_rows(rows, tokenizer, num_samples, seq_len, draw, special_tokens)
 
 
 def _at_most(rows: Sequence[str], characters: int) -> bool:
@@ -127,7 +175,12 @@ def _at_most(rows: Sequence[str], characters: int) -> bool:
 
 
 def _draw_from_rows(
-    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, seq_len: int, draw: torch.Generator
+    rows: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    seq_len: int,
+    draw: torch.Generator,
+    special_tokens: bool,
 ) -> Tensor:
     found: list[Tensor] = []
     used: set[int] = set()
@@ -139,7 +192,7 @@ def _draw_from_rows(
         row = start
         while row < len(rows) and row not in used and sum(map(len, ids)) < seq_len:
             used.add(row)
-            ids.append(tokenize([(rows[row] or "") + "\n\n"], tokenizer, special_tokens=not ids))
+            ids.append(tokenize([(rows[row] or "") + "\n\n"], tokenizer, special_tokens=special_tokens and not ids))
             row += 1
         seen_tokens += sum(map(len, ids))
         if sum(map(len, ids)) >= seq_len:
@@ -177,3 +230,71 @@ def evaluation_windows(
         have = f"the text has {len(tokens)} tokens; one window needs {seq_len}"
         raise InputError(f"{have}. Give more text, or a shorter --seq-len")
     return tokens[: whole * seq_len].view(whole, seq_len)[:limit]
+
+
+def is_arrays(source: str) -> bool:
+    """Whether a source is a file of arrays or a folder of nothing else."""
+    path = Path(source)
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.is_file()]
+        return bool(files) and all(file.suffix in ARRAYS for file in files)
+    return path.suffix in ARRAYS
+
+
+def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
+    """Windows from files of arrays, in the order of the files' names; of more than num_samples a seeded choice.
+
+    Raises:
+        InputError: a file cannot be read, or the arrays of one differ in how many windows they hold.
+    """
+    path = Path(source)
+    windows = as_inputs(_arrays(file) for file in (sorted(path.iterdir()) if path.is_dir() else [path]))
+    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:num_samples]
+    return [windows[i] for i in chosen.tolist()]
+
+
+def _arrays(file: Path) -> Mapping[str, Any]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # zip, header or pickle trouble, of many types
+        raise InputError(f"{file} could not be read as arrays: {_first_line(error)}") from error
+
+
+def as_inputs(batches: Iterable[Mapping[str, Any]]) -> list[Inputs]:
+    """Windows from dicts of arrays (windows, ...); where there is an attention_mask, padding at the end is cut off.
+
+    Raises:
+        InputError: something is no array, the arrays of a dict do not fit each other, or names differ between dicts.
+    """
+    windows: list[Inputs] = []
+    for batch in batches:
+        try:
+            arrays = {name: torch.as_tensor(values) for name, values in batch.items()}
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"calibration inputs are dicts of arrays by argument name: {error}") from error
+        counts = {name: x.shape[0] if x.ndim else 0 for name, x in arrays.items()}
+        if len(set(counts.values())) != 1 or 0 in counts.values():
+            raise InputError(f"calibration arrays have to hold the same number of windows, one at least, not {counts}")
+        count = next(iter(counts.values()))
+        windows += [_unpadded({name: x[i : i + 1] for name, x in arrays.items()}) for i in range(count)]
+        if windows[-1].keys() != windows[0].keys():
+            raise InputError(f"calibration inputs are {list(windows[0])} first and {list(windows[-1])} later")
+    if not windows:
+        raise InputError("there is not one calibration input")
+    return windows
+
+
+def _unpadded(window: Inputs) -> Inputs:
+    """Integers as the models want them, and without the tokens at the end that a mask hides.
+
+    Their activations would count as tokens, though nothing depends on them.
+    """
+    whole = {name: x.long() if x.dtype in (torch.int32, torch.int16, torch.uint8) else x for name, x in window.items()}
+    mask = whole.get("attention_mask")
+    if mask is None or mask.ndim != 2 or not mask.any():
+        return whole
+    end = int(mask[0].nonzero().max()) + 1
+    return {name: x[:, :end] if x.shape == mask.shape else x for name, x in whole.items()}

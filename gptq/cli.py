@@ -3,10 +3,12 @@
 import argparse
 import json
 import os
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from gptq import evaluate, verify
-from gptq.config import Method, QuantConfig
+from gptq import engines, evaluate, hub, report, verify
+from gptq.calibration import is_arrays, read_arrays
+from gptq.config import EFFORTS, FORMATS, Method, Override, QuantConfig
+from gptq.conversion import convert
 from gptq.engine import Observer, Result, quantize
 from gptq.errors import InputError
-from gptq.record import LayerResult
+from gptq.plan import plan_checkpoint
+from gptq.record import public_name, read_record
 from gptq.version import __version__
 
 
@@ -60,35 +65,41 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("quantize", help="quantize a checkpoint", formatter_class=_Help)
     p.add_argument("model", metavar="MODEL", help="folder or Hub id of a safetensors checkpoint")
     p.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
-    p.add_argument("--bits", type=int, default=4, metavar="N", help="2, 3, 4 or 8")
-    p.add_argument("--group-size", type=int, default=128, metavar="N", help="inputs per scale; -1: one per row")
-    p.add_argument("--asym", action="store_true", help="give every group a zero point of its own")
-    p.add_argument("--desc-act", action="store_true", help="quantize inputs with large activations first (act-order)")
-    p.add_argument(
-        "--dynamic-groups",
-        action="store_true",
-        help="fit scales as columns are reached; with --desc-act this needs g_idx",
-    )
-    p.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="rtn: round to nearest, no calibration")
-    p.add_argument("--calibration", default="c4", metavar="SRC", help=source_help)
-    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows")
-    p.add_argument("--seq-len", type=int, default=2048, metavar="N", help="tokens per window")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of windows")
-    p.add_argument(
-        "--damp-percent", type=float, default=0.01, metavar="X", help="fraction of the Hessian's mean diagonal"
-    )
-    p.add_argument(
-        "--batch-size", type=int, metavar="N",
-        help="calibration windows in mid-block at once: fewer than all saves memory and repeats forwards; same bytes",
-    )  # fmt: skip
+    _add_options(p, source_help)
+    _add_push(p)
     _add_common(p)
     p.set_defaults(command=_quantize)
 
-    p = commands.add_parser("eval", help="measure perplexity", formatter_class=_Help)
+    p = commands.add_parser("plan", help="what quantize would do, and who loads the result", formatter_class=_Help)
+    p.add_argument("model", metavar="MODEL", help="folder or Hub id of a safetensors checkpoint")
+    _add_options(p, source_help)
+    _add_common(p)
+    p.set_defaults(command=_plan)
+
+    p = commands.add_parser("convert", help="write a quantized checkpoint in another format, bit for bit")
+    p.add_argument("model", metavar="IN", help="folder or Hub id of a quantized checkpoint, of any tool")
+    p.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
+    p.add_argument("--format", required=True, choices=FORMATS, help="of the new file")
+    _add_push(p)
+    p.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+    p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
+    p.add_argument("--json", action="store_true", help="one JSON object to stdout")
+    p.set_defaults(command=_convert)
+
+    p = commands.add_parser(
+        "eval", help="measure perplexity, and the distance from the original", formatter_class=_Help
+    )
     p.add_argument("model", metavar="MODEL", help="folder or Hub id, quantized or not")
     p.add_argument("--data", required=True, metavar="SRC", help=source_help)
     p.add_argument("--seq-len", type=int, default=2048, metavar="N", help="tokens per window")
     p.add_argument("--windows", type=int, metavar="N", help="measure only the first N windows")
+    p.add_argument("--card", action="store_true", help="write the result into the model card of MODEL, a folder")
+    p.add_argument(
+        "--against", metavar="ORIGINAL",
+        help="also the original's perplexity, KL divergence and top-1 agreement, with intervals; "
+        "folder or Hub id, read block by block",
+    )  # fmt: skip
+    p.add_argument("--save", action="store_true", help="keep the result in MODEL/quality.json, for `gptq report`")
     _add_common(p)
     p.set_defaults(command=_eval)
 
@@ -101,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--json", action="store_true", help="one JSON object to stdout")
         p.set_defaults(command=command)
 
+    p = commands.add_parser("report", help="draw what was recorded: one HTML page, and PNGs beside it")
+    p.add_argument("out", metavar="OUT", type=Path, help="folder of a quantized checkpoint")
+    p.add_argument("--to", metavar="FOLDER", type=Path, help="where to write; OUT/report if not given")
+    p.add_argument("--json", action="store_true", help="one JSON object to stdout")
+    p.set_defaults(command=_report)
+
     p = commands.add_parser("demo", help="quantize and measure the small model that ships with the package")
     p.add_argument("--json", action="store_true", help="one JSON object to stdout")
     p.set_defaults(command=_demo)
@@ -111,6 +128,84 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False or action.required
         return action.help if silent else super()._get_help_string(action)
+
+
+def _samples(text: str) -> Any:
+    return text if text == "auto" else int(text)
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"([\d.]+)\s*([kKMGT]?)(i?)B?", text)
+    if not found or text.count(".") > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 3.5GB or 900MiB")
+    power = "kMGT".find(found[2].replace("K", "k")) + 1 if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def _add_options(parser: argparse.ArgumentParser, source_help: str) -> None:
+    """The options that QuantConfig is made of, and the calibration text."""
+    parser.add_argument("--bits", type=int, default=4, metavar="N", help="2 to 8")
+    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="inputs per scale; -1: one per row")
+    parser.add_argument("--asym", action="store_true", help="give every group a zero point of its own")
+    parser.add_argument(
+        "--format", choices=("auto", *FORMATS), default="auto",
+        help="gptq (v1), gptq_v2, or compressed-tensors' pack-quantized; auto is what most engines take",
+    )  # fmt: skip
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="RE:OPTS",
+        help="options of the layers in whose names RE is found: 'down_proj:bits=8,group_size=32', 'layers.0.:skip'; "
+        "may be repeated, later ones win",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lm-head",
+        action="store_true",
+        help="quantize the output head too, untied from the embedding where it was tied",
+    )
+    parser.add_argument(
+        "--effort", choices=tuple(EFFORTS), default="balanced",
+        help="fast: one forward per window; balanced: two, and lower perplexity; best: blocks tuned as well, "
+        "some forty times as long; the five below follow from it",
+    )  # fmt: skip
+    parser.add_argument("--target-bits", type=float, metavar="X", help="mixed widths: bits per weight on the average")
+    parser.add_argument("--target-size", type=_size, metavar="SIZE", help="mixed widths: of the files, such as 3.5GB")
+    yes_no = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--search", action=yes_no, help="search each group's grid instead of taking one without clipping"
+    )
+    parser.add_argument("--desc-act", action=yes_no, help="quantize inputs with large activations first (act-order)")
+    parser.add_argument("--sweeps", type=int, metavar="N", help="rounds of refitting scales and codes after the solve")
+    parser.add_argument("--two-streams", action=yes_no, help="make up for what earlier layers have changed")
+    parser.add_argument("--tune-steps", type=int, metavar="N", help="steps of gradient descent on each solved block")
+    parser.add_argument(
+        "--dynamic-groups",
+        action="store_true",
+        help="fit scales as columns are reached; with --desc-act this needs g_idx",
+    )
+    parser.add_argument(
+        "--method", choices=("gptq", "rtn"), default="gptq", help="rtn: round to nearest, no calibration"
+    )
+    parser.add_argument(
+        "--calibration", default="c4", metavar="SRC",
+        help=f"{source_help}; for other models than text's, a .npz or .safetensors file (or a folder of them) of what "
+        "the model is called on: pixel_values, input_features, input_ids and attention_mask ...",
+    )  # fmt: skip
+    parser.add_argument(
+        "--samples", type=_samples, default=128, metavar="N", help="calibration windows; auto: as many as pay"
+    )
+    parser.add_argument("--seq-len", type=int, default=2048, metavar="N", help="tokens per window")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of windows")
+    parser.add_argument(
+        "--damp-percent", type=float, default=0.01, metavar="X", help="fraction of the Hessian's mean diagonal"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N",
+        help="calibration windows in mid-block at once: fewer than all saves memory and repeats forwards; same bytes",
+    )  # fmt: skip
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--push", metavar="REPO", help="then upload OUT to this model repository on the Hub")
+    parser.add_argument("--private", action="store_true", help="make the repository private, where it is new")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -126,20 +221,36 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def _quantize(args: argparse.Namespace) -> int:
+def _config(args: argparse.Namespace) -> QuantConfig:
     method: Method = args.method
-    config = QuantConfig(
+    return QuantConfig(
         bits=args.bits,
         group_size=args.group_size,
         sym=not args.asym,
+        effort=args.effort,
+        search=args.search,
         desc_act=args.desc_act,
+        sweeps=args.sweeps,
+        two_streams=args.two_streams,
+        tune_steps=args.tune_steps,
         static_groups=not args.dynamic_groups,
         method=method,
         damp_percent=args.damp_percent,
         num_samples=args.samples,
         seq_len=args.seq_len,
         seed=args.seed,
+        format=args.format,
+        target_bits=args.target_bits,
+        target_size=args.target_size,
+        lm_head=args.lm_head,
+        overrides=tuple(Override.parse(text) for text in args.override),
     )
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.push:
+        hub.check_access(args.push)
     with Progress() as progress:
         result = quantize(
             args.model,
@@ -157,12 +268,82 @@ def _quantize(args: argparse.Namespace) -> int:
         _print_json({**result.to_dict(), "peak_rss_bytes": _peak_rss()})
     else:
         _print_summary(result)
+    return _push(args)
+
+
+def _push(args: argparse.Namespace) -> int:
+    if args.push:
+        address = hub.push(Path(args.out), args.push, private=args.private)
+        print(f"pushed to {address}", file=sys.stderr)
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = _config(args)
+    arrays = config.method == "gptq" and is_arrays(args.calibration)
+    sample = read_arrays(args.calibration, 1, args.seed)[0] if arrays else None
+    plan = plan_checkpoint(args.model, config, args.revision, args.trust_remote_code, sample)
+    found = engines.engines(plan.stored_layers)
+    layers = list(plan.layers.values())
+    if args.json:
+        _print_json(
+            {
+                "format": layers[0].format,
+                "bits_per_weight": plan.bits_per_weight,
+                "tensor_bytes": sum(info.nbytes for info in plan.tensors.values()),
+                "layers": [vars(layer) for layer in layers],
+                "engines": [vars(engine) for engine in found],
+                "notes": plan.notes,
+            }
+        )
+        return 0
+    width = max(len(layer.name) for layer in layers)
+    print(f"{'layer':{width}}  bits  group   sym  outputs x inputs")
+    for layer in layers:
+        shape = f"{layer.outputs} x {layer.inputs}"
+        print(f"{layer.name:{width}}  {layer.bits:4}  {layer.group_size:5}  {_yes(layer.sym)}  {shape:>16}")
+    total = _megabytes(sum(info.nbytes for info in plan.tensors.values()))
+    print(f"{len(layers)} layers at {plan.bits_per_weight:.2f} bits per weight, {total} in all, as {layers[0].format}")
+    for note in plan.notes:
+        print(f"note: {note}")
+    _print_engines(found)
+    return 0
+
+
+def _yes(value: bool) -> str:
+    return " yes" if value else "  no"
+
+
+def _print_engines(found: list[engines.Engine]) -> None:
+    for engine in found:
+        print(f"{engine.name:13} {'yes' if engine.takes else 'no':3}  {engine.why}".replace("`", ""))
+
+
+def _convert(args: argparse.Namespace) -> int:
+    if args.push:
+        hub.check_access(args.push)
+    with Progress() as progress:
+        made = convert(
+            args.model,
+            args.out,
+            args.format,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress.layer_written,
+        )
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.json:
+        _print_json(made.to_dict())
+    else:
+        sizes = f"{_megabytes(made.bytes_before)} -> {_megabytes(made.bytes_after)}"
+        print(f"{made.out}: {made.layers} layers as {made.format}, {sizes}, not requantized")
+    return _push(args)
 
 
 def _print_summary(result: Result) -> None:
     print(
-        f"{result.out}: {len(result.layers)} layers at {result.bits_per_weight:.2f} bits per weight, "
+        f"{result.out}: {len(result.layers)} layers at {result.bits_per_weight:.2f} bits per weight ({result.format}), "
         f"{_megabytes(result.bytes_before)} -> {_megabytes(result.bytes_after)}, "
         f"{result.seconds:.0f} s, {_megabytes(_peak_rss())} peak memory"
     )
@@ -175,29 +356,58 @@ def _print_summary(result: Result) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    folder = Path(args.model)
+    if args.save:  # what could go wrong at the end is tried first
+        if not folder.is_dir():
+            raise InputError(f"--save writes beside the model, and {args.model} is not a folder")
+        evaluate.read_quality(folder)
+    if args.card:
+        read_record(Path(args.model))  # before the work
     with Progress() as progress:
-        found = evaluate.perplexity(
+        measure = partial(evaluate.compare, original=args.against) if args.against else evaluate.perplexity
+        found = measure(
             args.model,
-            args.data,
+            data=args.data,
             seq_len=args.seq_len,
             windows=args.windows,
             device=args.device,
             dtype=args.dtype,
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
-            progress=progress.window_done,
+            progress=progress.step_done if args.against else progress.window_done,
         )
     if found.seq_len != args.seq_len:
         print(
             f"note: windows are {found.seq_len} tokens, the model's limit, instead of {args.seq_len}", file=sys.stderr
         )
+    if args.save:
+        evaluate.save(folder, {"data": args.data, "original": args.against, **found.to_dict()})
+    if args.card:
+        verify.note_perplexity(args.model, {"data": public_name(args.data), **found.to_dict()})
     if args.json:
-        _print_json(vars(found))
+        _print_json(found.to_dict())
+        return 0
+    text = f"{found.tokens} tokens, {found.windows} windows of {found.seq_len}"
+    if isinstance(found, evaluate.Comparison):
+        _print_comparison(found, text)
     else:
-        print(
-            f"perplexity {found.perplexity:.4f} over {found.tokens} tokens, {found.windows} windows of {found.seq_len}"
-        )
+        print(f"perplexity {found.perplexity:.4f} over {text}")
     return 0
+
+
+def _print_comparison(found: evaluate.Comparison, text: str) -> None:
+    print(f"over {text}\n{'':35}95 % interval")
+    for name, label, form in (
+        ("perplexity", "perplexity", ".4f"),
+        ("original_perplexity", "original's perplexity", ".4f"),
+        ("gap", "above the original", "+.2%"),
+        ("kl", "KL per token, nats", ".5f"),
+        ("top1_agreement", "top-1 agreement", ".2%"),
+    ):
+        ends = "" if found.intervals is None else " to ".join(f"{end:{form}}" for end in found.intervals[name])
+        print(f"{label:22}{format(getattr(found, name), form):>10}   {ends}".rstrip())
+    if found.intervals is None:
+        print("one window gives no interval")
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -216,8 +426,9 @@ def _inspect(args: argparse.Namespace) -> int:
     quantized, others = _megabytes(content.quantized_bytes), _megabytes(content.other_bytes)
     print(
         f"{len(content.layers)} layers, {quantized}, {content.bits_per_weight:.2f} bits per weight; "
-        f"{len(content.other_tensors)} tensors kept as they were, {others}"
+        f"{len(content.other_tensors)} tensors kept as they were, {others}; {content.format}"
     )
+    _print_engines(content.engines)
     return 0
 
 
@@ -228,9 +439,21 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         for problem in found.problems:
             print(problem)
-        verdict = f"{len(found.problems)} differences" if found.problems else "as it was written"
+        fine = "as it was written" if found.recorded else "consistent (another tool wrote it, so there is no record)"
+        verdict = f"{len(found.problems)} differences" if found.problems else fine
         print(f"{args.out}: {found.layers} layers, {found.tensors} tensors, {found.files} other files: {verdict}")
     return 1 if found.problems else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    page, pictures = report.write_report(args.out, args.to)
+    if not pictures:
+        print("note: no PNGs without matplotlib; pip install 'gptq[report]'", file=sys.stderr)
+    if args.json:
+        _print_json({"page": str(page), "pictures": [str(picture) for picture in pictures]})
+    else:
+        print(page, *pictures, sep="\n")
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -298,24 +521,34 @@ class Progress(Observer):
         self._done, self._block = 0, -1
         self._open_bar(weights)
 
-    def layer_done(self, block: int, layer: LayerResult, weights: int) -> None:
+    def layer_done(self, block: int, name: str, weights: int) -> None:
         self._done += weights
         if self._bar is not None:
-            self._bar.set_description(f"block {block + 1}/{self._blocks} {layer.name.rpartition('.')[2]}")
+            self._bar.set_description(f"block {block + 1}/{self._blocks} {name.rpartition('.')[2]}")
             self._bar.update(weights)
         elif block != self._block:
             self._line(f"block {block + 1} of {self._blocks}", self._done / self._weights)
             self._block = block
 
     def window_done(self, done: int, total: int) -> None:
+        self._counted("window", done, total)
+
+    def step_done(self, done: int, total: int) -> None:
+        self._counted("step", done, total)
+
+    def layer_written(self, done: int, total: int) -> None:
+        self._counted("layer", done, total)
+
+    def _counted(self, what: str, done: int, total: int) -> None:
         if done == 1:
-            self._began = time.monotonic()
+            self._began, self._done = time.monotonic(), 0
             self._open_bar(total)
         if self._bar is not None:
-            self._bar.set_description(f"window {done}/{total}")
-            self._bar.update(1)
-        elif done == total or done * 10 // total != (done - 1) * 10 // total:
-            self._line(f"window {done} of {total}", done / total)
+            self._bar.set_description(f"{what} {done}/{total}")
+            self._bar.update(done - self._done)
+        elif done == total or done * 10 // total != self._done * 10 // total:
+            self._line(f"{what} {done} of {total}", done / total)
+        self._done = done
 
     def finished(self) -> None:
         if self._bar is not None:

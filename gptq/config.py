@@ -1,11 +1,97 @@
 """QuantConfig: everything that decides which bytes come out, and nothing else."""
 
+import re
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gptq.errors import InputError
 
 Method = Literal["gptq", "rtn"]
+EFFORTS: dict[str, dict[str, Any]] = {  # what each level sets where an option is not given
+    "fast": {"search": True, "desc_act": True, "sweeps": 1, "two_streams": False, "tune_steps": 0},
+    "balanced": {"search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0},
+    "best": {"search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200},
+}
+Format = Literal["gptq", "gptq_v2", "pack-quantized"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+BITS = range(2, 9)
+
+
+@dataclass(frozen=True)
+class Override:
+    """Options of the layers in whose names `pattern`, a regular expression, is found; None leaves an option as it is.
+
+    As text: `PATTERN:bits=8,group_size=32,sym=false`, or `PATTERN:skip` for layers that stay as they are.
+
+    Raises:
+        InputError: the pattern or an option is not one.
+    """
+
+    pattern: str
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    skip: bool | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            raise InputError(f"override {self.pattern!r} is not a regular expression: {error}") from error
+        for name, kind in (("bits", int), ("group_size", int), ("sym", bool), ("skip", bool)):
+            value = getattr(self, name)
+            right = value is None or type(value) is kind
+            _require(right, f"override {self.pattern!r}: {name} is {value!r}; it has to be of type {kind.__name__}")
+        _require(bool(self.options()), f"override {self.pattern!r} changes nothing; give bits, group_size, sym or skip")
+        _check_grid(self.bits, self.group_size, f"override {self.pattern!r}: ")
+
+    def __str__(self) -> str:
+        return f"{self.pattern}:{','.join(f'{name}={value}'.lower() for name, value in self.options().items())}"
+
+    def options(self) -> dict[str, Any]:
+        """What is set, by name."""
+        return {name: value for name, value in asdict(self).items() if name != "pattern" and value is not None}
+
+    @classmethod
+    def parse(cls, text: str) -> "Override":
+        """Raises InputError where `text` is not PATTERN:OPTIONS."""
+        pattern, colon, options = text.rpartition(":")
+        _require(bool(colon and pattern), f"override {text!r} is not PATTERN:OPTIONS, such as 'down_proj:bits=8'")
+        values: dict[str, Any] = {}
+        for item in options.split(","):
+            name, equals, value = item.strip().partition("=")
+            values[name] = _value(value) if equals else True
+        return cls.of((pattern, values))
+
+    @classmethod
+    def of(cls, value: Any) -> "Override":
+        """An override from a pair (pattern, options), as JSON holds it; raises InputError for anything else."""
+        if isinstance(value, Override):
+            return value
+        try:
+            pattern, options = value
+            unknown = set(options) - {field.name for field in fields(cls)[1:]}
+        except (TypeError, ValueError) as error:
+            raise InputError(f"override {value!r} is not a pair of a pattern and options") from error
+        known = "bits, group_size, sym and skip"
+        _require(
+            not unknown, f"override {pattern!r} has the unknown option {min(unknown, default='')!r}; it has {known}"
+        )
+        return cls(pattern, **options)
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def _check_grid(bits: int | None, group_size: int | None, where: str = "") -> None:
+    _require(bits is None or bits in BITS, f"{where}bits is {bits}; a code has 2 to 8 bits")
+    _require(
+        group_size is None or group_size == -1 or group_size >= 1,
+        f"{where}group_size is {group_size}; it is -1 (a row is one group) or a number of inputs, such as 128",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,19 +99,38 @@ class QuantConfig:
     """How a checkpoint is quantized.
 
     Args:
-        bits: width of a weight's code: 2, 3, 4 or 8, the widths GPTQ v1 files have.
+        bits: width of a weight's code, 2 to 8; GPTQ files hold 2, 3, 4 or 8, pack-quantized ones all.
         group_size: input columns that share one scale and zero point; -1 for one group per row. Where it does not
             divide a layer's inputs, the last group is shorter.
         sym: symmetric grid, the zero point in the middle; otherwise each group has its own zero point.
-        desc_act: quantize columns in descending order of the Hessian's diagonal ("act-order").
+        effort: "fast", "balanced" or "best"; sets what of the next five is None.
+        search: take for each group the best of many grids, weighted by the Hessian's diagonal; otherwise the smallest
+            that clips nothing.
+        desc_act: quantize columns in descending order of the Hessian's diagonal ("act-order"). By default not with
+            dynamic groups, where the file would need a group index at run time.
+        sweeps: rounds of refitting scales and codes after the solve.
+        two_streams: carry the original model's activations beside the quantized model's, and make up in each layer for
+            what the layers before it have changed. Twice the forward passes.
+        tune_steps: steps of gradient descent on each solved block's scales, codes, norms and biases. Each step takes
+            eight windows forward and back; needs the original's activations, that is two_streams.
         static_groups: fit all scales to the original weights before the first column is quantized, so that act-order
             needs no group index at run time; otherwise each group is fitted when its first column is reached, to
             weights that carry the compensation so far, and groups follow the order in which columns are quantized.
         method: "gptq", or "rtn" for round-to-nearest on the same grid without calibration.
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean (0.01 is 1 %).
-        num_samples: calibration windows.
+        num_samples: calibration windows; "auto" doubles them from 16 until, in the first block, windows held out have
+            nearly the error of those the solver learned from.
         seq_len: tokens per window; shortened to the model's limit where that is smaller.
         seed: of the choice of calibration windows.
+        format: of the file: "gptq" (v1), "gptq_v2", or compressed-tensors' "pack-quantized"; "auto" is the one that
+            most engines take for the other options.
+        target_bits: choose width and group size of each layer so that a weight takes so many bits on the average, with
+            all that is stored, and the block outputs change least.
+        target_size: the same, so that the safetensors files take at most so many bytes.
+        lm_head: quantize the output head too. Where it shares its weight with the embedding, the two are untied: the
+            embedding stays, and the head gets codes of its own.
+        overrides: options of single layers (or pairs of a pattern and options); where several name a layer, the later
+            one wins. Layers that engines fuse into one (q/k/v, gate/up) always get the same options.
 
     Raises:
         InputError: an option is out of its range.
@@ -34,35 +139,83 @@ class QuantConfig:
     bits: int = 4
     group_size: int = 128
     sym: bool = True
-    desc_act: bool = False
+    effort: str = "balanced"
+    search: bool | None = None
+    desc_act: bool | None = None
+    sweeps: int | None = None
+    two_streams: bool | None = None
+    tune_steps: int | None = None
     static_groups: bool = True
     method: Method = "gptq"
     damp_percent: float = 0.01
-    num_samples: int = 128
+    num_samples: int | Literal["auto"] = 128
     seq_len: int = 2048
     seed: int = 0
+    format: Literal["auto", Format] = "auto"
+    target_bits: float | None = None
+    target_size: int | None = None
+    lm_head: bool = False
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
+        _require(
+            isinstance(self.overrides, tuple | list), f"overrides is {self.overrides!r}; it is a tuple of overrides"
+        )
+        object.__setattr__(self, "overrides", tuple(Override.of(value) for value in self.overrides))
+        _require(self.effort in EFFORTS, f"effort is {self.effort!r}; it is one of {', '.join(EFFORTS)}")
+        levels = EFFORTS[self.effort] | ({} if self.static_groups else {"desc_act": False})
+        for name, value in levels.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._check_target()
         for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
+            if field.name.startswith("target_") or (field.name, getattr(self, field.name)) == ("num_samples", "auto"):
+                continue
+            value, kind = getattr(self, field.name), type(levels.get(field.name, field.default))
             number = kind is float and type(value) is int
             _require(type(value) is kind or number, f"{field.name} is {value!r}; it has to be of type {kind.__name__}")
-        _require(self.bits in (2, 3, 4, 8), f"bits is {self.bits}; GPTQ v1 files hold 2, 3, 4 or 8 bits")
-        _require(
-            self.group_size == -1 or self.group_size >= 1,
-            f"group_size is {self.group_size}; it is -1 (a row is one group) or a number of inputs, such as 128",
-        )
+        _check_grid(self.bits, self.group_size)
         _require(self.method in ("gptq", "rtn"), f"method is {self.method!r}; it is 'gptq' or 'rtn'")
+        _require(
+            self.format in ("auto", *FORMATS),
+            f"format is {self.format!r}; it is 'auto', {', '.join(map(repr, FORMATS))}",
+        )
         _require(
             0 < self.damp_percent < 1,
             f"damp_percent is {self.damp_percent}; it is a fraction between 0 and 1, usually 0.01",
         )
-        _require(self.num_samples >= 1, f"num_samples is {self.num_samples}; at least one window is needed")
+        _require(self.sweeps is not None and self.sweeps >= 0, f"sweeps is {self.sweeps}; it is 0 or more")
+        _require(
+            self.tune_steps is not None and self.tune_steps >= 0, f"tune_steps is {self.tune_steps}; it is 0 or more"
+        )
+        _require(
+            bool(self.two_streams) or not self.tune_steps,
+            "tune_steps needs two_streams: it aims at the original outputs",
+        )
+        _require(
+            self.num_samples == "auto" or self.num_samples >= 1,
+            f"num_samples is {self.num_samples}; at least one window is needed",
+        )
         _require(self.seq_len >= 2, f"seq_len is {self.seq_len}; a window has at least 2 tokens")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it is from 0 to 2^63 - 1")
 
+    def _check_target(self) -> None:
+        bits, size = self.target_bits, self.target_size
+        _require(bits is None or size is None, "target_bits and target_size are both given; one of them is enough")
+        _require(
+            bits is None or (type(bits) in (int, float) and bits > 0),
+            f"target_bits is {bits!r}; it is a positive number",
+        )
+        _require(size is None or (type(size) is int and size > 0), f"target_size is {size!r}; it is a number of bytes")
+        _require(
+            (bits is None and size is None) or (self.method == "gptq" and self.static_groups),
+            "a target needs the method 'gptq' and static groups: widths are chosen by what layers do to their block",
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON's values; overrides are pairs of a pattern and options."""
+        overrides = [[override.pattern, override.options()] for override in self.overrides]
+        return {**asdict(self), "overrides": overrides}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantConfig":

@@ -5,6 +5,9 @@
 A scale is float16 on disk. It is rounded to float16 when it is fitted, before any code is chosen with it, so what a
 reader computes from the file is the weight that was chosen. Zero points lie in [1, 2^bits - 1]: GPTQ v1 files store
 zero - 1, and its readers disagree about what -1 means.
+
+A symmetric grid has one more point on one side of zero than on the other. A negative scale turns it over, so that the
+side with more points can be the one with the larger weights; readers multiply by the scale, whatever its sign.
 """
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 SCALE_DTYPE = torch.float16
 SMALLEST_SCALE = 2.0**-24  # float16's smallest subnormal; a scale of 0 would divide by zero
+SHRINKS = torch.linspace(1, 0.3, 36).tolist()  # of the widest grid, that a search tries
 
 
 def fit(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
@@ -28,19 +32,54 @@ def fit(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     if sym:
         scale = 2 * w.abs().amax(-1) / maxq
         zero = torch.full_like(scale, 2 ** (bits - 1))
-        scale = _as_stored(scale)
+        scale = as_stored(scale)
     else:
         low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
         # With zero at its lowest, 1, the largest code stands for (maxq - 1) * scale, which has to reach `high`.
-        scale = _as_stored(torch.maximum((high - low) / maxq, high / (maxq - 1)))
+        scale = as_stored(torch.maximum((high - low) / maxq, high / (maxq - 1)))
         zero = torch.round(-low / scale).clamp(1, maxq)
     return scale, zero
 
 
-def _as_stored(scale: Tensor) -> Tensor:
-    if float(scale.max()) > torch.finfo(SCALE_DTYPE).max:
-        raise ValueError(f"a scale of {float(scale.max()):.3g} does not fit float16, the dtype of scales on disk")
-    return scale.where(scale > 0, 1).clamp(min=SMALLEST_SCALE).to(SCALE_DTYPE).to(scale.dtype)
+def as_stored(scale: Tensor) -> Tensor:
+    """Scales rounded to float16, none of them 0 (an exact 0, as all-zero weights give, becomes 1); the sign is kept.
+
+    Raises:
+        ValueError: a scale exceeds float16.
+    """
+    largest = float(scale.abs().max())
+    if largest > torch.finfo(SCALE_DTYPE).max:
+        raise ValueError(f"a scale of {largest:.3g} does not fit float16, the dtype of scales on disk")
+    size = scale.abs().where(scale != 0, 1).clamp(min=SMALLEST_SCALE).to(SCALE_DTYPE).to(scale.dtype)
+    return size.where(scale >= 0, -size)
+
+
+def candidates(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
+    """Grids to choose from for the columns of each row: from one that clips nothing down to one 0.3 times as wide.
+
+    Symmetric grids come with both signs of the scale. Asymmetric ones shrink both ends alike and have the zero point
+    rounded both down and up.
+
+    Args:
+        w: (rows, columns).
+    Returns:
+        scale and zero, both (candidates, rows); scale holds float16 values.
+    Raises:
+        ValueError: a scale exceeds float16.
+    """
+    shrink = torch.tensor(SHRINKS, dtype=w.dtype, device=w.device)[:, None]  # (shrinks, 1)
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (rows,)
+    if sym:
+        below = 2 ** (bits - 1)  # points on the long side, one less on the other
+        upright = torch.maximum(-low / below, high / (below - 1))
+        turned = torch.maximum(high / below, -low / (below - 1))
+        scale = as_stored(torch.cat([shrink * upright, -shrink * turned]))
+        return scale, torch.full_like(scale, below)
+    widest, _ = fit(w, bits, sym=False)
+    scale = as_stored(shrink * widest)
+    zero = -low * shrink / scale  # (shrinks, rows)
+    both = torch.cat([zero.floor(), zero.ceil()]).clamp(1, 2**bits - 1)
+    return torch.cat([scale, scale]), both
 
 
 def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -51,9 +90,3 @@ def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Weights of codes. In float32 the product is exact: 11 significant bits times at most 9."""
     return scale * (codes - zero)
-
-
-def fit_groups(W: Tensor, bits: int, group_size: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """Min-max grids of all groups of W (rows, columns); scale and zero are (rows, groups). The last may be short."""
-    grids = [fit(group, bits, sym) for group in W.split(group_size, dim=1)]
-    return torch.stack([scale for scale, _ in grids], 1), torch.stack([zero for _, zero in grids], 1)

@@ -15,22 +15,37 @@ from torch import Tensor
 class HessianAccumulator:
     """Sums x^T x of one layer input in float32, in the order in which windows arrive.
 
-    A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round.
+    A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. Where the original
+    model's input x~ is given beside x, (x~ - x)^T x is summed as well.
     """
 
     def __init__(self, num_inputs: int, device: torch.device) -> None:
         self.sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
+        self.cross_sum: Tensor | None = None
         self.num_tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add the input of one window, (..., num_inputs); every leading dimension counts tokens."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Add the input of one window, (..., num_inputs); every leading dimension counts tokens.
+
+        An `original` of another shape (an expert that other tokens reached, say) tells nothing of the drift of these.
+        """
+        drift = None
+        if original is not None and original.shape == x.shape:
+            drift = (original.float() - x.float()).reshape(-1, x.shape[-1])  # (tokens, num_inputs)
         x = x.reshape(-1, x.shape[-1]).float()  # (tokens, num_inputs)
         self.sum.addmm_(x.T, x)
+        if drift is not None:
+            self.cross_sum = torch.zeros_like(self.sum) if self.cross_sum is None else self.cross_sum
+            self.cross_sum.addmm_(drift.T, x)
         self.num_tokens += x.shape[0]
 
     def mean(self) -> Tensor:
         """H, (num_inputs, num_inputs) float32; zero where no token came."""
         return self.sum / max(self.num_tokens, 1)
+
+    def cross_mean(self) -> Tensor | None:
+        """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None where no original was given."""
+        return None if self.cross_sum is None else self.cross_sum / max(self.num_tokens, 1)
 
 
 @contextmanager

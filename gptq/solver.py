@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq import grid
+from gptq import grid, kernels
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SolvedLayer:
     scale: Tensor  # (rows, groups) float32 with float16 values
     zero: Tensor  # (rows, groups) uint8
     g_idx: Tensor  # (columns,) int32: the group of each column
-    error: float  # tr((W - Q) (H + ridge I) (W - Q)^T), from the sum over D
+    error: float  # tr((W - Q) (H + ridge I) (W - Q)^T)
 
     def weight(self) -> Tensor:
         """The dequantized weight, (rows, columns) float32: exactly what a reader of the file computes."""
@@ -95,7 +95,14 @@ def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01) -> Factor:
 
 
 def solve(
-    W: Tensor, factor: Factor, bits: int, group_size: int, sym: bool, static_groups: bool = True, block_size: int = 128
+    W: Tensor,
+    factor: Factor,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    static_groups: bool = True,
+    search: bool = False,
+    block_size: int = 128,
 ) -> SolvedLayer:
     """Choose the codes of W one column at a time, each where the errors before it are best made up for.
 
@@ -105,6 +112,8 @@ def solve(
         group_size: columns per scale and zero point; the last group may be shorter.
         static_groups: fit grids to W; otherwise to the compensated weights when a group's first column is reached,
             and groups are runs of columns in solving order.
+        search: take of many grids the one that errs least, columns weighted by the diagonal of H; otherwise the
+            smallest that clips nothing.
         block_size: columns per lazy update; changes the speed, not the codes.
     Raises:
         ValueError: a scale does not fit its stored dtype.
@@ -114,11 +123,12 @@ def solve(
     Wt = W.T[perm].contiguous()  # (columns, rows) in solving order: a column of W is one contiguous line
     position = torch.arange(columns, device=W.device)
     group_of = (perm if static_groups else position) // group_size  # (columns,) of the k-th solved column
-    num_groups = -(-columns // group_size)
+    importance = factor.H.diagonal() + factor.ridge if search else None  # (columns,)
     if static_groups:
-        scale, zero = (t.T.contiguous() for t in grid.fit_groups(W, bits, group_size, sym))  # (groups, rows)
+        scale, zero = (t.T.contiguous() for t in fit_groups(W, bits, group_size, sym, importance))  # (groups, rows)
     else:
-        scale, zero = (torch.empty(num_groups, rows, dtype=W.dtype, device=W.device) for _ in range(2))
+        shape = (-(-columns // group_size), rows)
+        scale, zero = (torch.empty(shape, dtype=W.dtype, device=W.device) for _ in range(2))
 
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
     E = torch.zeros_like(Wt)  # (columns, rows) W - Q of the columns solved so far
@@ -127,18 +137,15 @@ def solve(
     for start, stop in _column_blocks(columns, block_size, columns if static_groups else group_size):
         if not static_groups and start % group_size == 0:
             group = slice(start, min(start + group_size, columns))
-            scale[groups[start]], zero[groups[start]] = grid.fit(_compensated(Wt, E, U, group).T, bits, sym)
-        block = Wt[start:stop] + U[:start, start:stop].T @ E[:start]  # (block, rows) w' as far as earlier blocks go
-        rounded = torch.empty_like(block)  # (block, rows) Q
-        for k in range(start, stop):
-            w, s, z = block[k - start], scale[groups[k]], zero[groups[k]]  # (rows,)
-            code = grid.quantize(w, s, z, bits)
-            codes[k] = code
-            q = grid.dequantize(code, s, z)
-            rounded[k - start] = q
-            E[k] = Wt[k] - q
-            block[k - start + 1 :].addr_(U[k, k + 1 : stop], E[k])
-        residual = (block - rounded).square().sum(1, dtype=torch.float64)  # (block,) ||w'_k - Q_k||^2
+            weighting = None if importance is None else importance[perm[group]]
+            fitted = _fit(_compensated(Wt, E, U, group).T, bits, sym, weighting)
+            scale[groups[start]], zero[groups[start]] = fitted
+        base = Wt[start:stop] + U[:start, start:stop].T @ E[:start]  # (block, rows) w' as far as earlier blocks go
+        codes[start:stop], Q, reached = kernels.choose_columns(
+            base, Wt[start:stop], -U[start:stop, start:stop], scale, zero, groups[start:stop], bits
+        )
+        E[start:stop] = Wt[start:stop] - Q
+        residual = (reached - Q).square().sum(1, dtype=torch.float64)  # (block,) ||w'_k - Q_k||^2
         error += float(factor.D[start:stop].double() @ residual)
     inverse = torch.argsort(perm)
     return SolvedLayer(
@@ -148,6 +155,30 @@ def solve(
         g_idx=group_of[inverse].to(torch.int32),
         error=error,
     )
+
+
+def fit_groups(
+    W: Tensor, bits: int, group_size: int, sym: bool, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Grids of all groups of W (rows, columns); scale and zero are (rows, groups). The last may be short.
+
+    Args:
+        importance: (columns,) weights of the squared errors that a searched grid makes smallest; None for the
+            smallest grid that clips nothing.
+    """
+    groups = W.split(group_size, dim=1)
+    weightings = [None] * len(groups) if importance is None else importance.split(group_size)
+    grids = [_fit(group, bits, sym, weighting) for group, weighting in zip(groups, weightings, strict=True)]
+    return torch.stack([scale for scale, _ in grids], 1), torch.stack([zero for _, zero in grids], 1)
+
+
+def _fit(w: Tensor, bits: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero (rows,) of one group (rows, columns)."""
+    if importance is None:
+        return grid.fit(w, bits, sym)
+    scales, zeros = grid.candidates(w, bits, sym)  # (candidates, rows)
+    best = kernels.best_grid(w.T.contiguous(), importance, scales, zeros, bits)[None]
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
 def _compensated(Wt: Tensor, E: Tensor, U: Tensor, group: slice) -> Tensor:
@@ -172,7 +203,7 @@ def _column_blocks(columns: int, block_size: int, span: int) -> list[tuple[int, 
 
 def round_to_nearest(W: Tensor, bits: int, group_size: int, sym: bool) -> SolvedLayer:
     """Every weight to the nearest point of its group's grid, each by itself; `error` is ||W - Q||^2 (H = I)."""
-    scale, zero = grid.fit_groups(W, bits, group_size, sym)  # (rows, groups)
+    scale, zero = fit_groups(W, bits, group_size, sym)  # (rows, groups)
     g_idx = torch.arange(W.shape[1], device=W.device) // group_size
     codes = grid.quantize(W, scale[:, g_idx], zero[:, g_idx], bits)
     error = float((W - grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])).double().square().sum())

@@ -58,7 +58,7 @@ def random_layer(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 def solve_naively(W: Tensor, inverse_H: Tensor) -> Tensor:
     """Codes of W (rows, columns), row after row; inverse_H is (columns, columns)."""
-    scales, zeros = grid.fit_groups(W, BITS, W.shape[1], sym=True)  # (rows, 1)
+    scales, zeros = solver.fit_groups(W, BITS, W.shape[1], sym=True)  # (rows, 1)
     codes = torch.empty_like(W)
     for i, w in enumerate(W.clone()):  # (columns,)
         inverse = inverse_H.clone()  # every row eliminates every column anew: this is the extra factor of n

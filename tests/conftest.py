@@ -7,6 +7,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the Hub's libraries are imported: tests never ask the network
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,46 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {**LLAMA_LIKE, "head_dim": 16},
     "opt": {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": WIDTH},
     "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64},
+    "gemma2": {**LLAMA_LIKE, "head_dim": 16, "sliding_window": 16},
+    "gemma3_text": {**LLAMA_LIKE, "head_dim": 16, "sliding_window": 16},
+    "phi3": LLAMA_LIKE,
+    "bloom": {"hidden_size": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB},
+    "gpt_neox": {**SMALL, "intermediate_size": 96},
+    "falcon": SMALL,
 }  # fmt: skip
+MOE = {**LLAMA_LIKE, "intermediate_size": 96, "num_experts_per_tok": 2}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {**MOE, "num_local_experts": 4},
+    "qwen3_moe": {**MOE, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "deepseek_v3": {
+        **MOE, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    },
+}  # fmt: skip
+BERT = {**SMALL, "intermediate_size": 96}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # with the class of their head
+    "bert": ("BertForMaskedLM", BERT),
+    "roberta": ("RobertaForSequenceClassification", {**BERT, "max_position_embeddings": 66, "num_labels": 3}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": WIDTH, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB,
+         "decoder_start_token_id": 0},
+    ),
+    "vit": ("ViTForImageClassification", {**BERT, "image_size": 32, "patch_size": 8}),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        {"d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": VOCAB,
+         "num_mel_bins": 16, "max_source_positions": 24, "max_target_positions": 32, "decoder_start_token_id": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def windows(rng: torch.Generator) -> torch.Tensor:
+    """Six calibration windows of random tokens, (6, 32)."""
+    return torch.randint(1, VOCAB, (6, 32), generator=rng)
 
 
 @pytest.fixture
@@ -65,6 +106,17 @@ def tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>")
 
 
+def load_script(name: str) -> Any:
+    """A file of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 MakeModel = Callable[..., Path]
 
 
@@ -75,11 +127,12 @@ def make_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> MakeModel:
     def make(
         kind: str = "llama", dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **options: Any
     ) -> Path:
-        settings = {**ARCHITECTURES[kind], "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **options}
+        name, own = OTHERS.get(kind) or ("", ARCHITECTURES.get(kind) or EXPERTS[kind])
+        settings = {**own, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **options}
         config = transformers.AutoConfig.for_model(kind, **settings)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config)
+            model = getattr(transformers, name)(config) if name else AutoModelForCausalLM.from_config(config)
             for parameter in model.parameters():  # as large as trained ones, so that layers matter; biases too
                 torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else parameter.data.normal_(1, 0.1)
         folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"

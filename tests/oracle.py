@@ -93,3 +93,10 @@ def dequantized(file: dict[str, Tensor], layer: str, bits: int) -> Tensor:
             code = (stream >> (bits * i)) & (2**bits - 1)
             W[o, i] = scale[groups[i]][o] * (code - zeros[groups[i]][o])
     return W
+
+
+def unpacked_rows(words: Tensor, bits: int, count: int) -> Tensor:
+    """Codes (rows, count) of rows of words, bit by bit; float64."""
+    streams = [sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(row)) for row in words.tolist()]
+    codes = [[(stream >> (bits * i)) & (2**bits - 1) for i in range(count)] for stream in streams]
+    return torch.tensor(codes, dtype=torch.float64)

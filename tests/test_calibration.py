@@ -1,5 +1,6 @@
 """Windows are seeded, whole, without overlap; every kind of source is read; what is missing is said."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
     rows = ["one", "two", ""]
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row, "n": 1}) + "\n" for row in rows))
+    with gzip.open(tmp_path / "a.json.gz", "wt") as packed:
+        packed.write((tmp_path / "a.jsonl").read_text())
     table = datasets.Dataset.from_dict({"text": rows})
     table.to_parquet(tmp_path / "a.parquet")
     folder = tmp_path / "folder"
@@ -68,6 +71,7 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["held out"]}).to_parquet(folder / "test-00000-of-00001.parquet")
     assert list(calibration.documents(str(tmp_path / "a.txt"), "train")) == ["one\n\ntwo"]
     assert list(calibration.documents(str(tmp_path / "a.jsonl"), "train")) == rows
+    assert list(calibration.documents(str(tmp_path / "a.json.gz"), "train")) == rows
     assert list(calibration.documents(str(tmp_path / "a.parquet"), "test")) == rows
     assert list(calibration.documents(str(folder), "train")) == rows
     assert list(calibration.documents(str(folder), "test")) == ["held out"]
@@ -99,3 +103,13 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(calibration, "load_dataset", offline)
     with pytest.raises(InputError, match=r"could it be fetched from the Hub \(no route\). Pass a local .txt"):
         calibration.documents("c4", "train")
+
+
+def test_c4_is_drawn_from_training_text_and_measured_on_validation_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, data_files: dict[str, str]) -> datasets.DatasetDict:
+        return datasets.DatasetDict({part: datasets.Dataset.from_dict({"text": [f]}) for part, f in data_files.items()})
+
+    monkeypatch.setattr(calibration, "load_dataset", load_dataset)
+    assert list(calibration.documents("c4", "train")) == ["en/c4-train.00000-of-01024.json.gz"]
+    for source in ("c4", "c4:validation"):
+        assert list(calibration.documents(source, "test")) == ["en/c4-validation.00000-of-00008.json.gz"]

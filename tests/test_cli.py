@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,13 +68,39 @@ def test_printed_for_people(
     assert "12 layers at" in printed
     code, printed, _ = run(capsys, "inspect", out)
     assert code == 0
-    assert len(printed.splitlines()) == 1 + 12 + 1
+    assert len(printed.splitlines()) == 1 + 12 + 1 + 5  # a line per layer, and one per engine
     code, printed, _ = run(capsys, "eval", out, "--data", text_file, "--windows", 2)
     assert code == 0
     assert printed.startswith("perplexity ")
     code, printed, _ = run(capsys, "verify", out)
     assert code == 0
     assert "as it was written" in printed
+    code, printed, _ = run(capsys, "report", out)
+    assert code == 0
+    assert printed.startswith(f"{out / 'report' / 'index.html'}\n{out / 'report' / 'errors.png'}\n")
+
+
+def test_eval_against_the_original_says_how_sure_it_is_and_keeps_it(
+    make_model: MakeModel, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_model("llama"), tmp_path / "out"
+    assert run(capsys, "quantize", source, out, "--method", "rtn", "--group-size", 32)[0] == 0
+    measure = ["eval", out, "--against", source, "--data", text_file, "--seq-len", 32]
+    code, printed, _ = run(capsys, *measure, "--windows", 3, "--json", "--save")
+    found = json.loads(printed)
+    assert code == 0
+    assert found["intervals"].keys() == {"perplexity", "original_perplexity", "gap", "kl", "top1_agreement"}
+    assert 0 < found["intervals"]["kl"][0] <= found["kl"] <= found["intervals"]["kl"][1]
+    assert json.loads((out / "quality.json").read_text()) == {
+        "measurements": [{"data": text_file, "original": str(source), **found}]
+    }
+    code, printed, _ = run(capsys, *measure, "--windows", 1)
+    assert code == 0
+    assert "KL per token" in printed
+    assert "one window gives no interval" in printed
+    assert run(capsys, "verify", out)[0] == 0
+    code, _, errors = run(capsys, "eval", "nobody/nothing", "--data", text_file, "--save")
+    assert (code, "nobody/nothing is not a folder" in errors) == (2, True)
 
 
 def test_a_models_limit_shortens_windows_and_says_so(
@@ -89,7 +116,8 @@ def test_a_models_limit_shortens_windows_and_says_so(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--bits", "5"], "bits is 5; GPTQ v1 files hold 2, 3, 4 or 8 bits"),
+        (["--bits", "9"], "bits is 9; a code has 2 to 8 bits"),
+        (["--bits", "5", "--format", "gptq"], "GPTQ files hold 2, 3, 4 or 8 bits, not 5"),
         (["--group-size", "0"], "group_size is 0"),
         (["--damp-percent", "-1"], "damp_percent is -1"),
         (["--samples", "100000"], "100000 windows need 3200000"),
@@ -155,6 +183,28 @@ def test_remote_code_is_not_run_unless_asked_for(
     assert not (tmp_path / "ran").exists()
 
 
+def interruptible(command: list[str]) -> "subprocess.Popen[str]":
+    """A process that Ctrl-C reaches, even if these tests run in the background, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def wait_for_handler(pid: int) -> None:
+    """Until a process catches SIGINT, as Python does from early on; by the clock where there is no /proc."""
+    status = Path(f"/proc/{pid}/status")
+    for tick in range(300):
+        time.sleep(0.1)
+        caught = re.search(r"SigCgt:\s*(\w+)", status.read_text()) if status.is_file() else None
+        if caught and int(caught[1], 16) >> (signal.SIGINT - 1) & 1:
+            break
+        if not caught and tick > 7:
+            break
+    time.sleep(0.2)
+
+
 def test_ctrl_c_is_a_sentence_and_leaves_nothing(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
     source = make_model("llama", num_hidden_layers=60)
     command = [
@@ -169,7 +219,7 @@ def test_ctrl_c_is_a_sentence_and_leaves_nothing(make_model: MakeModel, text_fil
         "--seq-len",
         "64",
     ]
-    process = subprocess.Popen([*command, "--calibration", text_file], stderr=subprocess.PIPE, text=True)
+    process = interruptible([*command, "--calibration", text_file])
     assert process.stderr is not None
     assert any(line.startswith("block") for line in process.stderr)  # it is among the blocks by now
     os.kill(process.pid, signal.SIGINT)
@@ -181,8 +231,8 @@ def test_ctrl_c_is_a_sentence_and_leaves_nothing(make_model: MakeModel, text_fil
 
 
 def test_ctrl_c_during_start_up_is_a_sentence_too() -> None:
-    process = subprocess.Popen([sys.executable, "-m", "gptq", "demo"], stderr=subprocess.PIPE, text=True)
-    time.sleep(0.7)  # Python is up, torch and transformers are not
+    process = interruptible([sys.executable, "-m", "gptq", "demo"])
+    wait_for_handler(process.pid)  # Python is up, torch and transformers are not
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2

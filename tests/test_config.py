@@ -17,7 +17,8 @@ def test_json_both_ways() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("bits", 5), ("bits", 0), ("group_size", 0), ("group_size", -2), ("damp_percent", 0.0), ("damp_percent", 1.5),
+    [("bits", 9), ("bits", 1), ("format", "awq"),
+     ("bits", 0), ("group_size", 0), ("group_size", -2), ("damp_percent", 0.0), ("damp_percent", 1.5),
      ("num_samples", 0), ("seq_len", 1), ("method", "awq"), ("seed", -1), ("damp_percent", float("nan")),
      ("bits", 4.0), ("sym", "no"), ("seed", None)],
 )  # fmt: skip

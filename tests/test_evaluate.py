@@ -1,4 +1,4 @@
-"""Perplexity against a cross-entropy written out by hand."""
+"""Perplexity, KL divergence and agreement against what is written out by hand."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq import InputError, evaluate, load, perplexity
+from gptq import InputError, QuantConfig, compare, evaluate, load, perplexity, quantize
 from gptq.blocks import read_tokenizer
 from tests.conftest import MakeModel
 
@@ -32,3 +32,85 @@ def test_output_that_is_not_a_number_is_refused(make_model: MakeModel) -> None:
     network.get_submodule("model.norm").weight.data.fill_(float("nan"))  # type: ignore[operator]
     with pytest.raises(InputError, match="holds NaN or infinity"):
         evaluate.perplexity_of(network, torch.ones(1, 8, dtype=torch.int64))
+
+
+def test_differences_are_those_of_a_float64_softmax_written_out() -> None:
+    reference = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, -math.inf]])
+    logits = torch.tensor([[0.5, 2.0, 1.0], [1.0, 0.0, 0.0]])
+    targets = torch.tensor([2, 0])
+    losses, kl = [0.0, 0.0], 0.0
+    for p_row, q_row, target in zip(reference.tolist(), logits.tolist(), targets.tolist(), strict=True):
+        p = [math.exp(x) / sum(map(math.exp, p_row)) for x in p_row]
+        q = [math.exp(x) / sum(map(math.exp, q_row)) for x in q_row]
+        losses = [losses[0] - math.log(q[target]) / 2, losses[1] - math.log(p[target]) / 2]
+        kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a) / 2
+    expected = [*losses, kl, 0.5]  # the most likely token differs in the first row only
+    assert evaluate.differences(reference, logits, targets).tolist() == pytest.approx(expected, rel=1e-14)
+
+
+def test_differences_do_not_depend_on_the_chunk(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, logits = torch.randn(2, 50, 7, generator=rng)
+    targets = torch.randint(7, (50,), generator=rng)
+    whole = evaluate.differences(reference, logits, targets)
+    monkeypatch.setattr(evaluate, "CHUNK", 21)
+    assert torch.allclose(evaluate.differences(reference, logits, targets), whole, rtol=1e-14)
+
+
+def test_intervals_are_reproducible_cover_the_mean_and_shrink_to_nothing() -> None:
+    numbers = torch.rand(400, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = evaluate.summarize(numbers, 16)
+    assert found == evaluate.summarize(numbers, 16)
+    assert found.intervals is not None
+    low, high = found.intervals["kl"]  # of a mean: 1.96 standard errors on each side
+    half = 1.96 * float(numbers[:, 2].std()) / 20
+    assert [low, high] == pytest.approx([found.kl - half, found.kl + half], abs=half / 10)
+    assert found.gap == pytest.approx(found.perplexity / found.original_perplexity - 1)
+    # Pairing: a loss that is the original's plus a constant has a gap without any spread.
+    numbers[:, 0] = numbers[:, 1] + 0.1
+    paired = evaluate.summarize(numbers, 16).intervals
+    assert paired is not None
+    assert paired["gap"] == pytest.approx((math.expm1(0.1),) * 2)
+    assert paired["perplexity"][1] - paired["perplexity"][0] > 0.01
+    assert evaluate.summarize(numbers[:1], 16).intervals is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
+def test_a_model_against_itself(kind: str, make_model: MakeModel, text_file: str) -> None:
+    """The original, streamed block by block, predicts what the whole model does."""
+    source = make_model(kind)
+    steps: list[tuple[int, int]] = []
+    found = compare(source, source, text_file, seq_len=16, windows=5, progress=lambda *step: steps.append(step))
+    assert (steps[0], steps[-1]) == ((1, 20), (20, 20))  # two models of two blocks
+    assert steps == sorted(steps)
+    assert [found.kl, found.gap, found.top1_agreement] == pytest.approx([0, 0, 1], abs=1e-10)
+    alone = perplexity(source, text_file, seq_len=16, windows=5)
+    assert found.perplexity == pytest.approx(alone.perplexity, rel=1e-6)
+    assert (found.tokens, found.windows, found.seq_len) == (alone.tokens, alone.windows, alone.seq_len)
+
+
+def test_a_comparison_with_something_else_is_refused(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
+    source = make_model("llama")
+    quantize(source, tmp_path / "out", QuantConfig(method="rtn", group_size=32))
+    with pytest.raises(InputError, match="is quantized itself"):
+        compare(source, tmp_path / "out", text_file, seq_len=16)
+    larger = make_model("llama", vocab_size=400)
+    with pytest.raises(InputError, match=r"320 logits, .* has 400"):
+        compare(source, larger, text_file, seq_len=16, windows=1)
+    tokenizer = larger / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8").replace('"merges"', '"ignored_merges"', 1))
+    merges = '"merges": [],"ignored_merges"'
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8").replace('"ignored_merges"', merges, 1))
+    with pytest.raises(InputError, match="different tokens"):
+        compare(source, larger, text_file, seq_len=16, windows=1)
+
+
+def test_measurements_are_kept_beside_the_model_once_each(tmp_path: Path) -> None:
+    first = {"data": "a.txt", "original": None, "seq_len": 16, "windows": 2, "perplexity": 3.0}
+    evaluate.save(tmp_path, first)
+    evaluate.save(tmp_path, first | {"data": "b.txt"})
+    evaluate.save(tmp_path, first | {"perplexity": 4.0})
+    assert [(m["data"], m["perplexity"]) for m in evaluate.read_quality(tmp_path)] == [("b.txt", 3.0), ("a.txt", 4.0)]
+    assert [file.name for file in tmp_path.iterdir()] == ["quality.json"]
+    (tmp_path / "quality.json").write_text("{}")
+    with pytest.raises(InputError, match="is damaged"):
+        evaluate.read_quality(tmp_path)

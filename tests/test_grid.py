@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptq import grid
+from gptq import grid, solver
 
 ALL_BITS = [2, 3, 4, 8]
 
@@ -63,6 +63,6 @@ def test_zero_and_tiny_groups_stay_finite_and_huge_ones_are_refused() -> None:
 
 def test_a_short_last_group_has_its_own_grid(rng: torch.Generator) -> None:
     W = torch.randn(5, 20, generator=rng)
-    scale, zero = grid.fit_groups(W, 4, 8, sym=False)
+    scale, zero = solver.fit_groups(W, 4, 8, sym=False)
     assert scale.shape == zero.shape == (5, 3)
     assert torch.equal(scale[:, 2], grid.fit(W[:, 16:], 4, sym=False)[0])

@@ -7,13 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptq"
 RANKS = [
-    {"errors", "version", "grid", "packing", "hessian", "walk"},
+    {"errors", "version", "grid", "packing", "hessian", "walk", "charts"},
+    {"kernels", "experts"},
     {"config", "calibration", "solver", "checkpoint"},
-    {"formats", "blocks"},
-    {"linear", "plan"},
-    {"record", "evaluate"},
-    {"engine", "verify"},
-    {"demo"},
+    {"formats", "blocks", "hub", "refine", "drift"},
+    {"schemes"},
+    {"packed", "plan", "engines"},
+    {"linear", "record", "tune", "budget"},
+    {"hf_quantizer"},
+    {"engine", "verify", "conversion", "integration", "evaluate"},
+    {"demo", "report"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
@@ -46,4 +49,34 @@ def test_library_code_never_asserts_prints_unpickles_or_seeds_the_world(module: 
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) not in forbidden
         if isinstance(node, ast.Call) and module != "cli":
+            assert ast.unparse(node.func) not in {"print", "hash"}
+
+
+LENET = Path(__file__).parents[1] / "lenet_baseline"
+LENET_RANKS = [{"model", "maxabs"}, {"data", "activations", "weight_only"}, {"train", "integer"}, {"compare", "plots"}]
+LENET_RANK = {name: rank for rank, names in enumerate(LENET_RANKS) for name in names}
+
+
+def test_the_lenet_baseline_imports_one_way_and_the_package_never_imports_it() -> None:
+    for path in LENET.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert imported(tree) <= {"errors", "hessian", "solver"}
+        if path.stem.startswith("__"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lenet_baseline."):
+                assert LENET_RANK[node.module.split(".")[1]] < LENET_RANK[path.stem], f"{path.stem}: {node.module}"
+    assert set(LENET_RANK) == {path.stem for path in LENET.glob("*.py") if not path.stem.startswith("__")}
+    for path in PACKAGE.glob("*.py"):
+        assert "lenet_baseline" not in path.read_text()
+
+
+@pytest.mark.parametrize("module", sorted(LENET_RANK))
+def test_the_lenet_baseline_keeps_the_same_laws(module: str) -> None:
+    forbidden = {"torch.load", "pickle.load", "torch.manual_seed", "random.seed", "np.random", "os.environ"}
+    for node in ast.walk(ast.parse((LENET / f"{module}.py").read_text())):
+        assert not isinstance(node, ast.Assert)
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in forbidden
+        if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in {"print", "hash"}

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 
 from gptq import cli
+from lenet_baseline import __main__ as lenet
 
 ROOT = Path(__file__).parents[1]
+LENET = "python -m lenet_baseline "
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_tree_is_the_one_on_disk() -> None:
     tree = README.split("## Where things are")[1].split("```")[1]
-    listed = set(re.findall(r"^    (\w+\.py)", tree.split("\nscripts/")[0], re.MULTILINE))
-    assert listed == {p.name for p in (ROOT / "gptq").glob("*.py") if not p.name.startswith("__")}
+    folders = dict(re.findall(r"^(\w+)/(.*?)(?=^\w|\Z)", tree, re.MULTILINE | re.DOTALL))
+    for package in ("gptq", "lenet_baseline"):
+        listed = set(re.findall(r"^    (\w+\.py)", folders[package], re.MULTILINE))
+        assert listed == {p.name for p in (ROOT / package).glob("*.py") if not p.name.startswith("__")}
     listed_scripts = set(
         re.findall(r"^    (\w+(?:\.py)?) ", tree.split("\nscripts/")[1].split("\ntests/")[0], re.MULTILINE)
     )
@@ -25,7 +29,7 @@ def test_the_tree_is_the_one_on_disk() -> None:
 def commands() -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith("gptq ")]
+    return [line for line in lines if line.startswith(("gptq ", LENET))]
 
 
 def test_there_are_commands() -> None:
@@ -34,8 +38,9 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_is_understood(line: str) -> None:
-    arguments = shlex.split(line, comments=True)[1:]
-    assert callable(cli._parser().parse_args(arguments).command)
+    parser, prefix = (lenet.parser(), LENET) if line.startswith(LENET) else (cli._parser(), "gptq ")
+    arguments = shlex.split(line.removeprefix(prefix), comments=True)
+    assert callable(parser.parse_args(arguments).command)
 
 
 def test_make_targets_exist() -> None:

@@ -24,7 +24,7 @@ def factor_of(H: Tensor, damp: float = 0.01) -> solver.Factor:
 
 def expanded_grid(W: Tensor, bits: int, group_size: int, sym: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero of every weight, (rows, n)."""
-    scale, zero = grid.fit_groups(W, bits, group_size, sym)
+    scale, zero = solver.fit_groups(W, bits, group_size, sym)
     g_idx = torch.arange(W.shape[1]) // group_size
     return scale[:, g_idx], zero[:, g_idx]
 

@@ -1,0 +1,43 @@
+"""Asymmetric calibration: what a layer should become when its input is no longer the original model's.
+
+The layers before it are quantized, so a layer sees x where the original saw x~ = x + d. The outputs that are wanted are
+W x~, and of all weights the one that comes closest to them on x is
+
+    W* = W + share * W C H^-1,     C = mean d x^T,     share = 1,
+
+because ||W x~ - Q x||^2 = ||(W* - Q) x||^2 + what no Q can change. Plain GPTQ on W* is then the whole method; GPTAQ
+(arXiv 2504.02692) and Qronos (arXiv 2505.11695) reach about the same Q by changes to the solve, QEP (arXiv 2504.09629)
+is this with a share of 1/2. C is an average over few tokens and its noise would be learned too, so the share is the one
+that does best on windows which neither C nor H has seen.
+"""
+
+import torch
+from torch import Tensor
+
+from gptq.solver import Factor
+
+
+def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
+    """W C H^-1 (rows, columns) with the damped H, by two triangular solves with its factor.
+
+    Args:
+        W: (rows, columns).
+        C: (columns, columns), the mean of d x^T.
+    """
+    perm = factor.perm
+    Y = (W @ C)[:, perm]  # (rows, columns) in solving order; H = U D U^T there, so Y H^-1 = Y U^-T D^-1 U^-1
+    Y = torch.linalg.solve_triangular(factor.U.T, Y, upper=False, left=False, unitriangular=True)
+    Y = torch.linalg.solve_triangular(factor.U, Y / factor.D, upper=True, left=False, unitriangular=True)
+    corrected: Tensor = Y[:, torch.argsort(perm)]
+    return corrected
+
+
+def best_share(W: Tensor, correction: Tensor, C: Tensor, H: Tensor) -> float:
+    """The share in [0, 1] of `correction` (rows, columns) with the least error ||W d - share correction x||^2.
+
+    Args:
+        C, H: (columns, columns) means of d x^T and x x^T over windows that the correction was not computed from.
+    """
+    power = float(((correction @ H) * correction).sum(dtype=torch.float64))
+    agreement = float(((W @ C) * correction).sum(dtype=torch.float64))
+    return min(max(agreement / power, 0.0), 1.0) if power > 0 else 0.0

@@ -1,0 +1,216 @@
+"""The table of quality against size: method x bits x group size, over several calibration seeds.
+
+    python scripts/quality_table.py                                                    # the model in the package
+    python scripts/quality_table.py ./llama --calibration c4 --data wikitext:wikitext-2-raw-v1:test --json llama.json
+    python scripts/quality_table.py --methods rtn "plain GPTQ" --bits 3 --group-sizes 32 128
+
+Of each method it quantizes with every seed of the choice of calibration windows, and measures on text that calibration
+has not seen:
+
+    bits/weight   every stored bit of the quantized layers: codes, scales, zero points, g_idx
+    perplexity    of the mean loss over seeds; in brackets the lowest and the highest seed
+    gap           perplexity above the original's; x plain is the gap as a multiple of plain GPTQ's in the same row
+    KL            KL(original || quantized) per token in nats, mean over seeds, with its 95 % bootstrap interval over
+                  windows (that of the text; what the choice of calibration text does is the spread over seeds)
+    top-1         share of tokens for which both find the same one most likely
+    seconds       of quantizing, mean over seeds, measurement not counted
+
+Each result goes to the JSON file when it is there; run again, the script does only what is missing.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+from gptq import QuantConfig, __version__, calibration, demo, evaluate, quantize
+from gptq.blocks import fitting_seq_len, read_config, read_tokenizer
+from gptq.checkpoint import resolve
+from gptq.errors import InputError
+from gptq.linear import load
+
+# By name, options of QuantConfig; all that matters is written out, so that no default moves a peer's setting.
+PLAIN = "plain GPTQ"
+NO_LEVERS: dict[str, Any] = {"sym": True, "search": False, "desc_act": False, "sweeps": 0, "two_streams": False}
+PRESETS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn", "sym": True},
+    PLAIN: NO_LEVERS,
+    "plain GPTQ, dynamic groups": {**NO_LEVERS, "static_groups": False},
+    "GPTQ act-order": {**NO_LEVERS, "desc_act": True},
+    "GPTQ act-order + MSE grid": {**NO_LEVERS, "desc_act": True, "search": True},
+    "fast": {"effort": "fast"},
+    "balanced": {"effort": "balanced"},
+    "best": {"effort": "best"},
+}
+
+Row = dict[str, Any]  # one quantized model: "method", "options", "bits", "group_size", "seed", and what was measured
+
+
+def configurations(args: argparse.Namespace) -> list[tuple[str, QuantConfig]]:
+    """Every row of the table with every seed; round-to-nearest has no calibration and takes the first seed only."""
+    found = []
+    for bits in args.bits:
+        for group_size in args.group_sizes:
+            for method in args.methods:
+                options = {"bits": bits, "group_size": group_size, "num_samples": args.samples, **PRESETS[method]}
+                seeds = range(1 if options.get("method") == "rtn" else args.seeds)
+                found += [(method, QuantConfig(**options, seq_len=args.seq_len, seed=seed)) for seed in seeds]
+    return found
+
+
+class Table:
+    """The rows measured so far, in a file that is whole at any time."""
+
+    def __init__(self, path: Path, setting: Row) -> None:
+        self.path, self.setting = path, setting
+        self.rows: list[Row] = []
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in setting if content["setting"].get(key) != setting[key]]
+            if differing:
+                raise InputError(
+                    f"{path} was measured with {differing[0]} {content['setting'].get(differing[0])!r}, not "
+                    f"{setting[differing[0]]!r}; name another file with --json"
+                )
+            self.rows = content["rows"]
+
+    def row(self, method: str, config: QuantConfig) -> Row | None:
+        """What is known of a configuration; nothing, if the preset meant something else then."""
+        key = {"method": method, "config": config.to_dict()}
+        return next((row for row in self.rows if {name: row[name] for name in key} == key), None)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text(json.dumps({"setting": self.setting, "rows": self.rows}), encoding="utf-8")
+        partial.replace(self.path)
+
+
+def read_texts(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
+    """Rows of text that calibrate, and that are measured."""
+    first, second = demo.texts() if args.model == "demo" else ("", "")
+    if args.model != "demo" and not args.data:
+        raise InputError("a model of your own needs --data, the text to measure on")
+    calibrating = (
+        [first] if first and not args.calibration else calibration.documents(args.calibration or "c4", "train")
+    )
+    return calibrating, calibration.documents(args.data, "test") if args.data else [second]
+
+
+def measure(
+    method: str, config: QuantConfig, folder: Path, calibrating: Tensor, measured: Tensor, args: argparse.Namespace
+) -> Row:
+    with tempfile.TemporaryDirectory(prefix="gptq-table-") as scratch:
+        out = Path(scratch) / "out"
+        options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        made = quantize(folder, out, config, calibration=calibrating, **options)
+        numbers = evaluate.per_window(load(out, **options), folder, measured, args.dtype, args.trust_remote_code)
+    found = evaluate.summarize(numbers, measured.shape[1])
+    return {
+        "method": method,
+        "config": config.to_dict(),
+        "bits_per_weight": made.bits_per_weight,
+        "bytes": made.bytes_after,
+        "seconds": made.seconds,
+        **found.to_dict(),
+        "per_window": numbers.tolist(),  # (windows, 4): what the table's intervals are drawn from
+    }
+
+
+def markdown(table: Table, wanted: Iterable[tuple[str, QuantConfig]]) -> str:
+    """The table, a line per method, bits and group size, of all seeds that are there."""
+    by_line: dict[tuple[int, int, str], list[Row]] = {}
+    for method, config in wanted:
+        row = table.row(method, config)
+        if row:
+            by_line.setdefault((config.bits, config.group_size, method), []).append(row)
+    found = {line: _over_seeds(rows) for line, rows in by_line.items()}
+    seq_len = table.setting["seq_len"]
+    original = next(iter(found.values())).original_perplexity if found else float("nan")
+    lines = [
+        f"{table.setting['model']}: original perplexity {original:.3f} over {table.setting['windows']} windows of "
+        f"{seq_len}; {table.setting['samples']} calibration windows of {seq_len}",
+        "",
+        "| bits | group | method | bits/weight | perplexity | gap | x plain | KL | top-1 | seconds | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (bits, group_size, method), rows in by_line.items():
+        mean = found[bits, group_size, method]
+        each = [row["perplexity"] for row in rows]
+        spread = f" [{min(each):.3f}, {max(each):.3f}]" if len(each) > 1 else ""
+        plain = found.get((bits, group_size, PLAIN))
+        multiple = f"{mean.gap / plain.gap:.2f}" if plain and plain.gap > 0 else ""
+        low, high = mean.intervals["kl"] if mean.intervals else (mean.kl, mean.kl)
+        cells = [
+            bits, group_size, method, f"{statistics.mean(row['bits_per_weight'] for row in rows):.3f}",
+            f"{mean.perplexity:.3f}{spread}", f"{mean.gap:+.2%}", multiple, f"{mean.kl:.4f} [{low:.4f}, {high:.4f}]",
+            f"{mean.top1_agreement:.2%}", f"{statistics.mean(row['seconds'] for row in rows):.1f}", len(rows),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _over_seeds(rows: list[Row]) -> evaluate.Comparison:
+    per_seed = torch.tensor([row["per_window"] for row in rows], dtype=torch.float64)  # (seeds, windows, 4)
+    return evaluate.summarize(per_seed.mean(0), rows[0]["seq_len"])
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = demo.MODEL if args.model == "demo" else resolve(args.model, None)
+    seq_len, _ = fitting_seq_len(args.seq_len, read_config(folder, args.trust_remote_code))
+    tokenizer = read_tokenizer(folder, args.trust_remote_code)
+    rows, measured_rows = read_texts(args)
+    measured = calibration.evaluation_windows(measured_rows, tokenizer, seq_len, args.windows)
+    setting = {
+        "model": args.model, "calibration": args.calibration, "data": args.data, "samples": args.samples,
+        "seq_len": seq_len, "windows": len(measured), "dtype": args.dtype, "version": __version__,
+    }  # fmt: skip
+    table, wanted = Table(args.json, setting), configurations(args)
+    missing = [(method, config) for method, config in wanted if table.row(method, config) is None]
+    with tqdm(missing, unit="model", disable=None) as bar:
+        for method, config in bar:
+            bar.set_description(f"{config.bits} bits, group {config.group_size}, {method}, seed {config.seed}")
+            calibrating = calibration.draw_windows(rows, tokenizer, args.samples, seq_len, config.seed)
+            table.add(measure(method, config, folder, calibrating, measured, args))
+    print(markdown(table, wanted))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder or Hub id; default: demo")
+    parser.add_argument("--methods", nargs="+", choices=PRESETS, default=list(PRESETS), help="default: all")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], metavar="N", help="default: 4 3 2")
+    parser.add_argument("--group-sizes", nargs="+", type=int, default=[128], metavar="N", help="default: 128")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="calibration seeds 0 to N - 1; default: 3")
+    parser.add_argument("--calibration", metavar="SRC", help="as for `gptq quantize`; default: the demo's text, or c4")
+    parser.add_argument("--data", metavar="SRC", help="text to measure on; default: the demo's")
+    parser.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows; default: 128")
+    parser.add_argument("--seq-len", type=int, default=2048, metavar="N", help="default: 2048, or the model's limit")
+    parser.add_argument("--windows", type=int, metavar="N", help="measure only the first N windows")
+    parser.add_argument("--json", type=Path, default=Path("quality_table.json"), metavar="FILE", help="%(default)s")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    try:
+        run(args)
+    except InputError as error:
+        print(f"quality_table.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

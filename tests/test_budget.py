@@ -1,0 +1,82 @@
+"""Mixed widths: the knapsack against all combinations, and targets that are met by what lies on disk."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq import InputError, Override, QuantConfig, quantize, verify
+from gptq.budget import Choice, Unit, allocate
+from tests.conftest import MakeModel
+
+
+def random_units(rng: torch.Generator, units: int = 5) -> list[Unit]:
+    sizes = torch.randint(50, 100, (units,), generator=rng).tolist()
+    noise = torch.rand(units, 4, generator=rng).tolist()
+    return [
+        Unit((f"layer{i}",), tuple(Choice(bits, 32, size * bits, (1 + noise[i][bits - 2]) / 4**bits * (i + 1))
+                                   for bits in (2, 3, 4, 5)))
+        for i, size in enumerate(sizes)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_the_choice_is_the_best_of_all_combinations(share: float, rng: torch.Generator) -> None:
+    units = random_units(rng)
+    least, most = (sum(pick(c.nbytes for c in unit.choices) for unit in units) for pick in (min, max))
+    budget = int(least + share * (most - least))
+    chosen = allocate(units, budget)
+    assert sum(choice.nbytes for choice in chosen) <= budget
+    possible = (c for c in product(*(unit.choices for unit in units)) if sum(x.nbytes for x in c) <= budget)
+    best = min(sum(x.error for x in combination) for combination in possible)
+    assert sum(choice.error for choice in chosen) == pytest.approx(best, rel=1e-12)
+
+
+def test_less_than_the_smallest_is_refused(rng: torch.Generator) -> None:
+    units = random_units(rng)
+    with pytest.raises(InputError, match="which take"):
+        allocate(units, sum(min(c.nbytes for c in unit.choices) for unit in units) - 1)
+
+
+def test_targets_are_met_on_disk(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
+    source = make_model("llama")
+    options: dict[str, Any] = {"group_size": 32, "seq_len": 32, "effort": "fast"}
+    uniform = quantize(source, tmp_path / "uniform", QuantConfig(bits=3, **options), calibration=windows)
+    for name, target in (("same", uniform.bytes_after), ("larger", uniform.bytes_after + 3000)):
+        out = tmp_path / name
+        made = quantize(source, out, QuantConfig(bits=3, target_size=target, **options), calibration=windows)
+        assert sum(file.stat().st_size for file in out.glob("*.safetensors")) == made.bytes_after <= target
+        assert verify.verify(out).problems == []
+        widths = {layer.name: (layer.bits, layer.group_size) for layer in made.layers}
+        for block in ("model.layers.0", "model.layers.1"):  # what engines fuse stays together
+            assert len({widths[f"{block}.self_attn.{kind}_proj"] for kind in "qkv"}) == 1
+            assert len({widths[f"{block}.mlp.{kind}_proj"] for kind in ("gate", "up")}) == 1
+    assert len({width for width, _ in widths.values()}) > 1
+    by_bits = quantize(source, tmp_path / "bits", QuantConfig(target_bits=5, **options), calibration=windows)
+    assert 4 < by_bits.bits_per_weight <= 5
+
+
+def test_overrides_stay_and_impossible_targets_cost_nothing(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    source = make_model("llama")
+    eight = Override("o_proj", bits=8)
+    kept = QuantConfig(group_size=32, seq_len=32, effort="fast", target_bits=5.5, overrides=(eight,))
+    made = quantize(source, tmp_path / "out", kept, calibration=windows)
+    assert {layer.bits for layer in made.layers if layer.name.endswith("o_proj")} == {8}
+    assert made.bits_per_weight <= 5.5
+    with pytest.raises(InputError, match="give a larger target"):
+        quantize(source, tmp_path / "small", QuantConfig(target_size=1000, seq_len=32), calibration=windows)
+    assert not (tmp_path / "small").exists()
+    refused: list[dict[str, Any]] = [
+        {"target_bits": 3, "target_size": 5},
+        {"target_bits": -1},
+        {"target_size": 3.5},
+        {"target_bits": 4, "method": "rtn"},
+    ]
+    for wrong in refused:
+        with pytest.raises(InputError):
+            QuantConfig(**wrong)

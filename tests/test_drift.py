@@ -1,0 +1,105 @@
+"""The target of a layer whose input has drifted: identities in float64, and the published methods as special cases."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq import solver
+from gptq.drift import best_share, full_correction
+from tests import oracle
+from tests.test_solver import problem
+
+
+def drifted(rng: torch.Generator, n: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    """W (6, n), X (tokens, n) and the original input (tokens, n)."""
+    mix = torch.randn(n, n, generator=rng, dtype=torch.float64)
+    X = torch.randn(200, n, generator=rng, dtype=torch.float64) @ mix
+    drift = X @ torch.randn(n, n, generator=rng, dtype=torch.float64) * 0.02
+    noise = torch.randn(200, n, generator=rng, dtype=torch.float64) * 0.1
+    return torch.randn(6, n, generator=rng, dtype=torch.float64), X, X + drift + noise
+
+
+def means(X: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    return X.T @ X / len(X), (original - X).T @ X / len(X)
+
+
+def test_the_error_against_the_original_output_differs_from_that_against_the_target_by_a_constant(
+    rng: torch.Generator,
+) -> None:
+    W, X, original = drifted(rng)
+    H, C = means(X, original)
+    factor = solver.factorize(H, solver.act_order(H), 1e-12)
+    target = W + full_correction(W, C, factor)
+    differences = []
+    for _ in range(3):
+        Q = W + torch.randn(W.shape, generator=rng, dtype=torch.float64)
+        wanted = (original @ W.T - X @ Q.T).square().sum() / len(X)
+        differences.append(float(wanted - torch.trace((target - Q) @ H @ (target - Q).T)))
+    assert differences[1:] == pytest.approx(differences[:1] * 2, rel=1e-6)
+
+
+def test_no_drift_is_plain_gptq(rng: torch.Generator) -> None:
+    W, H = problem(rng)
+    factor = solver.factorize(H, solver.natural_order(H))
+    nothing = full_correction(W, torch.zeros_like(H), factor)
+    assert torch.equal(nothing, torch.zeros_like(W))
+    assert best_share(W, nothing, torch.zeros_like(H), H) == 0
+
+
+def test_a_correction_is_the_damped_least_squares_solution(rng: torch.Generator) -> None:
+    W, X, original = drifted(rng)
+    H, C = means(X, original)
+    factor = solver.factorize(H, solver.act_order(H), 0.01)
+    damped = H + factor.ridge * torch.eye(len(H), dtype=H.dtype)
+    assert torch.allclose(full_correction(W, C, factor), W @ C @ torch.linalg.inv(damped), rtol=1e-8, atol=1e-10)
+
+
+def test_the_share_is_the_best_on_unseen_tokens(rng: torch.Generator) -> None:
+    W, X, original = drifted(rng)
+    original = original + torch.randn(X.shape, generator=rng, dtype=torch.float64)  # noise that C learns and should not
+    H, C = means(X[:60], original[:60])
+    correction = full_correction(W, C, solver.factorize(H, solver.natural_order(H)))
+    unseen = X[60:], original[60:]
+    share = best_share(W, correction, *reversed(means(*unseen)))
+    assert 0 < share < 1
+
+    def error(part: float) -> float:
+        return float(((unseen[1] - unseen[0]) @ W.T - part * unseen[0] @ correction.T).square().sum())
+
+    assert error(share) <= min(error(share - 1e-3), error(share + 1e-3), error(0), error(1))
+
+
+def test_from_its_second_column_on_qronos_takes_the_same_codes(rng: torch.Generator) -> None:
+    """Given the first column, Qronos refits all others against the original output and solves them as GPTQ does."""
+    W, X, original = drifted(rng)
+    H, C = means(X, original)
+    G = C + H  # mean of original x^T
+    factor = solver.factorize(H, solver.natural_order(H), 1e-12)
+    ours = solver.solve(W + full_correction(W, C, factor), factor, 4, 24, True)
+    first = ours.weight()[:, :1].double()
+    rest = torch.linalg.solve(H[1:, 1:], (W @ G[:, 1:] - first * H[0, 1:]).T).T
+    scale, zero = (t.double().expand_as(rest) for t in (ours.scale, ours.zero))
+    codes, _ = oracle.gptq_by_inverse(rest, H[1:, 1:], scale, zero, 4)
+    assert torch.equal(codes, ours.codes[:, 1:].double())
+
+
+def test_gptaq_comes_close_to_the_target_and_not_below_it(rng: torch.Generator) -> None:
+    """GPTAQ, column by column from its paper with its strength at 1, on the same grid and order."""
+    W, X, original = drifted(rng)
+    H, C = means(X, original)
+    factor = solver.factorize(H, solver.natural_order(H), 1e-12)
+    ours = solver.solve(W + full_correction(W, C, factor), factor, 4, 24, True)
+    plain = solver.solve(W, factor, 4, 24, True)
+    R = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    P = (C @ R.T).triu(1) @ R
+    current, scale, zero = W.clone(), plain.scale[:, 0].double(), plain.zero[:, 0].double()
+    Q = torch.zeros_like(W)
+    for i in range(W.shape[1]):
+        w = current[:, i].clone()
+        Q[:, i] = scale * ((w / scale).round() + zero).clamp(0, 15).sub(zero)
+        current[:, i:] -= torch.outer((w - Q[:, i]) / R[i, i], R[i, i:]) - torch.outer(w, P[i, i:])
+
+    def error(Q: Tensor) -> float:
+        return float((original @ W.T - X @ Q.T).square().sum())
+
+    assert error(ours.weight().double()) < error(Q) < error(plain.weight().double())

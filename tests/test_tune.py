@@ -1,0 +1,85 @@
+"""Tuning a block: closer to the original on windows it has not learned from, and what was tuned is what is stored."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gptq import InputError, QuantConfig, load, quantize, solver, verify
+from gptq.tune import tune
+from tests.conftest import MakeModel
+
+OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 32, "seq_len": 32}
+
+
+def calls_of(block: nn.Module, inputs: Tensor) -> list[Callable[[], Any]]:
+    return [partial(block, x) for x in inputs]
+
+
+def test_scales_that_are_wrong_by_a_factor_are_mended(rng: torch.Generator) -> None:
+    """A block of one layer whose scales are all 8 % too small: its output can be had exactly, so tuning nears it."""
+    W = torch.randn(16, 32, generator=rng)
+    exact = solver.round_to_nearest(W, 4, 32, sym=True)
+    off = solver.SolvedLayer(exact.codes, (exact.scale * 0.92).half().float(), exact.zero, exact.g_idx, 0.0)
+    linear = nn.Linear(32, 16)
+    block = nn.Sequential(linear)
+    inputs = torch.randn(12, 6, 32, generator=rng)
+    with torch.no_grad():
+        wanted = [x @ exact.weight().T + linear.bias for x in inputs]
+        linear.weight.copy_(off.weight())
+        tuned = tune(
+            block, calls_of(block, inputs), wanted, [3, 7], {linear: off}, lambda _, w: w, {linear: 4}, 60, seed=0
+        )
+    assert tuned.error_before == pytest.approx(0.08**2, rel=0.1)
+    assert tuned.error_after < 0.2 * tuned.error_before
+    made = tuned.layers[linear]
+    assert torch.equal(made.scale, made.scale.half().float())
+    assert set(linear._parameters) == {"weight", "bias"}  # the block has its own parameters back
+
+
+def test_what_is_perfect_is_left_alone(rng: torch.Generator) -> None:
+    exact = solver.round_to_nearest(torch.randn(8, 32, generator=rng), 4, 32, sym=True)
+    linear = nn.Linear(32, 8)
+    block = nn.Sequential(linear)
+    with torch.no_grad():
+        linear.weight.copy_(exact.weight())
+        inputs = torch.randn(9, 4, 32, generator=rng)
+        wanted = [block(x) for x in inputs]
+        layers: dict[nn.Module, solver.SolvedLayer] = {linear: exact}
+        tuned = tune(block, calls_of(block, inputs), wanted, [], layers, lambda _, w: w, {linear: 4}, 3, seed=0)
+    assert tuned.layers is layers
+    assert tuned.parameters == {}
+
+
+def test_a_tuned_checkpoint_holds_what_was_tuned(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
+    source = make_model("qwen2")  # norms and biases
+    ten = torch.cat([windows, windows.flip(0)[:4]])
+    config = QuantConfig(effort="best", tune_steps=40, **OPTIONS)
+    for name in ("one", "two"):
+        quantize(source, tmp_path / name, config, calibration=ten)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert verify.verify(tmp_path / "one").problems == []
+    blocks = json.loads((tmp_path / "one" / "quantization_record.json").read_text())["blocks"]
+    assert [block["name"] for block in blocks] == ["model.layers.0", "model.layers.1"]
+    assert all(block["tuned"] <= block["solved"] for block in blocks)
+    assert any(block["tuned"] < block["solved"] for block in blocks)
+    original = load_file(source / "model.safetensors")
+    changed = {key for key in original if key in one and not torch.equal(one[key], original[key])}
+    assert {key.rpartition(".")[2] for key in changed} == {"weight", "bias"}  # of norms, of queries, keys and values
+    assert all(original[key].ndim == 1 and original[key].dtype == one[key].dtype for key in changed)
+    network = load(tmp_path / "one", dtype="float32")
+    state = network.state_dict()
+    for key in changed:
+        assert torch.equal(state[key], one[key].float())
+
+
+def test_tuning_needs_the_original_stream() -> None:
+    with pytest.raises(InputError, match="tune_steps needs two_streams"):
+        QuantConfig(effort="best", two_streams=False)
