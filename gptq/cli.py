@@ -22,8 +22,9 @@ from gptq import engines, evaluate, hub, report, verify
 from gptq.calibration import is_arrays, read_arrays
 from gptq.config import EFFORTS, FORMATS, Method, Override, QuantConfig
 from gptq.conversion import convert
-from gptq.engine import Observer, Result, quantize
+from gptq.engine import Result, quantize
 from gptq.errors import InputError
+from gptq.layer import Observer
 from gptq.plan import plan_checkpoint
 from gptq.record import public_name, read_record
 from gptq.version import __version__

@@ -13,8 +13,9 @@ from typing import Any
 from gptq import calibration
 from gptq.blocks import read_tokenizer
 from gptq.config import Method, QuantConfig
-from gptq.engine import Observer, quantize
+from gptq.engine import quantize
 from gptq.evaluate import perplexity_of
+from gptq.layer import Observer
 from gptq.linear import load
 
 MODEL = Path(__file__).parent / "demo_model"

@@ -6,7 +6,7 @@ and entered again. When all windows stand at a layer, the engine has its whole i
 and lets them go on: one forward per window, whatever happens inside the model's code.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,3 +103,35 @@ def identity(x: Tensor) -> tuple[object, ...]:
     Layers that get such tensors share a Hessian.
     """
     return x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), x._version
+
+
+def argument(pause: Pause, number: int = 0) -> Tensor:
+    return first_of(pause.args, pause.kwargs, number)
+
+
+def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int = 0) -> Tensor:
+    x = [*args, *kwargs.values()][number]
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a layer was called on {type(x).__name__}")
+    return x
+
+
+def input_at(pause: Pause | None) -> Tensor | None:
+    return argument(pause) if pause else None
+
+
+def run_until(function: Callable[[], Any], linear: nn.Module) -> Pause | None:
+    """Start a forward, and stop it for good where it reaches `linear`; returns the pause it has there."""
+    forward = PausableForward(function)
+    pause = forward.advance()
+    while pause and pause.module is not linear:
+        pause = forward.advance()
+    forward.stop()
+    return pause
+
+
+def run_through(function: Callable[[], Any]) -> Any:
+    forward = PausableForward(function)
+    while forward.advance():
+        pass
+    return forward.result

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
-from gptq import InputError, QuantConfig, engine, load, perplexity, quantize, solver, verify
+from gptq import InputError, QuantConfig, engine, load, perplexity, quantize, solver, trials, verify
 from gptq.checkpoint import ShardWriter, sha256
+from gptq.layer import Observer
 from gptq.linear import QuantLinear
 from gptq.record import RECORD
 from gptq.refine import refine
@@ -538,12 +539,12 @@ def test_samples_auto_stops_when_more_would_not_help(
     auto: dict[str, Any] = {"group_size": 32, "seq_len": 16, "effort": "fast", "num_samples": "auto"}
     tried: list[str] = []
 
-    class Listener(engine.Observer):
+    class Listener(Observer):
         def stage(self, text: str) -> None:
             tried.append(text)
 
-    monkeypatch.setattr(engine, "MOST_WINDOWS", 64)
-    monkeypatch.setattr(engine, "ENOUGH", -1.0)  # never enough
+    monkeypatch.setattr(trials, "MOST_WINDOWS", 64)
+    monkeypatch.setattr(trials, "ENOUGH", -1.0)  # never enough
     made = quantize(source, tmp_path / "most", QuantConfig(**auto), calibration=text_file, observer=Listener())
     assert [text.split()[0] for text in tried if "held-out error" in text] == ["16", "32", "64"]
     assert any("more samples would help" in note for note in made.notes)
@@ -551,7 +552,7 @@ def test_samples_auto_stops_when_more_would_not_help(
     quantize(source, tmp_path / "given", given, calibration=text_file)
     assert weight_bytes(tmp_path / "most") == weight_bytes(tmp_path / "given")
     tried.clear()
-    monkeypatch.setattr(engine, "ENOUGH", 1e9)
+    monkeypatch.setattr(trials, "ENOUGH", 1e9)
     made = quantize(source, tmp_path / "few", QuantConfig(**auto), calibration=text_file, observer=Listener())
     assert [text.split()[0] for text in tried if "held-out error" in text] == ["16"]
     assert any("more samples would change little" in note for note in made.notes)

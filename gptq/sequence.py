@@ -1,0 +1,210 @@
+"""Taking calibration windows through a model, block by block, and through a block, layer by layer."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gptq.blocks import Block, WeightStream, drop, return_freed_memory, with_defaults
+from gptq.calibration import Inputs
+from gptq.errors import InputError
+from gptq.experts import Experts
+from gptq.layer import Job, LayerInputs, look_at_inputs, original_weights, swapped
+from gptq.routed import routed, solve_experts
+from gptq.walk import (
+    PausableForward,
+    Pause,
+    argument,
+    first_of,
+    identity,
+    input_at,
+    pause_before,
+    pause_instead,
+    run_through,
+    run_until,
+)
+
+Fresh = list[list[partial[Any]]]  # for each stream and window, the call of a block on what reaches it
+
+
+def walk_blocks(
+    network: PreTrainedModel,
+    blocks: list[Block],
+    windows: list[Inputs],
+    num_streams: int,
+    weights: WeightStream,
+    visit: Callable[[int, Block, Fresh], list[list[Any]]],
+) -> list[Block]:
+    """Take every window through the model's own forward, block by block, in the order in which it reaches them.
+
+    With two streams each window goes through twice, as the quantized and as the original model see it. `visit` has the
+    weights of one block in memory, but for its linear layers', and returns the block's outputs by stream and window,
+    or nothing where the walk is to end. Returns the blocks that were not reached.
+    """
+    left = {block.module: block for block in blocks}
+    whole = with_defaults(network)
+    streams = [
+        [PausableForward(partial(whole, **weights.to_device(inputs))) for inputs in windows] for _ in range(num_streams)
+    ]
+    try:
+        with weights.on_demand(network, blocks) as drop_others, pause_instead(left) as block_forward:
+            calls = [[_advance(forward) for forward in stream] for stream in streams]
+            drop_others()
+            while standing := calls[0][0]:
+                block = left.pop(standing.module, None)
+                if block is None or any(call is None or call.module is not block.module for call in chain(*calls)):
+                    name = next(b.name for b in blocks if b.module is standing.module)
+                    raise InputError(f"{name} is not run once per forward, in the same order for every window")
+                weights.fill(block.module, block.name, skip=block.linears.values())
+                run = block_forward[block.module]
+                outputs = visit(
+                    len(blocks) - len(left) - 1,
+                    block,
+                    [[partial(run, *c.args, **c.kwargs) for c in stream if c] for stream in calls],
+                )
+                drop(block.module)
+                return_freed_memory()
+                if not left or not outputs:
+                    break
+                for stream, out, call in zip(streams, outputs, calls, strict=True):
+                    for i, forward in enumerate(stream):
+                        call[i], out[i] = _advance(forward, out[i]), None
+                drop_others()
+    finally:  # a forward left standing would hold its activations as long as the process lives
+        for forward in chain(*streams):
+            forward.stop()
+    return [*left.values()]
+
+
+def _advance(forward: PausableForward, answer: Any = None) -> Pause | None:
+    """Raises InputError where the model refuses its calibration inputs."""
+    try:
+        return forward.advance(answer)
+    except (ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the model does not run on the calibration inputs: {reason}") from error
+
+
+def solve_head(index: int, block: Block, fresh: Fresh, job: Job) -> None:
+    """Quantize the output head, whose scores nobody needs any more."""
+    name = next(iter(block.linears))
+    arguments = [[first_of(call.args, call.keywords) for call in stream] for stream in fresh]
+    pairs = zip(arguments[0], arguments[1] if len(arguments) > 1 else [None] * len(arguments[0]), strict=True)
+    job.finish(index, block, name, look_at_inputs(name, pairs, len(arguments[0]), job), job)
+
+
+def walk_block(index: int, block: Block, fresh: Fresh, in_flight: int, job: Job) -> list[list[Any]]:
+    """Quantize a block's layers in the order in which its forward reaches them; returns its output for every window.
+
+    `fresh` and what is returned are for each stream one entry per window. The first `in_flight` windows run once,
+    standing still before each layer until it is quantized.
+    """
+    flights = [[PausableForward(function) for function in stream[:in_flight]] for stream in fresh]
+    waiting = [stream[in_flight:] for stream in fresh]
+    try:
+        with pause_before(block.stops()):
+            for forward in chain(*flights):
+                forward.advance()
+            solved, originals = _solve_as_reached(index, block, flights, waiting, job)
+            for name, linear in block.linears.items():
+                if linear not in solved:
+                    job.note(f"{name}: no calibration token reached it, so it is rounded to nearest")
+                    job.finish(index, block, name, None, job)
+            outputs = [[forward.result for forward in flight] for flight in flights]
+            outputs[0] += [run_through(function) for function in waiting[0]]
+            with swapped(originals):
+                for out, functions in zip(outputs[1:], waiting[1:], strict=True):
+                    out += [run_through(function) for function in functions]
+            return outputs
+    finally:
+        for forward in chain(*flights):
+            forward.stop()
+
+
+def _solve_as_reached(
+    index: int, block: Block, flights: list[list[PausableForward]], waiting: Fresh, job: Job
+) -> tuple[set[nn.Module], dict[nn.Module, nn.Parameter | None]]:
+    """Solve the layers at which forwards stand until none stands.
+
+    Layers that get the very same tensors (queries, keys and values, say) share one Hessian and its factor. Returns the
+    layers that were solved, and original weights as far as waiting windows will need them.
+    """
+    names = block.stops()
+    rank = {linear: i for i, linear in enumerate(names)}
+    solved: set[nn.Module] = set()
+    originals: dict[nn.Module, nn.Parameter | None] = {}
+    known: LayerInputs | None = None
+    shared: list[dict[int, tuple[Tensor, object]]] = []  # the inputs that are known, kept alive, and their identities
+    while standing := [f.standing.module for f in chain(*flights) if f.standing]:
+        linear = min(standing, key=rank.__getitem__)
+        name = names[linear]
+        here = [_standing_at(linear, flight) for flight in flights]
+        if linear not in solved and here[0]:
+            if isinstance(linear, Experts):
+                arriving = _arriving([_pauses_at(linear, flight) for flight in flights], waiting, linear, originals)
+                solve_experts(index, block, name, linear, [routed(*pauses) for pauses in arriving if pauses[0]], job)
+            else:
+                if _identities(here) != _identities(shared):
+                    known = None  # free the old one first
+                    arriving = _arriving([_pauses_at(linear, flight) for flight in flights], waiting, linear, originals)
+                    pairs = ((input_at(pause), input_at(original)) for pause, original in arriving)
+                    known, shared = look_at_inputs(name, pairs, len(flights[0]) + len(waiting[0]), job), here
+                job.finish(index, block, name, known, job)
+            solved.update(linear.modules())
+        _go_on(linear, here, flights, originals if any(waiting) else {}, block, job)
+    return solved, originals
+
+
+def _go_on(
+    linear: nn.Module,
+    here: list[dict[int, tuple[Tensor, object]]],
+    flights: list[list[PausableForward]],
+    originals: dict[nn.Module, nn.Parameter | None],
+    block: Block,
+    job: Job,
+) -> None:
+    """Let the forwards that stand `here` run the layer, each with its own stream's weights; `originals` gets those."""
+    if len(here) > 1 and here[1]:
+        own = original_weights(linear, block, job)
+        originals |= own
+        with swapped(own):
+            for i in here[1]:
+                flights[1][i].advance()
+    for i in here[0]:
+        flights[0][i].advance()
+
+
+def _standing_at(linear: nn.Module, flight: list[PausableForward]) -> dict[int, tuple[Tensor, object]]:
+    """The input that each window has at `linear` if it stands there, and its identity."""
+    return {i: (x := argument(pause), identity(x)) for i, pause in _pauses_at(linear, flight).items()}
+
+
+def _pauses_at(linear: nn.Module, flight: list[PausableForward]) -> dict[int, Pause]:
+    return {i: f.standing for i, f in enumerate(flight) if f.standing and f.standing.module is linear}
+
+
+def _identities(inputs: list[dict[int, tuple[Tensor, object]]]) -> list[dict[int, object]]:
+    return [{i: same for i, (_, same) in stream.items()} for stream in inputs]
+
+
+def _arriving(
+    here: list[dict[int, Pause]],
+    waiting: Fresh,
+    linear: nn.Module,
+    originals: dict[nn.Module, nn.Parameter | None],
+) -> Iterator[tuple[Pause | None, Pause | None]]:
+    """Every window's pause at `linear` and the original model's, in the windows' order.
+
+    First come those that stand here, then those that run again.
+    """
+    for i in sorted(here[0]):
+        yield here[0][i], here[1].get(i) if len(here) > 1 else None
+    for i, function in enumerate(waiting[0]):
+        pause, original = run_until(function, linear), None
+        if len(waiting) > 1:
+            with swapped(originals):
+                original = run_until(waiting[1][i], linear)
+        yield pause, original
