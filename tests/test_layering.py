@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptq"
 RANKS = [
-    {"errors", "version", "grid", "packing", "hessian", "walk", "charts"},
+    {"errors", "version", "grid", "packing", "hessian", "walk", "charts", "triton_solver"},
     {"kernels", "experts"},
     {"config", "calibration", "solver", "checkpoint"},
     {"formats", "blocks", "hub", "refine", "drift"},
