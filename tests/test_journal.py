@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq import InputError, QuantConfig, engine, journal, quantize, trials
+from gptq import InputError, QuantConfig, engine, journal, quantize, sequence, trials
 from gptq.checkpoint import CONTENT, MARKER, ShardWriter, Source
 from gptq.journal import JOURNAL, Journal
 from gptq.layer import Observer
@@ -139,7 +140,7 @@ def test_blocks_that_nothing_reaches_are_finished_too(
     """Whatever part of the model a walk leaves out is rounded, and that is journaled like the rest."""
     source = make_model("llama", num_hidden_layers=3)
     windows = torch.randint(1, 320, (4, 32), generator=torch.Generator().manual_seed(7))
-    walk = engine.walk_blocks
+    walk = sequence.walk_blocks
 
     def only_the_first(network: Any, blocks: Any, windows: Any, streams: int, stream: Any, visit: Any) -> Any:
         walk(network, blocks, windows, streams, stream, lambda i, b, fresh: visit(i, b, fresh) and [])
@@ -208,7 +209,7 @@ def test_a_disk_that_fills_up_and_is_freed(
     monkeypatch.setattr(ShardWriter, "write", fills_up)
     failures, most = [], 0
     while not out.exists():
-        left[0] = most = most + 25_000
+        left[0] = most = most + 12_000
         try:
             quantize(source, out, CONFIG, calibration=windows)
         except InputError as error:
@@ -294,11 +295,11 @@ def test_another_machine_is_noted(
 ) -> None:
     source, out = make_model("llama"), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "__version__", "0.0")
+        patched.setattr(transformers, "__version__", "0.0")
         stop(source, out, calibration=windows)
     observer = Stops()
     quantize(source, out, CONFIG, calibration=windows, observer=observer)
-    assert any("begun with torch 0.0, now" in note for note in observer.notes)
+    assert any("begun with transformers 0.0, now" in note for note in observer.notes)
 
 
 def test_damage_is_done_again(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
