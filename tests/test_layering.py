@@ -10,7 +10,7 @@ RANKS = [
     {"errors", "version", "grid", "packing", "hessian", "walk", "charts", "triton_solver"},
     {"kernels", "experts"},
     {"config", "calibration", "solver", "checkpoint"},
-    {"formats", "blocks", "hub", "refine", "drift"},
+    {"formats", "blocks", "hub", "refine", "drift", "journal"},
     {"schemes"},
     {"packed", "plan", "engines"},
     {"linear", "record", "tune", "budget", "windows"},
