@@ -160,7 +160,7 @@ def verify(folder: str | Path) -> Verification:
 def _inconsistent(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
     """What is wrong with a checkpoint by itself."""
     try:
-        network = empty_model(read_config(folder, trust_remote_code=False), trust_remote_code=False)
+        network = empty_model(read_config(folder, trust_remote_code=False), False, source)
         names = Names(network, set(source.tensors))
         known = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in (*layer.suffixes, "bias")}
         take_experts_apart(network, names)
