@@ -136,6 +136,15 @@ def _shards(folder: Path) -> tuple[set[str], list[Path]]:
     raise InputError(f"{folder} holds no *.safetensors file; is it a model folder?")
 
 
+def readable(folder: Path) -> set[str]:
+    """Names of the tensors in those safetensors files of a folder that are not damaged, whatever an index lists."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with suppress(InputError):
+            names |= _header(file).keys()
+    return names
+
+
 def read_index(folder: Path) -> dict[str, str]:
     """Names of shards by the names of the tensors that the folder's index lists.
 

@@ -31,6 +31,7 @@ from gptq.blocks import (
 )
 from gptq.checkpoint import Source, resolve
 from gptq.errors import InputError
+from gptq.folder import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
 from gptq.linear import load
 from gptq.record import QUALITY
 from gptq.walk import PausableForward, pause_instead
@@ -122,7 +123,9 @@ def perplexity_of(
     total = 0.0
     for done, window in enumerate(tokens):
         window = window.to(network.device)
-        logits = run(network, input_ids=window[None], use_cache=False).logits[0, :-1].float()  # (seq_len - 1, vocabulary)
+        logits = (
+            run(network, input_ids=window[None], use_cache=False).logits[0, :-1].float()
+        )  # (seq_len - 1, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
         total += float(loss)
         progress(done + 1, len(tokens))
@@ -331,10 +334,17 @@ def read_quality(folder: Path) -> list[dict[str, Any]]:
     file = folder / QUALITY
     if not file.is_file():
         return []
-    try:
-        measurements: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["measurements"]
-        for measured in measurements:
-            _ = measured["perplexity"] + 0.0, measured["data"] + ""
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged: {error!r}; measure again after deleting it") from error
+    content = read_json(file)
+    check_fields(content, {"measurements": list_of(lambda _: True)}, ("measurements",), f"{file}, to be deleted,")
+    measurements: list[dict[str, Any]] = content["measurements"]
+    for measured in measurements:
+        check_fields(measured, MEASURED, ("perplexity", "data"), f"{file}, to be deleted,")
     return measurements
+
+
+NUMBER, COUNT = number(-1e30, 1e30), number(0, 2**60, int)
+MEASURED: dict[str, Check] = {
+    "data": is_text, "original": optional(is_text), "windows": COUNT, "seq_len": COUNT, "tokens": COUNT,
+    **dict.fromkeys(("perplexity", "original_perplexity", "gap", "kl", "top1_agreement"), NUMBER),
+    "intervals": optional(dict_of(lambda ends: list_of(NUMBER, 2)(ends) and len(ends) == 2)),
+}  # fmt: skip
