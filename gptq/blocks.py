@@ -7,6 +7,7 @@ are read from the checkpoint when it is about to run, and dropped when it is don
 import copy
 import ctypes
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -51,7 +52,9 @@ FUSED = (  # what engines make one layer of, and its name there (`packed_modules
 
 COUNTED = re.compile(r"(^|_)(layers?|blocks?|labels?|experts?|heads?|stages?|depths?|codebooks?)($|_)")
 MOST = 2**20  # of what config.json counts: transformers makes lists and modules of them before a weight is looked at
-PARAMETERS_PER_TENSOR, BITS_PER_BYTE = 100, 8  # at most, of a model and the file it is in
+TENSORS_PER_TENSOR, BITS_PER_BYTE = 40, 8  # at most so many in a model for one in the file it is in
+SMALL_BUFFERS = 2**26  # numbers that a model may hold beside its weights (masks, tables of positions)
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool, source: Sourc
         InputError: transformers has no model for this configuration, or it is far larger than what `source` holds.
     """
     try:
-        fits = _no_larger_than(source) if source else nullcontext()
+        fits = _NoLargerThan(source) if source else nullcontext()
         with fits, init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # initial values that do not exist cannot be set
             kind = model_class(config, trust_remote_code)
@@ -193,31 +196,35 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool, source: Sourc
     return model
 
 
-@contextmanager
-def _no_larger_than(source: Source) -> Iterator[None]:
+class _NoLargerThan(TorchFunctionMode):
     """Stops the making of a model that has more weights than the checkpoint has bits, or far more parameters than it
-    has tensors: config.json is a few bytes, and could ask for any number of layers of any size.
+    has tensors, before they are allocated: config.json is a few bytes, and could ask for any number of any size.
 
     Raises:
         InputError: from inside the making.
     """
-    weights, parameters = BITS_PER_BYTE * source.nbytes, PARAMETERS_PER_TENSOR * (len(source.tensors) + 10)
 
-    def count(_: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal weights, parameters
-        if parameter is not None:
-            weights, parameters = weights - parameter.numel(), parameters - 1
-            if min(weights, parameters) < 0:
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self._source = source
+        self._numbers = BITS_PER_BYTE * source.nbytes + SMALL_BUFFERS
+        self._tensors = TENSORS_PER_TENSOR * (len(source.tensors) + 10)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in FACTORIES:
+            size = kwargs.get("size", args[0] if args and isinstance(args[0], Iterable) else args)
+            numbers = [number for number in size if isinstance(number, int | float)]
+            self._numbers -= max(map(abs, numbers), default=0) if function is torch.arange else math.prod(numbers)
+            self._tensors -= 1
+            if min(self._numbers, self._tensors) < 0:
                 raise InputError(
-                    f"config.json in {source.folder} describes a much larger model than its safetensors files hold "
-                    f"({len(source.tensors)} tensors of {source.nbytes:,} bytes); are they of another model?"
+                    f"config.json in {self._source.folder} describes a much larger model than its safetensors files "
+                    f"hold ({len(self._source.tensors)} tensors of {self._source.nbytes:,} bytes); are they another's?"
                 )
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
+        return function(*args, **kwargs)
 
 
 def take_experts_apart(model: nn.Module, names: "Names") -> list[str]:

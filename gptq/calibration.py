@@ -116,6 +116,10 @@ def _text_column(rows: Dataset, source: str, column: str) -> Sequence[str]:
     kind = getattr(rows.features[column], "dtype", "no text")
     if kind not in ("string", "large_string"):
         raise InputError(f"the column {column!r} of {source} holds {kind}, not strings")
+    try:
+        rows.data.column(column).validate(full=True)
+    except ValueError as error:  # where it is read, pyarrow takes for granted that it is UTF-8
+        raise InputError(f"the column {column!r} of {source} cannot be read: {_first_line(error)}") from error
     return cast(Sequence[str], rows[column])
 
 

@@ -6,7 +6,6 @@ by a pipe nor led to files elsewhere, which a run would copy into its result and
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ def check_folder(folder: Path) -> None:
     inside = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
     for part in FOLDERS:
         if (folder / part).is_dir():
-            for entry in os.scandir(folder / part):
-                _check_entry(Path(entry.path), inside)
+            for path in sorted((folder / part).iterdir()):
+                _check_entry(path, inside)
 
 
 def _check_entry(path: Path, inside: list[Path]) -> None:

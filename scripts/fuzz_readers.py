@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def make_checkpoints(folder: Path, fixtures: Path | None = None) -> dict[str, Path]:
-    """Small valid checkpoints by name: plain ones (whole, in shards, with experts), one in each format, and fixtures."""
+    """Small valid checkpoints by name: plain (whole, in shards, with experts), one in each format, and fixtures."""
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
              "num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
     found = {}
@@ -87,7 +87,9 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet)
+    )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>")
 
 
@@ -102,7 +104,8 @@ values = st.recursive(
     max_leaves=5,
 )
 DTYPES = ["F32", "F16", "BF16", "I32", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "", "I1024", 5, None]
-RAW = [b"", b"{", b"null", b"[]", b"{}", b"\xef\xbb\xbf{}", b"\xff\xfe{\x00}\x00", b"[" * 100_000, b'{"a":' * 900 + b"1",
+RAW = [b"", b"{", b"null", b"[]", b"{}", b"\xef\xbb\xbf{}", b"\xff\xfe{\x00}\x00", b"[" * 100_000,
+       b'{"a":' * 900 + b"1",
        b'{"bits": ' + b"9" * 5000 + b"}", b'{"a": NaN, "a": 2}', b"\x00" * 64]  # fmt: skip
 KINDS = ["folder", "pipe", "link outside", "link to a device", "link to itself", "gone", "link to nothing"]
 
@@ -144,7 +147,8 @@ PAYLOADS: dict[str, st.SearchStrategy[Any]] = {
     "cut": where,
     "kind": st.sampled_from(KINDS),
     "raw": st.sampled_from(RAW),
-    "value": st.tuples(st.lists(where, min_size=1, max_size=5), st.sampled_from(["set", "drop", "rename", "number"]), values),
+    "value": st.tuples(
+        st.lists(where, min_size=1, max_size=5), st.sampled_from(["set", "drop", "rename", "number"]), values),
     "header": st.tuples(where, st.sampled_from(["dtype", "shape", "data_offsets", "rename", "drop", "copy"]), where,
                         st.sampled_from(DTYPES), st.sampled_from(NUMBERS), st.sampled_from(TEXTS)),
     "length": st.sampled_from([0, 1, 7, 2**20, 10**8, 2**31, 2**63 - 1, 2**64 - 1]),
@@ -262,7 +266,8 @@ COMMANDS: dict[str, Callable[[Path, Path, str], list[str]]] = {
     "to pack": lambda model, out, data: ["convert", str(model), str(out), "--format", "pack-quantized"],
     "report": lambda model, out, data: ["report", str(model)],
     "eval": lambda model, out, data: ["eval", str(model), "--data", data, "--windows", "1", *WINDOWS],
-    "measure": lambda model, out, data: ["eval", str(model), "--data", data, "--windows", "1", "--card", "--save", *WINDOWS],
+    "measure": lambda model, out, data: [
+        "eval", str(model), "--data", data, "--windows", "1", "--card", "--save", *WINDOWS],
 }  # fmt: skip
 opened: list[str] = []  # by Python, while a command runs
 
@@ -297,20 +302,25 @@ def broken_law(change: Change, checkpoint: Path) -> str | None:
     with tempfile.TemporaryDirectory() as place:
         folder, out, outside = Path(place) / "model", Path(place) / "out", Path(place) / "elsewhere.json"
         shutil.copytree(checkpoint, folder)
-        _data(folder if change.file in DATA else Path(place))
+        holder = folder if change.file in DATA else Path(place)  # of the data, which may be what is changed
+        _data(holder)
         outside.write_text('{"bits": 4, "secret": 1}')
         apply(change, folder, outside)
-        data = next((folder if change.file in DATA else Path(place)).glob(change.file if change.file in DATA else "*.txt"), None)
-        arguments = COMMANDS[change.command](folder, out, str(data or folder / change.file))
+        data = next(
+            (folder if change.file in DATA else Path(place)).glob(change.file if change.file in DATA else "*.txt"), None
+        )
+        arguments = COMMANDS[change.command](folder, out, str(data))
         printed = io.StringIO()
         opened.clear()
         try:
-            with limited(), warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            with (
+                limited(),
+                warnings.catch_warnings(),
+                contextlib.redirect_stdout(printed),
+                contextlib.redirect_stderr(printed),
+            ):
                 warnings.simplefilter("ignore")
-                if arguments:
-                    code = cli.main(arguments)
-                else:
-                    code = _load(folder)
+                code = cli.main(arguments) if arguments else _load(folder)
         except BaseException as error:  # whatever is raised is a finding
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -324,6 +334,8 @@ def broken_law(change: Change, checkpoint: Path) -> str | None:
 
 
 def _load(folder: Path) -> int:
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     try:
         load(folder, device="cpu")
     except InputError as error:
@@ -342,7 +354,9 @@ def _complaint(change: Change, code: int, said: str) -> str | None:
         return f"{change.command}: a traceback was printed"
     if any(not c.isprintable() and c != "\n" for c in said):
         return f"{change.command}: control characters were printed: {said[-300:]!r}"
-    if any(word in said for word in ("out of memory", "allocate memory", "MemoryError", "TimeoutError", "more than 30 sec")):
+    if any(
+        word in said for word in ("out of memory", "allocate memory", "MemoryError", "TimeoutError", "more than 30 sec")
+    ):
         return f"{change.command}: a huge allocation or a hang: {said[-300:]!r}"
     return None
 
@@ -359,12 +373,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--fixtures", type=Path, metavar="FOLDER", help="of further small checkpoints, of other tools say")
+    parser.add_argument(
+        "--fixtures", type=Path, metavar="FOLDER", help="of further small checkpoints, of other tools say"
+    )
     args = parser.parse_args()
     until = time.monotonic() + 60 * args.minutes
     torch.set_num_threads(1)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
     sys.addaudithook(_watch)
     found: dict[str, Change] = {}
     count = 0
