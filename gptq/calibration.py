@@ -16,6 +16,7 @@ For calibration also
     FOLDER                            of such files
 """
 
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from gptq.errors import InputError
 SMALL_SOURCE = 16_000_000  # characters: up to here a source is tokenized whole, beyond it only the rows drawn
 C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 ARRAYS = (".npz", ".safetensors")
+MAX_BLOAT, SMALL_ARRAYS = 100, 2**28  # compressed arrays may be so many times as large as their file, or have 256 MB
 Inputs = dict[str, Tensor]  # what a model is called on in one window, by its arguments' names; (1, ...) each
 
 
@@ -44,6 +46,8 @@ def documents(source: str, default_split: str, column: str = "text") -> Sequence
     file, split = _local_path(source)
     if file is None:
         return _text_column(_hub_dataset(source, default_split), source, column)
+    if not file.is_dir() and not file.is_file():
+        raise InputError(f"{source} is neither a file nor a folder")
     try:
         if file.is_dir():
             rows = _choose_split(load_dataset(str(file)), split or default_split, str(file))
@@ -112,6 +116,10 @@ def _text_column(rows: Dataset, source: str, column: str) -> Sequence[str]:
     kind = getattr(rows.features[column], "dtype", "no text")
     if kind not in ("string", "large_string"):
         raise InputError(f"the column {column!r} of {source} holds {kind}, not strings")
+    try:
+        rows.data.column(column).validate(full=True)
+    except ValueError as error:  # where it is read, pyarrow takes for granted that it is UTF-8
+        raise InputError(f"the column {column!r} of {source} cannot be read: {_first_line(error)}") from error
     return cast(Sequence[str], rows[column])
 
 
@@ -248,19 +256,33 @@ def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
         InputError: a file cannot be read, or the arrays of one differ in how many windows they hold.
     """
     path = Path(source)
-    windows = as_inputs(_arrays(file) for file in (sorted(path.iterdir()) if path.is_dir() else [path]))
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    windows = as_inputs(_arrays(file) for file in files)
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:num_samples]
     return [windows[i] for i in chosen.tolist()]
 
 
 def _arrays(file: Path) -> Mapping[str, Any]:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        _check_unpacked_size(file)
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
+    except InputError:
+        raise
     except Exception as error:  # zip, header or pickle trouble, of many types
         raise InputError(f"{file} could not be read as arrays: {_first_line(error)}") from error
+
+
+def _check_unpacked_size(file: Path) -> None:
+    """Raises InputError where a few compressed bytes stand for gigabytes; other errors where it is no archive."""
+    with zipfile.ZipFile(file) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > max(MAX_BLOAT * file.stat().st_size, SMALL_ARRAYS):
+        raise InputError(f"{file} would unpack to {size / 1e9:,.1f} GB; save its arrays without compression")
 
 
 def as_inputs(batches: Iterable[Mapping[str, Any]]) -> list[Inputs]:

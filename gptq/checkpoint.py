@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq.errors import InputError
+from gptq.folder import check_folder, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -123,17 +124,12 @@ def _shards(folder: Path) -> tuple[set[str], list[Path]]:
         return set(), [folder / SINGLE]
     index = folder / INDEX
     if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names, files = set(weight_map), sorted({file + "" for file in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is not a safetensors index; download it again") from error
+        shard_of = read_index(folder)
+        files = sorted(set(shard_of.values()))
         for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise InputError(f"{index} names the shard {file!r}, which is not a safetensors file beside it")
             if not (folder / file).is_file():
                 raise InputError(f"{index} names the shard {file}, which is missing; download it again")
-        return names, [folder / file for file in files]
+        return set(shard_of), [folder / file for file in files]
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return set(), others
@@ -147,12 +143,42 @@ def _shards(folder: Path) -> tuple[set[str], list[Path]]:
     raise InputError(f"{folder} holds no *.safetensors file; is it a model folder?")
 
 
+def readable(folder: Path) -> set[str]:
+    """Names of the tensors in those safetensors files of a folder that are not damaged, whatever an index lists."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with suppress(InputError):
+            names |= _header(file).keys()
+    return names
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Names of shards by the names of the tensors that the folder's index lists.
+
+    Raises:
+        InputError: it is not an index, or names a file that could not be a shard beside it.
+    """
+    index = folder / INDEX
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(file, str) for file in shard_of.values()):
+        raise InputError(f"{index} is not a safetensors index; download it again")
+    for file in set(shard_of.values()):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{index} names the shard {file!r}, which is not a safetensors file beside it")
+    return shard_of
+
+
 def _header(file: Path) -> dict[str, TensorInfo]:
+    """Of each tensor; safetensors itself checks that they fill the file, without a gap or an overlap."""
     try:
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            names = list(opened.keys())
+            odd = next((name for name in names if not name.isprintable()), None)
+            if odd is not None:
+                raise InputError(f"{file} holds the tensor {odd!r}, a name with control characters")
+            slices = {name: opened.get_slice(name) for name in names}
             return {n: TensorInfo(_dtype(s.get_dtype(), n, file), tuple(s.get_shape())) for n, s in slices.items()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is damaged or cut short ({error}); download it again") from error
 
 
@@ -508,13 +534,14 @@ def resolve(model: str, revision: str | None) -> Path:
     """A local checkpoint folder, or the local copy of a Hub repository (safetensors, configuration and tokenizer only).
 
     Raises:
-        InputError: neither exists.
+        InputError: neither exists, or the folder holds what may not be opened (see `check_folder`).
     """
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     folder = Path(model)
     if folder.is_dir():
+        check_folder(folder)
         return folder
     if folder.exists():
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
@@ -530,4 +557,5 @@ def resolve(model: str, revision: str | None) -> Path:
         raise InputError(f"{which} is neither a folder nor a model that the Hub could give ({reason})") from error
     if not any(copy.glob("*.safetensors")):
         raise InputError(f"{model} has no safetensors weights on the Hub; {CONVERT}")
+    check_folder(copy)
     return copy

@@ -23,7 +23,7 @@ from gptq.calibration import is_arrays, read_arrays
 from gptq.config import EFFORTS, FORMATS, Method, Override, QuantConfig
 from gptq.conversion import convert
 from gptq.engine import Result, quantize
-from gptq.errors import InputError
+from gptq.errors import InputError, printable
 from gptq.layer import Observer
 from gptq.plan import plan_checkpoint
 from gptq.record import public_name, read_record
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # what read our output has gone; Python would complain once more when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"gptq: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        print(printable(f"gptq: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)
     except (torch.OutOfMemoryError, MemoryError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         print(f"gptq: out of memory ({first}); fewer --samples or a smaller --batch-size need less", file=sys.stderr)
@@ -449,7 +449,7 @@ def _verify(args: argparse.Namespace) -> int:
         _print_json(found.to_dict())
     else:
         for problem in found.problems:
-            print(problem)
+            print(printable(problem))
         fine = "as it was written" if found.recorded else "consistent (another tool wrote it, so there is no record)"
         verdict = f"{len(found.problems)} differences" if found.problems else fine
         print(f"{args.out}: {found.layers} layers, {found.tensors} tensors, {found.files} other files: {verdict}")

@@ -1,6 +1,7 @@
 """QuantLinear, a linear layer that keeps its weight packed, and `load`, which builds a model of them."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from gptq.packed import PackedLayer, packed_layers, read_packed
 from gptq.schemes import Quantization, quantization_of, read_quantization
 
 logger = logging.getLogger(__name__)
+ADAPTER = "adapter_config.json"
 
 
 class QuantLinear(nn.Module):
@@ -89,23 +91,32 @@ def load(
     quantization = quantization_of(folder)
     source = Source(folder)
     if quantization is None:
-        return _load_plain(folder, hf_config, where, compute, trust_remote_code)
+        return _load_plain(source, hf_config, where, compute, trust_remote_code)
     stored_as = read_quantization(folder / "config.json", quantization)
-    network = empty_model(hf_config, trust_remote_code)
+    network = empty_model(hf_config, trust_remote_code, source)
     network.config.use_cache = True
     _fill(network, source, stored_as, where, compute)
     if (folder / "generation_config.json").is_file():
         try:
             network.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # any type, depending on what the file holds
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{folder / 'generation_config.json'} could not be used: {reason}") from error
     return network
 
 
 def _load_plain(
-    folder: Path, hf_config: PreTrainedConfig, where: torch.device, compute: torch.dtype, trust_remote_code: bool
+    source: Source, hf_config: PreTrainedConfig, where: torch.device, compute: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
+    folder = source.folder
+    if (folder / ADAPTER).is_file():  # transformers would load what it names, from wherever that is
+        raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and save that")
+    held = sum(math.prod(info.shape) for info in source.tensors.values())
+    network: PreTrainedModel = empty_model(hf_config, trust_remote_code, source)
+    tied: dict[str, str] = getattr(network, "all_tied_weights_keys", None) or {}
+    wanted = sum(parameter.numel() for name, parameter in network.named_parameters() if name not in tied)
+    if wanted > held:  # transformers would make the rest up, in memory, before it says so
+        raise InputError(f"{folder} holds {held:,} numbers, but config.json describes a model of {wanted:,}")
     try:
         loaded: Any = model_class(hf_config, trust_remote_code).from_pretrained(
             folder,
@@ -115,9 +126,11 @@ def _load_plain(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any type, depending on what the files hold
         raise InputError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
-    network: PreTrainedModel = loaded[0]
+    network = loaded[0]
     found: dict[str, set[Any]] = loaded[1]
     wanting = sorted(str(name) for name in [*found["missing_keys"], *found["mismatched_keys"]])
     if wanting:  # transformers would go on with random numbers

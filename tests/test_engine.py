@@ -487,9 +487,13 @@ def test_verify_names_every_kind_of_change(make_model: MakeModel, windows: Tenso
     (out / "tokenizer.json").unlink()
     assert verify.verify(out).problems == ["tokenizer.json is missing"]
     (out / "quantization_record.json").unlink()
-    found = verify.verify(out)  # like any other tool's file
+    found = verify.verify(out)
     assert not found.recorded
-    assert found.problems == []
+    assert found.problems == [f"{RECORD} is missing, though the folder says that gptq wrote it"]
+    (out / "README.md").unlink()
+    for name in ("config.json", "quantize_config.json"):
+        (out / name).write_text((out / name).read_text().replace('"gptq:', '"other:'))
+    assert verify.verify(out).problems == []  # now it is like any other tool's file
 
 
 def test_misshapen_packed_tensors_are_named(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:

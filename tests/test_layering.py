@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gptq"
 RANKS = [
     {"errors", "version", "grid", "packing", "hessian", "walk", "charts", "triton_solver"},
-    {"kernels", "experts"},
+    {"kernels", "experts", "folder"},
     {"config", "calibration", "solver", "checkpoint"},
     {"formats", "blocks", "hub", "refine", "drift", "journal"},
     {"schemes"},
