@@ -193,7 +193,11 @@ def _change_kind(file: Path, kind: str, outside: Path) -> None:
     elif kind == "pipe":
         os.mkfifo(file)
     elif kind != "gone":
-        targets = {"link outside": outside, "link to a device": "/dev/zero", "link to itself": file.name}
+        targets: dict[str, str | Path] = {
+            "link outside": outside,
+            "link to a device": "/dev/zero",
+            "link to itself": file.name,
+        }
         file.symlink_to(targets.get(kind, "nothing-here"))
 
 
