@@ -506,6 +506,13 @@ def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
             documents(str(tmp_path / name), "train")
 
 
+def test_a_tokenizer_that_fails_is_a_sentence(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints["plain"], tmp_path / "model")
+    change(folder / "tokenizer_config.json", lambda settings: settings.update(model_max_length={}))
+    (tmp_path / "a.txt").write_text(fuzz.TEXT)
+    assert cli.main(["eval", str(folder), "--data", str(tmp_path / "a.txt"), "--seq-len", "16"]) == 2
+
+
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
