@@ -216,7 +216,7 @@ class _NoLargerThan(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in FACTORIES:
             size = kwargs.get("size", args[0] if args and isinstance(args[0], Iterable) else args)
-            numbers = [number for number in size if isinstance(number, int | float)]
+            numbers = [int(number) for number in size if isinstance(number, int | float)]
             self._numbers -= max(map(abs, numbers), default=0) if function is torch.arange else math.prod(numbers)
             self._tensors -= 1
             if min(self._numbers, self._tensors) < 0:

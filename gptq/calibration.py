@@ -125,7 +125,7 @@ def _text_column(rows: Dataset, source: str, column: str) -> Sequence[str]:
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The two tokens (BERT's [CLS] and [SEP], say) between which an encoder reads every text; or none."""
-    ends: list[int] = tokenizer("")["input_ids"]
+    ends = _numbers("", tokenizer, special_tokens=True)
     return ends if len(ends) == 2 else []
 
 
@@ -220,8 +220,15 @@ def _require_tokens(tokens: int, num_samples: int, seq_len: int, whole: int) -> 
 def tokenize(rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True) -> Tensor:
     """Rows joined by blank lines as one run of tokens (tokens,), a beginning-of-text token at most at the start."""
     text = "\n\n".join(row or "" for row in rows)  # a missing value is an empty row
-    ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(_numbers(text, tokenizer, special_tokens), dtype=torch.int64)
+
+
+def _numbers(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[int]:
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    except Exception as error:  # any type, depending on what its files hold
+        raise InputError(f"the tokenizer fails on the text: {_first_line(error)}") from error
+    return ids
 
 
 def evaluation_windows(
