@@ -7,12 +7,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptq"
 RANKS = [
-    {"errors", "version", "grid", "packing", "hessian", "walk", "charts"},
+    {"errors", "version", "grid", "packing", "hessian", "walk", "charts", "lanes", "triton_product"},
     {"kernels", "experts"},
     {"config", "calibration", "solver", "checkpoint"},
     {"formats", "blocks", "hub", "refine", "drift"},
     {"schemes"},
-    {"packed", "plan", "engines"},
+    {"packed", "plan", "engines", "products"},
     {"linear", "record", "tune", "budget"},
     {"hf_quantizer"},
     {"engine", "verify", "conversion", "integration", "evaluate"},
