@@ -85,8 +85,7 @@ def _data(context: Any, builder: Any, signature: Any, arguments: Any, i: int) ->
     return context.make_array(signature.args[i])(context, builder, arguments[i]).data
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _add_unit(context, words, at, stride, x, x_at, sums, sums_at, width):  # type: ignore[no-untyped-def]
+def _adding_unit(context, words, at, stride, x, x_at, sums, sums_at, width):  # type: ignore[no-untyped-def]
     """sums[sums_at + i] += sum_c code_c of output i * x[x_at + c], for LANES outputs i and the 32 codes of a unit.
 
     All arrays are contiguous. The unit's words are words[at + j * stride + i], j below bits; `width` is a tuple of
@@ -108,8 +107,7 @@ def _add_unit(context, words, at, stride, x, x_at, sums, sums_at, width):  # typ
     return types.void(words, types.intp, types.intp, x, types.intp, sums, types.intp, width), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _write_unit(context, words, at, stride, s, z, lane, weight, weight_at, width):  # type: ignore[no-untyped-def]
+def _writing_unit(context, words, at, stride, s, z, lane, weight, weight_at, width):  # type: ignore[no-untyped-def]
     """weight[weight_at + c * stride of weight + i] = s[lane + i] (code_c of output i - z[lane + i]), c below 32."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -130,6 +128,8 @@ def _write_unit(context, words, at, stride, s, z, lane, weight, weight_at, width
     return types.void(words, intp, intp, s, z, intp, weight, intp, width), emit
 
 
+_add_unit: Any = intrinsic(_adding_unit)
+_write_unit: Any = intrinsic(_writing_unit)
 _compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 
 

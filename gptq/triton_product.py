@@ -14,7 +14,7 @@ from torch import Tensor
 BLOCK_OUT, BLOCK_IN = 32, 64
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _multiply(  # type: ignore[no-untyped-def]
     x_ptr, words_ptr, scale_ptr, zero_ptr, g_idx_ptr, y_ptr, rows, inputs, outputs, num_words,
     BITS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
