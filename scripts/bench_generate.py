@@ -52,7 +52,8 @@ def make_model(folder: Path, args: argparse.Namespace) -> None:
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def tensors_of(made: Any) -> Iterator[Tensor]:
