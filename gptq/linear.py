@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from gptq import formats
+from gptq import formats, products
 from gptq.blocks import (
     LINEAR,
     Names,
@@ -34,7 +34,11 @@ ADAPTER = "adapter_config.json"
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + bias, W (outputs, inputs) held as the stored tensors, its buffers under their names in the file."""
+    """y = x W^T + bias, W (outputs, inputs) held as the stored tensors, its buffers under their names in the file.
+
+    `products` chooses the kernel. A layout that it made lies beside the buffers until the layer is moved or loaded
+    anew; it is no part of the state, of copies or of pickles.
+    """
 
     bias: Tensor | None
 
@@ -47,6 +51,7 @@ class QuantLinear(nn.Module):
         for suffix, tensor in packed.items():
             self.register_buffer(suffix, tensor)
         self.register_buffer("bias", bias)
+        self._made: dict[str, products.Product | None] = {}  # kernels with their layouts, by name
 
     def packed(self) -> dict[str, Tensor]:
         return {suffix: self.get_buffer(suffix) for suffix in self._suffixes}
@@ -60,7 +65,35 @@ class QuantLinear(nn.Module):
         return formats.decode(self.packed(), self.scheme).weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        product = self._product(x)
+        if product is None:
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        y = product.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> products.Product | None:
+        """The kernel for this input; None to unpack, as where autograd or a compiler has to see what is computed."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        stored = products.Stored(self.packed(), self.scheme, self.out_features, self.in_features)
+        if x.device != stored.device:
+            return None
+        name = products.choose(stored, x.dtype, x.numel() // self.in_features)
+        if name is not None and name not in self._made:
+            self._made[name] = products.make(name, stored)
+        return None if name is None else self._made[name]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":  # .to(), .cuda(), ...
+        self._made = {}
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._made = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
+        return {**self.__dict__, "_made": {}}
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
