@@ -46,11 +46,7 @@ STAGES = ("start", "read", "forward", "Hessian", "factorize", "solve", "pack", "
 TIMED = {  # which functions make up a stage, by module; a class's methods as Class.method
     "gptq.blocks": {"WeightStream.read": "read", "WeightStream.weight": "read"},
     "gptq.walk": {"PausableForward.advance": "forward"},
-    "gptq.hessian": {
-        name: "Hessian"
-        for name in ("HessianAccumulator.add", "HessianAccumulator.mean", "HessianAccumulator.cross_mean")
-    },
-    "gptq.layer": {"_factorize": "factorize", "_solve_layer": "solve"},
+    "gptq.layer": {"accumulated": "Hessian", "blend": "Hessian", "_factorize": "factorize", "solve_rows": "solve"},
     "gptq.formats": {"encode": "pack"},
     "gptq.engine": {"sha256": "write", "write_files": "write"},
     "gptq.checkpoint": {"ShardWriter.write": "write", "ShardWriter.close": "write"},
@@ -114,7 +110,7 @@ def make_model(folder: Path, width: int, blocks: int, intermediate: int, vocabul
         else:  # norms: some channels are much larger than others, as in trained models
             values = torch.exp(torch.randn(parameter.shape, generator=draw))
         parameter.data.copy_(values)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
 
 
 def calibration_tokens(windows: int, tokens: int, vocabulary: int) -> Tensor:
