@@ -242,16 +242,14 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What to quantize, on what; shared with bench_compare.py."""
+    """What to quantize, on what; shared with bench_peers.py."""
     parser.add_argument("--width", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--intermediate", type=int, default=2944, help="default: %(default)s")
     parser.add_argument("--blocks", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--vocabulary", type=int, default=32000, help="default: %(default)s")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="per window (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, metavar="WINDOWS", help="of ours: windows in flight (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
 
 
 def main() -> None:
@@ -259,6 +257,9 @@ def main() -> None:
     parser.add_argument("--efforts", default="plain,default,fast,balanced", help="default: %(default)s")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint instead of the random one")
     parser.add_argument("--child", choices=sorted(EFFORTS), help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, metavar="WINDOWS", help="windows in flight (default: all)")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each effort, in turns (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the first run of each")
     add_model_options(parser)
     args = parser.parse_args()
     if args.child:
@@ -272,7 +273,7 @@ def main() -> None:
         if not args.model:
             make_model(model, args.width, args.blocks, args.intermediate, args.vocabulary)
         runs = []
-        for effort in efforts:
+        for effort in efforts * args.repeat:
             runs.append(measure(model, effort, args))
             rates = ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in runs[-1]["rates"].items())
             print(f"{effort} ({rates}); beside each stage its floor", *rows_of(runs[-1]), sep="\n", flush=True)
@@ -280,7 +281,7 @@ def main() -> None:
         facts = {"torch": torch.__version__, "cores": os.cpu_count(), "windows": args.windows, "tokens": args.tokens}
         args.json.write_text(json.dumps(facts | {"runs": runs}, indent=1), encoding="utf-8")
     if args.plot:
-        draw(runs, args.plot)
+        draw(runs[: len(efforts)], args.plot)
 
 
 if __name__ == "__main__":
