@@ -19,22 +19,31 @@ For calibration also
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gptq.errors import InputError
 
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
 SMALL_SOURCE = 16_000_000  # characters: up to here a source is tokenized whole, beyond it only the rows drawn
 C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 ARRAYS = (".npz", ".safetensors")
 MAX_BLOAT, SMALL_ARRAYS = 100, 2**28  # compressed arrays may be so many times as large as their file, or have 256 MB
 Inputs = dict[str, Tensor]  # what a model is called on in one window, by its arguments' names; (1, ...) each
+
+
+def load_dataset(*args: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`, whose import takes 90 MB and a second, where it is needed."""
+    import datasets
+
+    return datasets.load_dataset(*args, **options)
 
 
 def documents(source: str, default_split: str, column: str = "text") -> Sequence[str]:
@@ -72,7 +81,7 @@ def _local_path(source: str) -> tuple[Path | None, str]:
     return (Path(path), split) if path and Path(path).exists() else (None, "")
 
 
-def _hub_dataset(source: str, default_split: str) -> Dataset:
+def _hub_dataset(source: str, default_split: str) -> "Dataset":
     name, *rest = source.split(":")
     config, split = ("", "") if not rest else ("", rest[0]) if len(rest) == 1 else (rest[0], rest[1])
     if (
@@ -100,8 +109,8 @@ def _first_line(error: Exception) -> str:
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 
 
-def _choose_split(loaded: Any, split: str, source: str) -> Dataset:
-    splits = cast(DatasetDict, loaded)
+def _choose_split(loaded: Any, split: str, source: str) -> "Dataset":
+    splits = cast("DatasetDict", loaded)
     if split in splits:
         return splits[split]
     if len(splits) == 1:
@@ -110,7 +119,7 @@ def _choose_split(loaded: Any, split: str, source: str) -> Dataset:
     raise InputError(f"{source} has no split {split!r}; name one of {', '.join(names)}, as in {source}:{names[0]}")
 
 
-def _text_column(rows: Dataset, source: str, column: str) -> Sequence[str]:
+def _text_column(rows: "Dataset", source: str, column: str) -> Sequence[str]:
     if column not in rows.column_names:
         raise InputError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
     kind = getattr(rows.features[column], "dtype", "no text")
