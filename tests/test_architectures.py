@@ -398,8 +398,9 @@ def test_experts_and_a_head_in_the_other_formats(
     assert torch.equal(logits[0], logits[2])
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
-    (tmp_path / "v1" / RECORD).unlink()
-    assert verify.verify(tmp_path / "v1").problems == []
+    (tmp_path / "v1" / RECORD).unlink()  # what is left to check is that the file fits itself
+    lost = f"{RECORD} is missing, though the folder says that gptq wrote it"
+    assert verify.verify(tmp_path / "v1").problems == [lost]
 
 
 def test_widths_under_a_budget_for_experts_two_stacks_and_a_head(
