@@ -7,10 +7,11 @@ are read from the checkpoint when it is about to run, and dropped when it is don
 import copy
 import ctypes
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -36,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from gptq.checkpoint import Source, TensorInfo
 from gptq.errors import InputError
 from gptq.experts import Experts, take_apart
+from gptq.folder import read_json
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is stored as (inputs, outputs)
 FUSED = (  # what engines make one layer of, and its name there (`packed_modules_mapping` in vLLM's models)
@@ -45,6 +48,13 @@ FUSED = (  # what engines make one layer of, and its name there (`packed_modules
     ("gate_up_proj", ("w1", "w3")),
     ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
 )
+
+
+COUNTED = re.compile(r"(^|_)(layers?|blocks?|labels?|experts?|heads?|stages?|depths?|codebooks?)($|_)")
+MOST = 2**20  # of what config.json counts: transformers makes lists and modules of them before a weight is looked at
+TENSORS_PER_TENSOR, BITS_PER_BYTE = 40, 8  # at most so many in a model for one in the file it is in
+SMALL_BUFFERS = 2**26  # numbers that a model may hold beside its weights (masks, tables of positions)
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange)
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,24 @@ def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Raises InputError where config.json is missing, broken, or of a model that transformers does not know."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; is it a model folder?")
+    _check_config(folder / "config.json", read_json(folder / "config.json"))
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # any type, depending on what the file holds
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder / 'config.json'} could not be used: {reason}") from error
     return config
+
+
+def _check_config(file: Path, values: dict[str, Any]) -> None:
+    """Raises InputError for what transformers would make millions of objects of, or load code for."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_config(file, value)
+        elif isinstance(value, int | float) and COUNTED.search(key) and value > MOST:
+            raise InputError(f"{file} says {key} {value}; no model has so many")
+        elif key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise InputError(f"{file} asks for {key} {value!r}, which would be code from the Hub; delete that line")
 
 
 def choose_device(device: str) -> torch.device:
@@ -129,9 +151,9 @@ def fitting_seq_len(seq_len: int, hf_config: PreTrainedConfig, model: nn.Module 
     )
     if not isinstance(limit, int) or limit - padding - 1 >= seq_len:
         return seq_len, []
-    if limit < 2:
-        raise InputError(f"config.json says max_position_embeddings {limit}; a window has at least 2 tokens")
     limit -= padding + 1
+    if limit < 2:
+        raise InputError(f"config.json leaves room for windows of {limit} tokens; a window has at least 2")
     return limit, [f"windows are {limit} tokens, the model's limit, instead of {seq_len}"]
 
 
@@ -149,26 +171,60 @@ def model_class(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
     return AutoModelForCausalLM if type(config) in known else AutoModel
 
 
-def empty_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, trust_remote_code: bool, source: Source | None = None) -> PreTrainedModel:
     """The model in evaluation mode with parameters on the meta device and real (computed) buffers.
 
     Raises:
-        InputError: transformers has no model for this configuration.
+        InputError: transformers has no model for this configuration, or it is far larger than what `source` holds.
     """
     try:
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        fits = _NoLargerThan(source) if source else nullcontext()
+        with fits, init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # initial values that do not exist cannot be set
             kind = model_class(config, trust_remote_code)
             if issubclass(kind, PreTrainedModel):
                 model: PreTrainedModel = kind._from_config(copy.deepcopy(config))
             else:
                 model = kind.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError, ZeroDivisionError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # any type, depending on what config.json says
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"no model could be made for model_type {config.model_type!r}: {reason}") from error
     model.config.use_cache = False
     model.eval()
     return model
+
+
+class _NoLargerThan(TorchFunctionMode):
+    """Stops the making of a model that has more weights than the checkpoint has bits, or far more parameters than it
+    has tensors, before they are allocated: config.json is a few bytes, and could ask for any number of any size.
+
+    Raises:
+        InputError: from inside the making.
+    """
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self._source = source
+        self._numbers = BITS_PER_BYTE * source.nbytes + SMALL_BUFFERS
+        self._tensors = TENSORS_PER_TENSOR * (len(source.tensors) + 10)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in FACTORIES:
+            size = kwargs.get("size", args[0] if args and isinstance(args[0], Iterable) else args)
+            numbers = [int(number) for number in size if isinstance(number, int | float)]
+            self._numbers -= max(map(abs, numbers), default=0) if function is torch.arange else math.prod(numbers)
+            self._tensors -= 1
+            if min(self._numbers, self._tensors) < 0:
+                raise InputError(
+                    f"config.json in {self._source.folder} describes a much larger model than its safetensors files "
+                    f"hold ({len(self._source.tensors)} tensors of {self._source.nbytes:,} bytes); are they another's?"
+                )
+        return function(*args, **kwargs)
 
 
 def take_experts_apart(model: nn.Module, names: "Names") -> list[str]:
@@ -301,7 +357,25 @@ def check_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> None:
 def with_defaults(model: PreTrainedModel) -> Callable[..., Any]:
     """The model's forward without a cache of keys and values, where it has one."""
     cached = "use_cache" in inspect.signature(model.forward).parameters
-    return partial(model, use_cache=False) if cached else model
+    return partial(run, model, use_cache=False) if cached else partial(run, model)
+
+
+def run(model: PreTrainedModel, **inputs: Any) -> Any:
+    """The model's forward.
+
+    Raises:
+        InputError: it fails, on what config.json or the inputs say and no shape could show (heads that do not divide
+            the width, tokens without an embedding).
+    """
+    try:
+        return model(**inputs)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # any type, depending on the model's code
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(
+            f"a forward pass of {type(model).__name__} failed ({reason}); do its config.json and the inputs fit it?"
+        ) from error
 
 
 class Names:

@@ -16,23 +16,34 @@ For calibration also
     FOLDER                            of such files
 """
 
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gptq.errors import InputError
 
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
 SMALL_SOURCE = 16_000_000  # characters: up to here a source is tokenized whole, beyond it only the rows drawn
 C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 ARRAYS = (".npz", ".safetensors")
+MAX_BLOAT, SMALL_ARRAYS = 100, 2**28  # compressed arrays may be so many times as large as their file, or have 256 MB
 Inputs = dict[str, Tensor]  # what a model is called on in one window, by its arguments' names; (1, ...) each
+
+
+def load_dataset(*args: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`, whose import takes 90 MB and a second, where it is needed."""
+    import datasets
+
+    return datasets.load_dataset(*args, **options)
 
 
 def documents(source: str, default_split: str, column: str = "text") -> Sequence[str]:
@@ -44,6 +55,8 @@ def documents(source: str, default_split: str, column: str = "text") -> Sequence
     file, split = _local_path(source)
     if file is None:
         return _text_column(_hub_dataset(source, default_split), source, column)
+    if not file.is_dir() and not file.is_file():
+        raise InputError(f"{source} is neither a file nor a folder")
     try:
         if file.is_dir():
             rows = _choose_split(load_dataset(str(file)), split or default_split, str(file))
@@ -68,7 +81,7 @@ def _local_path(source: str) -> tuple[Path | None, str]:
     return (Path(path), split) if path and Path(path).exists() else (None, "")
 
 
-def _hub_dataset(source: str, default_split: str) -> Dataset:
+def _hub_dataset(source: str, default_split: str) -> "Dataset":
     name, *rest = source.split(":")
     config, split = ("", "") if not rest else ("", rest[0]) if len(rest) == 1 else (rest[0], rest[1])
     if (
@@ -96,8 +109,8 @@ def _first_line(error: Exception) -> str:
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 
 
-def _choose_split(loaded: Any, split: str, source: str) -> Dataset:
-    splits = cast(DatasetDict, loaded)
+def _choose_split(loaded: Any, split: str, source: str) -> "Dataset":
+    splits = cast("DatasetDict", loaded)
     if split in splits:
         return splits[split]
     if len(splits) == 1:
@@ -106,18 +119,22 @@ def _choose_split(loaded: Any, split: str, source: str) -> Dataset:
     raise InputError(f"{source} has no split {split!r}; name one of {', '.join(names)}, as in {source}:{names[0]}")
 
 
-def _text_column(rows: Dataset, source: str, column: str) -> Sequence[str]:
+def _text_column(rows: "Dataset", source: str, column: str) -> Sequence[str]:
     if column not in rows.column_names:
         raise InputError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
     kind = getattr(rows.features[column], "dtype", "no text")
     if kind not in ("string", "large_string"):
         raise InputError(f"the column {column!r} of {source} holds {kind}, not strings")
+    try:
+        rows.data.column(column).validate(full=True)
+    except ValueError as error:  # where it is read, pyarrow takes for granted that it is UTF-8
+        raise InputError(f"the column {column!r} of {source} cannot be read: {_first_line(error)}") from error
     return cast(Sequence[str], rows[column])
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The two tokens (BERT's [CLS] and [SEP], say) between which an encoder reads every text; or none."""
-    ends: list[int] = tokenizer("")["input_ids"]
+    ends = _numbers("", tokenizer, special_tokens=True)
     return ends if len(ends) == 2 else []
 
 
@@ -212,8 +229,15 @@ def _require_tokens(tokens: int, num_samples: int, seq_len: int, whole: int) -> 
 def tokenize(rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True) -> Tensor:
     """Rows joined by blank lines as one run of tokens (tokens,), a beginning-of-text token at most at the start."""
     text = "\n\n".join(row or "" for row in rows)  # a missing value is an empty row
-    ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(_numbers(text, tokenizer, special_tokens), dtype=torch.int64)
+
+
+def _numbers(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[int]:
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    except Exception as error:  # any type, depending on what its files hold
+        raise InputError(f"the tokenizer fails on the text: {_first_line(error)}") from error
+    return ids
 
 
 def evaluation_windows(
@@ -248,19 +272,33 @@ def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
         InputError: a file cannot be read, or the arrays of one differ in how many windows they hold.
     """
     path = Path(source)
-    windows = as_inputs(_arrays(file) for file in (sorted(path.iterdir()) if path.is_dir() else [path]))
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    windows = as_inputs(_arrays(file) for file in files)
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:num_samples]
     return [windows[i] for i in chosen.tolist()]
 
 
 def _arrays(file: Path) -> Mapping[str, Any]:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        _check_unpacked_size(file)
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
+    except InputError:
+        raise
     except Exception as error:  # zip, header or pickle trouble, of many types
         raise InputError(f"{file} could not be read as arrays: {_first_line(error)}") from error
+
+
+def _check_unpacked_size(file: Path) -> None:
+    """Raises InputError where a few compressed bytes stand for gigabytes; other errors where it is no archive."""
+    with zipfile.ZipFile(file) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > max(MAX_BLOAT * file.stat().st_size, SMALL_ARRAYS):
+        raise InputError(f"{file} would unpack to {size / 1e9:,.1f} GB; save its arrays without compression")
 
 
 def as_inputs(batches: Iterable[Mapping[str, Any]]) -> list[Inputs]:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 HEIGHT = 250  # of an SVG, in its own units, which are pixels where there is room
+MIN_POWER = -300  # of ten, on an axis: smaller ones are no normal numbers
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 30, 44  # margins
 LIGHT = ("#1f6fc4", "#c2570c", "#2b8a3e")  # a page's --c0, --c1, --c2 on white, which PNGs are drawn on
 
@@ -57,7 +59,8 @@ def y_ticks(chart: Chart) -> list[float]:
     """Round numbers from the lowest to the highest that the axis shows; at least two."""
     if chart.is_log():
         found = [v for s in chart.series for v in s.values if v]
-        decades = range(math.floor(math.log10(min(found))), math.ceil(math.log10(max(found))) + 1)
+        lowest = max(math.floor(math.log10(min(found))), MIN_POWER)
+        decades = range(lowest, math.ceil(math.log10(max(found))) + 1)
         return [10.0**power for power in decades]
     top = max(chart.tops(), default=0.0) or 1.0
     step = 10.0 ** math.floor(math.log10(top / 2))
@@ -134,9 +137,14 @@ def _tip(chart: Chart, series: Series, at: int, value: float) -> str:
 
 def png(chart: Chart, path: Path) -> None:
     """The same chart as a picture on white; needs matplotlib."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    with rc_context({"text.parse_math": False}):  # a name may hold dollars
+        _draw(chart, Figure(figsize=(9, 4), layout="constrained"), path)
+
+
+def _draw(chart: Chart, figure: Any, path: Path) -> None:
     axes = figure.subplots()
     positions = range(len(chart.tops()))
     base = [0.0] * len(positions)

@@ -2,9 +2,11 @@
 
 Reading checks every header against its file before the first weight is used. Writing lays out all shards beforehand
 (the sizes of the result are known before it is computed), so tensors go to their final place in any order and are
-forgotten; the folder takes its name only when the last byte is on disk.
+forgotten; the folder takes its name only when the last byte is on disk. Until then it is OUT.partial/checkpoint, and
+beside it in OUT.partial lies what a later run needs to go on (see `gptq.journal`).
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq.errors import InputError
+from gptq.folder import check_folder, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,6 +35,7 @@ CONVERT = (
     "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), and the tokenizer likewise"
 )
 MARKER = ".unfinished"  # says that a working folder is ours to empty
+CONTENT = "checkpoint"  # in the working folder: what becomes OUT
 
 # In the order in which safetensors lays tensors out: wide types first, so that every tensor is aligned.
 DTYPES = {
@@ -89,6 +93,10 @@ class Source:
     def file_bytes(self) -> int:
         return sum(file.stat().st_size for file in set(self._file_of.values()))
 
+    @property
+    def files(self) -> list[Path]:
+        return sorted(set(self._file_of.values()))
+
     def file_of(self, name: str) -> Path:
         return self._file_of[name]
 
@@ -116,17 +124,12 @@ def _shards(folder: Path) -> tuple[set[str], list[Path]]:
         return set(), [folder / SINGLE]
     index = folder / INDEX
     if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names, files = set(weight_map), sorted({file + "" for file in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is not a safetensors index; download it again") from error
+        shard_of = read_index(folder)
+        files = sorted(set(shard_of.values()))
         for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise InputError(f"{index} names the shard {file!r}, which is not a safetensors file beside it")
             if not (folder / file).is_file():
                 raise InputError(f"{index} names the shard {file}, which is missing; download it again")
-        return names, [folder / file for file in files]
+        return set(shard_of), [folder / file for file in files]
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return set(), others
@@ -140,12 +143,42 @@ def _shards(folder: Path) -> tuple[set[str], list[Path]]:
     raise InputError(f"{folder} holds no *.safetensors file; is it a model folder?")
 
 
+def readable(folder: Path) -> set[str]:
+    """Names of the tensors in those safetensors files of a folder that are not damaged, whatever an index lists."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with suppress(InputError):
+            names |= _header(file).keys()
+    return names
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Names of shards by the names of the tensors that the folder's index lists.
+
+    Raises:
+        InputError: it is not an index, or names a file that could not be a shard beside it.
+    """
+    index = folder / INDEX
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(file, str) for file in shard_of.values()):
+        raise InputError(f"{index} is not a safetensors index; download it again")
+    for file in set(shard_of.values()):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{index} names the shard {file!r}, which is not a safetensors file beside it")
+    return shard_of
+
+
 def _header(file: Path) -> dict[str, TensorInfo]:
+    """Of each tensor; safetensors itself checks that they fill the file, without a gap or an overlap."""
     try:
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            names = list(opened.keys())
+            odd = next((name for name in names if not name.isprintable()), None)
+            if odd is not None:
+                raise InputError(f"{file} holds the tensor {odd!r}, a name with control characters")
+            slices = {name: opened.get_slice(name) for name in names}
             return {n: TensorInfo(_dtype(s.get_dtype(), n, file), tuple(s.get_shape())) for n, s in slices.items()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is damaged or cut short ({error}); download it again") from error
 
 
@@ -185,8 +218,13 @@ class ShardWriter:
         tensors: dict[str, TensorInfo],
         max_shard_bytes: int = MAX_SHARD_BYTES,
         shards: list[list[str]] | None = None,
+        going_on: bool = False,
     ) -> None:
-        """Lay out `shards`, lists of names, or shards of at most so many bytes that do not part a layer's tensors."""
+        """Lay out `shards`, lists of names, or shards of at most so many bytes that do not part a layer's tensors.
+
+        With `going_on` shards that an earlier writer laid out alike are opened as they are; which of their tensors were
+        written is for `adopt` to say.
+        """
         self.folder = folder
         self.checksums: dict[str, str] = {}
         self._tensors = tensors
@@ -198,21 +236,24 @@ class ShardWriter:
             for number, names in enumerate(shards):
                 single = len(shards) == 1
                 file_name = SINGLE if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-                self._open_shard(file_name, number, names)
+                self._open_shard(self.folder / file_name, number, names, going_on)
             if len(shards) > 1:
                 self._write_index(shards)
         except BaseException:
             self.abandon()
             raise
 
-    def _open_shard(self, file_name: str, number: int, names: list[str]) -> None:
+    def _open_shard(self, path: Path, number: int, names: list[str], going_on: bool) -> None:
         header, offset = _encode_header({name: self._tensors[name] for name in names})
-        file = (self.folder / file_name).open("wb")  # closed by `close` or `abandon`
+        size = len(header) + sum(self._tensors[name].nbytes for name in names)
+        going_on = going_on and path.is_file() and path.stat().st_size == size and _begins_with(path, header)
+        file = path.open("r+b" if going_on else "w+b")  # closed by `close` or `abandon`
         self._files.append(file)
-        file.write(header)
         for name, begin in offset.items():
             self._offsets[name] = (number, len(header) + begin)
-        file.truncate(len(header) + sum(self._tensors[name].nbytes for name in names))
+        if not going_on:
+            file.write(header)
+            file.truncate(size)
 
     def _write_index(self, shards: list[list[str]]) -> None:
         weight_map = {n: Path(self._files[i].name).name for i, names in enumerate(shards) for n in names}
@@ -237,11 +278,37 @@ class ShardWriter:
         self._files[shard].write(content)
         self.checksums[name] = hashlib.sha256(content).hexdigest()
 
+    def adopt(self, checksums: dict[str, str]) -> bool:
+        """Take tensors that an earlier writer wrote for written, if all of them have these checksums."""
+        if any(name not in self._tensors or self._digest(name) != checksum for name, checksum in checksums.items()):
+            return False
+        self.checksums.update(checksums)
+        return True
+
+    def _digest(self, name: str) -> str:
+        shard, offset = self._offsets[name]
+        self._files[shard].seek(offset)
+        digest, left = hashlib.sha256(), self._tensors[name].nbytes
+        while left and (chunk := self._files[shard].read(min(left, 2**24))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return digest.hexdigest()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written."""
+        info, (shard, offset) = self._tensors[name], self._offsets[name]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        self._files[shard].seek(offset)
+        content = bytearray(self._files[shard].read(info.nbytes))
+        return torch.frombuffer(content, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
+
     def sync(self) -> None:
         """Make what was written so far survive a power cut."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
+        sync_path(self.folder)
 
     def close(self) -> None:
         """Raises ValueError if an announced tensor never came."""
@@ -256,6 +323,11 @@ class ShardWriter:
         for file in self._files:
             with suppress(OSError):
                 file.close()
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
 
 
 def _split_into_shards(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
@@ -299,47 +371,124 @@ def _encode_header(tensors: dict[str, TensorInfo]) -> tuple[bytes, dict[str, int
     return len(text).to_bytes(8, "little") + text, offsets
 
 
+@dataclass
+class Unfinished:
+    """The working folder of a run, OUT.partial.
+
+    When the run fails, `promise` says what the folder keeps for a later one; empty: nothing, so it is removed.
+    """
+
+    root: Path
+    content: Path  # becomes OUT
+    promise: Callable[[], str] = str
+
+    def begin_anew(self) -> None:
+        """Remove what an earlier run left."""
+        _empty(self.root)
+        self.content.mkdir()
+        sync_path(self.root)
+
+    def go_on(self) -> None:
+        """Keep the shards of an earlier run, and nothing that makes them look like a checkpoint."""
+        self.content.mkdir(exist_ok=True)
+        for file in self.content.iterdir():
+            if file.suffix != ".safetensors":
+                file.unlink()
+
+    def require_room(self, needed_bytes: int) -> None:
+        """Raises InputError if the disk has less than that beyond what `content` takes."""
+        here = sum(512 * file.stat().st_blocks for file in self.content.iterdir())  # shards have holes
+        free = shutil.disk_usage(self.root).free
+        if free < needed_bytes - here:
+            more = f"{(needed_bytes - here) / 1e6:,.1f} MB{' more' if here else ''}"
+            raise InputError(f"{self.root} needs {more} and the disk has {free / 1e6:,.1f} MB free")
+
+
 @contextmanager
-def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A working folder beside `out` that takes its name when the body succeeds, and is removed when it fails.
+def unfinished_folder(out: Path) -> Iterator[Unfinished]:
+    """A working folder beside `out`, whose content takes that name when the body succeeds.
+
+    When the body fails, the folder is removed, unless there is something to promise; then the error says it.
 
     Raises:
         InputError: `out` exists and is not empty, cannot be made, or the disk is or becomes too small.
     """
     out = out.resolve()
-    partial = out.with_name(out.name + ".partial")
+    root = out.with_name(out.name + ".partial")
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         require_free(out)
-        partial.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    with _sole_use(partial, out):
+    with _sole_use(root, out):
+        working = Unfinished(root, root / CONTENT)
         try:
-            (partial / MARKER).touch()
-            for left_over in partial.iterdir():  # of a run that was killed
-                if left_over.name != MARKER:
-                    left_over.unlink()
-            free = shutil.disk_usage(partial).free
-            if free < needed_bytes:
-                raise InputError(f"{out} needs {needed_bytes / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free")
-            yield partial
-            for file in partial.iterdir():
-                _sync_path(file)
-            (partial / MARKER).unlink()
-            partial.replace(out)
-            _sync_path(out.parent)
+            require_free(out)  # the run that we waited for may have been writing it
+            (root / MARKER).touch()
+            yield working
+            for file in working.content.iterdir():
+                sync_path(file)
+            sync_path(working.content)
+            working.content.replace(out)
+            sync_path(out.parent)
         except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            for parent in made:
-                with suppress(OSError):
-                    parent.rmdir()
-            if isinstance(error, OSError):
-                where = f"{error.filename}: " if error.filename else ""
-                raise InputError(
-                    f"writing {out} failed ({where}{error.strerror or error}); nothing is left there"
-                ) from error
+            promised = working.promise()
+            if not promised:
+                _remove(root)
+                for parent in made:
+                    with suppress(OSError):
+                        parent.rmdir()
+            _explain(error, out, root, promised)
             raise
+        _remove(root)
+
+
+def _explain(error: BaseException, out: Path, root: Path, promised: str) -> None:
+    """Raise InputError for what the user can mend, and let any other error carry the promise as a note."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        problem = f"writing {out} failed ({where}{error.strerror or error})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = f"writing {out} failed: the disk at {_mount(root)} is full ({error.strerror}); free some of it"
+        raise InputError(f"{problem}; {promised or 'nothing is left there'}") from error
+    if promised and isinstance(error, InputError):
+        raise InputError(f"{error}; {promised}") from error
+    if promised:  # as BaseException.add_note does, which Python 3.10 lacks
+        vars(error)["__notes__"] = [*getattr(error, "__notes__", []), promised]
+
+
+def _mount(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.is_mount() or p == p.parent)
+
+
+def _empty(root: Path) -> None:
+    """Remove all but the marker: a run that is killed on the way leaves a folder that is still known as ours."""
+    for left_over in root.iterdir():
+        if left_over.is_dir() and not left_over.is_symlink():
+            shutil.rmtree(left_over)
+        elif left_over.name != MARKER:
+            left_over.unlink()
+
+
+def _remove(root: Path) -> None:
+    with suppress(OSError):
+        _empty(root)
+        (root / MARKER).unlink(missing_ok=True)
+        root.rmdir()
+
+
+@contextmanager
+def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder that takes the name `out` when the body succeeds, and is removed when it fails.
+
+    Raises:
+        InputError: as `unfinished_folder`.
+    """
+    with unfinished_folder(out) as working:
+        working.begin_anew()
+        working.require_room(needed_bytes)
+        yield working.content
 
 
 def require_free(out: Path) -> None:
@@ -365,7 +514,7 @@ def _sole_use(folder: Path, out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -385,13 +534,14 @@ def resolve(model: str, revision: str | None) -> Path:
     """A local checkpoint folder, or the local copy of a Hub repository (safetensors, configuration and tokenizer only).
 
     Raises:
-        InputError: neither exists.
+        InputError: neither exists, or the folder holds what may not be opened (see `check_folder`).
     """
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     folder = Path(model)
     if folder.is_dir():
+        check_folder(folder)
         return folder
     if folder.exists():
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
@@ -407,4 +557,5 @@ def resolve(model: str, revision: str | None) -> Path:
         raise InputError(f"{which} is neither a folder nor a model that the Hub could give ({reason})") from error
     if not any(copy.glob("*.safetensors")):
         raise InputError(f"{model} has no safetensors weights on the Hub; {CONVERT}")
+    check_folder(copy)
     return copy

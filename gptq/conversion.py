@@ -62,7 +62,7 @@ def convert(
         raise InputError(f"{model} is in the format {chosen!r} already")
     source = Source(folder)
     packed = packed_layers(source, read)
-    network = empty_model(read_config(folder, trust_remote_code), trust_remote_code)
+    network = empty_model(read_config(folder, trust_remote_code), trust_remote_code, source)
     names = Names(network, set(source.tensors))
     take_experts_apart(network, names)
     stored = match_layers(network, names, source, packed)
@@ -77,8 +77,9 @@ def convert(
     record = _record(model, folder, quantization, read.format)
     written = read_quantization("the new config.json", describe(chosen, linears, record))
     restored = (record.get("origin") or {}).get("format") == chosen
+    schemes = written.schemes(targets)
     plans = {
-        own: (packed[own], _written_scheme(written.scheme(own), scheme, own, packed[own].inputs))
+        own: (packed[own], _written_scheme(schemes[own], scheme, own, packed[own].inputs))
         for own, scheme in targets.items()
     }
     linears = replace(linears, layers={own: (plans[own][1], packed[own].inputs) for own in targets})
@@ -151,7 +152,7 @@ def _record(model: str | Path, folder: Path, quantization: dict[str, Any], kind:
         "config": None,
         "calibration": None,
         "layers": [],
-        "made_by": ", ".join(maker) if isinstance(maker, list) else maker or quantization.get("quant_method"),
+        "made_by": ", ".join(map(str, maker)) if isinstance(maker, list) else maker or quantization.get("quant_method"),
         "origin": {"format": kind, "quantization_config": quantization},
     }
 

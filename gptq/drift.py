@@ -25,19 +25,18 @@ def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
         C: (columns, columns), the mean of d x^T.
     """
     perm = factor.perm
-    Y = (W @ C)[:, perm]  # (rows, columns) in solving order; H = U D U^T there, so Y H^-1 = Y U^-T D^-1 U^-1
-    Y = torch.linalg.solve_triangular(factor.U.T, Y, upper=False, left=False, unitriangular=True)
-    Y = torch.linalg.solve_triangular(factor.U, Y / factor.D, upper=True, left=False, unitriangular=True)
-    corrected: Tensor = Y[:, torch.argsort(perm)]
-    return corrected
+    Y = (C.T @ W.T)[perm]  # (columns, rows) in solving order; H = U D U^T there, so H^-1 Y = U^-T D^-1 U^-1 Y
+    Y = torch.linalg.solve_triangular(factor.U, Y, upper=True, unitriangular=True)
+    Y = torch.linalg.solve_triangular(factor.U.T, Y / factor.D[:, None], upper=False, unitriangular=True)
+    correction: Tensor = Y[torch.argsort(perm)].T.contiguous()
+    return correction
 
 
-def best_share(W: Tensor, correction: Tensor, C: Tensor, H: Tensor) -> float:
-    """The share in [0, 1] of `correction` (rows, columns) with the least error ||W d - share correction x||^2.
+def best_share(power: float, agreement: float) -> float:
+    """The share in [0, 1] of a correction with the least error, mean ||W d - share correction x||^2.
 
     Args:
-        C, H: (columns, columns) means of d x^T and x x^T over windows that the correction was not computed from.
+        power, agreement: means of ||correction x||^2 and (W d) . (correction x) over tokens that the correction was
+            not computed from.
     """
-    power = float(((correction @ H) * correction).sum(dtype=torch.float64))
-    agreement = float(((W @ C) * correction).sum(dtype=torch.float64))
     return min(max(agreement / power, 0.0), 1.0) if power > 0 else 0.0

@@ -2,4 +2,15 @@
 
 
 class InputError(Exception):
-    """Something the user can mend: a path, an option, a file, a disk. The command line prints it and exits with 2."""
+    """Something the user can mend: a path, an option, a file, a disk. The command line prints it and exits with 2.
+
+    Messages quote what files hold, so they are made `printable`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with escapes for what could move a terminal's cursor, colour it, or reverse the writing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -26,10 +26,12 @@ from gptq.blocks import (
     read_config,
     read_tokenizer,
     return_freed_memory,
+    run,
     take_experts_apart,
 )
 from gptq.checkpoint import Source, resolve
 from gptq.errors import InputError
+from gptq.folder import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
 from gptq.linear import load
 from gptq.record import QUALITY
 from gptq.walk import PausableForward, pause_instead
@@ -121,7 +123,9 @@ def perplexity_of(
     total = 0.0
     for done, window in enumerate(tokens):
         window = window.to(network.device)
-        logits = network(input_ids=window[None], use_cache=False).logits[0, :-1].float()  # (seq_len - 1, vocabulary)
+        logits = (
+            run(network, input_ids=window[None], use_cache=False).logits[0, :-1].float()
+        )  # (seq_len - 1, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
         total += float(loss)
         progress(done + 1, len(tokens))
@@ -193,7 +197,7 @@ def per_window(
         tokens, original_logits(original, tokens, network.device, dtype, trust_remote_code, progress), strict=True
     ):
         window = window.to(network.device)
-        logits = network(input_ids=window[None], use_cache=False).logits[0, :-1]  # (seq_len - 1, vocabulary)
+        logits = run(network, input_ids=window[None], use_cache=False).logits[0, :-1]  # (seq_len - 1, vocabulary)
         if logits.shape != reference.shape:
             found, expected = logits.shape[1], reference.shape[1]
             raise InputError(f"the model has {found} logits, {original} has {expected}; is it the original?")
@@ -274,7 +278,7 @@ def original_logits(
     """
     hf_config = read_config(folder, trust_remote_code)
     source = Source(folder)
-    network = empty_model(hf_config, trust_remote_code)
+    network = empty_model(hf_config, trust_remote_code, source)
     names = Names(network, set(source.tensors))
     take_experts_apart(network, names)
     check_tensors(network, names, source.tensors)
@@ -282,9 +286,9 @@ def original_logits(
     stream = WeightStream(source, names, device, choose_dtype(dtype, hf_config, device))
     blocks, _ = find_blocks(network, {"input_ids"})
     done, total = 0, 2 * len(tokens) * len(blocks)  # what takes each window yielded goes through as many blocks
-    forwards = [PausableForward(partial(network, input_ids=w[None].to(device), use_cache=False)) for w in tokens]
+    forwards = [PausableForward(partial(run, network, input_ids=w[None].to(device), use_cache=False)) for w in tokens]
     try:
-        with stream.on_demand(network, blocks) as drop_others, pause_instead([b.module for b in blocks]) as run:
+        with stream.on_demand(network, blocks) as drop_others, pause_instead([b.module for b in blocks]) as resume:
             calls = [forward.advance() for forward in forwards]
             for block in blocks:
                 drop_others()
@@ -293,7 +297,7 @@ def original_logits(
                     call = calls[i]
                     if call is None or call.module is not block.module:
                         raise InputError(f"{block.name} is not run once per forward, in the order of the blocks")
-                    calls[i] = forward.advance(run[block.module](*call.args, **call.kwargs))
+                    calls[i] = forward.advance(resume[block.module](*call.args, **call.kwargs))
                     done += 1
                     progress(done, total)
                     if block is blocks[-1]:
@@ -330,10 +334,17 @@ def read_quality(folder: Path) -> list[dict[str, Any]]:
     file = folder / QUALITY
     if not file.is_file():
         return []
-    try:
-        measurements: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["measurements"]
-        for measured in measurements:
-            _ = measured["perplexity"] + 0.0, measured["data"] + ""
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged: {error!r}; measure again after deleting it") from error
+    content = read_json(file)
+    check_fields(content, {"measurements": list_of(lambda _: True)}, ("measurements",), f"{file}, to be deleted,")
+    measurements: list[dict[str, Any]] = content["measurements"]
+    for measured in measurements:
+        check_fields(measured, MEASURED, ("perplexity", "data"), f"{file}, to be deleted,")
     return measurements
+
+
+NUMBER, COUNT = number(-1e30, 1e30), number(0, 2**60, int)
+MEASURED: dict[str, Check] = {
+    "data": is_text, "original": optional(is_text), "windows": COUNT, "seq_len": COUNT, "tokens": COUNT,
+    **dict.fromkeys(("perplexity", "original_perplexity", "gap", "kl", "top1_agreement"), NUMBER),
+    "intervals": optional(dict_of(lambda ends: list_of(NUMBER, 2)(ends) and len(ends) == 2)),
+}  # fmt: skip

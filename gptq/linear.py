@@ -1,6 +1,7 @@
 """QuantLinear, a linear layer that keeps its weight packed, and `load`, which builds a model of them."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from gptq import formats
+from gptq import formats, products
 from gptq.blocks import (
     LINEAR,
     Names,
@@ -29,10 +30,15 @@ from gptq.packed import PackedLayer, packed_layers, read_packed
 from gptq.schemes import Quantization, quantization_of, read_quantization
 
 logger = logging.getLogger(__name__)
+ADAPTER = "adapter_config.json"
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + bias, W (outputs, inputs) held as the stored tensors, its buffers under their names in the file."""
+    """y = x W^T + bias, W (outputs, inputs) held as the stored tensors, its buffers under their names in the file.
+
+    `products` chooses the kernel. A layout that it made lies beside the buffers until the layer is moved or loaded
+    anew; it is no part of the state, of copies or of pickles.
+    """
 
     bias: Tensor | None
 
@@ -45,6 +51,7 @@ class QuantLinear(nn.Module):
         for suffix, tensor in packed.items():
             self.register_buffer(suffix, tensor)
         self.register_buffer("bias", bias)
+        self._made: dict[str, products.Product | None] = {}  # kernels with their layouts, by name
 
     def packed(self) -> dict[str, Tensor]:
         return {suffix: self.get_buffer(suffix) for suffix in self._suffixes}
@@ -58,7 +65,35 @@ class QuantLinear(nn.Module):
         return formats.decode(self.packed(), self.scheme).weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        product = self._product(x)
+        if product is None:
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        y = product.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> products.Product | None:
+        """The kernel for this input; None to unpack, as where autograd or a compiler has to see what is computed."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        stored = products.Stored(self.packed(), self.scheme, self.out_features, self.in_features)
+        if x.device != stored.device:
+            return None
+        name = products.choose(stored, x.dtype, x.numel() // self.in_features)
+        if name is not None and name not in self._made:
+            self._made[name] = products.make(name, stored)
+        return None if name is None else self._made[name]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":  # .to(), .cuda(), ...
+        self._made = {}
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._made = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
+        return {**self.__dict__, "_made": {}}
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -89,23 +124,32 @@ def load(
     quantization = quantization_of(folder)
     source = Source(folder)
     if quantization is None:
-        return _load_plain(folder, hf_config, where, compute, trust_remote_code)
+        return _load_plain(source, hf_config, where, compute, trust_remote_code)
     stored_as = read_quantization(folder / "config.json", quantization)
-    network = empty_model(hf_config, trust_remote_code)
+    network = empty_model(hf_config, trust_remote_code, source)
     network.config.use_cache = True
     _fill(network, source, stored_as, where, compute)
     if (folder / "generation_config.json").is_file():
         try:
             network.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # any type, depending on what the file holds
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{folder / 'generation_config.json'} could not be used: {reason}") from error
     return network
 
 
 def _load_plain(
-    folder: Path, hf_config: PreTrainedConfig, where: torch.device, compute: torch.dtype, trust_remote_code: bool
+    source: Source, hf_config: PreTrainedConfig, where: torch.device, compute: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
+    folder = source.folder
+    if (folder / ADAPTER).is_file():  # transformers would load what it names, from wherever that is
+        raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and save that")
+    held = sum(math.prod(info.shape) for info in source.tensors.values())
+    network: PreTrainedModel = empty_model(hf_config, trust_remote_code, source)
+    tied: dict[str, str] = getattr(network, "all_tied_weights_keys", None) or {}
+    wanted = sum(parameter.numel() for name, parameter in network.named_parameters() if name not in tied)
+    if wanted > 2 * held:  # transformers would make the rest up, in memory, before it says what is missing
+        raise InputError(f"{folder} holds {held:,} numbers, but config.json describes a model of {wanted:,}")
     try:
         loaded: Any = model_class(hf_config, trust_remote_code).from_pretrained(
             folder,
@@ -115,9 +159,11 @@ def _load_plain(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any type, depending on what the files hold
         raise InputError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
-    network: PreTrainedModel = loaded[0]
+    network = loaded[0]
     found: dict[str, set[Any]] = loaded[1]
     wanting = sorted(str(name) for name in [*found["missing_keys"], *found["mismatched_keys"]])
     if wanting:  # transformers would go on with random numbers

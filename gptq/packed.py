@@ -38,9 +38,9 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
             parts.setdefault(layer, set()).add(suffix)
     if not any(marker in suffixes for suffixes in parts.values()):
         raise InputError(f"{source.folder} says it is quantized but holds no packed weight (*.{marker})")
-    found = {}
+    found, schemes = {}, quantization.schemes(parts)
     for layer, suffixes in parts.items():
-        scheme = quantization.scheme(layer)
+        scheme = schemes[layer]
         if scheme is None:
             name = f"{layer}.{min(suffixes)}"
             raise InputError(f"{source.folder} holds {name}, but its quantization_config says that is not quantized")

@@ -105,7 +105,7 @@ def plan_checkpoint(
     hf_config = read_config(folder, trust_remote_code)
     if quantization_of(folder):
         raise InputError(f"{model} is quantized already; start from the original checkpoint")
-    network = empty_model(hf_config, trust_remote_code)
+    network = empty_model(hf_config, trust_remote_code, source)
     names = Names(network, set(source.tensors))
     fused = take_experts_apart(network, names)
     left_over = check_tensors(network, names, source.tensors)

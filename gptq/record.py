@@ -14,13 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from gptq.blocks import LINEAR, Block, Names
-from gptq.checkpoint import MARKER, copy_files, sha256_file
-from gptq.config import Format, QuantConfig
+from gptq.checkpoint import copy_files, sha256_file
+from gptq.config import FORMATS, Format, QuantConfig
 from gptq.engines import engines
-from gptq.errors import InputError
+from gptq.errors import InputError, printable
+from gptq.folder import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
 from gptq.formats import Scheme
 from gptq.plan import LayerPlan, Plan
-from gptq.schemes import GPTQ_FORMATS, QUANTIZE_CONFIG, Layers, gptq_config, most_common, pack_quantized_config
+from gptq.schemes import (
+    GPTQ_FORMATS,
+    QUANTIZE_CONFIG,
+    Layers,
+    gptq_config,
+    most_common,
+    pack_quantized_config,
+    quantization_of,
+)
 from gptq.version import __version__
 
 RECORD = "quantization_record.json"
@@ -200,14 +209,14 @@ def write_files(
     written = {"config.json", QUANTIZE_CONFIG, RECORD, CARD, QUALITY}  # the source's quality is not the result's
     copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
     quantization = describe(chosen, linears, record)
-    hf_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    hf_config = read_json(source / "config.json")
     _write_json(out / "config.json", _merged(hf_config, changes or {}) | {"quantization_config": quantization})
     if chosen != "pack-quantized":
         _write_json(out / QUANTIZE_CONFIG, quantization)
     metadata = card_metadata(source / CARD)
     described = {**record, "card_metadata": metadata} if metadata else record
     (out / CARD).write_text(model_card(chosen, linears.layers, described), encoding="utf-8")
-    files = {p.name: sha256_file(p) for p in sorted(out.iterdir()) if p.suffix != ".safetensors" and p.name != MARKER}
+    files = {p.name: sha256_file(p) for p in sorted(out.iterdir()) if p.suffix != ".safetensors"}
     whole = {
         "quantizer": f"gptq {__version__}",
         **described,
@@ -239,15 +248,59 @@ def read_record(folder: Path) -> dict[str, Any]:
     file = folder / RECORD
     if not file.is_file():
         raise InputError(f"{folder} has no {RECORD}, so there is nothing to go by; another tool wrote it")
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        _ = record["files"].items(), record["tensors"].items(), record["config"]
-        for entry in record["layers"]:
-            _ = entry["stored"] + entry["weight_sha256"]
-            _ = [entry[key] + 0.0 for key in ("error", "rtn_error") if entry[key] is not None]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is damaged: {error!r}") from error
+    record = read_json(file)
+    check_fields(record, RECORDED, ("files", "tensors", "config", "calibration", "layers"), str(file))
+    for entry in record["layers"]:
+        check_fields(entry, OF_LAYER, ("stored", "weight_sha256", "error", "rtn_error"), str(file))
+    if len({entry["stored"] for entry in record["layers"]}) < max(len(record["layers"]), 1):
+        raise InputError(f"{file} is damaged: it has no layers, or two entries for one")
     return record
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether a folder's own words say that there is a record: the model card's, or those of a GPTQ file."""
+    card, quantization = folder / CARD, quantization_of(folder) or {}
+    mentioned = card.is_file() and RECORD in card.read_text(encoding="utf-8", errors="replace")
+    meta = quantization.get("meta")
+    makers = meta.get("quantizer") if isinstance(meta, dict) else None
+    return mentioned or (isinstance(makers, list) and any(str(maker).startswith("gptq:") for maker in makers))
+
+
+def _plain(name: Any) -> bool:
+    """Whether a name is that of a file in the folder itself, which can be printed."""
+    return is_text(name) and name.isprintable() and Path(name).name == name
+
+
+def _anything(_: Any) -> bool:
+    return True
+
+
+def _named(name: Any) -> bool:
+    return is_text(name) and name.isprintable()
+
+
+SIZES = {
+    "bits_per_weight", "quantized_bytes_before", "quantized_bytes_after", "file_bytes_before", "file_bytes_after",
+}  # fmt: skip
+COUNT, ERROR = number(0, 2**60, int), number(0, 1e30)
+OF_LAYER: dict[str, Check] = {
+    "stored": _named, "name": _named, "weight_sha256": is_text, "bits": number(1, 8, int), "group_size": COUNT,
+    "error": optional(ERROR), "rtn_error": optional(ERROR), "heldout_error": optional(ERROR),
+    "share": optional(number(-1e30, 1e30)), "damp": optional(ERROR), "tokens": optional(COUNT), "outputs": COUNT,
+    "inputs": COUNT, "weight_range": ERROR, "weight_histogram": list_of(COUNT, WEIGHT_BINS),
+    "code_histogram": list_of(COUNT, CODE_BINS),
+}  # fmt: skip
+RECORDED: dict[str, Check] = {
+    "files": dict_of(is_text, _plain), "tensors": dict_of(is_text, _named), "config": optional(dict_of(_anything)),
+    "layers": list_of(_anything), "model": optional(is_text), "calibration": optional(is_text), "quantizer": is_text,
+    "made_by": optional(is_text), "card_metadata": dict_of(is_text),
+    "sizes": lambda sizes: dict_of(number(0, 2**60))(sizes) and sizes.keys() >= SIZES,
+    "perplexity": list_of(lambda entry: isinstance(entry, dict) and all(
+        check(entry.get(key)) for key, check in MEASURED.items())),
+    "origin": lambda origin: isinstance(origin, dict) and origin.get("format") in FORMATS
+    and isinstance(origin.get("quantization_config"), dict),
+}  # fmt: skip
+MEASURED: dict[str, Check] = {"perplexity": ERROR, "data": is_text, "tokens": COUNT, "seq_len": COUNT}
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------
@@ -272,7 +325,7 @@ def model_card(chosen: Format, layers: Layers, record: dict[str, Any]) -> str:
     widths = sorted({scheme.bits for scheme, _ in layers.values()})
     tags = ["gptq" if chosen != "pack-quantized" else "compressed-tensors", *(f"{bits}-bit" for bits in widths)]
     lines = ["---", *(f"{key}:{value}" for key, value in front.items()), "tags:", *(f"- {tag}" for tag in tags), "---"]
-    lines += ["", f"# {name or 'A model'}, {' and '.join(map(str, widths))} bits", ""]
+    lines += ["", f"# {_inline(name or 'A model')}, {' and '.join(map(str, widths))} bits", ""]
     lines += [
         f"{len(layers)} linear layers are quantized, in the `{chosen}` format; everything else is as it was.",
         f"Written by `gptq` {__version__}; `gptq verify` compares the files with `{RECORD}`.",
@@ -289,17 +342,25 @@ def model_card(chosen: Format, layers: Layers, record: dict[str, Any]) -> str:
 
 def _options(made: dict[str, Any] | None, record: dict[str, Any]) -> list[str]:
     if made is None:
-        return [f"By another tool ({record.get('made_by') or 'which did not say its name'}), and converted."]
+        return [f"By another tool ({_inline(record.get('made_by') or 'which did not say its name')}), and converted."]
     rows = {**made, "calibration": record["calibration"] or "none"}
     own = [(pattern, ", ".join(f"{k} {v}" for k, v in options.items())) for pattern, options in made["overrides"]]
     rows["overrides"] = "; ".join(f"`{pattern}`: {options}" for pattern, options in own).replace("|", "\\|") or "none"
-    return ["| option | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
+    return ["| option | value |", "| --- | --- |", *(f"| {key} | {_inline(value)} |" for key, value in rows.items())]
+
+
+def _inline(value: object) -> str:
+    """A value as plain words of a line of Markdown, whatever a file said: no HTML, no end of the line, no code span.
+
+    Underscores and stars stay, as names are full of the first and expressions of the second.
+    """
+    return printable(str(value)).translate({ord("<"): "&lt;", ord(">"): "&gt;"})
 
 
 def _measured(record: dict[str, Any]) -> list[str]:
     errors = [entry for entry in record["layers"] if entry["error"] is not None]
     found = [
-        f"- perplexity {entry['perplexity']:.4f} on `{entry['data']}` ({entry['tokens']} tokens in windows of "
+        f"- perplexity {entry['perplexity']:.4f} on `{_inline(entry['data'])}` ({entry['tokens']} tokens in windows of "
         f"{entry['seq_len']})"
         for entry in record.get("perplexity", [])
     ]
@@ -308,7 +369,8 @@ def _measured(record: dict[str, Any]) -> list[str]:
         mean = sum(entry["error"] for entry in errors) / len(errors)
         what = "output on the calibration text" if record["calibration"] else "weight"
         found.append(
-            f"- relative error of a layer's {what}: {mean:.2%} on average, {worst['error']:.2%} at `{worst['name']}`"
+            f"- relative error of a layer's {what}: {mean:.2%} on average, "
+            f"{worst['error']:.2%} at `{_inline(worst.get('name', worst['stored']))}`"
         )
     return ["## Measured", "", *found, ""] if found else []
 
@@ -316,6 +378,8 @@ def _measured(record: dict[str, Any]) -> list[str]:
 def add_perplexity(folder: Path, entry: dict[str, Any], chosen: Format, layers: Layers) -> None:
     """Write a measured perplexity into a folder's record and model card."""
     record = read_record(folder)
+    if record["config"] is not None:
+        QuantConfig.from_dict(record["config"])  # the card lists its options
     record["perplexity"] = [*record.get("perplexity", []), entry]
     (folder / CARD).write_text(model_card(chosen, layers, record), encoding="utf-8")
     record["files"][CARD] = sha256_file(folder / CARD)

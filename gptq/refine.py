@@ -31,18 +31,20 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
     H = factor.H if bool((order.diff() == 1).all()) else factor.H[order[:, None], order]
     H = H.clone()
     H.diagonal().add_(factor.ridge)
-    Wt = W.T[order].contiguous()  # (columns, rows), as are codes, Q and E
-    codes = solved.codes.T[order].contiguous()
+    Wt = W.T.contiguous()[order]  # (columns, rows), as are codes, Q and E
+    codes = solved.codes.T.contiguous()[order]
     scale = solved.scale.T.to(W.dtype).contiguous()  # (groups, rows)
     zero = solved.zero.T.to(W.dtype).contiguous()
     bounds = torch.bincount(solved.g_idx.long(), minlength=len(scale)).cumsum(0).tolist()
-    E = Wt - solved.weight().to(W.dtype).T[order]
+    E = Wt - solved.weight().to(W.dtype).T.contiguous()[order]
+    errors = solved.row_errors.clone()
     for _ in range(sweeps):
         for group, (start, stop) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True)):
             inside = slice(start, stop)
             u = codes[inside].to(W.dtype) - zero[group]  # (columns of the group, rows)
             G = H[inside] @ E  # (columns of the group, rows)
-            moved, Hu = _refit(u, G, H[inside, inside], scale[group])
+            moved, Hu, gain = _refit(u, G, H[inside, inside], scale[group])
+            errors -= gain
             scale[group] += moved
             E[inside] = Wt[inside] - scale[group] * u
             G -= moved * Hu
@@ -50,19 +52,21 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
                 block = slice(low, min(low + BLOCK, stop))
                 if low > start:
                     G = H[block] @ E
-                codes[block], E[block] = _descend(Wt[block], E[block], G, H[block, block], scale, zero, group, bits)
+                chosen = _descend(Wt[block], E[block], G, H[block, block], scale, zero, group, bits)
+                codes[block], E[block], gain = chosen
+                errors -= gain
     inverse = torch.argsort(order)
     return SolvedLayer(
         codes=codes[inverse].T.contiguous(),
         scale=scale.T.float().contiguous(),
         zero=solved.zero,
         g_idx=solved.g_idx,
-        error=float(((H @ E) * E).sum(dtype=torch.float64)),
+        row_errors=errors.clamp_(min=0),
     )
 
 
-def _refit(u: Tensor, G: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each row's scale (rows,) moves, to a float16 that lowers the error; and H u, (columns, rows)."""
+def _refit(u: Tensor, G: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each row's scale (rows,) moves, to a float16 that lowers the error; H u, (columns, rows); by how much."""
     Hu = H @ u
     slope, curvature = (u * G).sum(0), (u * Hu).sum(0)  # (rows,)
     best = scale + slope / curvature.where(curvature > 0, 1)
@@ -70,16 +74,20 @@ def _refit(u: Tensor, G: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, Tens
     within = (curvature > 0) & (ratio > 1 / FARTHEST) & (ratio < FARTHEST)
     moved = grid.as_stored(best.where(within, scale)) - scale
     gain = moved * (2 * slope - moved * curvature)  # what the error loses, after rounding to float16
-    return moved.where(gain > 0, 0), Hu
+    return moved.where(gain > 0, 0), Hu, gain.clamp(min=0).double()
 
 
 def _descend(
     W: Tensor, E: Tensor, G: Tensor, H: Tensor, scale: Tensor, zero: Tensor, group: int, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Codes and E of a block of one group, (columns, rows), after each code has gone to its best place in turn."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and E of a block of one group, (columns, rows), after each code has gone to its best place in turn.
+
+    And how much of their error rows (rows,) lose: with t the best place of a code, H_kk ((t - Q_k)^2 - (t - new)^2).
+    """
     Q = W - E
     width = H.diagonal()[:, None]  # (columns, 1)
-    codes, chosen, _ = kernels.choose_columns(
+    codes, chosen, best = kernels.choose_columns(
         Q + G[: len(W)] / width, Q, -H / width.T, scale, zero, [group] * len(W), bits
     )
-    return codes, W - chosen
+    gain = ((best - Q).square_() - (best - chosen).square_()).mul_(width).sum(0, dtype=torch.float64)
+    return codes, W - chosen, gain

@@ -10,6 +10,7 @@ from typing import Any
 from gptq import charts
 from gptq.charts import Chart, Series
 from gptq.evaluate import read_quality
+from gptq.folder import check_folder
 from gptq.record import QUALITY, read_record
 
 PAGE = "index.html"
@@ -62,20 +63,28 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
     Raises:
         InputError: the folder has no record, or a damaged one.
     """
+    check_folder(folder)
     record, measurements = read_record(folder), read_quality(folder)
     figures = {name: draw(record) for name, draw in FIGURES.items()}
     drawn = {name: chart for name, chart in figures.items() if chart}
     to = to or folder / "report"
     to.mkdir(parents=True, exist_ok=True)
-    page = to / PAGE
+    page = _own_file(to / PAGE)
     page.write_text(_page(folder.resolve().name, record, measurements, drawn), encoding="utf-8")
     pictures = []
     if find_spec("matplotlib"):
-        worst = max(record["layers"], key=lambda layer: layer["error"])
+        worst = max(record["layers"], key=lambda layer: layer["error"] or 0.0)
         for name, chart in {**drawn, **_histograms(worst)}.items():
-            pictures.append(to / f"{name}.png")
+            pictures.append(_own_file(to / f"{name}.png"))
             charts.png(chart, pictures[-1])
     return page, pictures
+
+
+def _own_file(path: Path) -> Path:
+    """The same path, without the link that may lie there and lead to another file."""
+    if path.is_symlink():
+        path.unlink()
+    return path
 
 
 # --- the record as charts ---------------------------------------------------------------------------------------------
@@ -83,6 +92,8 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
 
 def errors(record: dict[str, Any]) -> Chart | None:
     layers = record["layers"]
+    if not _measured(layers):
+        return None
     if _rounded(record):
         series = [Series("round to nearest", _column(layers, "error"))]
         return _by_layer(record, "Relative weight error", series, percent=True)
@@ -114,7 +125,7 @@ def size(record: dict[str, Any]) -> Chart | None:
         return None
     quantized = [sizes["quantized_bytes_before"], sizes["quantized_bytes_after"]]
     files = [sizes["file_bytes_before"], sizes["file_bytes_after"]]
-    others = [file - part for file, part in zip(files, quantized, strict=True)]
+    others = [max(file - part, 0) for file, part in zip(files, quantized, strict=True)]
     series = [Series("quantized layers", quantized), Series("everything else", others)]
     names = ["before", "after"]
     ticks = {float(i): f"{name}: {charts.label(files[i], False)}B" for i, name in enumerate(names)}
@@ -127,7 +138,12 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Chart | None]] = {
 
 
 def _rounded(record: dict[str, Any]) -> bool:
-    return bool(record.get("config", {}).get("method") == "rtn")
+    return bool((record["config"] or {}).get("method") == "rtn")
+
+
+def _measured(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layers whose errors are known; of a converted file of another tool there are none."""
+    return [layer for layer in layers if layer["error"] is not None and layer["rtn_error"] is not None]
 
 
 def _column(layers: list[dict[str, Any]], key: str) -> list[float | None]:
@@ -150,13 +166,13 @@ def _block(name: str) -> str:
 def _histograms(layer: dict[str, Any]) -> dict[str, Chart]:
     """Of the weights and codes of one layer, as far as they were recorded."""
     found = {}
-    if layer.get("weight_histogram"):
+    if layer.get("weight_histogram") and "weight_range" in layer:
         counts, largest = layer["weight_histogram"], layer["weight_range"]
         ends = {-0.5: -largest, len(counts) / 2 - 0.5: 0.0, len(counts) - 0.5: largest}
         ticks = {at: f"{value:.3g}" for at, value in ends.items()}
         title = f"Weights of {layer['stored']} before quantization"
         found["weights"] = Chart(title, "weight", "how many", [Series("weights", counts)], "bars", [], ticks, width=440)
-    if layer.get("code_histogram"):
+    if layer.get("code_histogram") and "bits" in layer:
         counts = layer["code_histogram"]
         width, every = 2 ** layer["bits"] // len(counts), max(1, len(counts) // 16)
         ticks = {float(i): str(i * width) for i in range(0, len(counts), every)}
@@ -188,7 +204,7 @@ def _page(name: str, record: dict[str, Any], measurements: list[dict[str, Any]],
 
 
 def _settings(record: dict[str, Any]) -> str:
-    config = record.get("config", {})
+    config = record["config"] or {}
     shown = [f"{key} {value}" for key, value in config.items()]
     calibrated = f"calibrated on {record['calibration']}" if record.get("calibration") else "no calibration"
     return f"Written by {record.get('quantizer', 'an unknown version')}; {calibrated}; {', '.join(shown)}."
@@ -201,8 +217,9 @@ def _cards(record: dict[str, Any], measurements: list[dict[str, Any]]) -> Iterat
         yield _card(f"{sizes['bits_per_weight']:.2f}", "bits per weight in them, everything stored counted")
         before, after = (f"{charts.label(sizes[f'file_bytes_{when}'], False)}B" for when in ("before", "after"))
         yield _card(after, f"on disk, {before} before")
-    if not _rounded(record):
-        kept = sum(layer["error"] for layer in layers) / max(sum(layer["rtn_error"] for layer in layers), 1e-30)
+    measured = _measured(layers)
+    if measured and not _rounded(record):
+        kept = sum(layer["error"] for layer in measured) / max(sum(layer["rtn_error"] for layer in measured), 1e-30)
         yield _card(f"{kept:.0%}", "of round-to-nearest's layer errors remain")
     if measurements:
         last = measurements[-1]
@@ -249,7 +266,11 @@ def _quality(measurements: list[dict[str, Any]]) -> str:
 
 
 def _windows(measured: dict[str, Any]) -> str:
-    return f"{measured['windows']} windows of {measured['seq_len']} tokens" if "windows" in measured else ""
+    return (
+        f"{measured['windows']} windows of {measured['seq_len']} tokens"
+        if {"windows", "seq_len"} <= measured.keys()
+        else ""
+    )
 
 
 def _section(key: str, chart: Chart, record: dict[str, Any]) -> str:
@@ -269,13 +290,14 @@ def _explained(key: str, record: dict[str, Any]) -> str:
     if key == "errors" and _rounded(record):
         return "||W - Q||² / ||W||² of each layer's weight W and what is stored for it, Q."
     if key == "coverage":
-        fewest = min(layers, key=lambda layer: layer["tokens"] / layer.get("inputs", 1))
-        ratio = f", {fewest['tokens'] / fewest['inputs']:.0f} per input" if fewest.get("inputs") else ""
+        fewest = min(layers, key=lambda layer: (layer.get("tokens") or 0) / (layer.get("inputs") or 1))
+        tokens = fewest.get("tokens") or 0
+        ratio = f", {tokens / fewest['inputs']:.0f} per input" if fewest.get("inputs") else ""
         total = record.get("sizes", {}).get("calibration_tokens")
         which = f"Of {total} calibration tokens those" if total else "Calibration tokens"
         return (
             f"{which} that reached each layer. They choose its codes: with few per input, a layer is fitted to chance. "
-            f"Fewest: {fewest['stored']} with {fewest['tokens']}{ratio}."
+            f"Fewest: {fewest['stored']} with {tokens}{ratio}."
         )
     return {
         "errors": "||(W - Q) X||² / ||W X||² of each layer, for inputs X that went through the quantized layers before "
@@ -294,11 +316,11 @@ def _layer(layer: dict[str, Any], record: dict[str, Any]) -> str:
     facts = [f"{layer['bits']} bits"] if "bits" in layer else []
     if "group_size" in layer:
         facts.append(f"groups of {layer['group_size']}")
-    if "inputs" in layer:
+    if "inputs" in layer and "outputs" in layer:
         facts.append(f"{layer['outputs']} x {layer['inputs']}")
-    facts.append(f"error {charts.label(layer['error'], True)}")
-    if not _rounded(record):
-        facts.append(f"round-to-nearest {charts.label(layer['rtn_error'], True)}")
+    for key, what in (("error", "error"), ("rtn_error", "round-to-nearest")):
+        if layer[key] is not None and (key == "error" or not _rounded(record)):
+            facts.append(f"{what} {charts.label(layer[key], True)}")
     if layer.get("heldout_error") is not None:
         facts.append(f"held-out {charts.label(layer['heldout_error'], True)}")
     pictures = "".join(

@@ -7,20 +7,26 @@ layer of q/k/v and of gate/up and looks for the name of that one
 (vllm/model_executor/layers/quantization/utils/gptq_utils.py), others for the single names, so expressions match both.
 """
 
-import json
+import math
 import re
+import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from gptq.blocks import FUSED, fused_siblings
 from gptq.config import Format
 from gptq.errors import InputError
+from gptq.folder import read_json
 from gptq.formats import Scheme
 
 GPTQ_FORMATS: tuple[Format, ...] = ("gptq", "gptq_v2")
 QUANTIZE_CONFIG = "quantize_config.json"
+PATIENCE = 60.0  # seconds of the processor for all rules on all layers; 10,000 layers and 100 rules take four
+MAX_EXPRESSION, MAX_REPEATS = 100_000, 1000  # characters of an expression, and product of its {counts}
 Layers = Mapping[str, tuple[Scheme, int]]  # scheme and inputs of quantized layers, by their names in the checkpoint
 
 
@@ -32,12 +38,26 @@ class Quantization:
     everywhere: Scheme | None
     rules: tuple[tuple[str, Scheme | None], ...] = ()
 
-    def scheme(self, layer: str) -> Scheme | None:
-        """Of the layer with this name."""
-        for pattern, scheme in self.rules:
-            if re.match(pattern, layer):
-                return scheme
-        return self.everywhere
+    def schemes(self, layers: Iterable[str]) -> dict[str, Scheme | None]:
+        """Of the layers with these names.
+
+        Raises:
+            InputError: a rule does not come to an end; some expressions take time exponential in a name's length.
+        """
+        rules = [(regex.compile(pattern), scheme) for pattern, scheme in self.rules]
+        until = time.process_time() + PATIENCE
+        found: dict[str, Scheme | None] = {}
+        for layer in layers:
+            found[layer] = self.everywhere
+            for rule, scheme in rules:
+                try:
+                    matches = rule.match(layer, timeout=max(until - time.process_time(), 0.01))
+                except TimeoutError as error:
+                    raise InputError(f"the rule {rule.pattern!r} of a quantization_config does not end") from error
+                if matches:
+                    found[layer] = scheme
+                    break
+        return found
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -202,24 +222,17 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     Raises:
         InputError: a file cannot be read, or they differ in what decides how tensors are read.
     """
-    within, beside = _read_json(folder / "config.json").get("quantization_config"), folder / QUANTIZE_CONFIG
-    own = _read_json(beside) if beside.is_file() else None
+    config, beside = folder / "config.json", folder / QUANTIZE_CONFIG
+    within = read_json(config).get("quantization_config")
+    if not isinstance(within, dict | None):
+        raise InputError(f"{config} has {within!r} for its quantization_config, not an object")
+    own = read_json(beside) if beside.is_file() else None
     if within is None or own is None:
         return within or own
     for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format"):
         if key in own and key in within and own[key] != within[key]:
             raise InputError(f"{beside} says {key} {own[key]!r}, but config.json beside it says {within[key]!r}")
     return dict(within)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} could not be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds {type(content).__name__}, not an object")
-    return content
 
 
 def read_quantization(where: str | Path, quantization: Mapping[str, Any]) -> Quantization:
@@ -249,7 +262,10 @@ def _read_gptq(where: str | Path, quantization: Mapping[str, Any], kind: Format)
     by_gptqmodel = kind == "gptq" and any(str(maker).startswith("gptqmodel") for maker in _as_list(makers))
     everywhere = _gptq_scheme(where, quantization, kind, by_gptqmodel)
     rules: list[tuple[str, Scheme | None]] = []
-    for rule, options in (quantization.get("dynamic") or {}).items():
+    dynamic = quantization.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(options, dict) for options in dynamic.values()):
+        raise InputError(f"{where} says dynamic {dynamic!r}; it holds rules by expression, each an object of options")
+    for rule, options in dynamic.items():
         pattern = re.sub(r"^[+-]:", "", rule)
         _check_expression(f"{where}, dynamic", pattern)
         if rule.startswith("-:"):
@@ -287,6 +303,8 @@ def _read_compressed_tensors(where: str | Path, quantization: Mapping[str, Any])
     expressions: list[tuple[str, Scheme | None]] = []
     everywhere: Scheme | None = None
     for name, group in groups.items():
+        if not isinstance(group, dict):
+            raise InputError(f"{where} has {group!r} for {name}, not an object")
         scheme = _group_scheme(f"{where}, {name},", group)
         for target in _targets(where, group.get("targets", ())):
             if target == "Linear":
@@ -302,23 +320,31 @@ def _read_compressed_tensors(where: str | Path, quantization: Mapping[str, Any])
 
 
 def _targets(where: str | Path, listed: Any) -> list[str]:
-    targets = [str(target) for target in listed or ()]
+    targets = listed or []
+    if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+        raise InputError(f"{where} has the targets or exceptions {listed!r}, which are not a list of names")
     for target in targets:
         if target.startswith("re:"):
             _check_expression(where, target[3:])
-    return targets
+    return list(targets)
 
 
 def _check_expression(where: str | Path, pattern: str) -> None:
+    """Raises InputError for what is no regular expression, or takes gigabytes when it is compiled."""
+    counts = [int(number) for number in re.findall(r"\d{1,9}", "".join(re.findall(r"\{[\d,]*\}", pattern)))]
+    if len(pattern) > MAX_EXPRESSION or math.prod(max(count, 1) for count in counts) > MAX_REPEATS:
+        raise InputError(f"{where}: the regular expression {pattern[:80]!r} is too large")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+        regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{where}: {pattern[:80]!r} is not a regular expression: {error}") from error
 
 
 def _group_scheme(where: str, group: Mapping[str, Any]) -> Scheme:
     """Raises InputError for what is not weights of integers in groups or rows."""
     weights = group.get("weights") or {}
+    if not isinstance(weights, dict):
+        raise InputError(f"{where} has {weights!r} for its weights, not an object")
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
     strategy = strategy or ("channel" if size in (-1, None) else "group")
     for key in ("input_activations", "output_activations"):
@@ -334,5 +360,7 @@ def _group_scheme(where: str, group: Mapping[str, Any]) -> Scheme:
     if strategy not in ("group", "channel") or type(columns) is not int or columns < -1 or columns == 0:
         raise InputError(f"{where} says strategy {strategy!r}, group_size {size!r}; a 'group' has a size, or 'channel'")
     scattered = weights.get("actorder") in ("group", "dynamic", True)
-    symmetric = bool(weights.get("symmetric", True))
+    symmetric = weights.get("symmetric", True)
+    if type(symmetric) is not bool:
+        raise InputError(f"{where} says symmetric {symmetric!r}; it is true or false")
     return Scheme(bits, columns, symmetric, "pack-quantized", scattered)

@@ -124,6 +124,15 @@ def walk_block(index: int, block: Block, fresh: Fresh, in_flight: int, job: Job)
             forward.stop()
 
 
+def run_as_original(block: Block, calls: list[partial[Any]], job: Job) -> list[list[Any]]:
+    """A stream's outputs of a block with its original weights, as `walk_block` would give them; none of the head."""
+    if block.is_head():
+        return []
+    for name, linear in block.linears.items():
+        job.stream.set_weight(linear, job.stream.weight(linear, name))
+    return [[run_through(call) for call in calls]]
+
+
 def _solve_as_reached(
     index: int, block: Block, flights: list[list[PausableForward]], waiting: Fresh, job: Job
 ) -> tuple[set[nn.Module], dict[nn.Module, nn.Parameter | None]]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gptq import grid, kernels
+from gptq.hessian import quadratic
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,33 @@ class SolvedLayer:
     scale: Tensor  # (rows, groups) float32 with float16 values
     zero: Tensor  # (rows, groups) uint8
     g_idx: Tensor  # (columns,) int32: the group of each column
-    error: float  # tr((W - Q) (H + ridge I) (W - Q)^T)
+    row_errors: Tensor  # (rows,) float64: (w - q) (H + ridge I) (w - q)^T of each row
+
+    @property
+    def error(self) -> float:
+        """tr((W - Q) (H + ridge I) (W - Q)^T)."""
+        return float(self.row_errors.sum())
 
     def weight(self) -> Tensor:
         """The dequantized weight, (rows, columns) float32: exactly what a reader of the file computes."""
-        groups = self.g_idx.long()
-        return grid.dequantize(self.codes.float(), self.scale[:, groups], self.zero[:, groups].float())
+        codes, scale, zero = self.codes.float(), self.scale, self.zero.float()
+        rows, columns, groups = *codes.shape, scale.shape[1]
+        runs = torch.arange(groups, device=codes.device).repeat_interleave(columns // groups)
+        if torch.equal(self.g_idx.long(), runs):
+            grouped = codes.view(rows, groups, columns // groups)
+            return grid.dequantize(grouped, scale[..., None], zero[..., None]).view(rows, columns)
+        g_idx = self.g_idx.long()
+        return grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])
+
+    def take(self, rows: slice) -> "SolvedLayer":
+        """Some of its rows."""
+        return SolvedLayer(self.codes[rows], self.scale[rows], self.zero[rows], self.g_idx, self.row_errors[rows])
+
+    @classmethod
+    def stack(cls, parts: "list[SolvedLayer]") -> "SolvedLayer":
+        """Rows of the same columns, one below the other."""
+        codes, scale, zero = (torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scale", "zero"))
+        return cls(codes, scale, zero, parts[0].g_idx, torch.cat([part.row_errors for part in parts]))
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -120,7 +142,7 @@ def solve(
     """
     rows, columns = W.shape
     perm, U = factor.perm, factor.U
-    Wt = W.T[perm].contiguous()  # (columns, rows) in solving order: a column of W is one contiguous line
+    Wt = W.T.contiguous()[perm]  # (columns, rows) in solving order: a column of W is one contiguous line
     position = torch.arange(columns, device=W.device)
     group_of = (perm if static_groups else position) // group_size  # (columns,) of the k-th solved column
     importance = factor.H.diagonal() + factor.ridge if search else None  # (columns,)
@@ -132,7 +154,7 @@ def solve(
 
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
     E = torch.zeros_like(Wt)  # (columns, rows) W - Q of the columns solved so far
-    error = 0.0
+    errors = torch.zeros(rows, dtype=torch.float64, device=W.device)
     groups = group_of.tolist()
     for start, stop in _column_blocks(columns, block_size, columns if static_groups else group_size):
         if not static_groups and start % group_size == 0:
@@ -140,20 +162,22 @@ def solve(
             weighting = None if importance is None else importance[perm[group]]
             fitted = _fit(_compensated(Wt, E, U, group).T, bits, sym, weighting)
             scale[groups[start]], zero[groups[start]] = fitted
-        base = Wt[start:stop] + U[:start, start:stop].T @ E[:start]  # (block, rows) w' as far as earlier blocks go
+        base = Wt[start:stop]
+        if start:  # (block, rows) w' as far as earlier blocks go
+            base = torch.addmm(base, U[:start, start:stop].T, E[:start])
         codes[start:stop], Q, reached = kernels.choose_columns(
             base, Wt[start:stop], -U[start:stop, start:stop], scale, zero, groups[start:stop], bits
         )
         E[start:stop] = Wt[start:stop] - Q
-        residual = (reached - Q).square().sum(1, dtype=torch.float64)  # (block,) ||w'_k - Q_k||^2
-        error += float(factor.D[start:stop].double() @ residual)
+        residual = reached.sub_(Q).square_()  # (block, rows) (w'_k - Q_k)^2
+        errors += residual.mul_(factor.D[start:stop, None]).sum(0, dtype=torch.float64)
     inverse = torch.argsort(perm)
     return SolvedLayer(
         codes=codes[inverse].T.contiguous(),
         scale=scale.T.float().contiguous(),
         zero=zero.T.to(torch.uint8).contiguous(),
         g_idx=group_of[inverse].to(torch.int32),
-        error=error,
+        row_errors=errors,
     )
 
 
@@ -205,11 +229,16 @@ def round_to_nearest(W: Tensor, bits: int, group_size: int, sym: bool) -> Solved
     """Every weight to the nearest point of its group's grid, each by itself; `error` is ||W - Q||^2 (H = I)."""
     scale, zero = fit_groups(W, bits, group_size, sym)  # (rows, groups)
     g_idx = torch.arange(W.shape[1], device=W.device) // group_size
-    codes = grid.quantize(W, scale[:, g_idx], zero[:, g_idx], bits)
-    error = float((W - grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])).double().square().sum())
-    return SolvedLayer(codes.to(torch.uint8), scale.float(), zero.to(torch.uint8), g_idx.to(torch.int32), error)
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    errors = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+    for group, w in enumerate(W.split(group_size, dim=1)):
+        s, z = scale[:, group, None], zero[:, group, None]
+        rounded = grid.quantize(w, s, z, bits)
+        codes[:, group * group_size : group * group_size + w.shape[1]] = rounded
+        errors += (w - grid.dequantize(rounded, s, z)).square().sum(1, dtype=torch.float64)
+    return SolvedLayer(codes, scale.float(), zero.to(torch.uint8), g_idx.to(torch.int32), errors)
 
 
 def output_power(A: Tensor, H: Tensor) -> float:
     """tr(A H A^T), the mean squared output of a token that the weight A (rows, columns) makes, summed over rows."""
-    return float(((A @ H) * A).sum(dtype=torch.float64))
+    return float(quadratic(A, H).sum())

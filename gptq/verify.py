@@ -10,14 +10,15 @@ import torch
 
 from gptq import formats
 from gptq.blocks import Names, check_tensors, empty_model, read_config, take_experts_apart
-from gptq.checkpoint import Source, sha256, sha256_file
+from gptq.checkpoint import Source, readable, sha256, sha256_file
 from gptq.config import Format
 from gptq.engines import Engine, engines
 from gptq.errors import InputError
+from gptq.folder import check_folder
 from gptq.linear import match_layers
 from gptq.packed import PackedLayer, packed_layers, read_packed
-from gptq.record import RECORD, add_perplexity, read_record
-from gptq.schemes import Quantization, quantization_of, read_quantization
+from gptq.record import RECORD, add_perplexity, is_claimed, read_record
+from gptq.schemes import QUANTIZE_CONFIG, Quantization, quantization_of, read_quantization
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def note_perplexity(folder: str | Path, measured: dict[str, Any]) -> None:
 def _open(folder: Path) -> tuple[Source, Quantization]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
+    check_folder(folder)
     quantization = quantization_of(folder)  # not through transformers, which would need the code of some models
     if quantization is None:
         raise InputError(f"{folder} is not a quantized checkpoint: its config.json has no quantization_config")
@@ -142,25 +144,38 @@ def verify(folder: str | Path) -> Verification:
     Every tensor's and file's checksum, and for every quantized layer the checksum of the float32 weight that unpacking
     gives, against that of the weight which the solver chose and the forward passes went on with.
 
+    This finds damage, not forgery: whoever changes a file on purpose can change the record with it.
+
     Raises:
-        InputError: the checkpoint cannot be opened.
+        InputError: the record cannot be read, or there is none and the checkpoint cannot be opened.
     """
     folder = Path(folder)
-    source, quantization = _open(folder)
-    packed = packed_layers(source, quantization)
     if not (folder / RECORD).is_file():
-        problems = [*_inconsistent(folder, source, packed)]
+        source, quantization = _open(folder)
+        packed = packed_layers(source, quantization)
+        lost = [f"{RECORD} is missing, though the folder says that gptq wrote it"] if is_claimed(folder) else []
+        problems = [*lost, *_inconsistent(folder, source, packed)]
         return Verification(False, len(packed), len(source.tensors), 0, problems)
+    check_folder(folder)
     record = read_record(folder)
-    problems = [*_changed_files(folder, record["files"]), *_changed_tensors(source, record["tensors"])]
-    problems += _changed_weights(source, packed, record["layers"])
+    problems = [*_changed_files(folder, record["files"])]
+    if any(problem.startswith(("config.json", QUANTIZE_CONFIG)) for problem in problems):
+        problems += _changed_schemes(folder, record["layers"])
+    try:
+        source, quantization = _open(folder)
+        packed = packed_layers(source, quantization)
+    except InputError as error:
+        problems += [str(error), *_lost(folder, record)]
+    else:
+        problems += [*_changed_tensors(source, record["tensors"])]
+        problems += _changed_weights(source, packed, record["layers"])
     return Verification(True, len(record["layers"]), len(record["tensors"]), len(record["files"]), problems)
 
 
 def _inconsistent(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
     """What is wrong with a checkpoint by itself."""
     try:
-        network = empty_model(read_config(folder, trust_remote_code=False), trust_remote_code=False)
+        network = empty_model(read_config(folder, trust_remote_code=False), False, source)
         names = Names(network, set(source.tensors))
         known = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in (*layer.suffixes, "bias")}
         take_experts_apart(network, names)
@@ -195,6 +210,33 @@ def _changed_files(folder: Path, recorded: dict[str, str]) -> Iterator[str]:
             yield f"{name} is missing"
         elif sha256_file(folder / name) != expected:
             yield f"{name} was changed after it was written"
+
+
+def _changed_schemes(folder: Path, recorded: list[dict[str, Any]]) -> Iterator[str]:
+    """Layers of which the folder's configuration says another width or group size than the record."""
+    try:
+        quantization = read_quantization(folder / "config.json", quantization_of(folder) or {})
+        schemes = quantization.schemes(layer["stored"] for layer in recorded)
+    except InputError:
+        return  # it will be said when the checkpoint is opened
+    for layer in recorded:
+        if not {"bits", "group_size", "inputs"} <= layer.keys():
+            continue
+        scheme, was = schemes[layer["stored"]], f"{layer['bits']} bits in groups of {layer['group_size']}"
+        now = f"{scheme.bits} bits in groups of {scheme.columns(layer['inputs'])}" if scheme else "not quantized"
+        if now != was:
+            yield f"{layer['stored']} was written with {was}, but its configuration says {now}"
+
+
+def _lost(folder: Path, record: dict[str, Any]) -> Iterator[str]:
+    """What of the record is in no file that can be opened, by layers where it belongs to one."""
+    missing = record["tensors"].keys() - readable(folder)
+    layers = {name.rpartition(".")[0] for name in missing} & {layer["stored"] for layer in record["layers"]}
+    for layer in sorted(layers):
+        yield f"{layer} is missing, wholly or in part: a file that it was in is gone or damaged"
+    for name in sorted(missing):
+        if name.rpartition(".")[0] not in layers:
+            yield f"the tensor {name} is missing: the file that it was in is gone or damaged"
 
 
 def _changed_tensors(source: Source, recorded: dict[str, str]) -> Iterator[str]:

@@ -238,12 +238,12 @@ def test_padding_is_cut_off_and_files_are_the_same_as_arrays(
     ("arrays", "message"),
     [
         ([{"pixels": np.zeros((2, 3, 32, 32), np.float32)}], "takes no pixels; it takes pixel_values"),
-        ([{"pixel_values": np.zeros((2, 3, 8, 8), np.float32)}], "does not run on the calibration inputs: Input image"),
+        ([{"pixel_values": np.zeros((2, 3, 8, 8), np.float32)}], "forward pass of ViT.* failed .*Input image"),
         ([{"pixel_values": np.zeros((2, 3, 32, 32)), "labels": np.zeros(3)}], "the same number of windows"),
         ([{"pixel_values": "a cat"}], "dicts of arrays"),
         ([], "not one calibration input"),
         (torch.ones(4, 8, dtype=torch.int64), "called on pixel_values, so it needs arrays of them"),
-        ("missing.npz", "could not be read as arrays"),
+        ("missing.npz", "missing.npz: no such file"),
     ],
 )
 def test_inputs_that_do_not_fit_are_a_sentence(
@@ -398,8 +398,9 @@ def test_experts_and_a_head_in_the_other_formats(
     assert torch.equal(logits[0], logits[2])
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
-    (tmp_path / "v1" / RECORD).unlink()
-    assert verify.verify(tmp_path / "v1").problems == []
+    (tmp_path / "v1" / RECORD).unlink()  # what is left to check is that the file fits itself
+    lost = f"{RECORD} is missing, though the folder says that gptq wrote it"
+    assert verify.verify(tmp_path / "v1").problems == [lost]
 
 
 def test_widths_under_a_budget_for_experts_two_stacks_and_a_head(

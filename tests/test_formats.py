@@ -174,6 +174,7 @@ def test_early_autogptq_files(make_model: MakeModel, windows: Tensor, tmp_path: 
         tensors[name.replace("scales", "bias")] = torch.zeros(tensors[name].shape[1], dtype=torch.float16)
     (out / "model.safetensors").unlink()
     (out / "quantization_record.json").unlink()
+    (out / "README.md").unlink()
     save_file(tensors, out / "gptq_model-4bit-32g.safetensors")
     with torch.no_grad():
         assert torch.equal(load(out)(windows).logits, expected)
@@ -196,6 +197,7 @@ def test_autoround_in_gptq_format(make_model: MakeModel, windows: Tensor, tmp_pa
     (out / "config.json").write_text(json.dumps(config))
     (out / "quantize_config.json").unlink()
     (out / "quantization_record.json").unlink()
+    (out / "README.md").unlink()
     with torch.no_grad():
         assert torch.equal(load(out)(windows).logits, expected)
     assert verify.verify(out).problems == []
@@ -261,7 +263,8 @@ def test_files_that_disagree_and_tensors_that_nothing_uses(
     assert "holds model.layers.0.mlp.gate_proj.surplus, which the model does not use" in caplog.text
     (out / "quantization_record.json").unlink()
     assert verify.verify(out).problems == [
-        "the tensor model.layers.0.mlp.gate_proj.surplus belongs to nothing in the model that config.json describes"
+        "quantization_record.json is missing, though the folder says that gptq wrote it",
+        "the tensor model.layers.0.mlp.gate_proj.surplus belongs to nothing in the model that config.json describes",
     ]
     beside = json.loads((out / "quantize_config.json").read_text())
     (out / "quantize_config.json").write_text(json.dumps({**beside, "group_size": 64}))

@@ -7,12 +7,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptq"
 RANKS = [
-    {"errors", "version", "grid", "packing", "hessian", "walk", "charts", "triton_solver"},
-    {"kernels", "experts"},
+    {
+        "errors",
+        "version",
+        "grid",
+        "packing",
+        "hessian",
+        "walk",
+        "charts",
+        "triton_solver",
+        "lanes",
+        "triton_product",
+    },
+    {"kernels", "experts", "folder"},
     {"config", "calibration", "solver", "checkpoint"},
-    {"formats", "blocks", "hub", "refine", "drift"},
+    {"formats", "blocks", "hub", "refine", "drift", "journal"},
     {"schemes"},
-    {"packed", "plan", "engines"},
+    {"packed", "plan", "engines", "products"},
     {"linear", "record", "tune", "budget", "windows"},
     {"hf_quantizer", "layer"},
     {"routed"},

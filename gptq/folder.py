@@ -1,0 +1,128 @@
+"""A checkpoint folder as it may come from a stranger: plain files that lie inside it, and JSON that is no trap.
+
+Everything that reads a folder, transformers included, does so behind `check_folder`, so that it is neither kept waiting
+by a pipe nor led to files elsewhere, which a run would copy into its result and perhaps upload.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptq.errors import InputError
+
+MAX_JSON_BYTES = 2**28  # the largest that is known, a tokenizer of 260,000 tokens, has 33 MB
+MAX_DEPTH = 64  # of nested JSON; deeper ones exhaust the stack of whoever walks through them
+FOLDERS = ("", "additional_chat_templates")  # what is read of a checkpoint folder, by transformers too
+
+
+def check_folder(folder: Path) -> None:
+    """Check what lies in a checkpoint folder before anything of it is opened.
+
+    A link may lead to a file inside the folder. Of the Hub's cache, whose snapshots are links, also into its `blobs`.
+
+    Raises:
+        InputError: something is neither a file nor a folder (a pipe, a device), a link leads elsewhere, a name holds
+            control characters, or a JSON file is too large; names it.
+    """
+    folder = folder.resolve()
+    inside = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    for part in FOLDERS:
+        if (folder / part).is_dir():
+            for path in sorted((folder / part).iterdir()):
+                _check_entry(path, inside)
+
+
+def _check_entry(path: Path, inside: list[Path]) -> None:
+    if not path.name.isprintable():
+        raise InputError(f"{path.parent} holds a file whose name has control characters: {path.name!r}")
+    try:
+        target = path.resolve() if path.is_symlink() else path
+        found, is_file = target.stat(), target.is_file()
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
+        raise InputError(f"{path} cannot be opened: {error}") from error
+    if not any(target.is_relative_to(place) for place in inside):
+        raise InputError(f"{path} is a link to {target}, outside its folder; copy that file into the folder instead")
+    if not is_file and not target.is_dir():
+        raise InputError(f"{path} is neither a file nor a folder; remove it")
+    if path.suffix == ".json" and is_file and found.st_size > MAX_JSON_BYTES:
+        raise InputError(f"{path} has {found.st_size / 1e6:,.0f} MB, which no JSON file of a checkpoint has")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: it cannot be read, is not JSON in UTF-8, is nested too deeply, or holds something else.
+    """
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{file} is missing, no plain file, or larger than any JSON file of a checkpoint")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        _check_values(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} could not be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds {type(content).__name__}, not an object")
+    return content
+
+
+def _check_values(content: Any) -> None:
+    """Raises ValueError where values are nested too deeply or texts cannot be written again (half a character)."""
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        deeper: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                value.encode("utf-8")
+            elif isinstance(value, dict):
+                deeper += value.keys()
+                deeper += value.values()
+            elif isinstance(value, list):
+                deeper += value
+        level = deeper
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+Check = Callable[[Any], bool]
+
+
+def number(low: float, high: float, kind: type = float) -> Check:
+    """Whether a value is a number from `low` to `high`, a whole one where `kind` is int."""
+    kinds = (int,) if kind is int else (int, float)
+    return lambda value: type(value) in kinds and math.isfinite(value) and low <= value <= high
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def optional(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def list_of(check: Check, most: float = math.inf) -> Check:
+    return lambda value: isinstance(value, list) and len(value) <= most and all(map(check, value))
+
+
+def dict_of(check: Check, key: Check = is_text) -> Check:
+    return lambda value: isinstance(value, dict) and all(key(k) and check(v) for k, v in value.items())
+
+
+def check_fields(values: Any, fields: Mapping[str, Check], needed: tuple[str, ...], where: str) -> None:
+    """Hold an object that a file of our own should hold against what its fields may be; others are let be.
+
+    Raises:
+        InputError: it is none, lacks a field, or a field is something else; names it.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is damaged: {str(values)[:80]!r} is not an object")
+    for key in needed:
+        if key not in values:
+            raise InputError(f"{where} is damaged: {key!r} is missing")
+    for key, check in fields.items():
+        if key in values and not check(values[key]):
+            raise InputError(f"{where} is damaged: {key!r} is {str(values[key])[:80]!r}")

@@ -1,0 +1,156 @@
+"""Quantizes one model with this package and with other GPTQ tools, in turns, on the same tokens.
+
+    python scripts/bench_peers.py [--peers llm-compressor,gptqmodel] [--rounds 2] [--width 1024 ...] [--json FILE]
+
+Each tool runs in an environment of its own, which the script makes below --environments from the package registry, and
+each run in a process of its own, from a safetensors folder to a safetensors folder: 4 bits, symmetric, groups of 128,
+each tool's own default order and grid. The model and its tokens are those of bench_quantize.py. Importing a tool is
+not counted, its largest resident memory (VmHWM) is. A round runs every tool once, the next one in reverse order. The
+code of the paper itself is on no registry and so not here.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench_quantize import add_model_options, calibration_tokens, make_model
+from safetensors.torch import save_file
+
+TELL = """
+print("MEASURED", json.dumps({"seconds": time.perf_counter() - start, "peak": 1024 * next(
+    int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))}))
+"""
+BEGIN = """
+import json, os, sys, time
+os.cpu_count = lambda: max(16, len(os.sched_getaffinity(0)))  # GPTQModel's pool of threads refuses machines with few
+import torch
+from safetensors.torch import load_file
+model, tokens, out = sys.argv[1:4]
+"""
+OURS = "ours"
+PACKAGES: dict[str, list[list[str]]] = {  # steps of pip; a build without isolation wants what is installed before it
+    OURS: [],
+    "llm-compressor": [["llmcompressor==0.14.0.1"]],
+    "gptqmodel": [
+        ["torch", "setuptools", "wheel", "packaging", "ninja", "numpy", "pybind11"],
+        ["--no-build-isolation", "gptqmodel==7.7.0", "optimum==2.3.0"],
+    ],
+}
+CODE = {
+    OURS: """
+from gptq import QuantConfig, quantize
+import gptq.engine
+start = time.perf_counter()
+config = QuantConfig(bits=4, group_size=128, sweeps=0, two_streams=False, tune_steps=0, format="pack-quantized")
+quantize(model, out, config, calibration=load_file(tokens)["input_ids"])
+""",
+    "llm-compressor": """
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from transformers import AutoModelForCausalLM
+start = time.perf_counter()
+ids = load_file(tokens)["input_ids"]
+data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+oneshot(model=loaded, dataset=data, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids),
+        shuffle_calibration_samples=False)
+loaded.save_pretrained(out, save_compressed=True)
+""",
+    "gptqmodel": """
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+start = time.perf_counter()
+ids = load_file(tokens)["input_ids"]
+loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=128), device="cpu", backend=BACKEND.TORCH)
+loaded.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids], batch_size=1)
+loaded.save(out)
+""",
+}
+
+
+def make_environment(folder: Path, steps: list[list[str]]) -> str:
+    """The Python of an environment with these packages; of this process where there are none."""
+    if not steps:
+        return sys.executable
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        for step in steps:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *step], check=True)
+        (folder / "ready").touch()
+    return str(python)
+
+
+def run(tool: str, python: str, model: Path, tokens: Path, out: Path) -> dict[str, float]:
+    """Seconds and bytes of one run; raises RuntimeError with the end of what the tool said where it fails."""
+    command = [python, "-c", BEGIN + CODE[tool] + TELL, str(model), str(tokens), str(out)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    if tool != OURS:
+        environment.pop("PYTHONPATH", None)
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out.parent)
+    lines = [line for line in found.stdout.splitlines() if line.startswith("MEASURED ")]
+    if found.returncode or not lines or not any(out.glob("*.safetensors")):
+        raise RuntimeError(f"{tool} failed:\n{found.stdout[-1500:]}\n{found.stderr[-3000:]}")
+    measured: dict[str, float] = json.loads(lines[0].removeprefix("MEASURED "))
+    return measured
+
+
+def add_tokenizer(model: Path, vocabulary: int) -> None:
+    """A word for each token: the peers want a tokenizer, though they are given tokens."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2")
+    made.save_pretrained(model)
+
+
+def compare(pythons: dict[str, str], model: Path, tokens: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Every tool's runs."""
+    found: dict[str, list[dict[str, float]]] = {tool: [] for tool in pythons}
+    for turn in range(rounds):
+        for tool in list(pythons)[:: -1 if turn % 2 else 1]:
+            with tempfile.TemporaryDirectory() as folder:
+                found[tool].append(run(tool, pythons[tool], model, tokens, Path(folder) / "out"))
+            print(f"round {turn + 1}: {tool} {found[tool][-1]['seconds']:.1f} s", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", default="llm-compressor,gptqmodel", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
+    default = Path(tempfile.gettempdir()) / "gptq-peers"
+    parser.add_argument("--environments", type=Path, default=default, metavar="FOLDER", help="default: %(default)s")
+    add_model_options(parser)
+    args = parser.parse_args()
+    tools = [OURS, *args.peers.split(",")]
+    if unknown := set(tools) - set(CODE):
+        parser.error(f"no tool is called {min(unknown)}; there are {', '.join(CODE)}")
+    pythons = {tool: make_environment(args.environments / tool, PACKAGES[tool]) for tool in tools}
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokens = Path(folder) / "model", Path(folder) / "tokens.safetensors"
+        make_model(model, args.width, args.blocks, args.intermediate, args.vocabulary)
+        add_tokenizer(model, args.vocabulary)
+        save_file({"input_ids": calibration_tokens(args.windows, args.tokens, args.vocabulary)}, tokens)
+        found = compare(pythons, model, tokens, args.rounds)
+    medians = {tool: statistics.median(one["seconds"] for one in runs) for tool, runs in found.items()}
+    print(f"{'tool':16}{'seconds':>10}{'range':>18}{'x ours':>8}{'peak MB':>9}")
+    for tool, runs in found.items():
+        seconds, peak = [one["seconds"] for one in runs], max(one["peak"] for one in runs)
+        spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
+        print(f"{tool:16}{medians[tool]:10.1f}{spread:>18}{medians[tool] / medians[OURS]:8.2f}{peak / 1e6:9.0f}")
+    if args.json:
+        facts: dict[str, Any] = {"cores": os.cpu_count(), "windows": args.windows, "tokens": args.tokens}
+        args.json.write_text(json.dumps(facts | {"runs": found}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Every kernel against the float64 product with the decoded weight, and what a layer that has run still is."""
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq import QuantConfig, formats, load, products, quantize
+from gptq.config import Format
+from gptq.formats import Codes, Scheme
+from gptq.linear import QuantLinear
+from tests.conftest import VOCAB, MakeModel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def random_layer(
+    rng: torch.Generator, scheme: Scheme, outputs: int, inputs: int, bias: bool = False, dtype: torch.dtype = DTYPES[0]
+) -> QuantLinear:
+    bits, groups = scheme.bits, scheme.groups(inputs)
+    codes = torch.randint(0, 2**bits, (outputs, inputs), generator=rng).to(torch.uint8)
+    scale = (torch.randn(outputs, groups, generator=rng) * 0.1).half()
+    zero = torch.full((outputs, groups), 2 ** (bits - 1))
+    if not scheme.sym:
+        zero = torch.randint(1, 2**bits, (outputs, groups), generator=rng)
+    g_idx = formats.in_runs(scheme, inputs)
+    if scheme.scattered:
+        g_idx = g_idx[torch.randperm(inputs, generator=rng)]
+    packed = formats.encode(Codes(codes, scale, zero.to(torch.uint8), g_idx), scheme)
+    offset = torch.randn(outputs, generator=rng).to(dtype) if bias else None
+    return QuantLinear(packed, offset, scheme, (outputs, inputs))
+
+
+def check(layer: QuantLinear, x: Tensor, y: Tensor) -> None:
+    """Within the rounding of x's dtype: of each weight, of the sums, and of the result."""
+    W = layer.weight.double()
+    exact, size = x.double() @ W.T, x.double().abs() @ W.abs().T
+    if layer.bias is not None:
+        exact, size = exact + layer.bias.double(), size + layer.bias.double().abs()
+    eps = torch.finfo(x.dtype).eps
+    # Codes are multiplied before their zero point is taken off; in float32 this costs up to 2^bits / |code - zero|.
+    spread = x.double().abs().sum(-1, keepdim=True) * 2**layer.scheme.bits
+    spread = spread * formats.decode(layer.packed(), layer.scheme).scale.double().abs().amax(-1)
+    assert y.dtype == x.dtype
+    assert bool(((y.double() - exact).abs() <= 1.5 * eps * size + 4 * torch.finfo(torch.float32).eps * spread).all())
+
+
+def chosen(layer: QuantLinear, x: Tensor) -> str | None:
+    stored = products.Stored(layer.packed(), layer.scheme, layer.out_features, layer.in_features)
+    return products.choose(stored, x.dtype, len(x))
+
+
+SHAPES = ((48, 128, 32), (272, 256, 128), (300, 160, 64), (7, 100, -1), (33, 96, -1))  # outputs, inputs, group size
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_product_is_the_exact_one(bits: int, sym: bool, rows: int, rng: torch.Generator) -> None:
+    used = set()
+    kinds: tuple[Format, ...] = ("gptq", "gptq_v2", "pack-quantized")
+    for outputs, inputs, group_size in SHAPES:
+        for kind in kinds:
+            scheme = Scheme(bits, group_size, sym, kind)
+            if formats.refusal(scheme, outputs, inputs, transposed=False):
+                continue
+            for dtype in DTYPES:
+                layer = random_layer(rng, scheme, outputs, inputs, kind == "gptq", dtype)
+                x = torch.randn(rows, inputs, generator=rng).to(dtype)
+                used.add(chosen(layer, x))
+                check(layer, x, layer(x))
+    few = rows <= products.FEW_ROWS
+    assert "lanes" in used
+    assert ("int4pack" in used) == (few and bits == 4)
+    assert ("int8pack" in used) == (few and bits == 8 and sym)
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+def test_groups_that_are_not_runs(rows: int, rng: torch.Generator) -> None:
+    layer = random_layer(rng, Scheme(4, 32, False, "gptq_v2", scattered=True), 40, 112)
+    x = torch.randn(rows, 112, generator=rng)
+    check(layer, x, layer(x))
+    assert isinstance(layer._made["lanes"], products.Lanes)
+    uneven = layer.get_buffer("g_idx")
+    uneven[uneven == 1] = 0  # groups of 64, 0, 32 and 16
+    layer = QuantLinear(layer.packed(), None, layer.scheme, (40, 112))
+    check(layer, x, layer(x))
+    assert layer._made["lanes"] is None  # unpacked instead
+
+
+@pytest.mark.parametrize("group_size", [8, 24, 100])
+def test_groups_that_are_not_whole_units_are_unpacked(group_size: int, rng: torch.Generator) -> None:
+    layer = random_layer(rng, Scheme(3, group_size, False), 24, 192)
+    x = torch.randn(2, 192, generator=rng)
+    assert chosen(layer, x) is None
+    assert torch.equal(layer(x), x @ layer.weight.T)
+
+
+def test_many_rows_are_multiplied_by_tiles(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "DECODED", 1)
+    layer = random_layer(rng, Scheme(4, 64, True), 600, 128)
+    x = torch.randn(2, 5, 128, generator=rng)
+    check(layer, x.view(10, 128), layer(x).view(10, 600))
+
+
+def test_threads_share_the_outputs(rng: torch.Generator) -> None:
+    layer = random_layer(rng, Scheme(3, 64, True), 1072, 128)
+    for rows in (1, 7):
+        x = torch.randn(rows, 128, generator=rng)
+        alone = layer(x)
+        torch.set_num_threads(3)
+        try:
+            assert torch.equal(layer(x), alone)
+        finally:
+            torch.set_num_threads(1)
+
+
+def test_what_has_run_is_what_was_stored(rng: torch.Generator) -> None:
+    layer = random_layer(rng, Scheme(4, 32, True), 32, 64, bias=True, dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = torch.randn(2, 64, generator=rng).bfloat16()
+    y = layer(x)
+    assert layer._made
+    after = layer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    twin = copy.deepcopy(layer)
+    assert not twin._made
+    assert torch.equal(twin(x), y)
+    other = random_layer(rng, Scheme(4, 32, True), 32, 64, bias=True, dtype=torch.bfloat16)
+    layer.load_state_dict(other.state_dict())  # in place: the layout has to be made anew
+    assert torch.equal(layer(x), other(x))
+    assert not layer.to("meta")._made
+
+
+def test_gradients_flow_through_a_packed_layer(rng: torch.Generator) -> None:
+    layer = random_layer(rng, Scheme(4, 32, True), 32, 64)
+    x = torch.randn(2, 64, generator=rng, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_those_of_unpacked_weights(bits: int, dtype: str, make_model: MakeModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "rtn", "bits": bits, "group_size": 32}
+    quantize(make_model("llama"), tmp_path / "out", QuantConfig.from_dict(options))
+    network: Any = load(tmp_path / "out", dtype=dtype)
+    exact: Any = load(tmp_path / "out", dtype="float32")
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    for name, module in list(exact.named_modules()):
+        if isinstance(module, QuantLinear):
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            plain.weight.data = module.weight
+            exact.set_submodule(name, plain)
+    for tokens in (3, 16):
+        ids = torch.randint(1, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            ours, reference = network(ids).logits, exact(ids).logits
+        assert (ours - reference).norm() <= 32 * eps * reference.norm()  # some twenty products after each other
+
+
+TRITON = """
+import torch
+from gptq import formats, products
+from gptq.formats import Scheme
+from tests.test_products import check, random_layer
+rng = torch.Generator().manual_seed(0)
+for bits in (2, 3, 4, 8):
+    for outputs, inputs, group_size, sym, scattered in ((40, 100, 24, False, True), (64, 128, 32, True, False)):
+        for dtype, rows in ((torch.float32, 1), (torch.float32, 18), (torch.bfloat16, 3), (torch.float16, 2)):
+            layer = random_layer(rng, Scheme(bits, group_size, sym, "gptq_v2", scattered), outputs, inputs)
+            x = torch.randn(rows, inputs, generator=rng).to(dtype)
+            stored = products.Stored(layer.packed(), layer.scheme, outputs, inputs)
+            check(layer, x, products.make("triton", stored).multiply(x))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernel_in_its_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
