@@ -8,7 +8,7 @@ are.
 Processes are started by `torchrun` or `accelerate launch`, and joined with gloo on CPUs and NCCL on GPUs.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -76,24 +76,31 @@ class Ranks:
 
     def least(self, number: int) -> int:
         """The least of all processes' numbers."""
-        if self.size == 1:
-            return number
+        return number if self.size == 1 else self._reduced(number, dist.ReduceOp.MIN)
+
+    def total(self, number: int) -> int:
+        """The sum of all processes' numbers."""
+        return number if self.size == 1 else self._reduced(number, dist.ReduceOp.SUM)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds for one of the processes."""
+        return self.least(0 if flag else 1) == 0
+
+    def _reduced(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
         found = torch.tensor(number, dtype=torch.int64, device=self.device)
         try:
-            dist.all_reduce(found, dist.ReduceOp.MIN)
+            dist.all_reduce(found, operation)
         except RuntimeError as error:
             raise InputError(LOST) from error
         return int(found)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.least(0)
+    def owns(self, piece: int) -> bool:
+        """Whether this process does a piece of the work at a layer; they take turns."""
+        return piece % self.size == self.rank
 
-    def exchange(self, own: Sequence[Tensor], count: int) -> list[Tensor]:
-        """All of `count` pieces of work in order, `own` being those that `windows(count)` gives to this process."""
-        if self.size == 1:
-            return list(own)
-        pieces = [piece for (piece,) in self.in_order(((x,) for x in own), count, 1)]
+    def exchange(self, own: Mapping[int, Tensor], count: int) -> list[Tensor]:
+        """All of `count` pieces in order, where every process has its `own`."""
+        pieces = (own.get(n) if self.size == 1 else self.broadcast(own.get(n), n % self.size) for n in range(count))
         return [piece for piece in pieces if piece is not None]
 
 
