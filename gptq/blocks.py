@@ -33,7 +33,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from gptq.checkpoint import Source, TensorInfo
+from gptq.checkpoint import ReadAhead, Source, TensorInfo
 from gptq.errors import InputError
 from gptq.experts import Experts, take_apart
 
@@ -424,6 +424,7 @@ class WeightStream:
         self._names = names
         self.device = device
         self._dtype = dtype
+        self.ahead = ReadAhead(source)
 
     def fill(self, module: nn.Module, prefix: str, skip: Collection[nn.Module] = (), recurse: bool = True) -> None:
         """Give `module`, whose name in the model is `prefix`, its tensors, but not the weights of modules in `skip`.
@@ -465,11 +466,14 @@ class WeightStream:
         stored = self._names.stored(name)
         return stored, tensor.to(self._source.tensors[stored].dtype)
 
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the operating system fetch these tensors, by their names in the model, while something else is done."""
+        stored = [self._names.find(name) for name in names]
+        self.ahead.start([name for name in stored if name])
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor called `name` in the model, which `check_tensors` has compared with it."""
-        tensor = self._source.read(self._names.stored(name))
-        dtype = (dtype or self._dtype) if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=self.device, dtype=dtype)
+        return self._source.read(self._names.stored(name), dtype or self._dtype).to(self.device)
 
     @contextmanager
     def on_demand(self, model: nn.Module, blocks: list[Block]) -> Iterator[Callable[[], None]]:

@@ -14,7 +14,7 @@ that does best on windows which neither C nor H has seen.
 import torch
 from torch import Tensor
 
-from gptq.solver import Factor
+from gptq.solver import Factor, row_chunks
 
 
 def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
@@ -24,20 +24,20 @@ def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
         W: (rows, columns).
         C: (columns, columns), the mean of d x^T.
     """
-    perm = factor.perm
-    Y = (W @ C)[:, perm]  # (rows, columns) in solving order; H = U D U^T there, so Y H^-1 = Y U^-T D^-1 U^-1
-    Y = torch.linalg.solve_triangular(factor.U.T, Y, upper=False, left=False, unitriangular=True)
-    Y = torch.linalg.solve_triangular(factor.U, Y / factor.D, upper=True, left=False, unitriangular=True)
-    corrected: Tensor = Y[:, torch.argsort(perm)]
+    perm, inverse = factor.perm, torch.argsort(factor.perm)
+    corrected = torch.empty_like(W)
+    for rows in row_chunks(len(W)):
+        Y = (W[rows] @ C)[:, perm]  # (chunk, columns) in solving order; H = U D U^T, so Y H^-1 = Y U^-T D^-1 U^-1
+        Y = torch.linalg.solve_triangular(factor.U.T, Y, upper=False, left=False, unitriangular=True)
+        Y = torch.linalg.solve_triangular(factor.U, Y / factor.D, upper=True, left=False, unitriangular=True)
+        corrected[rows] = Y[:, inverse]
     return corrected
 
 
-def best_share(W: Tensor, correction: Tensor, C: Tensor, H: Tensor) -> float:
-    """The share in [0, 1] of `correction` (rows, columns) with the least error ||W d - share correction x||^2.
+def best_share(agreement: float, power: float) -> float:
+    """The share in [0, 1] of a correction A (rows, columns) with the least error ||W d - share A x||^2.
 
     Args:
-        C, H: (columns, columns) means of d x^T and x x^T over windows that the correction was not computed from.
+        agreement, power: means of (W d).(A x) and ||A x||^2 over windows that the correction was not computed from.
     """
-    power = float(((correction @ H) * correction).sum(dtype=torch.float64))
-    agreement = float(((W @ C) * correction).sum(dtype=torch.float64))
     return min(max(agreement / power, 0.0), 1.0) if power > 0 else 0.0

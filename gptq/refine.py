@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gptq import grid, kernels
-from gptq.solver import Factor, SolvedLayer
+from gptq.solver import Factor, SolvedLayer, output_power
 
 BLOCK = 128  # columns whose codes are chosen between two matrix products
 FARTHEST = 3.0  # a scale moves to no more than this times what it is, and no less than one over it
@@ -28,9 +28,10 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
         ValueError: a scale does not fit its stored dtype.
     """
     order = torch.argsort(solved.g_idx, stable=True)  # (columns,) each group contiguous
-    H = factor.H if bool((order.diff() == 1).all()) else factor.H[order[:, None], order]
-    H = H.clone()
-    H.diagonal().add_(factor.ridge)
+    ordered = bool((order.diff() == 1).all())
+    H = factor.H if ordered else factor.H[order[:, None], order]
+    undamped = H.diagonal().clone()
+    H.diagonal().add_(factor.ridge)  # in place, as H is the largest of all; taken back below
     Wt = W.T[order].contiguous()  # (columns, rows), as are codes, Q and E
     codes = solved.codes.T[order].contiguous()
     scale = solved.scale.T.to(W.dtype).contiguous()  # (groups, rows)
@@ -52,12 +53,14 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
                     G = H[block] @ E
                 codes[block], E[block] = _descend(Wt[block], E[block], G, H[block, block], scale, zero, group, bits)
     inverse = torch.argsort(order)
+    error = output_power(E.T, H)
+    H.diagonal().copy_(undamped)
     return SolvedLayer(
         codes=codes[inverse].T.contiguous(),
         scale=scale.T.float().contiguous(),
         zero=solved.zero,
         g_idx=solved.g_idx,
-        error=float(((H @ E) * E).sum(dtype=torch.float64)),
+        error=error,
     )
 
 

@@ -46,7 +46,11 @@ class SolvedLayer:
     def weight(self) -> Tensor:
         """The dequantized weight, (rows, columns) float32: exactly what a reader of the file computes."""
         groups = self.g_idx.long()
-        return grid.dequantize(self.codes.float(), self.scale[:, groups], self.zero[:, groups].float())
+        Q = torch.empty(self.codes.shape, device=self.codes.device)
+        for rows in row_chunks(len(Q)):
+            scale, zero = self.scale[rows][:, groups], self.zero[rows][:, groups].float()
+            Q[rows] = grid.dequantize(self.codes[rows].float(), scale, zero)
+        return Q
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -77,21 +81,38 @@ def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01) -> Factor:
     """
     mean_diagonal = float(H.diagonal().mean())
     backwards = perm.flip(0)
-    damped = H[backwards[:, None], backwards]  # (n, n)
-    damp, added = damp_percent, 0.0
+    damp, info = damp_percent, torch.empty((), dtype=torch.int32, device=H.device)
     while True:
+        L = H[backwards[:, None], backwards].mT  # (n, n) symmetric; columns contiguous, as LAPACK works in place
         ridge = damp * mean_diagonal if mean_diagonal > 0 else 1.0
-        damped.diagonal().add_(ridge - added)
-        added = ridge
-        L, info = torch.linalg.cholesky_ex(damped)
+        L.diagonal().add_(ridge)
+        torch.linalg.cholesky_ex(L, out=(L, info))
         if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
             break
         if damp >= 1:
             raise NotPositiveDefiniteError(f"not positive definite with {damp:.0%} of its mean diagonal added")
         damp = min(10 * damp, 1.0)
-    M = L.flip(0, 1)  # (n, n) upper triangular, H = M M^T
-    d = M.diagonal().clone()
-    return Factor(H, perm, M / d, d.square(), damp, ridge)
+    _reverse(L.mT.view(-1))
+    U = L  # (n, n) upper triangular, H = U U^T, once both of its dimensions run backwards
+    d = U.diagonal().clone()
+    U.div_(d)
+    return Factor(H, perm, U, d.square(), damp, ridge)
+
+
+def _reverse(values: Tensor) -> None:
+    """Turn a contiguous tensor (n,) end for end in place."""
+    half = len(values) // 2
+    for start in range(0, half, 2**22):
+        stop = min(start + 2**22, half)
+        front, back = values[start:stop], values[len(values) - stop : len(values) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+
+
+def row_chunks(rows: int, size: int = 512) -> list[slice]:
+    """Rows to take at a time where what a step makes of all of them would be as large as the layer several times."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def solve(
@@ -205,11 +226,15 @@ def round_to_nearest(W: Tensor, bits: int, group_size: int, sym: bool) -> Solved
     """Every weight to the nearest point of its group's grid, each by itself; `error` is ||W - Q||^2 (H = I)."""
     scale, zero = fit_groups(W, bits, group_size, sym)  # (rows, groups)
     g_idx = torch.arange(W.shape[1], device=W.device) // group_size
-    codes = grid.quantize(W, scale[:, g_idx], zero[:, g_idx], bits)
-    error = float((W - grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])).double().square().sum())
-    return SolvedLayer(codes.to(torch.uint8), scale.float(), zero.to(torch.uint8), g_idx.to(torch.int32), error)
+    codes, error = torch.empty(W.shape, dtype=torch.uint8, device=W.device), 0.0
+    for rows in row_chunks(len(W)):
+        s, z = scale[rows][:, g_idx], zero[rows][:, g_idx]
+        chosen = grid.quantize(W[rows], s, z, bits)
+        codes[rows] = chosen
+        error += float((W[rows] - grid.dequantize(chosen, s, z)).double().square().sum())
+    return SolvedLayer(codes, scale.float(), zero.to(torch.uint8), g_idx.to(torch.int32), error)
 
 
 def output_power(A: Tensor, H: Tensor) -> float:
     """tr(A H A^T), the mean squared output of a token that the weight A (rows, columns) makes, summed over rows."""
-    return float(((A @ H) * A).sum(dtype=torch.float64))
+    return sum(float(((A[rows] @ H) * A[rows]).sum(dtype=torch.float64)) for rows in row_chunks(len(A)))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gptq import solver
 from gptq.drift import best_share, full_correction
+from gptq.heldout import Rows
 from tests import oracle
 from tests.test_solver import problem
 
@@ -43,7 +44,7 @@ def test_no_drift_is_plain_gptq(rng: torch.Generator) -> None:
     factor = solver.factorize(H, solver.natural_order(H))
     nothing = full_correction(W, torch.zeros_like(H), factor)
     assert torch.equal(nothing, torch.zeros_like(W))
-    assert best_share(W, nothing, torch.zeros_like(H), H) == 0
+    assert best_share(0.0, 0.0) == 0
 
 
 def test_a_correction_is_the_damped_least_squares_solution(rng: torch.Generator) -> None:
@@ -60,7 +61,10 @@ def test_the_share_is_the_best_on_unseen_tokens(rng: torch.Generator) -> None:
     H, C = means(X[:60], original[:60])
     correction = full_correction(W, C, solver.factorize(H, solver.natural_order(H)))
     unseen = X[60:], original[60:]
-    share = best_share(W, correction, *reversed(means(*unseen)))
+    rows = Rows(unseen[0], unseen[1] - unseen[0])
+    agreement = rows.agreement(W, correction)
+    assert agreement is not None
+    share = best_share(agreement, rows.power(correction))
     assert 0 < share < 1
 
     def error(part: float) -> float:

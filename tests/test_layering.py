@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptq"
 RANKS = [
-    {"errors", "version", "grid", "packing", "hessian", "walk", "charts"},
+    {"errors", "version", "grid", "packing", "hessian", "walk", "charts", "shelf"},
     {"kernels", "experts"},
     {"config", "calibration", "solver", "checkpoint"},
-    {"formats", "blocks", "hub", "refine", "drift"},
+    {"formats", "blocks", "hub", "refine", "drift", "heldout"},
     {"schemes"},
     {"packed", "plan", "engines"},
     {"linear", "record", "tune", "budget", "windows"},
