@@ -423,7 +423,7 @@ class WeightStream:
         self._source = source
         self._names = names
         self.device = device
-        self._dtype = dtype
+        self.dtype = dtype
         self.ahead = ReadAhead(source)
 
     def fill(self, module: nn.Module, prefix: str, skip: Collection[nn.Module] = (), recurse: bool = True) -> None:
@@ -453,13 +453,11 @@ class WeightStream:
 
     def computed_with(self, linear: nn.Module, W: Tensor) -> Tensor:
         """W (outputs, inputs) as the linear layer holds it, in its own order and the forward's dtype."""
-        return (W.T if is_transposed(linear) else W).to(self._dtype).contiguous()
+        return (W.T if is_transposed(linear) else W).to(self.dtype).contiguous()
 
     def to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a model is called on, numbers that are not whole in the forward's dtype."""
-        return {
-            name: x.to(self.device, self._dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()
-        }
+        return {name: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 
     def as_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         """The checkpoint's name of the tensor called `name` in the model, and new values for it in the stored dtype."""
@@ -473,7 +471,7 @@ class WeightStream:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor called `name` in the model, which `check_tensors` has compared with it."""
-        return self._source.read(self._names.stored(name), dtype or self._dtype).to(self.device)
+        return self._source.read(self._names.stored(name), dtype or self.dtype).to(self.device)
 
     @contextmanager
     def on_demand(self, model: nn.Module, blocks: list[Block]) -> Iterator[Callable[[], None]]:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq import formats
+from gptq import formats, memory
 from gptq.blocks import Block, WeightStream, choose_device, choose_dtype, drop, return_freed_memory
+from gptq.calibration import Inputs
 from gptq.checkpoint import ShardWriter, appearing_folder, require_free, sha256
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.hessian import exact_float32
 from gptq.layer import Job, Observer, finish_layer, is_held_out
-from gptq.plan import plan_checkpoint
+from gptq.plan import Plan, plan_checkpoint
 from gptq.record import (
     BlockError,
     LayerResult,
@@ -32,6 +33,7 @@ from gptq.record import (
     write_files,
 )
 from gptq.sequence import Fresh, solve_head, walk_block, walk_blocks
+from gptq.shelf import Shelf
 from gptq.trials import choose_widths, enough_windows, notes_on_samples
 from gptq.tune import first_tensor, tune
 from gptq.walk import run_through
@@ -50,6 +52,9 @@ class Result:
     bytes_before: int
     bytes_after: int
     seconds: float
+    read_ahead_bytes: int  # that were read from the disk while something else was computed
+    read_ahead_seconds: float  # which that took
+    read_ahead_waited: float  # of which the computation stood still
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,6 +69,8 @@ def quantize(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
+    memory_limit: int | None = None,
+    gpu_memory_limit: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     observer: Observer | None = None,
@@ -81,6 +88,9 @@ def quantize(
             CPU without native bfloat16. The solver works in float32 on the stored weights.
         batch_size: how many calibration windows stand in mid-block at once (default all). The others repeat the
             block's forward for each distinct layer input: less memory, more time, the same bytes.
+        memory_limit: bytes of this process that may be in memory; by default most of what the machine has free. It
+            decides on `batch_size` and whether activations between blocks are in files, and never on a byte that is
+            written. On a GPU, `gpu_memory_limit` does the same for its memory.
 
     Raises:
         InputError: anything a user can mend; then nothing is left at `out`.
@@ -117,21 +127,24 @@ def quantize(
         writer = ShardWriter(partial_out, tensors)
         try:
             job = Job(config, plans, stream, writer, observer)
+            in_flight = _settle_memory(plan, windows, partial_out, batch_size, memory_limit, gpu_memory_limit, job)
             with torch.no_grad(), exact_float32(where):
                 if windows is None:
                     _round_blocks(blocks, job)
                 else:
                     streams = 2 if config.two_streams else 1
-                    visit = partial(_quantize_block, in_flight=batch_size or len(windows), job=job)
-                    left = walk_blocks(plan.network, blocks, windows, streams, stream, visit)
+                    visit = partial(_quantize_block, in_flight=in_flight, job=job)
+                    left = walk_blocks(plan.network, blocks, windows, streams, stream, visit, job.shelf)
                     for index, block in enumerate(left, start=len(blocks) - len(left)):
                         job.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
                         _round_block(index, block, job)
+            stream.ahead.join(at_once=True)
             observer.stage("copying what is not quantized")
             for name in (n for n in source.tensors if n in tensors):
                 writer.write(name, job.changed[name] if name in job.changed else source.read(name))
             writer.close()
         finally:
+            stream.ahead.join(at_once=True)
             writer.abandon()
         after = _file_bytes(partial_out)
         record = {
@@ -166,7 +179,29 @@ def quantize(
         bytes_before=source.file_bytes,
         bytes_after=after,
         seconds=time.monotonic() - started,
+        read_ahead_bytes=stream.ahead.nbytes,
+        read_ahead_seconds=stream.ahead.seconds,
+        read_ahead_waited=stream.ahead.waited,
     )
+
+
+def _settle_memory(
+    plan: Plan, windows: list[Inputs] | None, folder: Path, batch_size: int | None,
+    limit: int | None, gpu_limit: int | None, job: Job,
+) -> int:  # fmt: skip
+    """Say what will be done, and how memory will be kept in bounds; returns how many windows stand in mid-block."""
+    count = len(windows or [])
+    hidden = next(iter(plan.layers.values())).inputs
+    tokens = memory.Tokens(0, 0, 0)
+    if windows is not None:
+        tokens = memory.tokens_of(windows, sum(is_held_out(i, count) for i in range(count)), hidden)
+    stream = job.stream
+    choice, says = memory.settle(
+        plan, job.config, tokens, stream.device, stream.dtype, batch_size, limit, gpu_limit
+    )  # fmt: skip
+    job.observer.stage(f"{plan.in_short}; {says}")
+    job.shelf = Shelf(folder if choice.on_disk else None)
+    return choice.in_flight
 
 
 def _round_blocks(blocks: list[Block], job: Job) -> None:
