@@ -515,6 +515,16 @@ def drop(module: nn.Module) -> None:
                 child._parameters[key] = nn.Parameter(empty, requires_grad=False)
 
 
+def return_large_memory_at_once() -> None:
+    """Let the C library give tensors from 4 MB up back to the system when they are freed.
+
+    glibc raises that bound to 32 MB when it sees such sizes, and the holes of its heap can then be as large as a layer.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
+
+
 def return_freed_memory() -> None:
     """Give freed memory back to the system, where the C library would keep it.
 

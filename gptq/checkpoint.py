@@ -171,13 +171,13 @@ class ReadAhead:
         self.waited += time.perf_counter() - began
 
     def _fetch(self, names: list[str]) -> None:
-        began, piece = time.perf_counter(), bytearray(2**20)
+        began, piece = time.perf_counter(), memoryview(bytearray(2**20))
         with suppress(OSError):  # it only saves time: who really reads will say what is wrong
             for name in names:
                 with self._source.file_of(name).open("rb", buffering=0) as file:
                     start, stop = self._source.place_of(name)
                     file.seek(start)
-                    while start < stop and not self._stop.is_set() and (count := file.readinto(piece)):
+                    while start < stop and not self._stop.is_set() and (count := file.readinto(piece[: stop - start])):
                         start, self.nbytes = start + count, self.nbytes + count
         self.seconds += time.perf_counter() - began
 

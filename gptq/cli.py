@@ -317,8 +317,8 @@ def _plan(args: argparse.Namespace) -> int:
     print(f"{len(layers)} layers at {plan.bits_per_weight:.2f} bits per weight, {total} in all, as {layers[0].format}")
     print(needs["memory"])
     print(
-        f"about {needs['seconds']:,.0f} s: {needs['operations'] / 1e12:,.2f} Tflop, and this machine was measured to do "
-        f"{needs['rate'] / 1e9:,.0f} G a second in float32"
+        f"about {needs['seconds']:,.0f} s: {needs['operations'] / 1e12:,.2f} Tflop, and this machine was measured "
+        f"to do {needs['rate'] / 1e9:,.0f} G a second in float32"
     )
     for note in plan.notes:
         print(f"note: {note}")

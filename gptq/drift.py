@@ -16,6 +16,8 @@ from torch import Tensor
 
 from gptq.solver import Factor, row_chunks
 
+ROWS = 1024  # of a weight whose correction is computed at a time: bounds the memory
+
 
 def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
     """W C H^-1 (rows, columns) with the damped H, by two triangular solves with its factor.
@@ -25,19 +27,20 @@ def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
         C: (columns, columns), the mean of d x^T.
     """
     perm, inverse = factor.perm, torch.argsort(factor.perm)
-    corrected = torch.empty_like(W)
-    for rows in row_chunks(len(W)):
-        Y = (W[rows] @ C)[:, perm]  # (chunk, columns) in solving order; H = U D U^T, so Y H^-1 = Y U^-T D^-1 U^-1
-        Y = torch.linalg.solve_triangular(factor.U.T, Y, upper=False, left=False, unitriangular=True)
-        Y = torch.linalg.solve_triangular(factor.U, Y / factor.D, upper=True, left=False, unitriangular=True)
-        corrected[rows] = Y[:, inverse]
-    return corrected
+    correction = torch.empty_like(W)
+    for rows in row_chunks(len(W), ROWS):
+        Y = (C.T @ W[rows].T)[perm]  # (columns, rows) in solving order; H = U D U^T, so H^-1 Y = U^-T D^-1 U^-1 Y
+        Y = torch.linalg.solve_triangular(factor.U, Y, upper=True, unitriangular=True)
+        Y = torch.linalg.solve_triangular(factor.U.T, Y.div_(factor.D[:, None]), upper=False, unitriangular=True)
+        correction[rows] = Y[inverse].T
+    return correction
 
 
-def best_share(agreement: float, power: float) -> float:
-    """The share in [0, 1] of a correction A (rows, columns) with the least error ||W d - share A x||^2.
+def best_share(power: float, agreement: float) -> float:
+    """The share in [0, 1] of a correction with the least error, mean ||W d - share correction x||^2.
 
     Args:
-        agreement, power: means of (W d).(A x) and ||A x||^2 over windows that the correction was not computed from.
+        power, agreement: means of ||correction x||^2 and (W d) . (correction x) over tokens that the correction was
+            not computed from.
     """
     return min(max(agreement / power, 0.0), 1.0) if power > 0 else 0.0

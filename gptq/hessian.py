@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PANEL = 256  # rows of a symmetric sum that one product computes, from the diagonal on
+
 
 class HessianAccumulator:
     """Sums x^T x of one layer input in float32, in the order in which windows arrive.
 
     A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. Where the original
-    model's input x~ is given beside x, (x~ - x)^T x is summed as well.
+    model's input x~ is given beside x, (x~ - x)^T x is summed as well. Windows are added one by one, whole, so what
+    comes out depends on them and their order and on nothing else.
     """
 
     def __init__(self, num_inputs: int, device: torch.device) -> None:
-        self.sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
+        self.sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # right of the diagonal
         self.cross_sum: Tensor | None = None
         self.num_tokens = 0
 
@@ -29,11 +32,13 @@ class HessianAccumulator:
 
         An `original` of another shape (an expert that other tokens reached, say) tells nothing of the drift of these.
         """
-        drift = None
-        if original is not None and original.shape == x.shape:
-            drift = (original.float() - x.float()).reshape(-1, x.shape[-1])  # (tokens, num_inputs)
-        x = x.reshape(-1, x.shape[-1]).float()  # (tokens, num_inputs)
-        self.sum.addmm_(x.T, x)
+        self._add(*_rows(x, original), x.dtype)
+
+    def _add(self, x: Tensor, drift: Tensor | None, dtype: torch.dtype) -> None:
+        """Rows (tokens, num_inputs) in float32, whose values `dtype` holds, and their drift."""
+        with products_of(dtype, x.device):
+            for start in range(0, x.shape[1], PANEL):
+                self.sum[start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
         if drift is not None:
             self.cross_sum = torch.zeros_like(self.sum) if self.cross_sum is None else self.cross_sum
             self.cross_sum.addmm_(drift.T, x)
@@ -41,11 +46,123 @@ class HessianAccumulator:
 
     def mean(self) -> Tensor:
         """H, (num_inputs, num_inputs) float32; zero where no token came."""
-        return self.sum / max(self.num_tokens, 1)
+        return _filled(self.sum / max(self.num_tokens, 1))
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """What `mean` and `cross_mean` give, in the memory of the sums, which end with this."""
+        H, C, tokens = self.sum, self.cross_sum, max(self.num_tokens, 1)
+        return _filled(H.div_(tokens)), None if C is None else C.div_(tokens)
 
     def cross_mean(self) -> Tensor | None:
         """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None where no original was given."""
         return None if self.cross_sum is None else self.cross_sum / max(self.num_tokens, 1)
+
+
+def _filled(H: Tensor) -> Tensor:
+    """H in place, symmetric, when only what is right of the diagonal was computed."""
+    for start in range(0, len(H), PANEL):
+        stop = min(start + PANEL, len(H))
+        H[stop:, start:stop] = H[start:stop, stop:].T
+        square = H[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+    return H
+
+
+class HeldOut:
+    """Inputs that measure what was learned from others: as rows while these are fewer than the inputs, then as sums."""
+
+    def __init__(self, num_inputs: int, device: torch.device) -> None:
+        self.num_tokens = 0
+        self._num_inputs, self._device = num_inputs, device
+        self._rows: list[tuple[Tensor, Tensor | None, torch.dtype]] = []  # as HessianAccumulator._add takes them
+        self._sums: HessianAccumulator | None = None
+        self._means: tuple[Tensor, Tensor | None] | None = None
+
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """As HessianAccumulator.add, until it is first asked."""
+        if self._means is not None:
+            raise RuntimeError("inputs come after what they measure")
+        self._rows.append((*_rows(x, original), x.dtype))
+        self.num_tokens += len(self._rows[-1][0])
+        if self.num_tokens > self._num_inputs:
+            self._sums = self._sums or HessianAccumulator(self._num_inputs, self._device)
+            for rows in self._rows:
+                self._sums._add(*rows)
+            self._rows = []
+
+    def powers(self, A: Tensor) -> Tensor:
+        """Mean squared output of a token for each output of A (outputs, inputs), (outputs,) float64."""
+        if means := self._known_means():
+            return quadratic(A, means[0])
+        found = torch.zeros(len(A), dtype=torch.float64, device=A.device)
+        for x, _, _ in self._rows:
+            found += (x.to(A.dtype) @ A.T).square().sum(0, dtype=torch.float64)
+        return found / max(self.num_tokens, 1)
+
+    def agreements(self, W: Tensor, A: Tensor) -> Tensor | None:
+        """Mean over tokens of (W d)(A x) for each output, d = x~ - x; (outputs,) float64, None without originals."""
+        if means := self._known_means():
+            C = means[1]
+            return None if C is None else ((W @ C) * A).sum(1, dtype=torch.float64)
+        known = [(x, drift) for x, drift, _ in self._rows if drift is not None]
+        if not known:
+            return None
+        found = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+        for x, drift in known:
+            found += ((drift.to(W.dtype) @ W.T) * (x.to(A.dtype) @ A.T)).sum(0, dtype=torch.float64)
+        return found / max(self.num_tokens, 1)
+
+    def _known_means(self) -> tuple[Tensor, Tensor | None] | None:
+        if self._sums is not None:
+            self._means, self._sums = self._sums.take(), None
+        return self._means
+
+
+def _rows(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and original - x, (tokens, num_inputs) float32."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if original is None or original.shape != x.shape:
+        return rows, None
+    return rows, original.reshape(-1, x.shape[-1]).float() - rows
+
+
+def quadratic(A: Tensor, H: Tensor) -> Tensor:
+    """a H a^T for each row a of A (rows, n) and a symmetric H (n, n); (rows,) float64.
+
+    Of H only what is left of the diagonal or in a panel around it is multiplied, in half the work of A H.
+    """
+    found = torch.zeros(len(A), dtype=torch.float64, device=A.device)
+    for start in range(0, len(H), PANEL):
+        stop = min(start + PANEL, len(H))
+        inside = A[:, start:stop]
+        product = inside @ H[start:stop, start:stop]
+        if start:
+            product.addmm_(A[:, :start], H[:start, start:stop], alpha=2)
+        found += (product * inside).sum(1, dtype=torch.float64)
+    return found
+
+
+def native_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@contextmanager
+def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 matrices on a CPU may take the factors for values of `dtype`.
+
+    Where those are bfloat16 values and the CPU has products of these with sums in float32, nothing is lost by them.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+    if matmul is None or dtype != torch.bfloat16 or device.type != "cpu" or not native_bfloat16():
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @contextmanager

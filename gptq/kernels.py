@@ -157,20 +157,26 @@ def _columns(  # type: ignore[no-untyped-def]
 def _grids(best, w, importance, scales, zeros, maxq, start, stop) -> None:  # type: ignore[no-untyped-def]
     columns, candidates, nil = w.shape[0], scales.shape[0], maxq - maxq
     least, error = np.zeros(LANES, w.dtype), np.zeros(LANES, w.dtype)
-    s, z = np.ones(LANES, w.dtype), np.zeros(LANES, w.dtype)
+    s, inverse = np.ones(LANES, w.dtype), np.ones(LANES, w.dtype)
+    lowest, highest = np.zeros(LANES, w.dtype), np.zeros(LANES, w.dtype)
     line = np.zeros((columns, LANES), w.dtype)
     for low in range(start, stop, LANES):
         width = min(LANES, stop - low)
         line[:, :width] = w[:, low : low + width]
         for c in range(candidates):
-            s[:width] = scales[c, low : low + width]
-            z[:width] = zeros[c, low : low + width]
+            for i in range(width):  # code - zero is clamped instead of the code
+                s[i] = scales[c, low + i]
+                lowest[i], highest[i] = nil - zeros[c, low + i], maxq - zeros[c, low + i]
+                # A quotient and this product round apart at a tie alone, where both neighbours err alike.
+                inverse[i] = w.dtype.type(1) / s[i]
             error[:] = nil
             for k in range(columns):
                 h = importance[k]
                 for i in range(LANES):
-                    code = min(max(np.rint(line[k, i] / s[i]) + z[i], nil), maxq)
-                    d = line[k, i] - s[i] * (code - z[i])
+                    level = np.rint(line[k, i] * inverse[i])
+                    level = lowest[i] if level < lowest[i] else level
+                    level = highest[i] if level > highest[i] else level
+                    d = line[k, i] - s[i] * level
                     error[i] += h * d * d
             for i in range(width):
                 if c == 0 or error[i] < least[i]:

@@ -16,14 +16,14 @@ from gptq.config import QuantConfig
 from gptq.drift import best_share, full_correction
 from gptq.errors import InputError
 from gptq.experts import blend, pseudo_tokens
-from gptq.heldout import HeldOut, HeldOutAccumulator, Means, taken_means
-from gptq.hessian import HessianAccumulator
+from gptq.hessian import HeldOut, HessianAccumulator, quadratic
 from gptq.plan import LayerPlan
 from gptq.record import BlockError, Coverage, LayerResult, weight_histogram
 from gptq.refine import refine
 from gptq.shelf import Shelf
 
 HELD_OUT = 8  # one calibration window in so many measures what the solver learned from the others
+ROWS = 2048  # of one or several weights that are solved at a time: bounds the memory, and what a unit of work is
 FULL_SHARE = 0.5  # of the drift that is made up for, where too few windows leave none to find it by (QEP's choice)
 TINY = 1e-30  # instead of a layer's output power where that is zero
 
@@ -72,18 +72,46 @@ class Job:
         self.observer.note(text)
 
 
+@dataclass(frozen=True)
+class Solution:
+    """What is known of a layer once its codes are chosen."""
+
+    solved: solver.SolvedLayer
+    figures: dict[str, Any]  # of its LayerResult
+    spread: dict[str, Any]  # histogram of the weights
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Inputs held out of what the solver works with: a weighted mean of an expert's own and of all tokens."""
+
+    parts: tuple[tuple[float, HeldOut], ...]
+
+    def powers(self, A: Tensor) -> Tensor:
+        """Mean squared output of a token for each output of A (outputs, inputs), (outputs,) float64."""
+        return sum((share * held.powers(A) for share, held in self.parts), A.new_zeros(len(A), dtype=torch.float64))
+
+    def agreements(self, W: Tensor, A: Tensor) -> Tensor | None:
+        """See HeldOut.agreements; None where the last part, which has most tokens, knows nothing of the originals."""
+        found = [(share, held.agreements(W, A)) for share, held in self.parts]
+        if found[-1][1] is None:
+            return None
+        return sum((share * one for share, one in found if one is not None), A.new_zeros(len(A), dtype=torch.float64))
+
+
 @dataclass
 class LayerInputs:
     """What is known of the inputs of a layer; each part is None where there is none of its kind."""
 
     factor: solver.Factor
     drift: Tensor | None  # (inputs, inputs) mean of (x~ - x) x^T, see gptq.drift
-    unseen: HeldOut | None  # windows that neither of the above has seen
+    unseen: Unseen | None
     tokens: int
-    spent: bool = False  # the drift was given up after the layer that needed it, so this serves no other
+    spent: bool = False  # the drift is forgotten, so that only the layers solved `ahead` can still use this
+    ahead: dict[str, Solution] = field(default_factory=dict)  # siblings solved with a layer, expected to get the same
 
 
-Sums = tuple[HessianAccumulator, HeldOutAccumulator]  # over windows to learn from, and over those held out
+Sums = tuple[HessianAccumulator, HeldOut]  # over windows to learn from, and over those held out
 
 
 def look_at_inputs(
@@ -94,7 +122,7 @@ def look_at_inputs(
 
 
 def accumulated(inputs: int, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, job: Job) -> Sums:
-    seen, unseen = HessianAccumulator(inputs, job.stream.device), HeldOutAccumulator(inputs, job.stream.device)
+    seen, unseen = HessianAccumulator(inputs, job.stream.device), HeldOut(inputs, job.stream.device)
     for i, (x, original) in enumerate(arriving):
         if x is not None:
             (unseen if is_held_out(i, windows) else seen).add(x, original)
@@ -103,27 +131,25 @@ def accumulated(inputs: int, arriving: Iterable[tuple[Tensor | None, Tensor | No
 
 
 def known_from(name: str, own: Sums, everyone: Sums | None, job: Job) -> LayerInputs:
-    """A layer's input sums as the solver wants them; where those of `everyone` are given, blended with them.
-
-    Its own sums are used up.
-    """
+    """A layer's input sums as the solver wants them; where those of `everyone` are given, blended with them."""
     seen, unseen = own
     missing = 0 if everyone is None else pseudo_tokens(seen.num_tokens, job.plans[name].inputs)
-    held: HeldOut | None
-    if everyone is None or not missing:
-        (H, C), held = taken_means(seen), unseen.known()
-    else:
-        share, (all_seen, all_unseen) = seen.num_tokens / (seen.num_tokens + missing), everyone
-        H, C = blend(seen, all_seen, share)
-        held = None
-        if all_unseen.num_tokens:
-            held = Means(*blend(unseen.sums(), all_unseen.sums(), share if unseen.num_tokens else 0.0))
+    share = seen.num_tokens / (seen.num_tokens + missing) if missing else 1.0
+    all_seen, all_unseen = everyone or own
+    H, C = seen.take() if share == 1 else blend(seen, all_seen, share)  # a large H is not there twice
     if not bool(torch.isfinite(H.diagonal()).all()):
         raise InputError(
             f"the input of {name} holds NaN or infinity for the calibration data; if the original model works on it, "
             "try --dtype float32"
         )
-    return LayerInputs(_factorize(name, H, job), C, held, seen.num_tokens + unseen.num_tokens)
+    share_unseen = share if unseen.num_tokens else 0.0
+    parts = tuple((part, held) for part, held in ((share_unseen, unseen), (1 - share_unseen, all_unseen)) if part)
+    return LayerInputs(
+        factor=_factorize(name, H, job),
+        drift=C,
+        unseen=Unseen(parts) if all_unseen.num_tokens else None,
+        tokens=seen.num_tokens + unseen.num_tokens,
+    )
 
 
 def is_held_out(window: int, windows: int) -> bool:
@@ -145,78 +171,133 @@ def finish_layer(index: int, block: Block, name: str, known: LayerInputs | None,
     """Solve one layer and let the forward go on with the weight that its codes stand for."""
     began = time.monotonic()
     plan, linear = job.plans[name], block.linears[name]
-    W = job.stream.weight(linear, name)  # (outputs, inputs) float32
-    try:
-        solved, figures = _solve_layer(W, plan, known, job.config, last=_is_last(name, block, job))
-    except ValueError as problem:
-        raise InputError(f"{name}: {problem}; its largest weight is {float(W.abs().max()):.3g}") from problem
-    job.solved[name] = solved
-    job.spreads[name] = weight_histogram(W)
-    job.stream.set_weight(linear, solved.weight())
+    ahead = {} if known is None else known.ahead
+    if name not in ahead:
+        ahead |= _solve_together(_siblings(name, block, job) if known else [name], block, known, job)
+    found = ahead.pop(name)
+    job.solved[name], job.spreads[name] = found.solved, found.spread
+    job.stream.set_weight(linear, found.solved.weight())
     result = LayerResult(
-        name=name, bits=plan.bits, group_size=plan.group_size, **figures, seconds=time.monotonic() - began
+        name=name, bits=plan.bits, group_size=plan.group_size, **found.figures, seconds=time.monotonic() - began
     )
     job.results.append(result)
-    job.observer.layer_done(index, name, W.numel())
+    job.observer.layer_done(index, name, found.solved.codes.numel())
     return_freed_memory()
 
 
-def _is_last(name: str, block: Block, job: Job) -> bool:
-    """Whether no other layer is expected on the input of this one, and what is known of it is large.
+def _siblings(name: str, block: Block, job: Job) -> list[str]:
+    """A layer and those that engines fuse with it, which so have its options, as far as none of them is solved.
 
-    Only siblings that engines fuse are; if another comes after all, its input is looked at once more.
+    They get the same input in every architecture that is known. Where one does not, it is not found in `ahead` of what
+    is known of its own input, and is solved for that.
     """
-    if job.plans[name].inputs <= job.plans[name].outputs:
-        return False
-    return next(group for group in fused_siblings(block.linears) if name in group)[-1] == name
+    together = next(names for names in fused_siblings(block.linears) if name in names)
+    alike = job.plans[name].scheme
+    return [name] + [n for n in together if n != name and n not in job.solved and job.plans[n].scheme == alike]
 
 
-def _solve_layer(
-    W: Tensor, plan: LayerPlan, known: LayerInputs | None, config: QuantConfig, last: bool
-) -> tuple[solver.SolvedLayer, dict[str, Any]]:
-    """The codes of W (outputs, inputs), and the figures of its LayerResult.
+def _last_on_input(name: str, block: Block, job: Job) -> str | None:
+    """The layer, if it has more inputs than outputs and all that engines fuse with it are solved.
 
-    After the `last` layer on an input, what is known of its drift is given up.
+    Then C is larger than the layer, and nobody is expected to need it; who does makes it once more.
     """
-    nearest = solver.round_to_nearest(W, plan.bits, plan.group_size, plan.sym)
-    if known is None:
-        error = nearest.error / max(float(W.double().square().sum()), TINY)
-        figures = {"error": error, "rtn_error": error, "heldout_error": None, "share": None, "damp": None, "tokens": 0}
-        return nearest, figures
-    factor, unseen, share, target = known.factor, known.unseen, None, W
-    power = max(solver.output_power(W, factor.H), TINY)
-    unseen_power = None if unseen is None else max(unseen.power(W), TINY)
-    if known.drift is not None:
-        correction = full_correction(W, known.drift, factor)
-        if last:
-            known.drift, known.spent = None, True
-        agreement = None if unseen is None else unseen.agreement(W, correction)
-        share = FULL_SHARE
-        if unseen is not None and agreement is not None:
-            share = best_share(agreement, unseen.power(correction))
-        target = correction.mul_(share).add_(W)
-    rtn_power = _error_of(nearest, target, factor.H)
-    del nearest  # as everything here is as large as the layer
-    solved = solver.solve(
-        target, factor, plan.bits, plan.group_size, plan.sym, config.static_groups, bool(config.search)
-    )
-    if config.sweeps:
-        solved = refine(target, solved, factor, plan.bits, config.sweeps)
+    together = next(names for names in fused_siblings(block.linears) if name in names)
+    alone = all(sibling == name or sibling in job.solved for sibling in together)
+    return name if alone and job.plans[name].inputs > job.plans[name].outputs else None
 
-    off = solved.weight().neg_().add_(target)
-    figures = {
-        "error": solver.output_power(off, factor.H) / power,
-        "rtn_error": rtn_power / power,
-        "heldout_error": unseen.power(off) / unseen_power if unseen is not None and unseen_power else None,
-        "share": share,
-        "damp": factor.damp,
-        "tokens": known.tokens,
+
+def _solve_together(names: list[str], block: Block, known: LayerInputs | None, job: Job) -> dict[str, Solution]:
+    """Layers with one input and one way of storing: their rows are those of one matrix, which is solved once."""
+    weights = [job.stream.weight(block.linears[name], name) for name in names]  # (outputs, inputs) float32 each
+    plan = job.plans[names[0]]
+    try:
+        if known is None:
+            solved = [_round(W, plan) for W in weights]
+        else:
+            solved = solve_rows(weights, plan, known, job.config, names == [_last_on_input(names[0], block, job)])
+    except ValueError as problem:
+        if len(names) > 1:  # find out which
+            return _solve_together(names[:1], block, known, job)
+        raise InputError(
+            f"{names[0]}: {problem}; its largest weight is {float(weights[0].abs().max()):.3g}"
+        ) from problem
+    return {
+        name: Solution(one, figures, weight_histogram(W))
+        for name, W, (one, figures) in zip(names, weights, solved, strict=True)
     }
-    return solved, figures
 
 
-def _error_of(solved: solver.SolvedLayer, target: Tensor, H: Tensor) -> float:
-    return solver.output_power(solved.weight().neg_().add_(target), H)
+def _round(W: Tensor, plan: LayerPlan) -> tuple[solver.SolvedLayer, dict[str, Any]]:
+    """The nearest codes of W (outputs, inputs), of whose input nothing is known."""
+    nearest = solver.round_to_nearest(W, plan.bits, plan.group_size, plan.sym)
+    error = nearest.error / max(float(W.double().square().sum()), TINY)
+    none = {"heldout_error": None, "share": None, "damp": None, "tokens": 0}
+    return nearest, {"error": error, "rtn_error": error, **none}
+
+
+def solve_rows(
+    weights: list[Tensor], plan: LayerPlan, known: LayerInputs, config: QuantConfig, last: bool = False
+) -> list[tuple[solver.SolvedLayer, dict[str, Any]]]:
+    """Codes of the weights (outputs, inputs) of layers with one input, and the figures of their LayerResults.
+
+    What is known of the drift is forgotten once the `last` layer has its correction.
+
+    Rows do not know of each other, so they are taken ROWS at a time, whichever layers they belong to.
+    """
+    factor, unseen = known.factor, known.unseen
+    corrections, shares = _corrections(weights, known)
+    if last:
+        known.drift, known.spent = None, True
+    shared = torch.cat([W.new_full((len(W), 1), share or 0.0) for W, share in zip(weights, shares, strict=True)])
+    W = torch.cat(weights) if len(weights) > 1 else weights[0]  # (rows, inputs)
+    parts, columns = [], []
+    for start in range(0, len(W), ROWS):
+        rows = slice(start, start + ROWS)
+        target = W[rows] if corrections is None else W[rows] + shared[rows] * corrections[rows]
+        solved = solver.solve(
+            target, factor, plan.bits, plan.group_size, plan.sym, config.static_groups, bool(config.search)
+        )
+        if config.sweeps:
+            solved = refine(target, solved, factor, plan.bits, config.sweeps)
+        off = target - solved.weight()
+        undamped = solved.row_errors - factor.ridge * off.square().sum(1, dtype=torch.float64)
+        nearest = solver.round_to_nearest(W[rows], plan.bits, plan.group_size, plan.sym).weight()
+        measured = [undamped.clamp(min=0), quadratic(target - nearest, factor.H), quadratic(W[rows], factor.H)]
+        if unseen is not None:
+            measured += [unseen.powers(off), unseen.powers(W[rows])]
+        parts.append(solved)
+        columns.append(torch.stack(measured, 1))  # (rows, figures) float64
+    solved, figures = solver.SolvedLayer.stack(parts), torch.cat(columns)
+    found, start = [], 0
+    for one, share in zip(weights, shares, strict=True):
+        rows = slice(start, start + len(one))
+        error, rtn_error, power, *held_out = figures[rows].sum(0).tolist()
+        own = {
+            "error": error / max(power, TINY),
+            "rtn_error": rtn_error / max(power, TINY),
+            "heldout_error": held_out[0] / max(held_out[1], TINY) if held_out else None,
+            "share": share,
+            "damp": factor.damp,
+            "tokens": known.tokens,
+        }
+        found.append((solved.take(rows), own))
+        start = rows.stop
+    return found
+
+
+def _corrections(weights: list[Tensor], known: LayerInputs) -> tuple[Tensor | None, list[float | None]]:
+    """What would make up for the drift in all rows (rows, inputs), and how much of it each layer is to take."""
+    if known.drift is None:
+        return None, [None] * len(weights)
+    corrections, shares = [], []
+    for W in weights:
+        correction, share = full_correction(W, known.drift, known.factor), FULL_SHARE
+        agreement = None if known.unseen is None else known.unseen.agreements(W, correction)
+        if known.unseen is not None and agreement is not None:
+            share = best_share(float(known.unseen.powers(correction).sum()), float(agreement.sum()))
+        corrections.append(correction)
+        shares.append(share)
+    return torch.cat(corrections) if len(corrections) > 1 else corrections[0], [*shares]
 
 
 def heldout_excess(results: list[LayerResult]) -> float:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from gptq import solver
-from gptq.blocks import Block, fused_siblings, return_freed_memory
+from gptq.blocks import Block, fused_siblings, return_freed_memory, return_large_memory_at_once
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.plan import LayerPlan, Plan
@@ -257,7 +257,8 @@ def settle(plan: Plan, config: QuantConfig, tokens: Tokens, device: torch.device
 def warmed_up() -> int:
     """Bytes of the process once the solver's loops are compiled."""
     W = torch.ones(8, 8)
-    factor = solver.factorize(torch.eye(8), torch.arange(8))
+    factor = solver.Factor(torch.eye(8), torch.arange(8), torch.eye(8), torch.ones(8), 0.0, 0.0)
     refine(W, solver.solve(W, factor, 4, 8, True, search=True), factor, 4, 1)
+    return_large_memory_at_once()
     return_freed_memory()
     return resident()

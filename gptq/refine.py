@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gptq import grid, kernels
-from gptq.solver import Factor, SolvedLayer, output_power
+from gptq.solver import Factor, SolvedLayer
 
 BLOCK = 128  # columns whose codes are chosen between two matrix products
 FARTHEST = 3.0  # a scale moves to no more than this times what it is, and no less than one over it
@@ -28,22 +28,23 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
         ValueError: a scale does not fit its stored dtype.
     """
     order = torch.argsort(solved.g_idx, stable=True)  # (columns,) each group contiguous
-    ordered = bool((order.diff() == 1).all())
-    H = factor.H if ordered else factor.H[order[:, None], order]
+    H = factor.H if bool((order.diff() == 1).all()) else factor.H[order[:, None], order]
     undamped = H.diagonal().clone()
-    H.diagonal().add_(factor.ridge)  # in place, as H is the largest of all; taken back below
-    Wt = W.T[order].contiguous()  # (columns, rows), as are codes, Q and E
-    codes = solved.codes.T[order].contiguous()
+    H.diagonal().add_(factor.ridge)  # in place, as H can be the largest of all; taken back below
+    Wt = W.T.contiguous()[order]  # (columns, rows), as are codes, Q and E
+    codes = solved.codes.T.contiguous()[order]
     scale = solved.scale.T.to(W.dtype).contiguous()  # (groups, rows)
     zero = solved.zero.T.to(W.dtype).contiguous()
     bounds = torch.bincount(solved.g_idx.long(), minlength=len(scale)).cumsum(0).tolist()
-    E = Wt - solved.weight().to(W.dtype).T[order]
+    E = Wt - solved.weight().to(W.dtype).T.contiguous()[order]
+    errors = solved.row_errors.clone()
     for _ in range(sweeps):
         for group, (start, stop) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True)):
             inside = slice(start, stop)
             u = codes[inside].to(W.dtype) - zero[group]  # (columns of the group, rows)
             G = H[inside] @ E  # (columns of the group, rows)
-            moved, Hu = _refit(u, G, H[inside, inside], scale[group])
+            moved, Hu, gain = _refit(u, G, H[inside, inside], scale[group])
+            errors -= gain
             scale[group] += moved
             E[inside] = Wt[inside] - scale[group] * u
             G -= moved * Hu
@@ -51,21 +52,22 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
                 block = slice(low, min(low + BLOCK, stop))
                 if low > start:
                     G = H[block] @ E
-                codes[block], E[block] = _descend(Wt[block], E[block], G, H[block, block], scale, zero, group, bits)
-    inverse = torch.argsort(order)
-    error = output_power(E.T, H)
+                chosen = _descend(Wt[block], E[block], G, H[block, block], scale, zero, group, bits)
+                codes[block], E[block], gain = chosen
+                errors -= gain
     H.diagonal().copy_(undamped)
+    inverse = torch.argsort(order)
     return SolvedLayer(
         codes=codes[inverse].T.contiguous(),
         scale=scale.T.float().contiguous(),
         zero=solved.zero,
         g_idx=solved.g_idx,
-        error=error,
+        row_errors=errors.clamp_(min=0),
     )
 
 
-def _refit(u: Tensor, G: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each row's scale (rows,) moves, to a float16 that lowers the error; and H u, (columns, rows)."""
+def _refit(u: Tensor, G: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each row's scale (rows,) moves, to a float16 that lowers the error; H u, (columns, rows); by how much."""
     Hu = H @ u
     slope, curvature = (u * G).sum(0), (u * Hu).sum(0)  # (rows,)
     best = scale + slope / curvature.where(curvature > 0, 1)
@@ -73,16 +75,20 @@ def _refit(u: Tensor, G: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, Tens
     within = (curvature > 0) & (ratio > 1 / FARTHEST) & (ratio < FARTHEST)
     moved = grid.as_stored(best.where(within, scale)) - scale
     gain = moved * (2 * slope - moved * curvature)  # what the error loses, after rounding to float16
-    return moved.where(gain > 0, 0), Hu
+    return moved.where(gain > 0, 0), Hu, gain.clamp(min=0).double()
 
 
 def _descend(
     W: Tensor, E: Tensor, G: Tensor, H: Tensor, scale: Tensor, zero: Tensor, group: int, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Codes and E of a block of one group, (columns, rows), after each code has gone to its best place in turn."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and E of a block of one group, (columns, rows), after each code has gone to its best place in turn.
+
+    And how much of their error rows (rows,) lose: with t the best place of a code, H_kk ((t - Q_k)^2 - (t - new)^2).
+    """
     Q = W - E
     width = H.diagonal()[:, None]  # (columns, 1)
-    codes, chosen, _ = kernels.choose_columns(
+    codes, chosen, best = kernels.choose_columns(
         Q + G[: len(W)] / width, Q, -H / width.T, scale, zero, [group] * len(W), bits
     )
-    return codes, W - chosen
+    gain = ((best - Q).square_() - (best - chosen).square_()).mul_(width).sum(0, dtype=torch.float64)
+    return codes, W - chosen, gain

@@ -166,7 +166,8 @@ def _solve_as_reached(
                 arriving = _arriving([_pauses_at(linear, flight) for flight in flights], waiting, linear, originals)
                 solve_experts(index, block, name, linear, [routed(*pauses) for pauses in arriving if pauses[0]], job)
             else:
-                if known is None or known.spent or _identities(here) != _identities(shared):
+                spent = known is not None and known.spent and name not in known.ahead
+                if spent or _identities(here) != _identities(shared):
                     known = None  # free the old one first
                     arriving = _arriving([_pauses_at(linear, flight) for flight in flights], waiting, linear, originals)
                     pairs = ((input_at(pause), input_at(original)) for pause, original in arriving)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gptq import grid, kernels
+from gptq.hessian import quadratic
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,37 @@ class SolvedLayer:
     scale: Tensor  # (rows, groups) float32 with float16 values
     zero: Tensor  # (rows, groups) uint8
     g_idx: Tensor  # (columns,) int32: the group of each column
-    error: float  # tr((W - Q) (H + ridge I) (W - Q)^T)
+    row_errors: Tensor  # (rows,) float64: (w - q) (H + ridge I) (w - q)^T of each row
+
+    @property
+    def error(self) -> float:
+        """tr((W - Q) (H + ridge I) (W - Q)^T)."""
+        return float(self.row_errors.sum())
 
     def weight(self) -> Tensor:
         """The dequantized weight, (rows, columns) float32: exactly what a reader of the file computes."""
-        groups = self.g_idx.long()
-        Q = torch.empty(self.codes.shape, device=self.codes.device)
+        columns, groups, g_idx = self.codes.shape[1], self.scale.shape[1], self.g_idx.long()
+        runs = torch.arange(groups, device=g_idx.device).repeat_interleave(columns // groups)
+        in_runs = torch.equal(g_idx, runs)
+        Q = torch.empty(self.codes.shape, device=g_idx.device)
         for rows in row_chunks(len(Q)):
-            scale, zero = self.scale[rows][:, groups], self.zero[rows][:, groups].float()
-            Q[rows] = grid.dequantize(self.codes[rows].float(), scale, zero)
+            codes, scale, zero = self.codes[rows].float(), self.scale[rows], self.zero[rows].float()
+            if in_runs:
+                grouped = codes.view(len(codes), groups, columns // groups)
+                Q[rows] = grid.dequantize(grouped, scale[..., None], zero[..., None]).view(len(codes), columns)
+            else:
+                Q[rows] = grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])
         return Q
+
+    def take(self, rows: slice) -> "SolvedLayer":
+        """Some of its rows."""
+        return SolvedLayer(self.codes[rows], self.scale[rows], self.zero[rows], self.g_idx, self.row_errors[rows])
+
+    @classmethod
+    def stack(cls, parts: "list[SolvedLayer]") -> "SolvedLayer":
+        """Rows of the same columns, one below the other."""
+        codes, scale, zero = (torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scale", "zero"))
+        return cls(codes, scale, zero, parts[0].g_idx, torch.cat([part.row_errors for part in parts]))
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -83,27 +105,25 @@ def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01) -> Factor:
     backwards = perm.flip(0)
     damp, info = damp_percent, torch.empty((), dtype=torch.int32, device=H.device)
     while True:
-        L = H[backwards[:, None], backwards].mT  # (n, n) symmetric; columns contiguous, as LAPACK works in place
+        L = H[backwards[:, None], backwards].mT  # (n, n) symmetric; its columns are contiguous, as LAPACK wants them
         ridge = damp * mean_diagonal if mean_diagonal > 0 else 1.0
         L.diagonal().add_(ridge)
-        torch.linalg.cholesky_ex(L, out=(L, info))
+        torch.linalg.cholesky_ex(L, out=(L, info))  # in place, as is all that follows
         if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
             break
         if damp >= 1:
             raise NotPositiveDefiniteError(f"not positive definite with {damp:.0%} of its mean diagonal added")
         damp = min(10 * damp, 1.0)
-    _reverse(L.mT.view(-1))
-    U = L  # (n, n) upper triangular, H = U U^T, once both of its dimensions run backwards
-    d = U.diagonal().clone()
-    U.div_(d)
-    return Factor(H, perm, U, d.square(), damp, ridge)
+    _reverse(L.mT.view(-1))  # turned end for end in both dimensions, L is upper triangular, and H = L L^T
+    d = L.diagonal().clone()
+    return Factor(H, perm, L.div_(d), d.square(), damp, ridge)
 
 
 def _reverse(values: Tensor) -> None:
     """Turn a contiguous tensor (n,) end for end in place."""
     half = len(values) // 2
-    for start in range(0, half, 2**22):
-        stop = min(start + 2**22, half)
+    for start in range(0, half, 2**20):
+        stop = min(start + 2**20, half)
         front, back = values[start:stop], values[len(values) - stop : len(values) - start]
         kept = front.flip(0)
         front.copy_(back.flip(0))
@@ -111,7 +131,7 @@ def _reverse(values: Tensor) -> None:
 
 
 def row_chunks(rows: int, size: int = 512) -> list[slice]:
-    """Rows to take at a time where what a step makes of all of them would be as large as the layer several times."""
+    """Rows to take at a time where a step would make several copies of all of a layer."""
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -141,7 +161,7 @@ def solve(
     """
     rows, columns = W.shape
     perm, U = factor.perm, factor.U
-    Wt = W.T[perm].contiguous()  # (columns, rows) in solving order: a column of W is one contiguous line
+    Wt = W.T.contiguous()[perm]  # (columns, rows) in solving order: a column of W is one contiguous line
     position = torch.arange(columns, device=W.device)
     group_of = (perm if static_groups else position) // group_size  # (columns,) of the k-th solved column
     importance = factor.H.diagonal() + factor.ridge if search else None  # (columns,)
@@ -153,7 +173,7 @@ def solve(
 
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
     E = torch.zeros_like(Wt)  # (columns, rows) W - Q of the columns solved so far
-    error = 0.0
+    errors = torch.zeros(rows, dtype=torch.float64, device=W.device)
     groups = group_of.tolist()
     for start, stop in _column_blocks(columns, block_size, columns if static_groups else group_size):
         if not static_groups and start % group_size == 0:
@@ -161,20 +181,22 @@ def solve(
             weighting = None if importance is None else importance[perm[group]]
             fitted = _fit(_compensated(Wt, E, U, group).T, bits, sym, weighting)
             scale[groups[start]], zero[groups[start]] = fitted
-        base = Wt[start:stop] + U[:start, start:stop].T @ E[:start]  # (block, rows) w' as far as earlier blocks go
+        base = Wt[start:stop]
+        if start:  # (block, rows) w' as far as earlier blocks go
+            base = torch.addmm(base, U[:start, start:stop].T, E[:start])
         codes[start:stop], Q, reached = kernels.choose_columns(
             base, Wt[start:stop], -U[start:stop, start:stop], scale, zero, groups[start:stop], bits
         )
         E[start:stop] = Wt[start:stop] - Q
-        residual = (reached - Q).square().sum(1, dtype=torch.float64)  # (block,) ||w'_k - Q_k||^2
-        error += float(factor.D[start:stop].double() @ residual)
+        residual = reached.sub_(Q).square_()  # (block, rows) (w'_k - Q_k)^2
+        errors += residual.mul_(factor.D[start:stop, None]).sum(0, dtype=torch.float64)
     inverse = torch.argsort(perm)
     return SolvedLayer(
         codes=codes[inverse].T.contiguous(),
         scale=scale.T.float().contiguous(),
         zero=zero.T.to(torch.uint8).contiguous(),
         g_idx=group_of[inverse].to(torch.int32),
-        error=error,
+        row_errors=errors,
     )
 
 
@@ -226,15 +248,16 @@ def round_to_nearest(W: Tensor, bits: int, group_size: int, sym: bool) -> Solved
     """Every weight to the nearest point of its group's grid, each by itself; `error` is ||W - Q||^2 (H = I)."""
     scale, zero = fit_groups(W, bits, group_size, sym)  # (rows, groups)
     g_idx = torch.arange(W.shape[1], device=W.device) // group_size
-    codes, error = torch.empty(W.shape, dtype=torch.uint8, device=W.device), 0.0
-    for rows in row_chunks(len(W)):
-        s, z = scale[rows][:, g_idx], zero[rows][:, g_idx]
-        chosen = grid.quantize(W[rows], s, z, bits)
-        codes[rows] = chosen
-        error += float((W[rows] - grid.dequantize(chosen, s, z)).double().square().sum())
-    return SolvedLayer(codes, scale.float(), zero.to(torch.uint8), g_idx.to(torch.int32), error)
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    errors = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+    for group, w in enumerate(W.split(group_size, dim=1)):
+        s, z = scale[:, group, None], zero[:, group, None]
+        rounded = grid.quantize(w, s, z, bits)
+        codes[:, group * group_size : group * group_size + w.shape[1]] = rounded
+        errors += (w - grid.dequantize(rounded, s, z)).square().sum(1, dtype=torch.float64)
+    return SolvedLayer(codes, scale.float(), zero.to(torch.uint8), g_idx.to(torch.int32), errors)
 
 
 def output_power(A: Tensor, H: Tensor) -> float:
     """tr(A H A^T), the mean squared output of a token that the weight A (rows, columns) makes, summed over rows."""
-    return sum(float(((A[rows] @ H) * A[rows]).sum(dtype=torch.float64)) for rows in row_chunks(len(A)))
+    return float(quadratic(A, H).sum())

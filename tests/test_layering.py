@@ -10,7 +10,7 @@ RANKS = [
     {"errors", "version", "grid", "packing", "hessian", "walk", "charts", "shelf"},
     {"kernels", "experts"},
     {"config", "calibration", "solver", "checkpoint"},
-    {"formats", "blocks", "hub", "refine", "drift", "heldout"},
+    {"formats", "blocks", "hub", "refine", "drift"},
     {"schemes"},
     {"packed", "plan", "engines"},
     {"linear", "record", "tune", "budget", "windows", "memory"},

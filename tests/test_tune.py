@@ -26,7 +26,9 @@ def test_scales_that_are_wrong_by_a_factor_are_mended(rng: torch.Generator) -> N
     """A block of one layer whose scales are all 8 % too small: its output can be had exactly, so tuning nears it."""
     W = torch.randn(16, 32, generator=rng)
     exact = solver.round_to_nearest(W, 4, 32, sym=True)
-    off = solver.SolvedLayer(exact.codes, (exact.scale * 0.92).half().float(), exact.zero, exact.g_idx, 0.0)
+    off = solver.SolvedLayer(
+        exact.codes, (exact.scale * 0.92).half().float(), exact.zero, exact.g_idx, exact.row_errors
+    )
     linear = nn.Linear(32, 16)
     block = nn.Sequential(linear)
     inputs = torch.randn(12, 6, 32, generator=rng)

@@ -1,0 +1,287 @@
+"""Times a whole run, stage by stage, against the floor that its arithmetic sets at this machine's own rate of products.
+
+    python scripts/bench_quantize.py [--efforts plain,fast,balanced] [--width 1024 ...] [--json FILE] [--plot FILE.png]
+
+The model is a Llama of random weights, bf16, with one large value in a thousand so that scales and orders matter; the
+calibration tokens are random too. The floor counts what cannot be left out, each at the rate at which this process
+multiplies large matrices in the dtype that the stage can use (float32, or bf16 with float32 sums where forwards run in
+bf16), taken before and after each run, the better one:
+
+    forward     2 x parameters x tokens, once
+    Hessian     tokens x n^2 for each distinct input of n values       a symmetric product, half of it computed
+    factorize   n^3 / 3 for each
+    solve       r n^2 for each layer of r outputs
+
+Each effort runs in a process of its own, whose largest resident memory (VmHWM) is reported beside what importing the
+packages alone takes. `plain` is GPTQ in its natural order on the smallest grid that clips nothing; `default` has the
+default order and grid search, but neither sweeps nor a second stream; the others are the package's own levels. Times
+are exclusive: what a stage calls in another stage counts there only. They come from this script, which wraps the
+package's functions; the package has no timers.
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLAIN = {"search": False, "desc_act": False, "sweeps": 0, "two_streams": False, "tune_steps": 0}
+EFFORTS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "default": PLAIN | {"search": True, "desc_act": True},
+    "fast": {"effort": "fast"},
+    "balanced": {"effort": "balanced"},
+    "best": {"effort": "best"},
+}
+STAGES = ("start", "read", "forward", "Hessian", "factorize", "solve", "pack", "write", "other")
+TIMED = {  # which functions make up a stage, by module; a class's methods as Class.method
+    "gptq.blocks": {"WeightStream.read": "read", "WeightStream.weight": "read"},
+    "gptq.walk": {"PausableForward.advance": "forward"},
+    "gptq.layer": {"accumulated": "Hessian", "blend": "Hessian", "_factorize": "factorize", "solve_rows": "solve"},
+    "gptq.formats": {"encode": "pack"},
+    "gptq.engine": {"sha256": "write", "write_files": "write"},
+    "gptq.checkpoint": {"ShardWriter.write": "write", "ShardWriter.close": "write"},
+}
+WINDOWS, TOKENS, GROUP, BITS, SEED = 32, 512, 128, 4, 0
+
+
+class Clock:
+    """Seconds by stage, each without the stages inside it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self._running = ["other"]
+        self._since = time.perf_counter()
+
+    def switch(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    def timed(self, function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self.switch()
+            self._running.append(stage)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.switch()
+                self._running.pop()
+
+        return wrapper
+
+    def wrap_package(self) -> None:
+        """Time the functions of TIMED from now on."""
+        for module_name, functions in TIMED.items():
+            module = sys.modules[module_name]
+            for path, stage in functions.items():
+                owner_name, _, name = path.rpartition(".")
+                owner = getattr(module, owner_name) if owner_name else module
+                setattr(owner, name, self.timed(getattr(owner, name), stage))
+
+
+def make_model(folder: Path, width: int, blocks: int, intermediate: int, vocabulary: int) -> None:
+    """A Llama with four query heads per key head, as safetensors."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = max(width // 64, 4)
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=intermediate, num_hidden_layers=blocks, num_attention_heads=heads,
+        num_key_value_heads=heads // 4, vocab_size=vocabulary, max_position_embeddings=4096, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(SEED)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            values = torch.randn(parameter.shape, generator=draw) / parameter.shape[1] ** 0.5
+            if "embed" not in name:
+                values *= 1 + 9 * (torch.rand(parameter.shape, generator=draw) < 1e-3)
+        else:  # norms: some channels are much larger than others, as in trained models
+            values = torch.exp(torch.randn(parameter.shape, generator=draw))
+        parameter.data.copy_(values)
+    model.bfloat16().save_pretrained(folder)
+
+
+def calibration_tokens(windows: int, tokens: int, vocabulary: int) -> Tensor:
+    """(windows, tokens), the frequent ones more often, as in text."""
+    draw = torch.Generator().manual_seed(SEED + 1)
+    return (torch.rand(windows, tokens, generator=draw) ** 3 * (vocabulary - 3)).long() + 3
+
+
+def product_rate(dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
+    """FLOP/s of a product of two square matrices, the best of those that fit in some seconds."""
+    A = torch.randn(size, size, generator=torch.Generator().manual_seed(SEED)).to(dtype)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        A @ A
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def work(shapes: dict[str, tuple[int, int]], tokens: int) -> dict[str, float]:
+    """FLOPs by stage of the layers (outputs, inputs) of one model, by their names."""
+    inputs = {}  # distinct ones: queries, keys and values get the same, as do gate and up
+    for name, (_, columns) in shapes.items():
+        block, _, own = name.rpartition(".")
+        same = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(own, own)
+        inputs[f"{block}.{same}"] = columns
+    return {
+        "forward": 2.0 * tokens * sum(rows * columns for rows, columns in shapes.values()),
+        "Hessian": float(tokens * sum(n**2 for n in inputs.values())),
+        "factorize": sum(n**3 / 3 for n in inputs.values()),
+        "solve": float(sum(rows * columns**2 for rows, columns in shapes.values())),
+    }
+
+
+def peak_memory() -> float:
+    """Bytes: the largest resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024.0 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def run_child(model: Path, effort: str, windows: int, tokens: int, batch_size: int | None) -> None:
+    """One run in this process; prints what it measured as JSON on its last line."""
+    began = time.perf_counter()
+    from gptq import QuantConfig, engine
+    from gptq.checkpoint import Source
+
+    base = peak_memory()
+    clock = Clock()
+    clock.seconds["start"] = time.perf_counter() - began
+    vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    given = calibration_tokens(windows, tokens, vocabulary)
+    stored = Source(model).tensors
+    config = QuantConfig(bits=BITS, group_size=GROUP, format="pack-quantized", **EFFORTS[effort])
+    with tempfile.TemporaryDirectory() as work_folder:
+        clock.wrap_package()
+        start = time.perf_counter()
+        result = engine.quantize(model, Path(work_folder) / "out", config, calibration=given, batch_size=batch_size)
+        seconds = time.perf_counter() - start
+        clock.switch()
+    layers = [layer.name for layer in result.layers]
+    print(
+        json.dumps(
+            {
+                "effort": effort,
+                "seconds": seconds,
+                "stages": clock.seconds,
+                "peak": peak_memory(),
+                "imports": base,
+                "error": sum(layer.error for layer in result.layers) / len(layers),
+                "shapes": {name: stored[f"{name}.weight"].shape for name in layers},
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
+
+
+def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One run in a process of its own, between two measurements of the rate; with its floor."""
+    from transformers import AutoConfig
+
+    from gptq.blocks import choose_dtype
+
+    dtype = choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))
+    rates: dict[torch.dtype, float] = {}
+    command = [sys.executable, __file__, "--child", effort, "--model", str(model)]
+    command += ["--windows", str(args.windows), "--tokens", str(args.tokens)]
+    command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
+    for turn in (0, 1):
+        for kind in {dtype, torch.float32}:
+            rates[kind] = max(rates.get(kind, 0.0), product_rate(kind))
+        if not turn:
+            printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    flops = work({name: tuple(shape) for name, shape in found.pop("shapes").items()}, args.windows * args.tokens)
+    rate_of = {"forward": rates[dtype], "Hessian": rates[dtype]}
+    floor = {stage: count / rate_of.get(stage, rates[torch.float32]) for stage, count in flops.items()}
+    found |= {"flops": flops, "floor": floor, "rates": {str(kind): rate for kind, rate in rates.items()}}
+    return found
+
+
+def rows_of(run: dict[str, Any]) -> Iterator[str]:
+    floor = run["floor"]
+    for stage in STAGES:
+        least = f"{floor[stage]:8.2f}" if stage in floor else " " * 8
+        yield f"  {stage:10}{run['stages'][stage]:8.2f} s{least}"
+    total, least_total = run["seconds"], sum(floor.values())
+    yield f"  {'run':10}{total:8.2f} s{least_total:8.2f}   {total / least_total:.2f} x the floor"
+    yield f"  peak memory {run['peak'] / 1e6:.0f} MB, of which imports {run['imports'] / 1e6:.0f} MB"
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.6 + 0.8 * len(runs)), layout="constrained")
+    axes = figure.subplots()
+    labels = [name for run in runs for name in (run["effort"], "its floor")]
+    left = [0.0] * len(labels)
+    for number, stage in enumerate(STAGES[1:]):
+        widths = [source.get(stage, 0.0) for run in runs for source in (run["stages"], run["floor"])]
+        axes.barh(labels if len(set(labels)) == len(labels) else range(len(labels)), widths, left=left, label=stage,
+                  color=f"C{number}")  # fmt: skip
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds, start of the process not counted")
+    axes.set_title(f"Time of a run by stage, CPU threads: {runs[0]['threads']}")
+    axes.legend(ncols=4, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What to quantize, on what; shared with bench_compare.py."""
+    parser.add_argument("--width", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--intermediate", type=int, default=2944, help="default: %(default)s")
+    parser.add_argument("--blocks", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="default: %(default)s")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="per window (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, metavar="WINDOWS", help="of ours: windows in flight (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--efforts", default="plain,default,fast,balanced", help="default: %(default)s")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint instead of the random one")
+    parser.add_argument("--child", choices=sorted(EFFORTS), help=argparse.SUPPRESS)
+    add_model_options(parser)
+    args = parser.parse_args()
+    if args.child:
+        run_child(args.model, args.child, args.windows, args.tokens, args.batch_size)
+        return
+    efforts = args.efforts.split(",")
+    if unknown := set(efforts) - set(EFFORTS):
+        parser.error(f"no effort is called {min(unknown)}; there are {', '.join(EFFORTS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model or Path(folder)
+        if not args.model:
+            make_model(model, args.width, args.blocks, args.intermediate, args.vocabulary)
+        runs = []
+        for effort in efforts:
+            runs.append(measure(model, effort, args))
+            rates = ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in runs[-1]["rates"].items())
+            print(f"{effort} ({rates}); beside each stage its floor", *rows_of(runs[-1]), sep="\n", flush=True)
+    if args.json:
+        facts = {"torch": torch.__version__, "cores": os.cpu_count(), "windows": args.windows, "tokens": args.tokens}
+        args.json.write_text(json.dumps(facts | {"runs": runs}, indent=1), encoding="utf-8")
+    if args.plot:
+        draw(runs, args.plot)
+
+
+if __name__ == "__main__":
+    main()
