@@ -2,9 +2,11 @@
 
 Reading checks every header against its file before the first weight is used. Writing lays out all shards beforehand
 (the sizes of the result are known before it is computed), so tensors go to their final place in any order and are
-forgotten; the folder takes its name only when the last byte is on disk.
+forgotten; the folder takes its name only when the last byte is on disk. Until then it is OUT.partial/checkpoint, and
+beside it in OUT.partial lies what a later run needs to go on (see `gptq.journal`).
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -35,6 +37,7 @@ CONVERT = (
     "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), and the tokenizer likewise"
 )
 MARKER = ".unfinished"  # says that a working folder is ours to empty
+CONTENT = "checkpoint"  # in the working folder: what becomes OUT
 
 # In the order in which safetensors lays tensors out: wide types first, so that every tensor is aligned.
 DTYPES = {
@@ -103,6 +106,10 @@ class Source:
         begin, header = self._headers[file]
         start, stop = header[name]["data_offsets"]
         return begin + start, begin + stop
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(set(self._file_of.values()))
 
     def file_of(self, name: str) -> Path:
         return self._file_of[name]
@@ -257,8 +264,13 @@ class ShardWriter:
         tensors: dict[str, TensorInfo],
         max_shard_bytes: int = MAX_SHARD_BYTES,
         shards: list[list[str]] | None = None,
+        going_on: bool = False,
     ) -> None:
-        """Lay out `shards`, lists of names, or shards of at most so many bytes that do not part a layer's tensors."""
+        """Lay out `shards`, lists of names, or shards of at most so many bytes that do not part a layer's tensors.
+
+        With `going_on` shards that an earlier writer laid out alike are opened as they are; which of their tensors were
+        written is for `adopt` to say.
+        """
         self.folder = folder
         self.checksums: dict[str, str] = {}
         self._tensors = tensors
@@ -270,21 +282,24 @@ class ShardWriter:
             for number, names in enumerate(shards):
                 single = len(shards) == 1
                 file_name = SINGLE if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-                self._open_shard(file_name, number, names)
+                self._open_shard(self.folder / file_name, number, names, going_on)
             if len(shards) > 1:
                 self._write_index(shards)
         except BaseException:
             self.abandon()
             raise
 
-    def _open_shard(self, file_name: str, number: int, names: list[str]) -> None:
+    def _open_shard(self, path: Path, number: int, names: list[str], going_on: bool) -> None:
         header, offset = _encode_header({name: self._tensors[name] for name in names})
-        file = (self.folder / file_name).open("wb")  # closed by `close` or `abandon`
+        size = len(header) + sum(self._tensors[name].nbytes for name in names)
+        going_on = going_on and path.is_file() and path.stat().st_size == size and _begins_with(path, header)
+        file = path.open("r+b" if going_on else "w+b")  # closed by `close` or `abandon`
         self._files.append(file)
-        file.write(header)
         for name, begin in offset.items():
             self._offsets[name] = (number, len(header) + begin)
-        file.truncate(len(header) + sum(self._tensors[name].nbytes for name in names))
+        if not going_on:
+            file.write(header)
+            file.truncate(size)
 
     def _write_index(self, shards: list[list[str]]) -> None:
         weight_map = {n: Path(self._files[i].name).name for i, names in enumerate(shards) for n in names}
@@ -309,11 +324,37 @@ class ShardWriter:
         self._files[shard].write(content)
         self.checksums[name] = hashlib.sha256(content).hexdigest()
 
+    def adopt(self, checksums: dict[str, str]) -> bool:
+        """Take tensors that an earlier writer wrote for written, if all of them have these checksums."""
+        if any(name not in self._tensors or self._digest(name) != checksum for name, checksum in checksums.items()):
+            return False
+        self.checksums.update(checksums)
+        return True
+
+    def _digest(self, name: str) -> str:
+        shard, offset = self._offsets[name]
+        self._files[shard].seek(offset)
+        digest, left = hashlib.sha256(), self._tensors[name].nbytes
+        while left and (chunk := self._files[shard].read(min(left, 2**24))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return digest.hexdigest()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written."""
+        info, (shard, offset) = self._tensors[name], self._offsets[name]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        self._files[shard].seek(offset)
+        content = bytearray(self._files[shard].read(info.nbytes))
+        return torch.frombuffer(content, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
+
     def sync(self) -> None:
         """Make what was written so far survive a power cut."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
+        sync_path(self.folder)
 
     def close(self) -> None:
         """Raises ValueError if an announced tensor never came."""
@@ -328,6 +369,11 @@ class ShardWriter:
         for file in self._files:
             with suppress(OSError):
                 file.close()
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
 
 
 def _split_into_shards(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
@@ -371,47 +417,124 @@ def _encode_header(tensors: dict[str, TensorInfo]) -> tuple[bytes, dict[str, int
     return len(text).to_bytes(8, "little") + text, offsets
 
 
+@dataclass
+class Unfinished:
+    """The working folder of a run, OUT.partial.
+
+    When the run fails, `promise` says what the folder keeps for a later one; empty: nothing, so it is removed.
+    """
+
+    root: Path
+    content: Path  # becomes OUT
+    promise: Callable[[], str] = str
+
+    def begin_anew(self) -> None:
+        """Remove what an earlier run left."""
+        _empty(self.root)
+        self.content.mkdir()
+        sync_path(self.root)
+
+    def go_on(self) -> None:
+        """Keep the shards of an earlier run, and nothing that makes them look like a checkpoint."""
+        self.content.mkdir(exist_ok=True)
+        for file in self.content.iterdir():
+            if file.suffix != ".safetensors":
+                file.unlink()
+
+    def require_room(self, needed_bytes: int) -> None:
+        """Raises InputError if the disk has less than that beyond what `content` takes."""
+        here = sum(512 * file.stat().st_blocks for file in self.content.iterdir())  # shards have holes
+        free = shutil.disk_usage(self.root).free
+        if free < needed_bytes - here:
+            more = f"{(needed_bytes - here) / 1e6:,.1f} MB{' more' if here else ''}"
+            raise InputError(f"{self.root} needs {more} and the disk has {free / 1e6:,.1f} MB free")
+
+
 @contextmanager
-def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A working folder beside `out` that takes its name when the body succeeds, and is removed when it fails.
+def unfinished_folder(out: Path) -> Iterator[Unfinished]:
+    """A working folder beside `out`, whose content takes that name when the body succeeds.
+
+    When the body fails, the folder is removed, unless there is something to promise; then the error says it.
 
     Raises:
         InputError: `out` exists and is not empty, cannot be made, or the disk is or becomes too small.
     """
     out = out.resolve()
-    partial = out.with_name(out.name + ".partial")
+    root = out.with_name(out.name + ".partial")
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         require_free(out)
-        partial.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    with _sole_use(partial, out):
+    with _sole_use(root, out):
+        working = Unfinished(root, root / CONTENT)
         try:
-            (partial / MARKER).touch()
-            for left_over in partial.iterdir():  # of a run that was killed
-                if left_over.name != MARKER:
-                    left_over.unlink()
-            free = shutil.disk_usage(partial).free
-            if free < needed_bytes:
-                raise InputError(f"{out} needs {needed_bytes / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free")
-            yield partial
-            for file in partial.iterdir():
-                _sync_path(file)
-            (partial / MARKER).unlink()
-            partial.replace(out)
-            _sync_path(out.parent)
+            require_free(out)  # the run that we waited for may have been writing it
+            (root / MARKER).touch()
+            yield working
+            for file in working.content.iterdir():
+                sync_path(file)
+            sync_path(working.content)
+            working.content.replace(out)
+            sync_path(out.parent)
         except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            for parent in made:
-                with suppress(OSError):
-                    parent.rmdir()
-            if isinstance(error, OSError):
-                where = f"{error.filename}: " if error.filename else ""
-                raise InputError(
-                    f"writing {out} failed ({where}{error.strerror or error}); nothing is left there"
-                ) from error
+            promised = working.promise()
+            if not promised:
+                _remove(root)
+                for parent in made:
+                    with suppress(OSError):
+                        parent.rmdir()
+            _explain(error, out, root, promised)
             raise
+        _remove(root)
+
+
+def _explain(error: BaseException, out: Path, root: Path, promised: str) -> None:
+    """Raise InputError for what the user can mend, and let any other error carry the promise as a note."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        problem = f"writing {out} failed ({where}{error.strerror or error})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = f"writing {out} failed: the disk at {_mount(root)} is full ({error.strerror}); free some of it"
+        raise InputError(f"{problem}; {promised or 'nothing is left there'}") from error
+    if promised and isinstance(error, InputError):
+        raise InputError(f"{error}; {promised}") from error
+    if promised:  # as BaseException.add_note does, which Python 3.10 lacks
+        vars(error)["__notes__"] = [*getattr(error, "__notes__", []), promised]
+
+
+def _mount(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.is_mount() or p == p.parent)
+
+
+def _empty(root: Path) -> None:
+    """Remove all but the marker: a run that is killed on the way leaves a folder that is still known as ours."""
+    for left_over in root.iterdir():
+        if left_over.is_dir() and not left_over.is_symlink():
+            shutil.rmtree(left_over)
+        elif left_over.name != MARKER:
+            left_over.unlink()
+
+
+def _remove(root: Path) -> None:
+    with suppress(OSError):
+        _empty(root)
+        (root / MARKER).unlink(missing_ok=True)
+        root.rmdir()
+
+
+@contextmanager
+def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder that takes the name `out` when the body succeeds, and is removed when it fails.
+
+    Raises:
+        InputError: as `unfinished_folder`.
+    """
+    with unfinished_folder(out) as working:
+        working.begin_anew()
+        working.require_room(needed_bytes)
+        yield working.content
 
 
 def require_free(out: Path) -> None:
@@ -437,7 +560,7 @@ def _sole_use(folder: Path, out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -50,9 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (torch.OutOfMemoryError, MemoryError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         print(f"gptq: out of memory ({first}); fewer --samples or a smaller --batch-size need less", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("gptq: interrupted; nothing half-written was left behind", file=sys.stderr)
+        print(f"gptq: {_kept(error)}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"gptq: interrupted; {_kept(error)}", file=sys.stderr)
     return 2
+
+
+def _kept(error: BaseException) -> str:
+    """What an error says is left for a later run."""
+    return "; ".join(getattr(error, "__notes__", [])) or "nothing half-written was left behind"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +72,11 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("quantize", help="quantize a checkpoint", formatter_class=_Help)
     p.add_argument("model", metavar="MODEL", help="folder or Hub id of a safetensors checkpoint")
-    p.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
+    p.add_argument(
+        "out", metavar="OUT",
+        help="folder to make; must not exist or be empty. What a stopped run finished is in OUT.partial: the same "
+        "command goes on from there",
+    )  # fmt: skip
     _add_options(p, source_help)
     _add_push(p)
     _add_common(p)
@@ -528,7 +538,7 @@ class Progress(Observer):
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
         self._began = time.monotonic()
-        self._blocks = self._weights = self._done = 0
+        self._blocks = self._weights = self._done = self._before = 0
         self._block = -1
 
     def __enter__(self) -> "Progress":
@@ -548,8 +558,14 @@ class Progress(Observer):
 
     def started(self, num_blocks: int, weights: int) -> None:
         self._blocks, self._weights, self._began = num_blocks, weights, time.monotonic()
-        self._done, self._block = 0, -1
+        self._done, self._before, self._block = 0, 0, -1
         self._open_bar(weights)
+
+    def going_on(self, blocks: int, weights: int) -> None:
+        self.stage(f"going on after block {blocks} of {self._blocks}")
+        self._before = self._done = weights
+        if self._bar is not None:
+            self._bar.update(weights)
 
     def layer_done(self, block: int, name: str, weights: int) -> None:
         self._done += weights
@@ -557,7 +573,8 @@ class Progress(Observer):
             self._bar.set_description(f"block {block + 1}/{self._blocks} {name.rpartition('.')[2]}")
             self._bar.update(weights)
         elif block != self._block:
-            self._line(f"block {block + 1} of {self._blocks}", self._done / self._weights)
+            share = (self._done - self._before) / (self._weights - self._before)
+            self._line(f"block {block + 1} of {self._blocks}", share)
             self._block = block
 
     def window_done(self, done: int, total: int) -> None:

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from gptq import formats, memory
 from gptq.blocks import Block, WeightStream, choose_device, choose_dtype, drop, return_freed_memory
 from gptq.calibration import Inputs
-from gptq.checkpoint import ShardWriter, appearing_folder, require_free, sha256
+from gptq.checkpoint import ShardWriter, Unfinished, sha256, unfinished_folder
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.hessian import exact_float32
+from gptq.journal import Journal, beginning
 from gptq.layer import Job, Observer, finish_layer, is_held_out
 from gptq.plan import Plan, plan_checkpoint
 from gptq.record import (
     BlockError,
+    Coverage,
     LayerResult,
     code_histogram,
     layer_entries,
@@ -32,7 +34,7 @@ from gptq.record import (
     public_name,
     write_files,
 )
-from gptq.sequence import Fresh, solve_head, walk_block, walk_blocks
+from gptq.sequence import Fresh, run_as_original, solve_head, walk_block, walk_blocks
 from gptq.shelf import Shelf
 from gptq.trials import choose_widths, enough_windows, notes_on_samples
 from gptq.tune import first_tensor, tune
@@ -79,7 +81,8 @@ def quantize(
 
     Args:
         model: folder, or Hub id (then at `revision`).
-        out: folder to make; it appears when the run has succeeded and is left untouched otherwise.
+        out: folder to make; it appears when the run has succeeded and is left untouched otherwise. When a run fails or
+            is killed after the first block, OUT.partial stays, and the same call goes on after the last finished block.
         calibration: source of text or of arrays (see `gptq.calibration`); or ready windows of tokens, (windows, tokens)
             integers; or what the model is called on, as dicts of arrays whose first dimension counts windows
             (`pixel_values` of images, say, or `input_ids` and `attention_mask` of padded texts).
@@ -93,7 +96,8 @@ def quantize(
             written. On a GPU, `gpu_memory_limit` does the same for its memory.
 
     Raises:
-        InputError: anything a user can mend; then nothing is left at `out`.
+        InputError: anything a user can mend; then nothing is left at `out`. Among it an OUT.partial that was begun with
+            other options, another model or other calibration windows.
     """
     started = time.monotonic()
     observer = observer or Observer()
@@ -104,49 +108,44 @@ def quantize(
     described, sample = describe(given), given[0] if isinstance(given, list) else None
     plan = plan_checkpoint(str(model), config, revision, trust_remote_code, sample)
     where = choose_device(device)
-    shortened: list[str] = []
-    if config.target_bits is not None or config.target_size is not None:
-        require_free(Path(out))
-        first = WeightStream(plan.source, plan.names, where, choose_dtype(dtype, plan.hf_config, where))
-        given, shortened = enough_windows(given, plan, config, first, trust_remote_code, observer)
-        found = choose_widths(plan, config, given, batch_size or len(given), first, observer)
-        plan = plan_checkpoint(str(model), found, revision, trust_remote_code, sample)
-    source, blocks = plan.source, plan.blocks
-    plans, tensors, notes = plan.layers, plan.tensors, [*plan.notes, *shortened]
-    stream = WeightStream(source, plan.names, where, choose_dtype(dtype, plan.hf_config, where))
+    compute = choose_dtype(dtype, plan.hf_config, where)
 
-    with appearing_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
+    with unfinished_folder(Path(out)) as working:
+        begun = beginning(config, plan.source, where, compute, trust_remote_code)
+        journal, notes = _open_journal(working, begun, len(plan.blocks))
         windows = None
+        stream = WeightStream(plan.source, plan.names, where, compute)
         if config.method == "gptq":
             observer.stage(f"reading calibration data from {described}")
-            windows, shortened = enough_windows(given, plan, config, stream, trust_remote_code, observer)
+            windows, shortened = enough_windows(given, plan, config, stream, trust_remote_code, observer, journal)
             notes += shortened
+            if config.target_bits is not None or config.target_size is not None:
+                in_flight = batch_size or len(windows)
+                found = _chosen_widths(plan, config, windows, in_flight, stream, observer, journal)
+                plan = plan_checkpoint(str(model), found, revision, trust_remote_code, sample)
+                stream = WeightStream(plan.source, plan.names, where, compute)
+        source, plans, tensors = plan.source, plan.layers, plan.tensors
+        notes = [*plan.notes, *notes]
         for note in notes:
             observer.note(note)
-        observer.started(len(blocks), sum(p.outputs * p.inputs for p in plans.values()))
-        writer = ShardWriter(partial_out, tensors)
+        working.require_room(sum(info.nbytes for info in tensors.values()))
+        observer.started(len(plan.blocks), sum(p.outputs * p.inputs for p in plans.values()))
+        writer = ShardWriter(working.content, tensors, going_on=True)
         try:
-            job = Job(config, plans, stream, writer, observer)
-            in_flight = _settle_memory(plan, windows, partial_out, batch_size, memory_limit, gpu_memory_limit, job)
+            job = Job(config, plans, stream, writer, observer, journal=journal)
+            limits = memory_limit, gpu_memory_limit
+            in_flight = _settle_memory(plan, windows, working.root, batch_size, limits, job)
+            finished = _restore(plan.blocks, job)
             with torch.no_grad(), exact_float32(where):
-                if windows is None:
-                    _round_blocks(blocks, job)
-                else:
-                    streams = 2 if config.two_streams else 1
-                    visit = partial(_quantize_block, in_flight=in_flight, job=job)
-                    left = walk_blocks(plan.network, blocks, windows, streams, stream, visit, job.shelf)
-                    for index, block in enumerate(left, start=len(blocks) - len(left)):
-                        job.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
-                        _round_block(index, block, job)
-            stream.ahead.join(at_once=True)
+                _quantize_blocks(plan, windows, in_flight, finished, job)
             observer.stage("copying what is not quantized")
-            for name in (n for n in source.tensors if n in tensors):
-                writer.write(name, job.changed[name] if name in job.changed else source.read(name))
+            for name in (n for n in source.tensors if n in tensors and not writer.checksums[n]):
+                writer.write(name, source.read(name))
             writer.close()
         finally:
             stream.ahead.join(at_once=True)
             writer.abandon()
-        after = _file_bytes(partial_out)
+        after = _file_bytes(working.content)
         record = {
             "model": model_name(model),
             "config": config.to_dict(),
@@ -166,7 +165,7 @@ def quantize(
             **({"experts": [asdict(found) for found in job.coverage]} if job.coverage else {}),
         }
         chosen = next(iter(plans.values())).format
-        write_files(plan.folder, partial_out, chosen, linears_of(plan), record, writer.checksums, plan.changes)
+        write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
     observer.finished()
     for note in notes_on_samples(job.results):
         job.note(note)
@@ -187,26 +186,126 @@ def quantize(
 
 def _settle_memory(
     plan: Plan, windows: list[Inputs] | None, folder: Path, batch_size: int | None,
-    limit: int | None, gpu_limit: int | None, job: Job,
+    limits: tuple[int | None, int | None], job: Job,
 ) -> int:  # fmt: skip
     """Say what will be done, and how memory will be kept in bounds; returns how many windows stand in mid-block."""
-    count = len(windows or [])
-    hidden = next(iter(plan.layers.values())).inputs
-    tokens = memory.Tokens(0, 0, 0)
+    count, tokens = len(windows or []), memory.Tokens(0, 0, 0)
     if windows is not None:
+        hidden = next(iter(plan.layers.values())).inputs
         tokens = memory.tokens_of(windows, sum(is_held_out(i, count) for i in range(count)), hidden)
-    stream = job.stream
-    choice, says = memory.settle(
-        plan, job.config, tokens, stream.device, stream.dtype, batch_size, limit, gpu_limit
-    )  # fmt: skip
+    device, dtype = job.stream.device, job.stream.dtype
+    choice, says = memory.settle(plan, job.config, tokens, device, dtype, batch_size, *limits)
     job.observer.stage(f"{plan.in_short}; {says}")
     job.shelf = Shelf(folder if choice.on_disk else None)
     return choice.in_flight
 
 
-def _round_blocks(blocks: list[Block], job: Job) -> None:
-    for index, block in enumerate(blocks):
-        _round_block(index, block, job)
+def _open_journal(working: Unfinished, begun: dict[str, Any], blocks: int) -> tuple[Journal, list[str]]:
+    """The journal of an earlier run where it has finished something, otherwise a new one; and notes."""
+    journal = Journal(working.root)
+    if not journal.is_worth_keeping():
+        working.begin_anew()
+        journal = Journal(working.root)
+        journal.append("begun", begun)
+    working.promise = partial(journal.promise, blocks)
+    notes = journal.require_same(begun)
+    working.go_on()
+    return journal, notes
+
+
+def _chosen_widths(
+    plan: Plan, config: QuantConfig, windows: list[Inputs], in_flight: int, stream: WeightStream, observer: Observer,
+    journal: Journal,
+) -> QuantConfig:  # fmt: skip
+    known = journal.find("widths")
+    if known:
+        return QuantConfig.from_dict(known[0])
+    found = choose_widths(plan, config, windows, in_flight, stream, observer, journal)
+    journal.append("widths", found.to_dict())
+    return found
+
+
+def _restore(blocks: list[Block], job: Job) -> dict[str, dict[str, Any]]:
+    """Take over the finished blocks of an earlier run; returns their entries in the journal, by name.
+
+    From a block whose tensors are not what was written, all are done again.
+    """
+    journal, writer = _written_by(job)
+    finished: dict[str, dict[str, Any]] = {}
+    for entry in journal.find("block"):
+        if not writer.adopt(entry["tensors"]):
+            job.note(f"{entry['name']} is damaged in the unfinished folder, so it and what follows is done again")
+            journal.forget_blocks_from(entry["name"])
+            break
+        finished[entry["name"]] = entry
+    for entry in finished.values():
+        job.results += [LayerResult(**result) for result in entry["layers"]]
+        job.weight_checksums |= entry["weights"]
+        job.spreads |= entry["spreads"]
+        job.block_errors += [BlockError(**error) for error in entry["errors"]]
+        job.coverage += [Coverage(**seen) for seen in entry["coverage"]]
+        for note in entry["notes"]:
+            job.note(note)
+    job.notes_kept = len(job.notes)
+    if finished:
+        layers = (job.plans[name] for block in blocks if block.name in finished for name in block.linears)
+        job.observer.going_on(len(finished), sum(layer.outputs * layer.inputs for layer in layers))
+    return finished
+
+
+def _written_by(job: Job) -> tuple[Journal, ShardWriter]:
+    if job.writer is None or job.journal is None:
+        raise RuntimeError("a job that measures has nothing to write")
+    return job.journal, job.writer
+
+
+def _quantize_blocks(
+    plan: Plan, windows: list[Inputs] | None, in_flight: int, finished: dict[str, dict[str, Any]], job: Job
+) -> None:
+    blocks = plan.blocks
+    index_of = {block.name: index for index, block in enumerate(blocks)}
+    left = [block for block in blocks if block.name not in finished]
+    if windows is not None and left:
+        streams = 2 if job.config.two_streams else 1
+
+        def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:
+            if block.name in finished:
+                job.observer.stage(f"{block.name} is finished; taking the windows through it")
+                return _run_finished(block, fresh, finished[block.name], job)
+            return _quantize_block(index, block, fresh, in_flight, job)
+
+        not_reached = walk_blocks(plan.network, blocks, windows, streams, job.stream, visit, job.shelf)
+        left = [block for block in not_reached if block.name not in finished]
+    for block in left:
+        if windows is not None:
+            job.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
+        _round_block(index_of[block.name], block, job)
+
+
+def _run_finished(block: Block, fresh: Fresh, entry: dict[str, Any], job: Job) -> list[list[Any]]:
+    """The outputs of a finished block for every stream and window, with the weights that lie on disk."""
+    if block.is_head():
+        return []
+    _, writer = _written_by(job)
+    originals = run_as_original(block, fresh[1], job) if len(fresh) > 1 else []
+    for name, linear in block.linears.items():
+        plan = job.plans[name]
+        packed = {
+            suffix: writer.read(f"{plan.stored}.{suffix}").to(job.stream.device)
+            for suffix in formats.layout(plan.scheme, plan.outputs, plan.inputs)
+        }
+        job.stream.set_weight(linear, formats.decode(packed, plan.scheme).weight())
+    for name, stored in entry["tuned"].items():
+        module, key = _owner(block, name)
+        tensor = writer.read(stored).to(module._parameters[key])
+        module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    return [[job.shelf.put(run_through(call)) for call in fresh[0]], *originals]
+
+
+def _owner(block: Block, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a block's parameter called `name` in the model, and the parameter's name there."""
+    path, _, key = name.removeprefix(f"{block.name}.").rpartition(".")
+    return block.module.get_submodule(path), key
 
 
 def _round_block(index: int, block: Block, job: Job) -> None:
@@ -247,21 +346,43 @@ def _tune_block(block: Block, fresh: list[partial[Any]], outputs: list[list[Any]
         job.stream.set_weight(linear, job.solved[name].weight())
     full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
     for (module, key), tensor in tuned.parameters.items():
-        stored, rounded = job.stream.as_stored(f"{full_names[module]}.{key}", tensor)
-        job.changed[stored] = rounded
+        name = f"{full_names[module]}.{key}"
+        _, rounded = job.stream.as_stored(name, tensor)
+        job.tuned[name] = rounded
         module._parameters[key] = nn.Parameter(rounded.to(tensor), requires_grad=False)
     outputs[0][:] = [run_through(function) for function in fresh]
 
 
 def _write_block(block: Block, job: Job) -> None:
-    if job.writer is None:
-        raise RuntimeError("a job that measures has nothing to write")
+    """Write a block's tensors, and when they are on disk the journal's entry."""
+    journal, writer = _written_by(job)
+    tensors: dict[str, Tensor] = {}
     for name in block.linears:
         solved, plan = job.solved.pop(name), job.plans[name]
-        for suffix, tensor in formats.encode(solved, plan.scheme).items():
-            job.writer.write(f"{plan.stored}.{suffix}", tensor)
+        tensors |= {f"{plan.stored}.{key}": t for key, t in formats.encode(solved, plan.scheme).items()}
         job.spreads[name] |= code_histogram(solved.codes, plan.bits)
         job.weight_checksums[name] = sha256(solved.weight())
+    tuned = {name: job.stream.as_stored(name, tensor) for name, tensor in job.tuned.items()}
+    tensors |= dict(tuned.values())
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.sync()
+    journal.append(
+        "block",
+        {
+            "name": block.name,
+            "tensors": {name: writer.checksums[name] for name in tensors},
+            "tuned": {name: stored for name, (stored, _) in tuned.items()},
+            "layers": [asdict(result) for result in job.results if result.name in block.linears],
+            "weights": {name: job.weight_checksums[name] for name in block.linears},
+            "spreads": {name: job.spreads[name] for name in block.linears},
+            "errors": [asdict(error) for error in job.block_errors if error.name == block.name],
+            "coverage": [asdict(found) for found in job.coverage if found.name.startswith(f"{block.name}.")],
+            "notes": job.notes[job.notes_kept :],
+        },
+    )
+    job.tuned.clear()
+    job.notes_kept = len(job.notes)
 
 
 def _file_bytes(folder: Path) -> int:

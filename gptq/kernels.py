@@ -1,13 +1,15 @@
 """The two inner loops of the solver: choosing a block's codes column by column, and searching a group's grid.
 
 On a CPU they are compiled (numba), each thread with its own rows and a few rows as vector lanes, so that a block stays
-in the first-level cache. Elsewhere the same arithmetic is written in whole-tensor operations. Weights are transposed
+in the first-level cache. On a GPU they are Triton kernels (`gptq.triton_solver`) where Triton is installed; elsewhere
+the same arithmetic is written in whole-tensor operations. Weights are transposed
 here: a column of W is one contiguous line, (columns, rows).
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,9 @@ def choose_columns(
         codes (columns, rows) uint8, Q and t (columns, rows).
     """
     if base.device.type != "cpu":
-        return choose_columns_plainly(base, reference, coupling, scale, zero, groups, bits)
+        chosen = _fused().choose_columns if _is_fused(base) else choose_columns_plainly
+        found: tuple[Tensor, Tensor, Tensor] = chosen(base, reference, coupling, scale, zero, groups, bits)
+        return found
     t = base.clone()
     codes = torch.empty(base.shape, dtype=torch.uint8)
     Q = torch.empty_like(base)
@@ -70,7 +74,8 @@ def best_grid(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits
         (rows,) number of the best candidate, the first of equal ones.
     """
     if w.device.type != "cpu":
-        return best_grid_plainly(w, importance, scales, zeros, bits)
+        found: Tensor = (_fused().best_grid if _is_fused(w) else best_grid_plainly)(w, importance, scales, zeros, bits)
+        return found
     best = torch.zeros(w.shape[1], dtype=torch.int64)
     _over_rows(_compiled().grids, best, (w, importance, scales, zeros), w.new_tensor(2**bits - 1))
     return best
@@ -83,6 +88,16 @@ def best_grid_plainly(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tens
         Q = grid.dequantize(grid.quantize(w, scale, zero, bits), scale, zero)
         errors.append(importance @ (w - Q).square())
     return torch.stack(errors).argmin(0)
+
+
+def _is_fused(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype == torch.float32 and find_spec("triton") is not None
+
+
+def _fused() -> Any:
+    from gptq import triton_solver  # Triton comes with builds of torch for GPUs only
+
+    return triton_solver
 
 
 def _over_rows(kernel: Callable[..., None], written: Tensor, arguments: tuple[Tensor, ...], maxq: Tensor) -> None:

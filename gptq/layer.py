@@ -17,6 +17,7 @@ from gptq.drift import best_share, full_correction
 from gptq.errors import InputError
 from gptq.experts import blend, pseudo_tokens
 from gptq.hessian import HeldOut, HessianAccumulator, quadratic
+from gptq.journal import Journal
 from gptq.plan import LayerPlan
 from gptq.record import BlockError, Coverage, LayerResult, weight_histogram
 from gptq.refine import refine
@@ -32,6 +33,9 @@ class Observer:
     """Is told how a run goes on; does nothing by itself."""
 
     def started(self, num_blocks: int, weights: int) -> None: ...
+
+    def going_on(self, blocks: int, weights: int) -> None:
+        """So much was done by an earlier run; comes after `started`."""
 
     def note(self, text: str) -> None: ...
 
@@ -55,12 +59,14 @@ class Job:
     notes: list[str] = field(default_factory=list)
     weight_checksums: dict[str, str] = field(default_factory=dict)
     solved: dict[str, solver.SolvedLayer] = field(default_factory=dict)  # of the block at hand
-    changed: dict[str, Tensor] = field(default_factory=dict)  # tuned tensors that are not packed, by stored name
+    tuned: dict[str, Tensor] = field(default_factory=dict)  # of the block at hand, not packed, by name in the model
     block_errors: list[BlockError] = field(default_factory=list)
     finish: Callable[..., None] = field(default_factory=lambda: finish_layer)  # what is done with a layer it stands at
     spreads: dict[str, dict[str, Any]] = field(default_factory=dict)  # histograms of weights and codes
     coverage: list[Coverage] = field(default_factory=list)
     shelf: Shelf = field(default_factory=Shelf)  # for activations between blocks
+    journal: Journal | None = None
+    notes_kept: int = 0  # of `notes`, in the journal
 
     @property
     def keeps_weights(self) -> bool:

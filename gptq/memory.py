@@ -26,7 +26,9 @@ import torch
 from gptq import solver
 from gptq.blocks import Block, fused_siblings, return_freed_memory, return_large_memory_at_once
 from gptq.config import QuantConfig
+from gptq.drift import ROWS as CORRECTED
 from gptq.errors import InputError
+from gptq.layer import ROWS
 from gptq.plan import LayerPlan, Plan
 from gptq.refine import refine
 
@@ -166,24 +168,25 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
     hidden = layers[0].inputs if layers else 0
     window = streams * tokens.per_window * dtype.itemsize  # bytes of one number for each token, of all streams
     between = 0 if on_disk else window * hidden * tokens.windows
-    siblings = fused_siblings(block.linears)
     codes = weights = 0
-    for layer in layers:
-        size = layer.outputs * layer.inputs
+    for names in fused_siblings(block.linears):  # they are solved together
+        group = [plan.layers[name] for name in names]
+        first, size = group[0], sum(layer.outputs * layer.inputs for layer in group)
         if config.method == "gptq":
-            held = window * hidden * in_flight * (1 if on_disk else 0)  # pages that come back as they are used
-            standing = between + held + in_flight * window * (2 * hidden + layer.inputs + _beside(layer, layers))
+            own = 0 if on_disk else in_flight * window * first.inputs
+            standing = between + own + in_flight * window * (2 * hidden + _beside(first, layers))
             always = codes + weights + standing
-            is_last = layer.inputs > layer.outputs and next(g for g in siblings if layer.name in g)[-1] == layer.name
-            yield from (always + moment for moment in _at_layer(layer, config, tokens, is_last))
-            going = window * (layer.outputs + layer.inputs) + dtype.itemsize * size * streams
-            yield always + size + going + _kept(layer, tokens, config)
+            yield from (always + moment for moment in _at_layers(group, config, tokens))
+            back = in_flight * window * (hidden + first.inputs) if on_disk else 0  # read again from the files
+            weight = dtype.itemsize * streams * max(layer.outputs * layer.inputs for layer in group)
+            forward = in_flight * window * sum(layer.outputs for layer in group) + back + weight
+            yield always + size + forward + _known(first, tokens, config)
         else:
             yield codes + 10 * size
         codes += size
         weights += dtype.itemsize * size * (streams if waits else 1) if keeps else 0
     widest = max((layer.outputs * layer.inputs for layer in layers), default=0)
-    yield codes + weights + 2 * between + 12 * widest
+    yield 2 * codes + weights + 2 * between + 6 * widest
 
 
 def _beside(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
@@ -192,22 +195,23 @@ def _beside(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
     return sum(other.outputs for other in before if other.inputs == layer.inputs and other.outputs <= 4 * layer.inputs)
 
 
-def _kept(layer: LayerPlan, tokens: Tokens, config: QuantConfig) -> int:
-    """What stays known of a layer's input for the layers that share it."""
+def _known(layer: LayerPlan, tokens: Tokens, config: QuantConfig) -> int:
+    """H and U, and the rows or sums of held-out windows."""
     n, streams = layer.inputs, 2 if config.two_streams else 1
     return 8 * n * n + 4 * streams * min(n, tokens.held_out * tokens.per_window) * n
 
 
-def _at_layer(layer: LayerPlan, config: QuantConfig, tokens: Tokens, is_last: bool) -> Iterator[int]:
-    n, size = layer.inputs, layer.outputs * layer.inputs
-    square, cross = 4 * n * n, 4 * n * n if config.two_streams else 0
-    held = _kept(layer, tokens, config) - 2 * square
-    yield square + cross + held  # gathering
-    yield 2 * square + cross + held  # factorizing
-    aims = 4 * size if config.two_streams else 0
-    yield 2 * square + cross + held + 4 * size + aims + 16 * 512 * n  # correcting
-    drift = 0 if is_last else cross
-    yield 2 * square + drift + held + (4 + 4 + 4) * size + aims + 3 * size  # solving, and sweeping after it
+def _at_layers(group: list[LayerPlan], config: QuantConfig, tokens: Tokens) -> Iterator[int]:
+    n, rows = group[0].inputs, sum(layer.outputs for layer in group)
+    C = 4 * n * n if config.two_streams else 0
+    known, size = _known(group[0], tokens, config), 4 * rows * n
+    yield known + C  # gathering, and factorizing; H and C alone are less
+    copies = 2 if len(group) > 1 else 1  # the weights one by one, and as one matrix
+    aims = size if config.two_streams else 0
+    yield known + C + copies * (size + aims) + 20 * CORRECTED * n
+    spent = len(group) == 1 and n > rows
+    part = 24 * min(rows, ROWS) * n  # target, the solver's copy and errors, and what turns and dequantizes them
+    yield known + (0 if spent else C) + copies * size + aims + part + rows * n * 2
 
 
 def describe(choice: Choice, tokens: Tokens, limit: int, given: bool) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq.blocks import LINEAR, Block, Names
-from gptq.checkpoint import MARKER, copy_files, sha256_file
+from gptq.checkpoint import copy_files, sha256_file
 from gptq.config import Format, QuantConfig
 from gptq.engines import engines
 from gptq.errors import InputError
@@ -209,7 +209,7 @@ def write_files(
     metadata = card_metadata(source / CARD)
     described = {**record, "card_metadata": metadata} if metadata else record
     (out / CARD).write_text(model_card(chosen, linears.layers, described), encoding="utf-8")
-    files = {p.name: sha256_file(p) for p in sorted(out.iterdir()) if p.suffix != ".safetensors" and p.name != MARKER}
+    files = {p.name: sha256_file(p) for p in sorted(out.iterdir()) if p.suffix != ".safetensors"}
     whole = {
         "quantizer": f"gptq {__version__}",
         **described,

@@ -143,6 +143,15 @@ def walk_block(index: int, block: Block, fresh: Fresh, in_flight: int, job: Job)
             forward.stop()
 
 
+def run_as_original(block: Block, calls: list[partial[Any]], job: Job) -> list[list[Any]]:
+    """A stream's outputs of a block with its original weights, as `walk_block` would give them; none of the head."""
+    if block.is_head():
+        return []
+    for name, linear in block.linears.items():
+        job.stream.set_weight(linear, job.stream.weight(linear, name))
+    return [[job.shelf.put(run_through(call)) for call in calls]]
+
+
 def _solve_as_reached(
     index: int, block: Block, flights: list[list[PausableForward]], waiting: Fresh, job: Job
 ) -> tuple[set[nn.Module], dict[nn.Module, nn.Parameter | None]]:
@@ -171,7 +180,10 @@ def _solve_as_reached(
                     known = None  # free the old one first
                     arriving = _arriving([_pauses_at(linear, flight) for flight in flights], waiting, linear, originals)
                     pairs = ((input_at(pause), input_at(original)) for pause, original in arriving)
-                    known, shared = look_at_inputs(name, pairs, len(flights[0]) + len(waiting[0]), job), here
+                    known = look_at_inputs(name, pairs, len(flights[0]) + len(waiting[0]), job)
+                    job.shelf.put([x for stream in here for x, _ in stream.values()])  # nobody needs them for a while
+                    shared = here = [_standing_at(linear, flight) for flight in flights]
+                job.shelf.release()
                 job.finish(index, block, name, known, job)
             solved.update(linear.modules())
         _ensure_weights(linear, block, job)

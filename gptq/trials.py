@@ -14,10 +14,11 @@ from gptq.calibration import Inputs
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.hessian import exact_float32
+from gptq.journal import Journal
 from gptq.layer import TINY, Job, LayerInputs, Observer, heldout_excess, is_held_out, swapped
 from gptq.plan import Plan
 from gptq.record import LayerResult
-from gptq.sequence import Fresh, solve_head, walk_block, walk_blocks
+from gptq.sequence import Fresh, run_as_original, solve_head, walk_block, walk_blocks
 from gptq.tune import first_tensor
 from gptq.walk import run_through
 from gptq.windows import MOST_WINDOWS, Given, windows_of
@@ -27,15 +28,33 @@ ENOUGH = 0.1  # held-out error above the calibration's by so little that more wi
 
 
 def enough_windows(
-    given: Given, plan: Plan, config: QuantConfig, stream: WeightStream, trust_remote_code: bool, observer: Observer
+    given: Given,
+    plan: Plan,
+    config: QuantConfig,
+    stream: WeightStream,
+    trust_remote_code: bool,
+    observer: Observer,
+    journal: Journal,
 ) -> tuple[list[Inputs], list[str]]:
-    """As many windows as the config says; for "auto" twice as many, until more would change little.
+    """As many windows as the config says, or the journal; for "auto" twice as many, until more would change little.
 
     That is when the first block's layers err on those held out nearly as little as on the others. Their ratio is about
     1 + 2 n / tokens for n inputs, so that it tells what more tokens could bring. Windows that were given are all used.
     """
-    if config.num_samples != "auto":
-        return windows_of(given, config.num_samples, plan, config, trust_remote_code)
+    drawn = journal.find("windows")
+    if drawn:
+        windows, notes = windows_of(given, drawn[0]["count"], plan, config, trust_remote_code)[0], drawn[0]["notes"]
+    elif config.num_samples == "auto":
+        windows, notes = _search_windows(given, plan, config, stream, trust_remote_code, observer)
+    else:
+        windows, notes = windows_of(given, config.num_samples, plan, config, trust_remote_code)
+    journal.require_windows(windows, notes)
+    return windows, notes
+
+
+def _search_windows(
+    given: Given, plan: Plan, config: QuantConfig, stream: WeightStream, trust_remote_code: bool, observer: Observer
+) -> tuple[list[Inputs], list[str]]:
     windows, notes = windows_of(given, FEWEST_WINDOWS, plan, config, trust_remote_code)
     if not isinstance(given, str):
         return windows, notes
@@ -79,33 +98,48 @@ def _results_of_first_block(
 
 
 def choose_widths(
-    plan: Plan, config: QuantConfig, windows: list[Inputs], in_flight: int, stream: WeightStream, observer: Observer
+    plan: Plan,
+    config: QuantConfig,
+    windows: list[Inputs],
+    in_flight: int,
+    stream: WeightStream,
+    observer: Observer,
+    journal: Journal,
 ) -> QuantConfig:
     """The config with an override for every layer, so that the target is met; takes one pass over the original model.
 
-    A choice is judged by what it does to the output of its block when it alone is quantized: the squared change of a
-    token's output relative to the token's own, as the norms of the blocks that follow will see it.
+    What the journal says was measured already is not measured again. A choice is judged by what it does to the output
+    of its block when it alone is quantized: the squared change of a token's output relative to the token's own, as the
+    norms of the blocks that follow will see it.
     """
     units, chosen_format = units_of(plan, config)
     choose(plan, config, units, chosen_format)  # an impossible target is refused before the work
     observer.stage("measuring what each width does to each layer")
     observer.started(len(plan.blocks), sum(p.outputs * p.inputs for p in plan.layers.values()))
+    known: dict[str, list[list[float]]] = {entry["name"]: entry["errors"] for entry in journal.find("measured")}
+    if known:
+        before = (plan.layers[name] for block in plan.blocks if block.name in known for name in block.linears)
+        observer.going_on(len(known), sum(layer.outputs * layer.inputs for layer in before))
     job = Job(config, plan.layers, stream, None, observer)
     trials: dict[str, dict[tuple[int, int], solver.SolvedLayer]] = {}
     job.finish = partial(_try_choices, units={name: unit for unit in units for name in unit.layers}, trials=trials)
     measured: list[Unit] = []
 
     def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:
+        inside = [unit for unit in units if unit.layers[0] in block.linears]
+        if block.name in known:
+            measured.extend(map(_with_errors, inside, known[block.name]))
+            return run_as_original(block, fresh[0], job)
         outputs: list[list[Any]] = []
         if block.is_head():
             solve_head(index, block, fresh, job)
         else:
             outputs = walk_block(index, block, fresh, in_flight, job)
-        inside = [unit for unit in units if unit.layers[0] in block.linears]
-        measured.extend(
-            _measure(unit, block, fresh[0], outputs[0] if outputs else None, trials, job) for unit in inside
-        )
+        found = [_measure(unit, block, fresh[0], outputs[0] if outputs else None, trials, job) for unit in inside]
         trials.clear()
+        measured.extend(found)
+        errors = [[choice.error for choice in unit.choices] for unit in found]
+        journal.append("measured", {"name": block.name, "errors": errors})
         return outputs
 
     with torch.no_grad(), exact_float32(stream.device):
@@ -144,7 +178,7 @@ def _measure(
     Where the original `outputs` are not given, each is computed when it is compared.
     """
     windows = [i for i in range(len(fresh)) if is_held_out(i, len(fresh))] or list(range(len(fresh)))
-    choices = []
+    found = []
     for choice in unit.choices:
         weights: dict[nn.Module, nn.Parameter | None] = {}
         for name in unit.layers:
@@ -156,8 +190,12 @@ def _measure(
             original = outputs[i] if outputs else run_through(fresh[i])
             with swapped(weights):
                 errors.append(_relative_change(run_through(fresh[i]), original))
-        choices.append(replace(choice, error=sum(errors) / len(errors)))
-    return replace(unit, choices=tuple(choices))
+        found.append(sum(errors) / len(errors))
+    return _with_errors(unit, found)
+
+
+def _with_errors(unit: Unit, errors: list[float]) -> Unit:
+    return replace(unit, choices=tuple(replace(c, error=e) for c, e in zip(unit.choices, errors, strict=True)))
 
 
 def _relative_change(output: Any, original: Any) -> float:

@@ -7,16 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptq"
 RANKS = [
-    {"errors", "version", "grid", "packing", "hessian", "walk", "charts", "shelf"},
+    {"errors", "version", "grid", "packing", "hessian", "walk", "charts", "shelf", "triton_solver"},
     {"kernels", "experts"},
     {"config", "calibration", "solver", "checkpoint"},
-    {"formats", "blocks", "hub", "refine", "drift"},
+    {"formats", "blocks", "hub", "refine", "drift", "journal"},
     {"schemes"},
     {"packed", "plan", "engines"},
-    {"linear", "record", "tune", "budget", "windows", "memory"},
-    {"hf_quantizer", "layer", "cost"},
-    {"routed"},
-    {"sequence"},
+    {"linear", "record", "tune", "budget", "windows"},
+    {"hf_quantizer", "layer"},
+    {"routed", "memory"},
+    {"sequence", "cost"},
     {"trials"},
     {"engine", "verify", "conversion", "integration", "evaluate"},
     {"demo", "report"},

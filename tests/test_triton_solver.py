@@ -1,0 +1,104 @@
+"""The Triton kernels, run by Triton's interpreter on a CPU, against the same arithmetic in whole-tensor operations."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptq import grid, kernels, solver
+
+
+@pytest.fixture(scope="module")
+def triton_solver() -> Any:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from gptq import triton_solver
+
+    return triton_solver
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("bits", "sym"), [(2, False), (3, True), (4, True), (8, False)])
+@pytest.mark.parametrize(("columns", "rows"), [(8, 16), (13, 37)])
+def test_columns_are_chosen_as_in_whole_tensor_operations(
+    triton_solver: Any, bits: int, sym: bool, columns: int, rows: int
+) -> None:
+    base, reference = normal(columns, rows), normal(columns, rows, seed=1)
+    coupling = 0.3 * normal(columns, columns, seed=2)
+    half = columns // 2
+    scale, zero = solver.fit_groups(reference.T.contiguous(), bits, half, sym)
+    groups = [min(k // half, scale.shape[1] - 1) for k in range(columns)]
+    arguments = (base, reference, coupling, scale.T.contiguous(), zero.T.contiguous(), groups, bits)
+    codes, Q, t = triton_solver.choose_columns(*arguments)
+    expected = kernels.choose_columns_plainly(*arguments)
+    assert torch.equal(codes, expected[0])
+    torch.testing.assert_close(Q, expected[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(t, expected[2], rtol=0, atol=1e-5)
+
+
+def test_ties_round_to_even_and_codes_stay_within_their_bits(triton_solver: Any) -> None:
+    base = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9, 3.49999]])
+    scale, zero = torch.ones(1, 8), torch.full((1, 8), 8.0)
+    codes, Q, _ = triton_solver.choose_columns(base, base, torch.zeros(1, 1), scale, zero, [0], 4)
+    assert codes.tolist() == [[8, 10, 10, 8, 6, 15, 0, 11]]
+    assert Q.tolist() == [[0, 2, 2, 0, -2, 7, -8, 3]]
+
+
+@pytest.mark.parametrize(("bits", "sym"), [(2, False), (3, True)])
+@pytest.mark.parametrize("columns", [10, 70])  # one chunk, and one and a rest
+def test_the_search_finds_the_grid_that_errs_least(triton_solver: Any, bits: int, sym: bool, columns: int) -> None:
+    w, importance = normal(columns, 19), normal(columns, seed=3).square()
+    scales, zeros = (t[::6].contiguous() for t in grid.candidates(w.T, bits, sym))
+    found = triton_solver.best_grid(w, importance, scales, zeros, bits)
+    errors = torch.stack(
+        [
+            importance.double() @ (w - grid.dequantize(grid.quantize(w, s, z, bits), s, z)).double().square()
+            for s, z in zip(scales, zeros, strict=True)
+        ]
+    )  # (candidates, rows)
+    torch.testing.assert_close(errors.gather(0, found[None])[0], errors.amin(0), rtol=1e-5, atol=0)
+
+
+def test_a_solve_made_of_them_has_the_error_of_the_plain_one(
+    triton_solver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    W, X = normal(16, 24), normal(90, 24, seed=5)
+    H = X.T @ X / len(X)
+    factor = solver.factorize(H, solver.act_order(H))
+    plain = solver.solve(W, factor, 3, 12, True, block_size=8)
+    monkeypatch.setattr(kernels, "choose_columns", triton_solver.choose_columns)
+    made = solver.solve(W, factor, 3, 12, True, block_size=8)
+    assert torch.equal(made.scale, plain.scale)
+    assert (made.codes != plain.codes).float().mean() < 0.01  # those within rounding of a tie, and what follows them
+    assert made.error == pytest.approx(plain.error, rel=1e-3)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gptq import triton_solver as t
+types = {"codes": "*u8", "groups": "*i32", "best": "*i64"}
+types |= dict.fromkeys(("rows", "columns", "candidates", "maxq"), "i32")
+for kernel, sizes in ((t._columns, {"COLUMNS": 128}), (t._grids, {"CHUNK": t.CHUNK})):
+    sizes |= {"ROWS": t.ROWS}
+    signature = {name: "constexpr" if name in sizes else types.get(name, "*fp32") for name in kernel.arg_names}
+    for capability in (80, 90):
+        source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=t.LAUNCH)
+        print(len(made.asm["cubin"]) > 0, ".local" in made.asm["ptx"], "div.rn.f32" in made.asm["ptx"])
+"""
+
+
+def test_the_kernels_compile_for_gpus_without_one(tmp_path: Path) -> None:
+    """To machine code whose division is exactly rounded and whose registers are not kept in memory."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.stdout.split("\n") == [*["True False True"] * 4, ""], done.stderr
