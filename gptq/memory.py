@@ -179,7 +179,9 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
             yield from (always + moment for moment in _at_layers(group, config, tokens))
             back = in_flight * window * (hidden + first.inputs) if on_disk else 0  # read again from the files
             weight = dtype.itemsize * streams * max(layer.outputs * layer.inputs for layer in group)
-            forward = in_flight * window * sum(layer.outputs for layer in group) + back + weight
+            forward = (
+                in_flight * window * max(sum(layer.outputs for layer in group[:-1]), group[-1].outputs) + back + weight
+            )
             yield always + size + forward + _known(first, tokens, config)
         else:
             yield codes + 10 * size
@@ -190,9 +192,10 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
 
 
 def _beside(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
-    """Outputs of layers before this one that it waits beside: numbers for each token."""
-    before = layers[: layers.index(layer)]
-    return sum(other.outputs for other in before if other.inputs == layer.inputs and other.outputs <= 4 * layer.inputs)
+    """Outputs that are kept beside a layer's input, numbers for each token: queries, keys and values behind attention."""
+    parent = layer.name.rpartition(".")[0]
+    before = [other for other in layers[: layers.index(layer)] if other.name.rpartition(".")[0] == parent]
+    return sum(other.outputs for other in before if other.inputs == layer.inputs)
 
 
 def _known(layer: LayerPlan, tokens: Tokens, config: QuantConfig) -> int:
