@@ -192,7 +192,7 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
 
 
 def _beside(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
-    """Outputs that are kept beside a layer's input, numbers for each token: queries, keys and values behind attention."""
+    """Outputs kept beside a layer's input, numbers for each token: queries, keys and values behind attention."""
     parent = layer.name.rpartition(".")[0]
     before = [other for other in layers[: layers.index(layer)] if other.name.rpartition(".")[0] == parent]
     return sum(other.outputs for other in before if other.inputs == layer.inputs)
