@@ -35,7 +35,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from gptq.checkpoint import Source, TensorInfo
+from gptq.checkpoint import ReadAhead, Source, TensorInfo
 from gptq.errors import InputError
 from gptq.experts import Experts, take_apart
 from gptq.folder import read_json
@@ -497,7 +497,8 @@ class WeightStream:
         self._source = source
         self._names = names
         self.device = device
-        self._dtype = dtype
+        self.dtype = dtype
+        self.ahead = ReadAhead(source)
 
     def fill(self, module: nn.Module, prefix: str, skip: Collection[nn.Module] = (), recurse: bool = True) -> None:
         """Give `module`, whose name in the model is `prefix`, its tensors, but not the weights of modules in `skip`.
@@ -526,24 +527,25 @@ class WeightStream:
 
     def computed_with(self, linear: nn.Module, W: Tensor) -> Tensor:
         """W (outputs, inputs) as the linear layer holds it, in its own order and the forward's dtype."""
-        return (W.T if is_transposed(linear) else W).to(self._dtype).contiguous()
+        return (W.T if is_transposed(linear) else W).to(self.dtype).contiguous()
 
     def to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a model is called on, numbers that are not whole in the forward's dtype."""
-        return {
-            name: x.to(self.device, self._dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()
-        }
+        return {name: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 
     def as_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         """The checkpoint's name of the tensor called `name` in the model, and new values for it in the stored dtype."""
         stored = self._names.stored(name)
         return stored, tensor.to(self._source.tensors[stored].dtype)
 
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the operating system fetch these tensors, by their names in the model, while something else is done."""
+        stored = [self._names.find(name) for name in names]
+        self.ahead.start([name for name in stored if name])
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor called `name` in the model, which `check_tensors` has compared with it."""
-        tensor = self._source.read(self._names.stored(name))
-        dtype = (dtype or self._dtype) if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=self.device, dtype=dtype)
+        return self._source.read(self._names.stored(name), dtype or self.dtype).to(self.device)
 
     @contextmanager
     def on_demand(self, model: nn.Module, blocks: list[Block]) -> Iterator[Callable[[], None]]:
@@ -585,6 +587,16 @@ def drop(module: nn.Module) -> None:
             if parameter is not None:
                 empty = torch.empty_like(parameter, device="meta")
                 child._parameters[key] = nn.Parameter(empty, requires_grad=False)
+
+
+def return_large_memory_at_once() -> None:
+    """Let the C library give tensors from 4 MB up back to the system when they are freed.
+
+    glibc raises that bound to 32 MB when it sees such sizes, and the holes of its heap can then be as large as a layer.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
 
 
 def return_freed_memory() -> None:

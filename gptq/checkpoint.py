@@ -13,6 +13,8 @@ import json
 import math
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from gptq.folder import check_folder, read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
+PIECE_BYTES = 2**24  # of a tensor that is read or converted at a time
 CONVERT = (
     "pickled weights are not read. Convert them once, where you trust them: "
     "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), and the tokenizer likewise"
@@ -72,6 +75,7 @@ class Source:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # with where the tensors begin behind them
         listed, files = _shards(folder)
         for file in files:
             for name, info in _header(file).items():
@@ -93,6 +97,17 @@ class Source:
     def file_bytes(self) -> int:
         return sum(file.stat().st_size for file in set(self._file_of.values()))
 
+    def place_of(self, name: str) -> tuple[int, int]:
+        """Where a tensor's bytes begin and end in its file, whose header was checked when the folder was opened."""
+        file = self._file_of[name]
+        if file not in self._headers:
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                self._headers[file] = (8 + length, json.loads(opened.read(length)))
+        begin, header = self._headers[file]
+        start, stop = header[name]["data_offsets"]
+        return begin + start, begin + stop
+
     @property
     def files(self) -> list[Path]:
         return sorted(set(self._file_of.values()))
@@ -100,22 +115,79 @@ class Source:
     def file_of(self, name: str) -> Path:
         return self._file_of[name]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as stored, in memory of its own.
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in memory of its own, as stored or, where it holds floating-point numbers, in `dtype`.
 
         Raises:
             InputError: it holds NaN or infinity.
         """
-        tensor = self.read_unchecked(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise InputError(f"{name} in {self._file_of[name]} holds NaN or infinity; the checkpoint is damaged")
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=(stored.dtype.is_floating_point and dtype) or stored.dtype)
+        for rows in self._pieces(stored):
+            with safe_open(self._file_of[name], framework="pt") as file:  # closed each time, so that no pages pile up
+                piece: Tensor = file.get_slice(name)[rows] if rows else file.get_tensor(name)
+                if stored.dtype.is_floating_point and not bool(torch.isfinite(piece.float()).all()):
+                    raise InputError(
+                        f"{name} in {self._file_of[name]} holds NaN or infinity; the checkpoint is damaged"
+                    )
+                tensor[rows].copy_(piece)
         return tensor
+
+    def _pieces(self, stored: TensorInfo) -> list[tuple[slice, ...]]:
+        """Which rows are read at a time: about PIECE_BYTES of them, and a tensor without rows at once."""
+        if stored.nbytes <= PIECE_BYTES or not stored.shape:
+            return [()]
+        step = max(1, PIECE_BYTES * stored.shape[0] // stored.nbytes)
+        return [(slice(start, start + step),) for start in range(0, stored.shape[0], step)]
 
     def read_unchecked(self, name: str) -> Tensor:
         """The tensor as stored, finite or not, in memory of its own."""
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name).clone()
         return tensor
+
+
+class ReadAhead:
+    """Brings tensors from the disk into the page cache in a thread of its own, so that reading them later is quick.
+
+    It holds no memory itself: the cache is the system's, which takes it back when it has better use for it.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.seconds = 0.0  # that the thread spent reading, beside whatever else went on
+        self.waited = 0.0  # that `join` stood still for it
+        self.nbytes = 0
+        self._source = source
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def start(self, names: list[str]) -> None:
+        """Fetch these tensors; a fetch under way comes to its end first."""
+        self.join()
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._fetch, args=(names,), name="gptq-read-ahead", daemon=True)
+        self._thread.start()
+
+    def join(self, at_once: bool = False) -> None:
+        """Wait for what is under way; `at_once` gives it up."""
+        began = time.perf_counter()
+        if at_once:
+            self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.waited += time.perf_counter() - began
+
+    def _fetch(self, names: list[str]) -> None:
+        began, piece = time.perf_counter(), memoryview(bytearray(2**20))
+        with suppress(OSError):  # it only saves time: who really reads will say what is wrong
+            for name in names:
+                with self._source.file_of(name).open("rb", buffering=0) as file:
+                    start, stop = self._source.place_of(name)
+                    file.seek(start)
+                    while start < stop and not self._stop.is_set() and (count := file.readinto(piece[: stop - start])):
+                        start, self.nbytes = start + count, self.nbytes + count
+        self.seconds += time.perf_counter() - began
 
 
 def _shards(folder: Path) -> tuple[set[str], list[Path]]:

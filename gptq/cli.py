@@ -3,8 +3,6 @@
 import argparse
 import json
 import os
-import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,15 +16,18 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from gptq import engines, evaluate, hub, report, verify
+from gptq import cost, engines, evaluate, hub, memory, report, verify
+from gptq.blocks import choose_device, choose_dtype, fitting_seq_len
 from gptq.calibration import is_arrays, read_arrays
+from gptq.checkpoint import file_bytes
 from gptq.config import EFFORTS, FORMATS, Method, Override, QuantConfig
 from gptq.conversion import convert
 from gptq.engine import Result, quantize
 from gptq.errors import InputError, printable
-from gptq.layer import Observer
-from gptq.plan import plan_checkpoint
+from gptq.layer import Observer, is_held_out
+from gptq.plan import Plan, plan_checkpoint
 from gptq.record import public_name, read_record
+from gptq.trials import FEWEST_WINDOWS
 from gptq.version import __version__
 
 
@@ -146,11 +147,10 @@ def _samples(text: str) -> Any:
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"([\d.]+)\s*([kKMGT]?)(i?)B?", text)
-    if not found or text.count(".") > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 3.5GB or 900MiB")
-    power = "kMGT".find(found[2].replace("K", "k")) + 1 if found[2] else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    try:
+        return memory.parse_size(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_options(parser: argparse.ArgumentParser, source_help: str) -> None:
@@ -212,6 +212,11 @@ def _add_options(parser: argparse.ArgumentParser, source_help: str) -> None:
         "--batch-size", type=int, metavar="N",
         help="calibration windows in mid-block at once: fewer than all saves memory and repeats forwards; same bytes",
     )  # fmt: skip
+    parser.add_argument(
+        "--memory-limit", type=_size, metavar="SIZE",
+        help="of the process, such as 3GiB; by default most of what is free. It changes the time, not a byte",
+    )  # fmt: skip
+    parser.add_argument("--gpu-memory-limit", type=_size, metavar="SIZE", help="the same for a GPU's memory")
 
 
 def _add_push(parser: argparse.ArgumentParser) -> None:
@@ -271,12 +276,14 @@ def _quantize(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             batch_size=args.batch_size,
+            memory_limit=args.memory_limit,
+            gpu_memory_limit=args.gpu_memory_limit,
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
             observer=progress,
         )
     if args.json:
-        _print_json({**result.to_dict(), "peak_rss_bytes": _peak_rss()})
+        _print_json({**result.to_dict(), "peak_rss_bytes": memory.peak_resident()})
     else:
         _print_summary(result)
     return _push(args)
@@ -296,6 +303,7 @@ def _plan(args: argparse.Namespace) -> int:
     plan = plan_checkpoint(args.model, config, args.revision, args.trust_remote_code, sample)
     found = engines.engines(plan.stored_layers)
     layers = list(plan.layers.values())
+    needs = _needs(args, config, plan)
     if args.json:
         _print_json(
             {
@@ -305,6 +313,8 @@ def _plan(args: argparse.Namespace) -> int:
                 "layers": [vars(layer) for layer in layers],
                 "engines": [vars(engine) for engine in found],
                 "notes": plan.notes,
+                "file_bytes": file_bytes(plan.tensors),
+                **needs,
             }
         )
         return 0
@@ -315,10 +325,38 @@ def _plan(args: argparse.Namespace) -> int:
         print(f"{layer.name:{width}}  {layer.bits:4}  {layer.group_size:5}  {_yes(layer.sym)}  {shape:>16}")
     total = _megabytes(sum(info.nbytes for info in plan.tensors.values()))
     print(f"{len(layers)} layers at {plan.bits_per_weight:.2f} bits per weight, {total} in all, as {layers[0].format}")
+    print(needs["memory"])
+    print(
+        f"about {needs['seconds']:,.0f} s: {needs['operations'] / 1e12:,.2f} Tflop, and this machine was measured "
+        f"to do {needs['rate'] / 1e9:,.0f} G a second in float32"
+    )
     for note in plan.notes:
         print(f"note: {note}")
     _print_engines(found)
     return 0
+
+
+def _needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -> dict[str, Any]:
+    """Memory and time of a run, the time from a few seconds' measurement of this machine."""
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, plan.hf_config, device)
+    windows = FEWEST_WINDOWS if config.num_samples == "auto" else config.num_samples
+    length, _ = fitting_seq_len(config.seq_len, plan.hf_config, plan.network)
+    held_out = sum(is_held_out(i, windows) for i in range(windows))
+    tokens = memory.Tokens(windows, length, held_out)
+    choice, says = memory.settle(
+        plan, config, tokens, device, dtype, args.batch_size, args.memory_limit, args.gpu_memory_limit
+    )
+    work, rates = cost.count(plan, config, tokens), cost.measure(config, device, dtype)
+    return {
+        "memory": says,
+        "peak_bytes": choice.peak,
+        "in_flight": choice.in_flight,
+        "activations_in_files": choice.on_disk,
+        "seconds": work.seconds(rates),
+        "operations": work.total,
+        "rate": rates.solver,
+    }
 
 
 def _yes(value: bool) -> str:
@@ -356,7 +394,7 @@ def _print_summary(result: Result) -> None:
     print(
         f"{result.out}: {len(result.layers)} layers at {result.bits_per_weight:.2f} bits per weight ({result.format}), "
         f"{_megabytes(result.bytes_before)} -> {_megabytes(result.bytes_after)}, "
-        f"{result.seconds:.0f} s, {_megabytes(_peak_rss())} peak memory"
+        f"{result.seconds:.0f} s, {_megabytes(memory.peak_resident())} peak memory"
     )
     worst = max(result.layers, key=lambda layer: layer.error)
     if worst.damp is None:
@@ -492,15 +530,6 @@ def _print_json(content: dict[str, Any]) -> None:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-def _peak_rss() -> int:
-    """Peak resident memory of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count the parent's memory in where the process was forked from a large one
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes elsewhere
 
 
 class Progress(Observer):

@@ -14,7 +14,9 @@ that does best on windows which neither C nor H has seen.
 import torch
 from torch import Tensor
 
-from gptq.solver import Factor
+from gptq.solver import Factor, row_chunks
+
+ROWS = 1024  # of a weight whose correction is computed at a time: bounds the memory
 
 
 def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
@@ -24,11 +26,13 @@ def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
         W: (rows, columns).
         C: (columns, columns), the mean of d x^T.
     """
-    perm = factor.perm
-    Y = (C.T @ W.T)[perm]  # (columns, rows) in solving order; H = U D U^T there, so H^-1 Y = U^-T D^-1 U^-1 Y
-    Y = torch.linalg.solve_triangular(factor.U, Y, upper=True, unitriangular=True)
-    Y = torch.linalg.solve_triangular(factor.U.T, Y / factor.D[:, None], upper=False, unitriangular=True)
-    correction: Tensor = Y[torch.argsort(perm)].T.contiguous()
+    perm, inverse = factor.perm, torch.argsort(factor.perm)
+    correction = torch.empty_like(W)
+    for rows in row_chunks(len(W), ROWS):
+        Y = (C.T @ W[rows].T)[perm]  # (columns, rows) in solving order; H = U D U^T, so H^-1 Y = U^-T D^-1 U^-1 Y
+        Y = torch.linalg.solve_triangular(factor.U, Y, upper=True, unitriangular=True)
+        Y = torch.linalg.solve_triangular(factor.U.T, Y.div_(factor.D[:, None]), upper=False, unitriangular=True)
+        correction[rows] = Y[inverse].T
     return correction
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq import formats
+from gptq import formats, memory
 from gptq.blocks import Block, WeightStream, choose_device, choose_dtype, drop, return_freed_memory
 from gptq.calibration import Inputs
 from gptq.checkpoint import ShardWriter, Unfinished, sha256, unfinished_folder
@@ -35,6 +35,7 @@ from gptq.record import (
     write_files,
 )
 from gptq.sequence import Fresh, run_as_original, solve_head, walk_block, walk_blocks
+from gptq.shelf import Shelf
 from gptq.trials import choose_widths, enough_windows, notes_on_samples
 from gptq.tune import first_tensor, tune
 from gptq.walk import run_through
@@ -53,6 +54,9 @@ class Result:
     bytes_before: int
     bytes_after: int
     seconds: float
+    read_ahead_bytes: int  # that were read from the disk while something else was computed
+    read_ahead_seconds: float  # which that took
+    read_ahead_waited: float  # of which the computation stood still
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,6 +71,8 @@ def quantize(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
+    memory_limit: int | None = None,
+    gpu_memory_limit: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     observer: Observer | None = None,
@@ -85,6 +91,9 @@ def quantize(
             CPU without native bfloat16. The solver works in float32 on the stored weights.
         batch_size: how many calibration windows stand in mid-block at once (default all). The others repeat the
             block's forward for each distinct layer input: less memory, more time, the same bytes.
+        memory_limit: bytes of this process that may be in memory; by default most of what the machine has free. It
+            decides on `batch_size` and whether activations between blocks are in files, and never on a byte that is
+            written. On a GPU, `gpu_memory_limit` does the same for its memory.
 
     Raises:
         InputError: anything a user can mend; then nothing is left at `out`. Among it an OUT.partial that was begun with
@@ -124,14 +133,17 @@ def quantize(
         writer = ShardWriter(working.content, tensors, going_on=True)
         try:
             job = Job(config, plans, stream, writer, observer, journal=journal)
+            limits = memory_limit, gpu_memory_limit
+            in_flight = _settle_memory(plan, windows, working.root, batch_size, limits, job)
             finished = _restore(plan.blocks, job)
             with torch.no_grad(), exact_float32(where):
-                _quantize_blocks(plan, windows, batch_size, finished, job)
+                _quantize_blocks(plan, windows, in_flight, finished, job)
             observer.stage("copying what is not quantized")
             for name in (n for n in source.tensors if n in tensors and not writer.checksums[n]):
                 writer.write(name, source.read(name))
             writer.close()
         finally:
+            stream.ahead.join(at_once=True)
             writer.abandon()
         after = _file_bytes(working.content)
         record = {
@@ -166,7 +178,26 @@ def quantize(
         bytes_before=source.file_bytes,
         bytes_after=after,
         seconds=time.monotonic() - started,
+        read_ahead_bytes=stream.ahead.nbytes,
+        read_ahead_seconds=stream.ahead.seconds,
+        read_ahead_waited=stream.ahead.waited,
     )
+
+
+def _settle_memory(
+    plan: Plan, windows: list[Inputs] | None, folder: Path, batch_size: int | None,
+    limits: tuple[int | None, int | None], job: Job,
+) -> int:  # fmt: skip
+    """Say what will be done, and how memory will be kept in bounds; returns how many windows stand in mid-block."""
+    count, tokens = len(windows or []), memory.Tokens(0, 0, 0)
+    if windows is not None:
+        hidden = next(iter(plan.layers.values())).inputs
+        tokens = memory.tokens_of(windows, sum(is_held_out(i, count) for i in range(count)), hidden)
+    device, dtype = job.stream.device, job.stream.dtype
+    choice, says = memory.settle(plan, job.config, tokens, device, dtype, batch_size, *limits)
+    job.observer.stage(f"{plan.in_short}; {says}")
+    job.shelf = Shelf(folder if choice.on_disk else None)
+    return choice.in_flight
 
 
 def _open_journal(working: Unfinished, begun: dict[str, Any], blocks: int) -> tuple[Journal, list[str]]:
@@ -229,13 +260,13 @@ def _written_by(job: Job) -> tuple[Journal, ShardWriter]:
 
 
 def _quantize_blocks(
-    plan: Plan, windows: list[Inputs] | None, batch_size: int | None, finished: dict[str, dict[str, Any]], job: Job
+    plan: Plan, windows: list[Inputs] | None, in_flight: int, finished: dict[str, dict[str, Any]], job: Job
 ) -> None:
     blocks = plan.blocks
     index_of = {block.name: index for index, block in enumerate(blocks)}
     left = [block for block in blocks if block.name not in finished]
     if windows is not None and left:
-        streams, in_flight = 2 if job.config.two_streams else 1, batch_size or len(windows)
+        streams = 2 if job.config.two_streams else 1
 
         def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:
             if block.name in finished:
@@ -243,7 +274,7 @@ def _quantize_blocks(
                 return _run_finished(block, fresh, finished[block.name], job)
             return _quantize_block(index, block, fresh, in_flight, job)
 
-        not_reached = walk_blocks(plan.network, blocks, windows, streams, job.stream, visit)
+        not_reached = walk_blocks(plan.network, blocks, windows, streams, job.stream, visit, job.shelf)
         left = [block for block in not_reached if block.name not in finished]
     for block in left:
         if windows is not None:
@@ -268,7 +299,7 @@ def _run_finished(block: Block, fresh: Fresh, entry: dict[str, Any], job: Job) -
         module, key = _owner(block, name)
         tensor = writer.read(stored).to(module._parameters[key])
         module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-    return [[run_through(call) for call in fresh[0]], *originals]
+    return [[job.shelf.put(run_through(call)) for call in fresh[0]], *originals]
 
 
 def _owner(block: Block, name: str) -> tuple[nn.Module, str]:

@@ -46,17 +46,26 @@ class HessianAccumulator:
 
     def mean(self) -> Tensor:
         """H, (num_inputs, num_inputs) float32; zero where no token came."""
-        H = self.sum / max(self.num_tokens, 1)
-        for start in range(0, len(H), PANEL):  # the other half
-            stop = min(start + PANEL, len(H))
-            H[stop:, start:stop] = H[start:stop, stop:].T
-            square = H[start:stop, start:stop]
-            square.copy_(square.triu() + square.triu(1).T)
-        return H
+        return _filled(self.sum / max(self.num_tokens, 1))
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """What `mean` and `cross_mean` give, in the memory of the sums, which end with this."""
+        H, C, tokens = self.sum, self.cross_sum, max(self.num_tokens, 1)
+        return _filled(H.div_(tokens)), None if C is None else C.div_(tokens)
 
     def cross_mean(self) -> Tensor | None:
         """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None where no original was given."""
         return None if self.cross_sum is None else self.cross_sum / max(self.num_tokens, 1)
+
+
+def _filled(H: Tensor) -> Tensor:
+    """H in place, symmetric, when only what is right of the diagonal was computed."""
+    for start in range(0, len(H), PANEL):
+        stop = min(start + PANEL, len(H))
+        H[stop:, start:stop] = H[start:stop, stop:].T
+        square = H[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+    return H
 
 
 class HeldOut:
@@ -105,7 +114,7 @@ class HeldOut:
 
     def _known_means(self) -> tuple[Tensor, Tensor | None] | None:
         if self._sums is not None:
-            self._means, self._sums = (self._sums.mean(), self._sums.cross_mean()), None
+            self._means, self._sums = self._sums.take(), None
         return self._means
 
 

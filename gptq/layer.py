@@ -21,6 +21,7 @@ from gptq.journal import Journal
 from gptq.plan import LayerPlan
 from gptq.record import BlockError, Coverage, LayerResult, weight_histogram
 from gptq.refine import refine
+from gptq.shelf import Shelf
 
 HELD_OUT = 8  # one calibration window in so many measures what the solver learned from the others
 ROWS = 2048  # of one or several weights that are solved at a time: bounds the memory, and what a unit of work is
@@ -63,8 +64,14 @@ class Job:
     finish: Callable[..., None] = field(default_factory=lambda: finish_layer)  # what is done with a layer it stands at
     spreads: dict[str, dict[str, Any]] = field(default_factory=dict)  # histograms of weights and codes
     coverage: list[Coverage] = field(default_factory=list)
+    shelf: Shelf = field(default_factory=Shelf)  # for activations between blocks
     journal: Journal | None = None
     notes_kept: int = 0  # of `notes`, in the journal
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether a solved block is run again, so that its layers' weights have to stay."""
+        return self.writer is None or bool(self.config.tune_steps)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -98,7 +105,7 @@ class Unseen:
         return sum((share * one for share, one in found if one is not None), A.new_zeros(len(A), dtype=torch.float64))
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerInputs:
     """What is known of the inputs of a layer; each part is None where there is none of its kind."""
 
@@ -106,6 +113,7 @@ class LayerInputs:
     drift: Tensor | None  # (inputs, inputs) mean of (x~ - x) x^T, see gptq.drift
     unseen: Unseen | None
     tokens: int
+    spent: bool = False  # the drift is forgotten, so that only the layers solved `ahead` can still use this
     ahead: dict[str, Solution] = field(default_factory=dict)  # siblings solved with a layer, expected to get the same
 
 
@@ -124,6 +132,7 @@ def accumulated(inputs: int, arriving: Iterable[tuple[Tensor | None, Tensor | No
     for i, (x, original) in enumerate(arriving):
         if x is not None:
             (unseen if is_held_out(i, windows) else seen).add(x, original)
+        x = original = None  # before the next window makes its own
     return seen, unseen
 
 
@@ -133,7 +142,7 @@ def known_from(name: str, own: Sums, everyone: Sums | None, job: Job) -> LayerIn
     missing = 0 if everyone is None else pseudo_tokens(seen.num_tokens, job.plans[name].inputs)
     share = seen.num_tokens / (seen.num_tokens + missing) if missing else 1.0
     all_seen, all_unseen = everyone or own
-    H, C = blend(seen, all_seen, share)
+    H, C = seen.take() if share == 1 else blend(seen, all_seen, share)  # a large H is not there twice
     if not bool(torch.isfinite(H.diagonal()).all()):
         raise InputError(
             f"the input of {name} holds NaN or infinity for the calibration data; if the original model works on it, "
@@ -193,12 +202,25 @@ def _siblings(name: str, block: Block, job: Job) -> list[str]:
     return [name] + [n for n in together if n != name and n not in job.solved and job.plans[n].scheme == alike]
 
 
+def _last_on_input(name: str, block: Block, job: Job) -> str | None:
+    """The layer, if it has more inputs than outputs and all that engines fuse with it are solved.
+
+    Then C is larger than the layer, and nobody is expected to need it; who does makes it once more.
+    """
+    together = next(names for names in fused_siblings(block.linears) if name in names)
+    alone = all(sibling == name or sibling in job.solved for sibling in together)
+    return name if alone and job.plans[name].inputs > job.plans[name].outputs else None
+
+
 def _solve_together(names: list[str], block: Block, known: LayerInputs | None, job: Job) -> dict[str, Solution]:
     """Layers with one input and one way of storing: their rows are those of one matrix, which is solved once."""
     weights = [job.stream.weight(block.linears[name], name) for name in names]  # (outputs, inputs) float32 each
     plan = job.plans[names[0]]
     try:
-        solved = [_round(W, plan) for W in weights] if known is None else solve_rows(weights, plan, known, job.config)
+        if known is None:
+            solved = [_round(W, plan) for W in weights]
+        else:
+            solved = solve_rows(weights, plan, known, job.config, names == [_last_on_input(names[0], block, job)])
     except ValueError as problem:
         if len(names) > 1:  # find out which
             return _solve_together(names[:1], block, known, job)
@@ -220,14 +242,18 @@ def _round(W: Tensor, plan: LayerPlan) -> tuple[solver.SolvedLayer, dict[str, An
 
 
 def solve_rows(
-    weights: list[Tensor], plan: LayerPlan, known: LayerInputs, config: QuantConfig
+    weights: list[Tensor], plan: LayerPlan, known: LayerInputs, config: QuantConfig, last: bool = False
 ) -> list[tuple[solver.SolvedLayer, dict[str, Any]]]:
     """Codes of the weights (outputs, inputs) of layers with one input, and the figures of their LayerResults.
+
+    What is known of the drift is forgotten once the `last` layer has its correction.
 
     Rows do not know of each other, so they are taken ROWS at a time, whichever layers they belong to.
     """
     factor, unseen = known.factor, known.unseen
     corrections, shares = _corrections(weights, known)
+    if last:
+        known.drift, known.spent = None, True
     shared = torch.cat([W.new_full((len(W), 1), share or 0.0) for W, share in zip(weights, shares, strict=True)])
     W = torch.cat(weights) if len(weights) > 1 else weights[0]  # (rows, inputs)
     parts, columns = [], []
@@ -277,7 +303,7 @@ def _corrections(weights: list[Tensor], known: LayerInputs) -> tuple[Tensor | No
             share = best_share(float(known.unseen.powers(correction).sum()), float(agreement.sum()))
         corrections.append(correction)
         shares.append(share)
-    return torch.cat(corrections), [*shares]
+    return torch.cat(corrections) if len(corrections) > 1 else corrections[0], [*shares]
 
 
 def heldout_excess(results: list[LayerResult]) -> float:

@@ -26,7 +26,7 @@ from gptq.blocks import (
     shape,
     take_experts_apart,
 )
-from gptq.checkpoint import Source, TensorInfo, resolve
+from gptq.checkpoint import Source, TensorInfo, file_bytes, resolve
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats import Scheme
@@ -79,6 +79,14 @@ class Plan:
         """Of all that is stored for the quantized layers."""
         layers = self.layers.values()
         return sum(i.nbytes for p in layers for i in formats.layout(p.scheme, p.outputs, p.inputs).values())
+
+    @property
+    def in_short(self) -> str:
+        layers = self.layers.values()
+        return (
+            f"{len(layers)} layers in {len(self.blocks)} blocks at {self.bits_per_weight:.2f} bits per weight "
+            f"({next(iter(layers)).format}), {file_bytes(self.tensors) / 1e6:,.1f} MB of files"
+        )
 
     @property
     def bits_per_weight(self) -> float:

@@ -129,11 +129,13 @@ def public_name(source: str) -> str:
 def weight_histogram(W: Tensor) -> dict[str, Any]:
     """How a layer's weights (outputs, inputs) are spread before quantization: counts in 40 equal bins over
     [-weight_range, weight_range], the last one closed."""
-    largest = float(W.abs().max())
+    largest = max(abs(float(end)) for end in W.aminmax())
     half = WEIGHT_BINS / 2
-    bin_of = (W * (half / (largest or 1.0)) + half).clamp_(0, WEIGHT_BINS - 1).to(torch.uint8)  # rounds down
-    counts = torch.bincount(bin_of.flatten(), minlength=WEIGHT_BINS).tolist()
-    return {"weight_range": largest, "weight_histogram": counts}
+    counts = torch.zeros(WEIGHT_BINS, dtype=torch.int64, device=W.device)
+    for part in W.split(512):  # as a layer can be large
+        bin_of = (part * (half / (largest or 1.0)) + half).clamp_(0, WEIGHT_BINS - 1).to(torch.uint8)  # rounds down
+        counts += torch.bincount(bin_of.flatten(), minlength=WEIGHT_BINS)
+    return {"weight_range": largest, "weight_histogram": counts.tolist()}
 
 
 def code_histogram(codes: Tensor, bits: int) -> dict[str, Any]:

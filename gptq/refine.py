@@ -29,8 +29,8 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
     """
     order = torch.argsort(solved.g_idx, stable=True)  # (columns,) each group contiguous
     H = factor.H if bool((order.diff() == 1).all()) else factor.H[order[:, None], order]
-    H = H.clone()
-    H.diagonal().add_(factor.ridge)
+    undamped = H.diagonal().clone()
+    H.diagonal().add_(factor.ridge)  # in place, as H can be the largest of all; taken back below
     Wt = W.T.contiguous()[order]  # (columns, rows), as are codes, Q and E
     codes = solved.codes.T.contiguous()[order]
     scale = solved.scale.T.to(W.dtype).contiguous()  # (groups, rows)
@@ -55,6 +55,7 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
                 chosen = _descend(Wt[block], E[block], G, H[block, block], scale, zero, group, bits)
                 codes[block], E[block], gain = chosen
                 errors -= gain
+    H.diagonal().copy_(undamped)
     inverse = torch.argsort(order)
     return SolvedLayer(
         codes=codes[inverse].T.contiguous(),

@@ -5,6 +5,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,6 +15,7 @@ from gptq.errors import InputError
 from gptq.experts import Experts
 from gptq.layer import Job, LayerInputs, look_at_inputs, original_weights, swapped
 from gptq.routed import routed, solve_experts
+from gptq.shelf import Shelf
 from gptq.walk import (
     PausableForward,
     Pause,
@@ -37,13 +39,16 @@ def walk_blocks(
     num_streams: int,
     weights: WeightStream,
     visit: Callable[[int, Block, Fresh], list[list[Any]]],
+    shelf: Shelf | None = None,
 ) -> list[Block]:
     """Take every window through the model's own forward, block by block, in the order in which it reaches them.
 
     With two streams each window goes through twice, as the quantized and as the original model see it. `visit` has the
     weights of one block in memory, but for its linear layers', and returns the block's outputs by stream and window,
-    or nothing where the walk is to end. Returns the blocks that were not reached.
+    or nothing where the walk is to end. What waits between blocks goes to the shelf. Returns the blocks that were not
+    reached.
     """
+    shelf = shelf or Shelf()
     left = {block.module: block for block in blocks}
     whole = with_defaults(network)
     streams = [
@@ -51,7 +56,7 @@ def walk_blocks(
     ]
     try:
         with weights.on_demand(network, blocks) as drop_others, pause_instead(left) as block_forward:
-            calls = [[_advance(forward) for forward in stream] for stream in streams]
+            calls = [[_shelved(_advance(forward), shelf) for forward in stream] for stream in streams]
             drop_others()
             while standing := calls[0][0]:
                 block = left.pop(standing.module, None)
@@ -59,7 +64,8 @@ def walk_blocks(
                     name = next(b.name for b in blocks if b.module is standing.module)
                     raise InputError(f"{name} is not run once per forward, in the same order for every window")
                 weights.fill(block.module, block.name, skip=block.linears.values())
-                run = block_forward[block.module]
+                run = shelf.releasing(block_forward[block.module])
+                weights.read_ahead(_next_weights(left))
                 outputs = visit(
                     len(blocks) - len(left) - 1,
                     block,
@@ -71,7 +77,8 @@ def walk_blocks(
                     break
                 for stream, out, call in zip(streams, outputs, calls, strict=True):
                     for i, forward in enumerate(stream):
-                        call[i], out[i] = _advance(forward, out[i]), None
+                        call[i] = _shelved(_advance(forward, shelf.put(out[i])), shelf)
+                        out[i] = None
                 drop_others()
     finally:  # a forward left standing would hold its activations as long as the process lives
         for forward in chain(*streams):
@@ -86,6 +93,18 @@ def _advance(forward: PausableForward, answer: Any = None) -> Pause | None:
     except (ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the model does not run on the calibration inputs: {reason}") from error
+
+
+def _shelved(pause: Pause | None, shelf: Shelf) -> Pause | None:
+    if pause is not None:
+        shelf.put((pause.args, pause.kwargs))
+    return pause
+
+
+def _next_weights(left: dict[nn.Module, Block]) -> list[str]:
+    """Names of the parameters of the block that comes next."""
+    block = next(iter(left.values()), None)
+    return [] if block is None else [f"{block.name}.{name}" for name, _ in block.module.named_parameters()]
 
 
 def solve_head(index: int, block: Block, fresh: Fresh, job: Job) -> None:
@@ -113,11 +132,11 @@ def walk_block(index: int, block: Block, fresh: Fresh, in_flight: int, job: Job)
                 if linear not in solved:
                     job.note(f"{name}: no calibration token reached it, so it is rounded to nearest")
                     job.finish(index, block, name, None, job)
-            outputs = [[forward.result for forward in flight] for flight in flights]
-            outputs[0] += [run_through(function) for function in waiting[0]]
+            outputs = [[job.shelf.put(forward.result) for forward in flight] for flight in flights]
+            outputs[0] += [job.shelf.put(run_through(function)) for function in waiting[0]]
             with swapped(originals):
                 for out, functions in zip(outputs[1:], waiting[1:], strict=True):
-                    out += [run_through(function) for function in functions]
+                    out += [job.shelf.put(run_through(function)) for function in functions]
             return outputs
     finally:
         for forward in chain(*flights):
@@ -130,7 +149,7 @@ def run_as_original(block: Block, calls: list[partial[Any]], job: Job) -> list[l
         return []
     for name, linear in block.linears.items():
         job.stream.set_weight(linear, job.stream.weight(linear, name))
-    return [[run_through(call) for call in calls]]
+    return [[job.shelf.put(run_through(call)) for call in calls]]
 
 
 def _solve_as_reached(
@@ -156,15 +175,37 @@ def _solve_as_reached(
                 arriving = _arriving([_pauses_at(linear, flight) for flight in flights], waiting, linear, originals)
                 solve_experts(index, block, name, linear, [routed(*pauses) for pauses in arriving if pauses[0]], job)
             else:
-                if _identities(here) != _identities(shared):
+                spent = known is not None and known.spent and name not in known.ahead
+                if spent or _identities(here) != _identities(shared):
                     known = None  # free the old one first
                     arriving = _arriving([_pauses_at(linear, flight) for flight in flights], waiting, linear, originals)
                     pairs = ((input_at(pause), input_at(original)) for pause, original in arriving)
-                    known, shared = look_at_inputs(name, pairs, len(flights[0]) + len(waiting[0]), job), here
+                    known = look_at_inputs(name, pairs, len(flights[0]) + len(waiting[0]), job)
+                    job.shelf.put([x for stream in here for x, _ in stream.values()])  # nobody needs them for a while
+                    shared = here = [_standing_at(linear, flight) for flight in flights]
+                job.shelf.release()
                 job.finish(index, block, name, known, job)
             solved.update(linear.modules())
+        _ensure_weights(linear, block, job)
         _go_on(linear, here, flights, originals if any(waiting) else {}, block, job)
+        if not any(waiting) and not job.keeps_weights:
+            _forget_weights(linear, block)
     return solved, originals
+
+
+def _ensure_weights(stop: nn.Module, block: Block, job: Job) -> None:
+    """Bring back what `_forget_weights` has forgotten, where a forward comes by a second time."""
+    for name, linear in block.linears.items():
+        if name in job.solved and linear.weight.is_meta and linear in stop.modules():
+            job.stream.set_weight(linear, job.solved[name].weight())
+
+
+def _forget_weights(stop: nn.Module, block: Block) -> None:
+    inside = set(stop.modules())
+    for linear in block.linears.values():
+        if linear in inside:
+            empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
+            linear._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
 
 
 def _go_on(

@@ -51,14 +51,18 @@ class SolvedLayer:
 
     def weight(self) -> Tensor:
         """The dequantized weight, (rows, columns) float32: exactly what a reader of the file computes."""
-        codes, scale, zero = self.codes.float(), self.scale, self.zero.float()
-        rows, columns, groups = *codes.shape, scale.shape[1]
-        runs = torch.arange(groups, device=codes.device).repeat_interleave(columns // groups)
-        if torch.equal(self.g_idx.long(), runs):
-            grouped = codes.view(rows, groups, columns // groups)
-            return grid.dequantize(grouped, scale[..., None], zero[..., None]).view(rows, columns)
-        g_idx = self.g_idx.long()
-        return grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])
+        columns, groups, g_idx = self.codes.shape[1], self.scale.shape[1], self.g_idx.long()
+        runs = torch.arange(groups, device=g_idx.device).repeat_interleave(columns // groups)
+        in_runs = torch.equal(g_idx, runs)
+        Q = torch.empty(self.codes.shape, device=g_idx.device)
+        for rows in row_chunks(len(Q)):
+            codes, scale, zero = self.codes[rows].float(), self.scale[rows], self.zero[rows].float()
+            if in_runs:
+                grouped = codes.view(len(codes), groups, columns // groups)
+                Q[rows] = grid.dequantize(grouped, scale[..., None], zero[..., None]).view(len(codes), columns)
+            else:
+                Q[rows] = grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])
+        return Q
 
     def take(self, rows: slice) -> "SolvedLayer":
         """Some of its rows."""
@@ -99,21 +103,36 @@ def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01) -> Factor:
     """
     mean_diagonal = float(H.diagonal().mean())
     backwards = perm.flip(0)
-    damped = H[backwards[:, None], backwards]  # (n, n)
-    damp, added = damp_percent, 0.0
+    damp, info = damp_percent, torch.empty((), dtype=torch.int32, device=H.device)
     while True:
+        L = H[backwards[:, None], backwards].mT  # (n, n) symmetric; its columns are contiguous, as LAPACK wants them
         ridge = damp * mean_diagonal if mean_diagonal > 0 else 1.0
-        damped.diagonal().add_(ridge - added)
-        added = ridge
-        L, info = torch.linalg.cholesky_ex(damped)
+        L.diagonal().add_(ridge)
+        torch.linalg.cholesky_ex(L, out=(L, info))  # in place, as is all that follows
         if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
             break
         if damp >= 1:
             raise NotPositiveDefiniteError(f"not positive definite with {damp:.0%} of its mean diagonal added")
         damp = min(10 * damp, 1.0)
-    M = L.flip(0, 1)  # (n, n) upper triangular, H = M M^T
-    d = M.diagonal().clone()
-    return Factor(H, perm, M / d, d.square(), damp, ridge)
+    _reverse(L.mT.view(-1))  # turned end for end in both dimensions, L is upper triangular, and H = L L^T
+    d = L.diagonal().clone()
+    return Factor(H, perm, L.div_(d), d.square(), damp, ridge)
+
+
+def _reverse(values: Tensor) -> None:
+    """Turn a contiguous tensor (n,) end for end in place."""
+    half = len(values) // 2
+    for start in range(0, half, 2**20):
+        stop = min(start + 2**20, half)
+        front, back = values[start:stop], values[len(values) - stop : len(values) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+
+
+def row_chunks(rows: int, size: int = 512) -> list[slice]:
+    """Rows to take at a time where a step would make several copies of all of a layer."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def solve(

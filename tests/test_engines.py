@@ -158,10 +158,14 @@ def test_plan_and_inspect_say_it(make_model: MakeModel, tmp_path: Path, capsys: 
     planned = json.loads(capsys.readouterr().out)
     assert cli.main(["plan", str(source), *options]) == 0
     printed = capsys.readouterr().out
+    assert re.search(r"^about [\d,]+ MiB of memory", printed, re.MULTILINE)
+    assert re.search(r"^about [\d,]+ s: ", printed, re.MULTILINE)
     assert re.search(r"^model\.layers\.1\.mlp\.down_proj +5 +32 +yes +64 x 96$", printed, re.MULTILINE)
     assert re.search(r"^vLLM +yes +as compressed-tensors, in releases with Humming", printed, re.MULTILINE)
     assert cli.main(["quantize", str(source), str(out), *options]) == 0
     assert not (tmp_path / "plan").exists()
+    assert planned["file_bytes"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert planned["peak_bytes"] > 0
     content = verify.inspect(out)
     assert planned["format"] == content.format == "pack-quantized"
     assert planned["bits_per_weight"] == pytest.approx(content.bits_per_weight)

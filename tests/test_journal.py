@@ -142,7 +142,7 @@ def test_blocks_that_nothing_reaches_are_finished_too(
     windows = torch.randint(1, 320, (4, 32), generator=torch.Generator().manual_seed(7))
     walk = sequence.walk_blocks
 
-    def only_the_first(network: Any, blocks: Any, windows: Any, streams: int, stream: Any, visit: Any) -> Any:
+    def only_the_first(network: Any, blocks: Any, windows: Any, streams: int, stream: Any, visit: Any, _: Any) -> Any:
         walk(network, blocks, windows, streams, stream, lambda i, b, fresh: visit(i, b, fresh) and [])
         return blocks[1:]
 
