@@ -291,13 +291,15 @@ class ShardWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
         shards: list[list[str]] | None = None,
         going_on: bool = False,
+        muted: bool = False,
     ) -> None:
         """Lay out `shards`, lists of names, or shards of at most so many bytes that do not part a layer's tensors.
 
         With `going_on` shards that an earlier writer laid out alike are opened as they are; which of their tensors were
-        written is for `adopt` to say.
+        written is for `adopt` to say. With `muted` another process writes what this one computes as well.
         """
         self.folder = folder
+        self._muted = muted
         self.checksums: dict[str, str] = {}
         self._tensors = tensors
         self._offsets: dict[str, tuple[int, int]] = {}  # name -> (shard, byte in its file)
@@ -309,7 +311,7 @@ class ShardWriter:
                 single = len(shards) == 1
                 file_name = SINGLE if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
                 self._open_shard(self.folder / file_name, number, names, going_on)
-            if len(shards) > 1:
+            if len(shards) > 1 and not muted:
                 self._write_index(shards)
         except BaseException:
             self.abandon()
@@ -319,11 +321,11 @@ class ShardWriter:
         header, offset = _encode_header({name: self._tensors[name] for name in names})
         size = len(header) + sum(self._tensors[name].nbytes for name in names)
         going_on = going_on and path.is_file() and path.stat().st_size == size and _begins_with(path, header)
-        file = path.open("r+b" if going_on else "w+b")  # closed by `close` or `abandon`
+        file: Any = path.open("rb" if self._muted else "r+b" if going_on else "w+b")  # closed by `close` or `abandon`
         self._files.append(file)
         for name, begin in offset.items():
             self._offsets[name] = (number, len(header) + begin)
-        if not going_on:
+        if not going_on and not self._muted:
             file.write(header)
             file.truncate(size)
 
@@ -346,8 +348,9 @@ class ShardWriter:
             raise ValueError(f"{name} was written already")
         shard, offset = self._offsets[name]
         content = tensor_bytes(tensor)
-        self._files[shard].seek(offset)
-        self._files[shard].write(content)
+        if not self._muted:
+            self._files[shard].seek(offset)
+            self._files[shard].write(content)
         self.checksums[name] = hashlib.sha256(content).hexdigest()
 
     def adopt(self, checksums: dict[str, str]) -> bool:
@@ -377,6 +380,8 @@ class ShardWriter:
 
     def sync(self) -> None:
         """Make what was written so far survive a power cut."""
+        if self._muted:
+            return
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
@@ -476,6 +481,12 @@ class Unfinished:
             raise InputError(f"{self.root} needs {more} and the disk has {free / 1e6:,.1f} MB free")
 
 
+def working_folder(out: Path) -> Unfinished:
+    """Where `out` is made; another process may be making it."""
+    root = out.resolve().with_name(out.name + ".partial")
+    return Unfinished(root, root / CONTENT)
+
+
 @contextmanager
 def unfinished_folder(out: Path) -> Iterator[Unfinished]:
     """A working folder beside `out`, whose content takes that name when the body succeeds.
@@ -486,7 +497,7 @@ def unfinished_folder(out: Path) -> Iterator[Unfinished]:
         InputError: `out` exists and is not empty, cannot be made, or the disk is or becomes too small.
     """
     out = out.resolve()
-    root = out.with_name(out.name + ".partial")
+    root = working_folder(out).root
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         require_free(out)
@@ -494,7 +505,7 @@ def unfinished_folder(out: Path) -> Iterator[Unfinished]:
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     with _sole_use(root, out):
-        working = Unfinished(root, root / CONTENT)
+        working = working_folder(out)
         try:
             require_free(out)  # the run that we waited for may have been writing it
             (root / MARKER).touch()

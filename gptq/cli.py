@@ -26,6 +26,7 @@ from gptq.engine import Result, quantize
 from gptq.errors import InputError, printable
 from gptq.layer import Observer, is_held_out
 from gptq.plan import Plan, plan_checkpoint
+from gptq.ranks import joined, launched_together
 from gptq.record import public_name, read_record
 from gptq.trials import FEWEST_WINDOWS
 from gptq.version import __version__
@@ -267,7 +268,8 @@ def _quantize(args: argparse.Namespace) -> int:
     config = _config(args)
     if args.push:
         hub.check_access(args.push)
-    with Progress() as progress:
+    with launched_together(args.device), Progress() as progress:
+        first = joined(choose_device(args.device)).rank == 0
         result = quantize(
             args.model,
             args.out,
@@ -280,8 +282,10 @@ def _quantize(args: argparse.Namespace) -> int:
             gpu_memory_limit=args.gpu_memory_limit,
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
-            observer=progress,
+            observer=progress if first else Observer(),
         )
+    if not first:
+        return 0
     if args.json:
         _print_json({**result.to_dict(), "peak_rss_bytes": memory.peak_resident()})
     else:

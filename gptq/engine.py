@@ -5,6 +5,7 @@ source tensors -> one block -> inputs of each layer -> Hessian -> solver -> code
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from gptq import formats, memory
 from gptq.blocks import Block, WeightStream, choose_device, choose_dtype, drop, return_freed_memory
 from gptq.calibration import Inputs
-from gptq.checkpoint import ShardWriter, Unfinished, sha256, unfinished_folder
+from gptq.checkpoint import ShardWriter, TensorInfo, Unfinished, file_bytes, sha256, unfinished_folder, working_folder
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.hessian import exact_float32
-from gptq.journal import Journal, beginning
+from gptq.journal import Copy, Journal, beginning
 from gptq.layer import Job, Observer, finish_layer, is_held_out
 from gptq.plan import Plan, plan_checkpoint
+from gptq.ranks import Ranks, joined
 from gptq.record import (
     BlockError,
     Coverage,
@@ -109,10 +111,13 @@ def quantize(
     plan = plan_checkpoint(str(model), config, revision, trust_remote_code, sample)
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
+    ranks = joined(where)
+    if ranks.size > 1 and config.tune_steps:
+        raise InputError("blocks are tuned in one process; start one, or choose another --effort than 'best'")
 
-    with unfinished_folder(Path(out)) as working:
+    with unfinished_folder(Path(out)) if ranks.rank == 0 else nullcontext(working_folder(Path(out))) as working:
         begun = beginning(config, plan.source, where, compute, trust_remote_code)
-        journal, notes = _open_journal(working, begun, len(plan.blocks))
+        journal, notes = _open_journal(working, begun, len(plan.blocks), ranks)
         windows = None
         stream = WeightStream(plan.source, plan.names, where, compute)
         if config.method == "gptq":
@@ -128,24 +133,26 @@ def quantize(
         notes = [*plan.notes, *notes]
         for note in notes:
             observer.note(note)
-        working.require_room(sum(info.nbytes for info in tensors.values()))
         observer.started(len(plan.blocks), sum(p.outputs * p.inputs for p in plans.values()))
-        writer = ShardWriter(working.content, tensors, going_on=True)
+        writer = _writer(working, tensors, ranks)
         try:
-            job = Job(config, plans, stream, writer, observer, journal=journal)
+            job = Job(config, plans, stream, writer, observer, ranks=ranks, journal=journal)
             limits = memory_limit, gpu_memory_limit
-            in_flight = _settle_memory(plan, windows, working.root, batch_size, limits, job)
+            own = _own(windows, ranks)
+            in_flight = _settle_memory(plan, own, working.root, batch_size, limits, job)
             finished = _restore(plan.blocks, job)
+            ranks.wait()  # before one of them writes what another still looks at
             with torch.no_grad(), exact_float32(where):
-                _quantize_blocks(plan, windows, in_flight, finished, job)
+                _quantize_blocks(plan, own, in_flight, finished, job)
             observer.stage("copying what is not quantized")
-            for name in (n for n in source.tensors if n in tensors and not writer.checksums[n]):
+            for name in (n for n in source.tensors if n in tensors and not writer.checksums[n] and ranks.rank == 0):
                 writer.write(name, source.read(name))
-            writer.close()
+            if ranks.rank == 0:
+                writer.close()
         finally:
             stream.ahead.join(at_once=True)
             writer.abandon()
-        after = _file_bytes(working.content)
+        after = file_bytes(tensors)
         record = {
             "model": model_name(model),
             "config": config.to_dict(),
@@ -165,7 +172,9 @@ def quantize(
             **({"experts": [asdict(found) for found in job.coverage]} if job.coverage else {}),
         }
         chosen = next(iter(plans.values())).format
-        write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
+        if ranks.rank == 0:
+            write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
+    ranks.wait()  # until OUT is there
     observer.finished()
     for note in notes_on_samples(job.results):
         job.note(note)
@@ -200,8 +209,29 @@ def _settle_memory(
     return choice.in_flight
 
 
-def _open_journal(working: Unfinished, begun: dict[str, Any], blocks: int) -> tuple[Journal, list[str]]:
+def _own(windows: list[Inputs] | None, ranks: Ranks) -> list[Inputs] | None:
+    """Those windows that run through the model in this process."""
+    if windows is not None and len(windows) < ranks.size:
+        raise InputError(f"{len(windows)} calibration windows cannot be shared by {ranks.size} processes")
+    return None if windows is None else [windows[i] for i in ranks.windows(len(windows))]
+
+
+def _writer(working: Unfinished, tensors: dict[str, TensorInfo], ranks: Ranks) -> ShardWriter:
+    """The first process writes; the others compute the same."""
+    if ranks.rank == 0:
+        working.require_room(sum(info.nbytes for info in tensors.values()))
+        writer = ShardWriter(working.content, tensors, going_on=True)
+        ranks.wait()
+        return writer
+    ranks.wait()  # until the shards are laid out
+    return ShardWriter(working.content, tensors, going_on=True, muted=True)
+
+
+def _open_journal(working: Unfinished, begun: dict[str, Any], blocks: int, ranks: Ranks) -> tuple[Journal, list[str]]:
     """The journal of an earlier run where it has finished something, otherwise a new one; and notes."""
+    if ranks.rank:
+        copy = Copy(working.root, ranks.told(""))
+        return copy, copy.require_same(begun)
     journal = Journal(working.root)
     if not journal.is_worth_keeping():
         working.begin_anew()
@@ -210,6 +240,7 @@ def _open_journal(working: Unfinished, begun: dict[str, Any], blocks: int) -> tu
     working.promise = partial(journal.promise, blocks)
     notes = journal.require_same(begun)
     working.go_on()
+    ranks.told(journal.text())
     return journal, notes
 
 
@@ -383,7 +414,3 @@ def _write_block(block: Block, job: Job) -> None:
     )
     job.tuned.clear()
     job.notes_kept = len(job.notes)
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq.ranks import Ranks
+
+ALONE = Ranks()
 PANEL = 256  # rows of a symmetric sum that one product computes, from the diagonal on
 
 
@@ -22,8 +25,10 @@ class HessianAccumulator:
     comes out depends on them and their order and on nothing else.
     """
 
-    def __init__(self, num_inputs: int, device: torch.device) -> None:
+    def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+        """With several `ranks` each sums its own panels, so all have to be given the same windows and to ask alike."""
         self.sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # right of the diagonal
+        self._ranks = ranks
         self.cross_sum: Tensor | None = None
         self.num_tokens = 0
 
@@ -36,26 +41,41 @@ class HessianAccumulator:
 
     def _add(self, x: Tensor, drift: Tensor | None, dtype: torch.dtype) -> None:
         """Rows (tokens, num_inputs) in float32, whose values `dtype` holds, and their drift."""
+        panels = [slice(start, start + PANEL) for start in range(0, x.shape[1], PANEL)]
+        own = [panel for number, panel in enumerate(panels) if self._ranks.owns(number)]
         with products_of(dtype, x.device):
-            for start in range(0, x.shape[1], PANEL):
-                self.sum[start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
+            for panel in own:
+                self.sum[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :])
         if drift is not None:
             self.cross_sum = torch.zeros_like(self.sum) if self.cross_sum is None else self.cross_sum
-            self.cross_sum.addmm_(drift.T, x)
+            for panel in own:
+                self.cross_sum[panel].addmm_(drift[:, panel].T, x)
         self.num_tokens += x.shape[0]
 
     def mean(self) -> Tensor:
         """H, (num_inputs, num_inputs) float32; zero where no token came."""
+        self._complete(self.sum)
         return _filled(self.sum / max(self.num_tokens, 1))
 
     def take(self) -> tuple[Tensor, Tensor | None]:
         """What `mean` and `cross_mean` give, in the memory of the sums, which end with this."""
-        H, C, tokens = self.sum, self.cross_sum, max(self.num_tokens, 1)
+        H, C, tokens = self._complete(self.sum), self.cross_sum, max(self.num_tokens, 1)
+        if C is not None:
+            self._complete(C)
         return _filled(H.div_(tokens)), None if C is None else C.div_(tokens)
 
     def cross_mean(self) -> Tensor | None:
         """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None where no original was given."""
-        return None if self.cross_sum is None else self.cross_sum / max(self.num_tokens, 1)
+        return None if self.cross_sum is None else self._complete(self.cross_sum) / max(self.num_tokens, 1)
+
+    def _complete(self, sums: Tensor) -> Tensor:
+        """The sums with the panels that other processes have."""
+        for number, start in enumerate(range(0, len(sums), PANEL)) if self._ranks.size > 1 else ():
+            panel = sums[start : start + PANEL]
+            found = self._ranks.piece(panel if self._ranks.owns(number) else None, number)
+            if found is not None and found.data_ptr() != panel.data_ptr():
+                panel.copy_(found)
+        return sums
 
 
 def _filled(H: Tensor) -> Tensor:

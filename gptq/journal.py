@@ -44,15 +44,20 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         """Read what is there; a folder without a journal has an empty one."""
         self._file = folder / JOURNAL
+        self._take(self._file.read_bytes() if self._file.is_file() else b"")
+
+    def _take(self, content: bytes) -> None:
         self.entries: list[Entry] = []
         self._ends = [0]  # byte behind each entry
-        content = self._file.read_bytes() if self._file.is_file() else b""
         for line in content.splitlines(keepends=True):
             entry = _read_line(line)
             if entry is None:
                 break
             self.entries.append(entry)
             self._ends.append(self._ends[-1] + len(line))
+
+    def text(self) -> str:
+        return "".join(_line({kind: content}) for kind, content in self.entries)
 
     def find(self, kind: str) -> list[dict[str, Any]]:
         return [content for own, content in self.entries if own == kind]
@@ -73,8 +78,7 @@ class Journal:
 
     def append(self, kind: str, content: dict[str, Any]) -> None:
         """Write an entry so that it survives a power cut."""
-        entry = {kind: content}
-        line = (json.dumps({"sha256": _checksum(entry), "entry": entry}) + "\n").encode()
+        line = _line({kind: content}).encode()
         with self._file.open("r+b" if self._file.exists() else "w+b") as file:
             file.truncate(self._ends[-1])  # a torn line, if any
             file.seek(self._ends[-1])
@@ -88,9 +92,12 @@ class Journal:
 
     def forget_blocks_from(self, name: str) -> None:
         """The block called `name`, and what came after it, have to be done again."""
-        first = next(i for i, (kind, content) in enumerate(self.entries) if kind == "block" and content["name"] == name)
+        first = self._first(name)
         del self.entries[first:], self._ends[first + 1 :]
         os.truncate(self._file, self._ends[-1])
+
+    def _first(self, name: str) -> int:
+        return next(i for i, (kind, content) in enumerate(self.entries) if kind == "block" and content["name"] == name)
 
     def require_same(self, now: Mapping[str, Any]) -> list[str]:
         """Compare how the run was begun with how it goes on; returns notes on what may matter.
@@ -119,6 +126,24 @@ class Journal:
             raise InputError(
                 f"{self._file.parent} was begun with other calibration windows; give the data it was begun with"
             )
+
+
+class Copy(Journal):
+    """Another process's journal, which alone writes it."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self._file = folder / JOURNAL
+        self._take(text.encode())
+
+    def append(self, kind: str, content: dict[str, Any]) -> None:
+        self.entries.append((kind, content))
+
+    def forget_blocks_from(self, name: str) -> None:
+        del self.entries[self._first(name) :]
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps({"sha256": _checksum(entry), "entry": entry}) + "\n"
 
 
 def _read_line(line: bytes) -> Entry | None:

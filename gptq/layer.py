@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from gptq.config import QuantConfig
 from gptq.drift import best_share, full_correction
 from gptq.errors import InputError
 from gptq.experts import blend, pseudo_tokens
-from gptq.hessian import HeldOut, HessianAccumulator, quadratic
+from gptq.hessian import ALONE, HeldOut, HessianAccumulator, quadratic
 from gptq.journal import Journal
 from gptq.plan import LayerPlan
+from gptq.ranks import Ranks
 from gptq.record import BlockError, Coverage, LayerResult, weight_histogram
 from gptq.refine import refine
 from gptq.shelf import Shelf
@@ -65,6 +66,7 @@ class Job:
     spreads: dict[str, dict[str, Any]] = field(default_factory=dict)  # histograms of weights and codes
     coverage: list[Coverage] = field(default_factory=list)
     shelf: Shelf = field(default_factory=Shelf)  # for activations between blocks
+    ranks: Ranks = field(default_factory=Ranks)
     journal: Journal | None = None
     notes_kept: int = 0  # of `notes`, in the journal
 
@@ -123,12 +125,17 @@ Sums = tuple[HessianAccumulator, HeldOut]  # over windows to learn from, and ove
 def look_at_inputs(
     name: str, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, job: Job
 ) -> LayerInputs:
-    """Average over the windows; one in HELD_OUT is kept out of what the solver works with, to measure it."""
-    return known_from(name, accumulated(job.plans[name].inputs, arriving, windows, job), None, job)
+    """Average over the windows; one in HELD_OUT is kept out of what the solver works with, to measure it.
+
+    `arriving` brings this process's windows only, of which there are so many.
+    """
+    total = job.ranks.total(windows)
+    pairs = ((x, original) for x, original in job.ranks.in_order(arriving, total, parts=2))
+    return known_from(name, accumulated(job.plans[name].inputs, pairs, total, job), None, job)
 
 
 def accumulated(inputs: int, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, job: Job) -> Sums:
-    seen, unseen = HessianAccumulator(inputs, job.stream.device), HeldOut(inputs, job.stream.device)
+    seen, unseen = HessianAccumulator(inputs, job.stream.device, job.ranks), HeldOut(inputs, job.stream.device)
     for i, (x, original) in enumerate(arriving):
         if x is not None:
             (unseen if is_held_out(i, windows) else seen).add(x, original)
@@ -220,9 +227,10 @@ def _solve_together(names: list[str], block: Block, known: LayerInputs | None, j
         if known is None:
             solved = [_round(W, plan) for W in weights]
         else:
-            solved = solve_rows(weights, plan, known, job.config, names == [_last_on_input(names[0], block, job)])
+            last = names == [_last_on_input(names[0], block, job)]
+            solved = solve_rows(weights, plan, known, job.config, last, job.ranks)
     except ValueError as problem:
-        if len(names) > 1:  # find out which
+        if len(names) > 1 and job.ranks.size == 1:  # find out which
             return _solve_together(names[:1], block, known, job)
         raise InputError(
             f"{names[0]}: {problem}; its largest weight is {float(weights[0].abs().max()):.3g}"
@@ -241,39 +249,33 @@ def _round(W: Tensor, plan: LayerPlan) -> tuple[solver.SolvedLayer, dict[str, An
     return nearest, {"error": error, "rtn_error": error, **none}
 
 
+Tiles = dict[int, Tensor]  # by number, what this process has of rows taken ROWS at a time
+
+
 def solve_rows(
-    weights: list[Tensor], plan: LayerPlan, known: LayerInputs, config: QuantConfig, last: bool = False
-) -> list[tuple[solver.SolvedLayer, dict[str, Any]]]:
+    weights: list[Tensor], plan: LayerPlan, known: LayerInputs, config: QuantConfig, last: bool = False,
+    ranks: Ranks = ALONE,
+) -> list[tuple[solver.SolvedLayer, dict[str, Any]]]:  # fmt: skip
     """Codes of the weights (outputs, inputs) of layers with one input, and the figures of their LayerResults.
 
     What is known of the drift is forgotten once the `last` layer has its correction.
 
-    Rows do not know of each other, so they are taken ROWS at a time, whichever layers they belong to.
+    Rows do not know of each other, so they are taken ROWS at a time, whichever layers they belong to, by `ranks` in
+    turns.
     """
-    factor, unseen = known.factor, known.unseen
-    corrections, shares = _corrections(weights, known)
+    W = torch.cat(weights) if len(weights) > 1 else weights[0]  # (rows, inputs)
+    tiles = [slice(start, start + ROWS) for start in range(0, len(W), ROWS)]
+    corrections, shares = _corrections(weights, {n: W[t] for n, t in enumerate(tiles) if ranks.owns(n)}, known, ranks)
     if last:
         known.drift, known.spent = None, True
-    shared = torch.cat([W.new_full((len(W), 1), share or 0.0) for W, share in zip(weights, shares, strict=True)])
-    W = torch.cat(weights) if len(weights) > 1 else weights[0]  # (rows, inputs)
-    parts, columns = [], []
-    for start in range(0, len(W), ROWS):
-        rows = slice(start, start + ROWS)
-        target = W[rows] if corrections is None else W[rows] + shared[rows] * corrections[rows]
-        solved = solver.solve(
-            target, factor, plan.bits, plan.group_size, plan.sym, config.static_groups, bool(config.search)
-        )
-        if config.sweeps:
-            solved = refine(target, solved, factor, plan.bits, config.sweeps)
-        off = target - solved.weight()
-        undamped = solved.row_errors - factor.ridge * off.square().sum(1, dtype=torch.float64)
-        nearest = solver.round_to_nearest(W[rows], plan.bits, plan.group_size, plan.sym).weight()
-        measured = [undamped.clamp(min=0), quadratic(target - nearest, factor.H), quadratic(W[rows], factor.H)]
-        if unseen is not None:
-            measured += [unseen.powers(off), unseen.powers(W[rows])]
-        parts.append(solved)
-        columns.append(torch.stack(measured, 1))  # (rows, figures) float64
-    solved, figures = solver.SolvedLayer.stack(parts), torch.cat(columns)
+    shared = torch.cat([one.new_full((len(one), 1), share or 0.0) for one, share in zip(weights, shares, strict=True)])
+    parts: dict[int, solver.SolvedLayer] = {}
+    measured: Tiles = {}
+    for number, rows in enumerate(tiles):
+        if ranks.owns(number):
+            target = W[rows] + shared[rows] * corrections.pop(number) if corrections else W[rows]
+            parts[number], measured[number] = _solve_tile(W[rows], target, plan, known, config)
+    solved, figures = _stacked(parts, len(tiles), ranks), torch.cat(ranks.exchange(measured, len(tiles)))
     found, start = [], 0
     for one, share in zip(weights, shares, strict=True):
         rows = slice(start, start + len(one))
@@ -283,7 +285,7 @@ def solve_rows(
             "rtn_error": rtn_error / max(power, TINY),
             "heldout_error": held_out[0] / max(held_out[1], TINY) if held_out else None,
             "share": share,
-            "damp": factor.damp,
+            "damp": known.factor.damp,
             "tokens": known.tokens,
         }
         found.append((solved.take(rows), own))
@@ -291,19 +293,50 @@ def solve_rows(
     return found
 
 
-def _corrections(weights: list[Tensor], known: LayerInputs) -> tuple[Tensor | None, list[float | None]]:
-    """What would make up for the drift in all rows (rows, inputs), and how much of it each layer is to take."""
+def _solve_tile(
+    W: Tensor, target: Tensor, plan: LayerPlan, known: LayerInputs, config: QuantConfig
+) -> tuple[solver.SolvedLayer, Tensor]:
+    """Codes for some rows of W (rows, inputs), and per row (rows, figures) float64 what `solve_rows` sums up."""
+    factor, unseen = known.factor, known.unseen
+    solved = solver.solve(
+        target, factor, plan.bits, plan.group_size, plan.sym, config.static_groups, bool(config.search)
+    )
+    if config.sweeps:
+        solved = refine(target, solved, factor, plan.bits, config.sweeps)
+    off = target - solved.weight()
+    undamped = solved.row_errors - factor.ridge * off.square().sum(1, dtype=torch.float64)
+    nearest = solver.round_to_nearest(W, plan.bits, plan.group_size, plan.sym).weight()
+    figures = [undamped.clamp(min=0), quadratic(target - nearest, factor.H), quadratic(W, factor.H)]
+    if unseen is not None:
+        figures += [unseen.powers(off), unseen.powers(W)]
+    return solved, torch.stack(figures, 1)
+
+
+def _stacked(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> solver.SolvedLayer:
+    """All rows, one tile below the other, wherever they were solved."""
+    names = [one.name for one in fields(solver.SolvedLayer)]
+    columns = [ranks.exchange({n: getattr(part, name) for n, part in parts.items()}, count) for name in names]
+    return solver.SolvedLayer.stack([solver.SolvedLayer(*tile) for tile in zip(*columns, strict=True)])
+
+
+def _corrections(
+    weights: list[Tensor], own: Tiles, known: LayerInputs, ranks: Ranks
+) -> tuple[Tiles, list[float | None]]:
+    """What would make up for the drift in this process's `own` tiles, and how much of it each layer is to take."""
     if known.drift is None:
-        return None, [None] * len(weights)
-    corrections, shares = [], []
-    for W in weights:
-        correction, share = full_correction(W, known.drift, known.factor), FULL_SHARE
-        agreement = None if known.unseen is None else known.unseen.agreements(W, correction)
-        if known.unseen is not None and agreement is not None:
-            share = best_share(float(known.unseen.powers(correction).sum()), float(agreement.sum()))
-        corrections.append(correction)
-        shares.append(share)
-    return torch.cat(corrections) if len(corrections) > 1 else corrections[0], [*shares]
+        return {}, [None] * len(weights)
+    corrections, gains = {}, {}
+    for number, W in own.items():
+        corrections[number] = full_correction(W, known.drift, known.factor)
+        agreements = None if known.unseen is None else known.unseen.agreements(W, corrections[number])
+        if known.unseen is not None and agreements is not None:
+            gains[number] = torch.stack([known.unseen.powers(corrections[number]), agreements], 1)  # (rows, 2)
+    tiles = sum(len(W) for W in weights)
+    everywhere = ranks.exchange(gains, -(-tiles // ROWS))
+    if not everywhere:
+        return corrections, [FULL_SHARE] * len(weights)
+    found = torch.cat(everywhere).split([len(W) for W in weights])
+    return corrections, [best_share(*gain.sum(0).tolist()) for gain in found]
 
 
 def heldout_excess(results: list[LayerResult]) -> float:

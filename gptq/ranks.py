@@ -18,8 +18,18 @@ from torch import Tensor
 
 from gptq.errors import InputError
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 MOST_DIMENSIONS = 6
+CPU = torch.device("cpu")
 LOST = "another process of this run has ended; its own message says why"
 
 Item = tuple[Tensor | None, ...]  # what one window brings to a layer
@@ -31,7 +41,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def windows(self, count: int) -> range:
         """Those of `count` windows that run through the model here."""
@@ -82,6 +92,10 @@ class Ranks:
         """The sum of all processes' numbers."""
         return number if self.size == 1 else self._reduced(number, dist.ReduceOp.SUM)
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.least(0)
+
     def any(self, flag: bool) -> bool:
         """Whether it holds for one of the processes."""
         return self.least(0 if flag else 1) == 0
@@ -100,13 +114,25 @@ class Ranks:
 
     def exchange(self, own: Mapping[int, Tensor], count: int) -> list[Tensor]:
         """All of `count` pieces in order, where every process has its `own`."""
-        pieces = (own.get(n) if self.size == 1 else self.broadcast(own.get(n), n % self.size) for n in range(count))
+        pieces = (self.piece(own.get(number), number) for number in range(count))
         return [piece for piece in pieces if piece is not None]
+
+    def piece(self, own: Tensor | None, number: int) -> Tensor | None:
+        """A piece of the work, from the process that `owns` it."""
+        return own if self.size == 1 else self.broadcast(own, number % self.size)
+
+    def told(self, text: str) -> str:
+        """What the first process says."""
+        if self.size == 1:
+            return text
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        found = self.broadcast(content if self.rank == 0 else None, 0)
+        return "" if found is None else bytes(found.tolist()).decode()
 
 
 @contextmanager
 def launched_together(device: str) -> Iterator[None]:
-    """Inside, processes that `torchrun` or `accelerate launch` has started are joined; for any other nothing changes."""
+    """Inside, processes that `torchrun` or `accelerate launch` has started are joined; others stay alone."""
     if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
         yield
         return

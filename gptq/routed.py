@@ -1,6 +1,6 @@
 """Quantizing a list of experts, each for the tokens that the router sends it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -8,16 +8,22 @@ from torch import Tensor
 from gptq.blocks import Block
 from gptq.experts import Expert, Experts, pseudo_tokens
 from gptq.layer import Job, accumulated, known_from, original_weights, swapped
+from gptq.ranks import Item
 from gptq.record import Coverage
 from gptq.walk import Pause, argument, input_at
 
 Routed = tuple[Tensor, Tensor, Tensor | None]  # x (tokens, hidden), experts (tokens, k), x of the original model
 
 
-def routed(pause: Pause | None, original: Pause | None) -> Routed:
-    if pause is None:
-        raise ValueError("a window passed by its experts")
-    return argument(pause), argument(pause, 1), input_at(original)
+def routed(pause: Pause | None, original: Pause | None) -> Item:
+    """As Routed; nothing for a window that passed by the experts."""
+    return (None, None, None) if pause is None else (argument(pause), argument(pause, 1), input_at(original))
+
+
+def everywhere(arriving: Iterable[Item], windows: int, job: Job) -> list[Routed]:
+    """What the windows of all processes bring, `arriving` being those of this one, of which there are so many."""
+    items = job.ranks.in_order(arriving, job.ranks.total(windows), parts=3)
+    return [(x, experts, original) for x, experts, original in items if x is not None and experts is not None]
 
 
 def solve_experts(index: int, block: Block, name: str, experts: Experts, windows: list[Routed], job: Job) -> None:

@@ -14,7 +14,7 @@ from gptq.calibration import Inputs
 from gptq.errors import InputError
 from gptq.experts import Experts
 from gptq.layer import Job, LayerInputs, look_at_inputs, original_weights, swapped
-from gptq.routed import routed, solve_experts
+from gptq.routed import everywhere, routed, solve_experts
 from gptq.shelf import Shelf
 from gptq.walk import (
     PausableForward,
@@ -166,19 +166,19 @@ def _solve_as_reached(
     originals: dict[nn.Module, nn.Parameter | None] = {}
     known: LayerInputs | None = None
     shared: list[dict[int, tuple[Tensor, object]]] = []  # the inputs that are known, kept alive, and their identities
-    while standing := [f.standing.module for f in chain(*flights) if f.standing]:
-        linear = min(standing, key=rank.__getitem__)
-        name = names[linear]
+    while (at := job.ranks.least(min((rank[m] for m in _standing(flights)), default=len(rank)))) < len(rank):
+        linear, name = [*names.items()][at]
         here = [_standing_at(linear, flight) for flight in flights]
-        if linear not in solved and here[0]:
+        if linear not in solved and job.ranks.any(bool(here[0])):
             if isinstance(linear, Experts):
-                arriving = _arriving([_pauses_at(linear, flight) for flight in flights], waiting, linear, originals)
-                solve_experts(index, block, name, linear, [routed(*pauses) for pauses in arriving if pauses[0]], job)
+                routes = (routed(*pauses) for pauses in _arriving(flights, waiting, linear, originals))
+                own = len(flights[0]) + len(waiting[0])
+                solve_experts(index, block, name, linear, everywhere(routes, own, job), job)
             else:
                 spent = known is not None and known.spent and name not in known.ahead
-                if spent or _identities(here) != _identities(shared):
+                if spent or job.ranks.any(_identities(here) != _identities(shared)):
                     known = None  # free the old one first
-                    arriving = _arriving([_pauses_at(linear, flight) for flight in flights], waiting, linear, originals)
+                    arriving = _arriving(flights, waiting, linear, originals)
                     pairs = ((input_at(pause), input_at(original)) for pause, original in arriving)
                     known = look_at_inputs(name, pairs, len(flights[0]) + len(waiting[0]), job)
                     job.shelf.put([x for stream in here for x, _ in stream.values()])  # nobody needs them for a while
@@ -206,6 +206,10 @@ def _forget_weights(stop: nn.Module, block: Block) -> None:
         if linear in inside:
             empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
             linear._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+
+
+def _standing(flights: list[list[PausableForward]]) -> list[nn.Module]:
+    return [forward.standing.module for forward in chain(*flights) if forward.standing]
 
 
 def _go_on(
@@ -241,17 +245,18 @@ def _identities(inputs: list[dict[int, tuple[Tensor, object]]]) -> list[dict[int
 
 
 def _arriving(
-    here: list[dict[int, Pause]],
+    flights: list[list[PausableForward]],
     waiting: Fresh,
     linear: nn.Module,
     originals: dict[nn.Module, nn.Parameter | None],
 ) -> Iterator[tuple[Pause | None, Pause | None]]:
-    """Every window's pause at `linear` and the original model's, in the windows' order.
+    """Every window's pause at `linear` and the original model's, in the windows' order; None for one that passes it by.
 
-    First come those that stand here, then those that run again.
+    First come those in flight, then those that run again.
     """
-    for i in sorted(here[0]):
-        yield here[0][i], here[1].get(i) if len(here) > 1 else None
+    here = [_pauses_at(linear, flight) for flight in flights]
+    for i in range(len(flights[0])):
+        yield here[0].get(i), here[1].get(i) if len(here) > 1 else None
     for i, function in enumerate(waiting[0]):
         pause, original = run_until(function, linear), None
         if len(waiting) > 1:
