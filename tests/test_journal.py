@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -295,7 +294,7 @@ def test_another_machine_is_noted(
 ) -> None:
     source, out = make_model("llama"), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(transformers, "__version__", "0.0")
+        patched.setattr("gptq.journal.transformers.__version__", "0.0")
         stop(source, out, calibration=windows)
     observer = Stops()
     quantize(source, out, CONFIG, calibration=windows, observer=observer)
