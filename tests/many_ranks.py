@@ -1,0 +1,68 @@
+"""Quantizes in several processes that are forked, so that the libraries are imported once for all of them.
+
+    python -m tests.many_ranks SOURCE FOLDER CASES
+
+CASES is JSON: a list of {"out": name, "ranks": number, "config": options, "stop": [rank, blocks] or null}. Prints for
+each case the outcome in every process: "done", or what the error said.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gptq import InputError, QuantConfig, hessian, layer, quantize
+from gptq.layer import Observer
+
+torch.set_num_threads(1)
+hessian.PANEL, layer.ROWS = 24, 20  # so that tiny layers are shared as well
+
+
+class Leaves(Observer):
+    """Ends the process without a word when so many layers are done."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def layer_done(self, block: int, name: str, weights: int) -> None:
+        self.layers -= 1
+        if not self.layers:
+            os._exit(3)
+
+
+def run(source: str, out: Path, case: dict[str, Any], rank: int, meeting: str) -> str:
+    windows = torch.randint(1, 300, (9, 12), generator=torch.Generator().manual_seed(0))
+    stop = case.get("stop")
+    observer = Leaves(stop[1]) if stop and stop[0] == rank else Observer()
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=case["ranks"])
+    try:
+        config = QuantConfig(**{"group_size": 16, **case["config"]})
+        quantize(source, out, config, calibration=windows, device="cpu", observer=observer, **case.get("run", {}))
+    except InputError as error:
+        return str(error)
+    dist.destroy_process_group()
+    return "done"
+
+
+def main(source: str, folder: str, cases: str) -> None:
+    for case in json.loads(cases):
+        with tempfile.TemporaryDirectory() as meeting:
+            children = []
+            for rank in range(case["ranks"]):
+                child = os.fork()
+                if not child:
+                    said = run(source, Path(folder) / case["out"], case, rank, f"{meeting}/store")
+                    os.write(1, f"{json.dumps([case['out'], rank, said])}\n".encode())  # in one piece
+                    os._exit(0)
+                children.append(child)
+            for child in children:
+                os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
