@@ -3,8 +3,8 @@
     python scripts/bench_ranks.py [--ranks 2] [--rounds 2] [--width 1024 ...] [--json FILE]
 
 The model and its calibration tokens are those of bench_quantize.py; options are the package's defaults at 4 bits.
-Seconds are those of the whole command, started by torchrun, imports included; the shards of the results are compared byte
-for byte.
+Seconds are those of the whole command, started by torchrun, imports included; the shards of the results are compared
+byte for byte.
 """
 
 import argparse
