@@ -20,7 +20,7 @@ import torch
 from gptq import solver
 from gptq.blocks import fused_siblings
 from gptq.config import QuantConfig
-from gptq.hessian import exact_float32
+from gptq.matmul import exact_float32
 from gptq.memory import Tokens
 from gptq.plan import LayerPlan, Plan
 from gptq.refine import refine

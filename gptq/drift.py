@@ -14,8 +14,10 @@ that does best on windows which neither C nor H has seen.
 import torch
 from torch import Tensor
 
+from gptq.matmul import product
 from gptq.solver import Factor, row_chunks
 
+BLOCK = 256  # columns of a triangular matrix that a library solves for
 ROWS = 1024  # of a weight whose correction is computed at a time: bounds the memory
 
 
@@ -29,11 +31,21 @@ def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
     perm, inverse = factor.perm, torch.argsort(factor.perm)
     correction = torch.empty_like(W)
     for rows in row_chunks(len(W), ROWS):
-        Y = (C.T @ W[rows].T)[perm]  # (columns, rows) in solving order; H = U D U^T, so H^-1 Y = U^-T D^-1 U^-1 Y
-        Y = torch.linalg.solve_triangular(factor.U, Y, upper=True, unitriangular=True)
-        Y = torch.linalg.solve_triangular(factor.U.T, Y.div_(factor.D[:, None]), upper=False, unitriangular=True)
+        Y = product(C.T, W[rows].T)[perm]  # (columns, rows) in solving order; H = U D U^T, so H^-1 Y = U^-T D^-1 U^-1 Y
+        _solve_in_place(factor.U, Y, upper=True)
+        _solve_in_place(factor.U.T, Y.div_(factor.D[:, None]), upper=False)
         correction[rows] = Y[inverse].T
     return correction
+
+
+def _solve_in_place(T: Tensor, Y: Tensor, upper: bool) -> None:
+    """Y (columns, rows) becomes T^-1 Y for a unit triangular T, most of it by products of blocks."""
+    blocks = [slice(start, min(start + BLOCK, len(T))) for start in range(0, len(T), BLOCK)]
+    for block in reversed(blocks) if upper else blocks:
+        known = slice(block.stop, None) if upper else slice(0, block.start)
+        if len(Y[known]):
+            Y[block] -= product(T[block, known], Y[known])
+        Y[block] = torch.linalg.solve_triangular(T[block, block], Y[block], upper=upper, unitriangular=True)
 
 
 def best_share(power: float, agreement: float) -> float:

@@ -20,9 +20,9 @@ from gptq.calibration import Inputs
 from gptq.checkpoint import ShardWriter, TensorInfo, Unfinished, file_bytes, sha256, unfinished_folder, working_folder
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
-from gptq.hessian import exact_float32
 from gptq.journal import Copy, Journal, beginning
 from gptq.layer import Job, Observer, finish_layer, is_held_out
+from gptq.matmul import exact_float32
 from gptq.plan import Plan, plan_checkpoint
 from gptq.ranks import Ranks, joined
 from gptq.record import (

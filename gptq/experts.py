@@ -116,9 +116,9 @@ def blend(own: HessianAccumulator, everyone: HessianAccumulator, own_weight: flo
     expert with enough tokens (k = 0) is judged by its own only.
     """
     if own_weight == 1:
-        return own.mean(), own.cross_mean()
+        return own.mean(), own.drift_mean()
     H = own_weight * own.mean() + (1 - own_weight) * everyone.mean()
-    C_own, C_all = own.cross_mean(), everyone.cross_mean()
+    C_own, C_all = own.drift_mean(), everyone.drift_mean()
     if C_all is None:
         return H, None
     return H, (1 - own_weight) * C_all + (0 if C_own is None else own_weight * C_own)

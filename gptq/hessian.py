@@ -4,32 +4,33 @@ The paper's H is 2 X X^T with tokens as columns (section 3.1); a positive factor
 tokens is used: tr((W - Q) H (W - Q)^T) is then the mean squared output error of a token, summed over outputs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gptq.matmul import has_tiles, product, products_of
 from gptq.ranks import Ranks
 
 ALONE = Ranks()
 PANEL = 256  # rows of a symmetric sum that one product computes, from the diagonal on
+TOKENS = 2048  # of a window that are added at a time
 
 
 class HessianAccumulator:
-    """Sums x^T x of one layer input in float32, in the order in which windows arrive.
+    """Sums x x^T of one layer input in float32, in the order in which windows arrive.
 
     A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. Where the original
-    model's input x~ is given beside x, (x~ - x)^T x is summed as well. Windows are added one by one, whole, so what
-    comes out depends on them and their order and on nothing else.
+    model's input x~ is given beside x, x~ x^T is summed as well. Windows are added one by one, whole, so what comes out
+    depends on them and their order and on nothing else.
     """
 
     def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
         """With several `ranks` each sums its own panels, so all have to be given the same windows and to ask alike."""
         self.sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # right of the diagonal
         self._ranks = ranks
-        self.cross_sum: Tensor | None = None
+        self._original_sum: Tensor | None = None  # x~ x^T, once x~ differs from x
         self.num_tokens = 0
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
@@ -37,36 +38,39 @@ class HessianAccumulator:
 
         An `original` of another shape (an expert that other tokens reached, say) tells nothing of the drift of these.
         """
-        self._add(*_rows(x, original), x.dtype)
+        x, original = as_rows(x, original)
+        if original is not None and self._original_sum is None:
+            self._original_sum = _filled(self.sum.clone())  # until now nothing had drifted
+        for start in range(0, len(x), TOKENS):
+            rows = slice(start, start + TOKENS)
+            self._add(x[rows], None if original is None else original[rows])
+        self.num_tokens += len(x)
 
-    def _add(self, x: Tensor, drift: Tensor | None, dtype: torch.dtype) -> None:
-        """Rows (tokens, num_inputs) in float32, whose values `dtype` holds, and their drift."""
-        panels = [slice(start, start + PANEL) for start in range(0, x.shape[1], PANEL)]
+    def _add(self, x: Tensor, original: Tensor | None) -> None:
+        panels = [slice(start, min(start + PANEL, x.shape[1])) for start in range(0, x.shape[1], PANEL)]
         own = [panel for number, panel in enumerate(panels) if self._ranks.owns(number)]
-        with products_of(dtype, x.device):
-            for panel in own:
-                self.sum[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :])
-        if drift is not None:
-            self.cross_sum = torch.zeros_like(self.sum) if self.cross_sum is None else self.cross_sum
-            for panel in own:
-                self.cross_sum[panel].addmm_(drift[:, panel].T, x)
-        self.num_tokens += x.shape[0]
+        x, original, add_products = _prepared(x, original)
+        add_products(self.sum, x, x, own, upper=True)
+        if self._original_sum is not None:
+            add_products(self._original_sum, x if original is None else original, x, own, upper=False)
 
     def mean(self) -> Tensor:
         """H, (num_inputs, num_inputs) float32; zero where no token came."""
-        self._complete(self.sum)
-        return _filled(self.sum / max(self.num_tokens, 1))
+        return _filled(self._complete(self.sum) / max(self.num_tokens, 1))
+
+    def drift_mean(self) -> Tensor | None:
+        """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None where nothing has drifted."""
+        if self._original_sum is None:
+            return None
+        drift = self._complete(self._original_sum) - _filled(self._complete(self.sum))
+        return drift.div_(max(self.num_tokens, 1))
 
     def take(self) -> tuple[Tensor, Tensor | None]:
-        """What `mean` and `cross_mean` give, in the memory of the sums, which end with this."""
-        H, C, tokens = self._complete(self.sum), self.cross_sum, max(self.num_tokens, 1)
+        """What `mean` and `drift_mean` give, in the memory of the sums, which end with this."""
+        H, C, tokens = _filled(self._complete(self.sum)), self._original_sum, max(self.num_tokens, 1)
         if C is not None:
-            self._complete(C)
-        return _filled(H.div_(tokens)), None if C is None else C.div_(tokens)
-
-    def cross_mean(self) -> Tensor | None:
-        """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None where no original was given."""
-        return None if self.cross_sum is None else self._complete(self.cross_sum) / max(self.num_tokens, 1)
+            C = self._complete(C).sub_(H).div_(tokens)
+        return H.div_(tokens), C
 
     def _complete(self, sums: Tensor) -> Tensor:
         """The sums with the panels that other processes have."""
@@ -76,6 +80,55 @@ class HessianAccumulator:
             if found is not None and found.data_ptr() != panel.data_ptr():
                 panel.copy_(found)
         return sums
+
+
+def as_rows(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as (tokens, num_inputs); None for an original that tells of no drift."""
+    rows = x.reshape(-1, x.shape[-1])
+    if original is None or original.shape != x.shape or torch.equal(original, x):
+        return rows, None
+    return rows, original.reshape(-1, x.shape[-1])
+
+
+def _prepared(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None, Callable[..., None]]:
+    """x and x~ (tokens, num_inputs) as what adds up their products wants them, and that.
+
+    It is called with sums, a, b, panels and upper: sums[panel] += a[:, panel]^T b for each panel, or at least what is
+    right of the diagonal if `upper`.
+    """
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype"):
+        return x, original, _add_half_products
+    if _goes_in_pairs(x):
+        from gptq import gram  # compiles its loops
+
+        return gram.in_pairs(x), None if original is None else gram.in_pairs(original), gram.add_products
+    floats = None if original is None else original.float()
+    return x.float(), floats, partial(_add_float_products, x.dtype)
+
+
+def _goes_in_pairs(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported() or has_tiles():
+        return False
+    from gptq import gram, vectors
+
+    return vectors.has_pairs() and x.shape[1] % gram.WIDE == 0
+
+
+def _add_half_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool) -> None:
+    """On a GPU: factors of 16 bits, sums of 32."""
+    for panel in panels:
+        right = slice(panel.start if upper else 0, None)
+        sums[panel, right] += torch.mm(a[:, panel].T, b[:, right], out_dtype=torch.float32)
+
+
+def _add_float_products(
+    held: torch.dtype, sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool
+) -> None:
+    """Anywhere, on float32 numbers that `held` can hold."""
+    with products_of(held, a.device):
+        for panel in panels:
+            right = slice(panel.start if upper else 0, None)
+            sums[panel, right].addmm_(a[:, panel].T, b[:, right])
 
 
 def _filled(H: Tensor) -> Tensor:
@@ -94,7 +147,7 @@ class HeldOut:
     def __init__(self, num_inputs: int, device: torch.device) -> None:
         self.num_tokens = 0
         self._num_inputs, self._device = num_inputs, device
-        self._rows: list[tuple[Tensor, Tensor | None, torch.dtype]] = []  # as HessianAccumulator._add takes them
+        self._rows: list[tuple[Tensor, Tensor | None]] = []  # x and, where it differs, x~
         self._sums: HessianAccumulator | None = None
         self._means: tuple[Tensor, Tensor | None] | None = None
 
@@ -102,12 +155,12 @@ class HeldOut:
         """As HessianAccumulator.add, until it is first asked."""
         if self._means is not None:
             raise RuntimeError("inputs come after what they measure")
-        self._rows.append((*_rows(x, original), x.dtype))
+        self._rows.append(as_rows(x, original))
         self.num_tokens += len(self._rows[-1][0])
         if self.num_tokens > self._num_inputs:
             self._sums = self._sums or HessianAccumulator(self._num_inputs, self._device)
             for rows in self._rows:
-                self._sums._add(*rows)
+                self._sums.add(*rows)
             self._rows = []
 
     def powers(self, A: Tensor) -> Tensor:
@@ -115,21 +168,22 @@ class HeldOut:
         if means := self._known_means():
             return quadratic(A, means[0])
         found = torch.zeros(len(A), dtype=torch.float64, device=A.device)
-        for x, _, _ in self._rows:
-            found += (x.to(A.dtype) @ A.T).square().sum(0, dtype=torch.float64)
+        for x, _ in self._rows:
+            found += _outputs(A, x).square_().sum(0, dtype=torch.float64)
         return found / max(self.num_tokens, 1)
 
     def agreements(self, W: Tensor, A: Tensor) -> Tensor | None:
-        """Mean over tokens of (W d)(A x) for each output, d = x~ - x; (outputs,) float64, None without originals."""
+        """Mean over tokens of (W d)(A x) for each output, d = x~ - x; (outputs,) float64, None where none drifted."""
         if means := self._known_means():
             C = means[1]
-            return None if C is None else ((W @ C) * A).sum(1, dtype=torch.float64)
-        known = [(x, drift) for x, drift, _ in self._rows if drift is not None]
+            return None if C is None else product(W, C).mul_(A).sum(1, dtype=torch.float64)
+        known = [(x, original) for x, original in self._rows if original is not None]
         if not known:
             return None
         found = torch.zeros(len(W), dtype=torch.float64, device=W.device)
-        for x, drift in known:
-            found += ((drift.to(W.dtype) @ W.T) * (x.to(A.dtype) @ A.T)).sum(0, dtype=torch.float64)
+        for x, original in known:
+            drift = (original.float() - x.float()).to(x.dtype)
+            found += _outputs(W, drift).mul_(_outputs(A, x)).sum(0, dtype=torch.float64)
         return found / max(self.num_tokens, 1)
 
     def _known_means(self) -> tuple[Tensor, Tensor | None] | None:
@@ -138,12 +192,14 @@ class HeldOut:
         return self._means
 
 
-def _rows(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x and original - x, (tokens, num_inputs) float32."""
-    rows = x.reshape(-1, x.shape[-1]).float()
-    if original is None or original.shape != x.shape:
-        return rows, None
-    return rows, original.reshape(-1, x.shape[-1]).float() - rows
+def _outputs(A: Tensor, x: Tensor) -> Tensor:
+    """x A^T (tokens, outputs) in float32 or better, as exact as the dtype of x (tokens, inputs), for measuring alone.
+
+    A forward rounds its weights to that dtype too, and a mean over many numbers does not tell the difference.
+    """
+    if x.dtype != torch.bfloat16:
+        return product(x.to(A.dtype), A.T)
+    return (x @ A.to(x.dtype).T).to(A.dtype)
 
 
 def quadratic(A: Tensor, H: Tensor) -> Tensor:
@@ -155,57 +211,8 @@ def quadratic(A: Tensor, H: Tensor) -> Tensor:
     for start in range(0, len(H), PANEL):
         stop = min(start + PANEL, len(H))
         inside = A[:, start:stop]
-        product = inside @ H[start:stop, start:stop]
+        weighted = product(inside, H[start:stop, start:stop])
         if start:
-            product.addmm_(A[:, :start], H[:start, start:stop], alpha=2)
-        found += (product * inside).sum(1, dtype=torch.float64)
+            weighted.add_(product(A[:, :start], H[:start, start:stop]), alpha=2)
+        found += weighted.mul_(inside).sum(1, dtype=torch.float64)
     return found
-
-
-def native_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 matrices in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-@contextmanager
-def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Inside, products of float32 matrices on a CPU may take the factors for values of `dtype`.
-
-    Where those are bfloat16 values and the CPU has products of these with sums in float32, nothing is lost by them.
-    """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
-    if matmul is None or dtype != torch.bfloat16 or device.type != "cpu" or not native_bfloat16():
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Inside, products of float32 matrices are float32 products, whatever the process has set.
-
-    TF32, bfloat16 modes and autocast round factors to 11 or 8 bits, which neither H nor the solve survives unharmed.
-    """
-    with torch.autocast(device.type, enabled=False):
-        if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9 there was one setting for all
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
-            return
-        products: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-        settings = [product.fp32_precision for product in products]
-        for product in products:
-            product.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for product, setting in zip(products, settings, strict=True):
-                product.fp32_precision = setting

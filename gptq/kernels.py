@@ -7,7 +7,6 @@ here: a column of W is one contiguous line, (columns, rows).
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gptq import grid
+from gptq.threads import run_shares, shares_of
 
 LANES = 64  # rows that a compiled loop takes at a time: 128 columns of them are 32 KB
 
@@ -101,22 +101,9 @@ def _fused() -> Any:
 
 
 def _over_rows(kernel: Callable[..., None], written: Tensor, arguments: tuple[Tensor, ...], maxq: Tensor) -> None:
-    """Run a compiled loop on all rows, shared out among torch's number of threads; rows do not know of each other."""
+    """Run a compiled loop on all rows, shared out among the threads; rows do not know of each other."""
     arrays = [tensor.contiguous().numpy() for tensor in (written, *arguments)]
-    arrays.append(maxq.numpy()[()])
-    rows = written.shape[-1]
-    threads = torch.get_num_threads()
-    share = -(-rows // (threads * LANES)) * LANES
-    starts = range(0, rows, share)
-    if len(starts) == 1:
-        kernel(*arrays, 0, rows)
-    else:
-        list(_pool(threads).map(lambda start: kernel(*arrays, start, min(start + share, rows)), starts))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="gptq-rows")
+    run_shares(kernel, (*arrays, maxq.numpy()[()]), shares_of(written.shape[-1], LANES))
 
 
 class _Kernels:

@@ -5,27 +5,21 @@ neighbouring outputs lie side by side. So LANES outputs are the lanes of a vecto
 mask, convert, multiply-add. A code is not shifted down: its number in place is 2^shift times too large, and the input
 that it meets is made as much smaller beforehand, which is exact. Only codes that straddle two words, or reach the sign
 bit, are shifted.
-
-The vectors are written as LLVM's, as its vectorizer does not find them in a loop; they run on any CPU that LLVM knows.
-numba is imported with this module, so it is imported when the first product is computed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16  # outputs in a vector
+from gptq.vectors import FLOAT, FLOATS, INTS, LANES, compiled, constants, data, load, multiply_add, splat, store
+
 VECTORS = 16  # taken together, so that what is read of a line of words is 1 KB long
 TILE = LANES * VECTORS
-
-_INT, _FLOAT = ir.IntType(32), ir.FloatType()
-_INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
 
 
 def in_place(bits: int) -> list[bool]:
@@ -38,51 +32,25 @@ def prescale(bits: int) -> list[float]:
     return [2.0 ** -(c * bits % 32) if stays else 1.0 for c, stays in enumerate(in_place(bits))]
 
 
-def _load(builder: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
-    loaded = builder.load(builder.bitcast(builder.gep(array, [offset]), vector.as_pointer()))
-    loaded.align = 4
-    return loaded
-
-
-def _store(builder: Any, value: Any, array: Any, offset: Any) -> None:
-    stored = builder.store(value, builder.bitcast(builder.gep(array, [offset]), value.type.as_pointer()))
-    stored.align = 4
-
-
-def _splat(builder: Any, number: Any) -> Any:
-    """LANES times the same float."""
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
-    one = builder.insert_element(undefined, number, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(_INTS, [ir.Constant(_INT, 0)] * LANES))
-
-
 def _codes(builder: Any, words: Any, at: Any, stride: Any, bits: int) -> Iterator[Any]:
     """The 32 codes of a unit as vectors of floats, those that stay in place 2^shift times too large."""
 
-    def constant(number: int) -> ir.Constant:
-        return ir.Constant(_INTS, [ir.Constant(_INT, number)] * LANES)
-
     lines = []
     for _ in range(bits):
-        lines.append(_load(builder, words, at, _INTS))
+        lines.append(load(builder, words, at, INTS))
         at = builder.add(at, stride)
     mask = 2**bits - 1
     for c, stays in enumerate(in_place(bits)):
         word, shift = divmod(c * bits, 32)
         if stays:
-            code = builder.and_(lines[word], constant(mask << shift))
+            code = builder.and_(lines[word], constants(mask << shift))
         elif shift + bits == 32:
-            code = builder.lshr(lines[word], constant(shift))
+            code = builder.lshr(lines[word], constants(shift))
         else:
-            low = builder.lshr(lines[word], constant(shift))
-            high = builder.shl(lines[word + 1], constant(32 - shift))
-            code = builder.and_(builder.or_(low, high), constant(mask))
-        yield builder.sitofp(code, _FLOATS)
-
-
-def _data(context: Any, builder: Any, signature: Any, arguments: Any, i: int) -> Any:
-    """Where the elements of an array begin."""
-    return context.make_array(signature.args[i])(context, builder, arguments[i]).data
+            low = builder.lshr(lines[word], constants(shift))
+            high = builder.shl(lines[word + 1], constants(32 - shift))
+            code = builder.and_(builder.or_(low, high), constants(mask))
+        yield builder.sitofp(code, FLOATS)
 
 
 def _adding_unit(context, words, at, stride, x, x_at, sums, sums_at, width):  # type: ignore[no-untyped-def]
@@ -94,14 +62,12 @@ def _adding_unit(context, words, at, stride, x, x_at, sums, sums_at, width):  # 
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, at, stride, _, x_at, _, sums_at, _ = arguments
-        words, x, sums = (_data(context, builder, signature, arguments, i) for i in (0, 3, 5))
-        fma_type = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fmuladd.v{LANES}f32")
-        total = _load(builder, sums, sums_at, _FLOATS)
+        words, x, sums = (data(context, builder, signature, arguments, i) for i in (0, 3, 5))
+        total = load(builder, sums, sums_at, FLOATS)
         for c, code in enumerate(_codes(builder, words, at, stride, len(width))):
             factor = builder.load(builder.gep(x, [builder.add(x_at, ir.Constant(x_at.type, c))]))
-            total = builder.call(fma, [code, _splat(builder, factor), total])
-        _store(builder, total, sums, sums_at)
+            total = multiply_add(builder, code, splat(builder, factor), total)
+        store(builder, total, sums, sums_at)
         return context.get_dummy_value()
 
     return types.void(words, types.intp, types.intp, x, types.intp, sums, types.intp, width), emit
@@ -112,15 +78,15 @@ def _writing_unit(context, words, at, stride, s, z, lane, weight, weight_at, wid
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, at, stride, _, _, lane, _, weight_at, _ = arguments
-        words, s, z, weight = (_data(context, builder, signature, arguments, i) for i in (0, 3, 4, 6))
+        words, s, z, weight = (data(context, builder, signature, arguments, i) for i in (0, 3, 4, 6))
         line = context.make_array(signature.args[6])(context, builder, arguments[6])
         weight_stride = cgutils.unpack_tuple(builder, line.shape, 2)[1]
-        scale, zero = _load(builder, s, lane, _FLOATS), _load(builder, z, lane, _FLOATS)
+        scale, zero = load(builder, s, lane, FLOATS), load(builder, z, lane, FLOATS)
         factors = prescale(len(width))
         for c, code in enumerate(_codes(builder, words, at, stride, len(width))):
-            factor = _splat(builder, ir.Constant(_FLOAT, factors[c]))
+            factor = splat(builder, ir.Constant(FLOAT, factors[c]))
             difference = builder.fsub(builder.fmul(code, factor), zero)
-            _store(builder, builder.fmul(scale, difference), weight, weight_at)
+            store(builder, builder.fmul(scale, difference), weight, weight_at)
             weight_at = builder.add(weight_at, weight_stride)
         return context.get_dummy_value()
 
@@ -130,10 +96,9 @@ def _writing_unit(context, words, at, stride, s, z, lane, weight, weight_at, wid
 
 _add_unit: Any = intrinsic(_adding_unit)
 _write_unit: Any = intrinsic(_writing_unit)
-_compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 
 
-@_compiled
+@compiled
 def multiply(  # type: ignore[no-untyped-def]
     words, x, x_sums, scale, zero, y, columns, width, start, stop
 ) -> None:
@@ -178,7 +143,7 @@ def multiply(  # type: ignore[no-untyped-def]
         y[:, low : low + taken] = total[:, :taken]
 
 
-@_compiled
+@compiled
 def decode(words, scale, zero, weight, columns, width, first, start, stop) -> None:  # type: ignore[no-untyped-def]
     """weight (inputs, outputs here): outputs first + start to first + stop of W^T in float32; the rest as above."""
     outputs, bits, here = words.shape[1], len(width), weight.shape[1]

@@ -265,7 +265,8 @@ def solve_rows(
     """
     W = torch.cat(weights) if len(weights) > 1 else weights[0]  # (rows, inputs)
     tiles = [slice(start, start + ROWS) for start in range(0, len(W), ROWS)]
-    corrections, shares = _corrections(weights, {n: W[t] for n, t in enumerate(tiles) if ranks.owns(n)}, known, ranks)
+    own_tiles = {n: W[t] for n, t in enumerate(tiles) if ranks.owns(n)}
+    corrections, shares = _corrections(weights, own_tiles, known, ranks, 0.0 if config.two_streams else None)
     if last:
         known.drift, known.spent = None, True
     shared = torch.cat([one.new_full((len(one), 1), share or 0.0) for one, share in zip(weights, shares, strict=True)])
@@ -320,11 +321,14 @@ def _stacked(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> 
 
 
 def _corrections(
-    weights: list[Tensor], own: Tiles, known: LayerInputs, ranks: Ranks
+    weights: list[Tensor], own: Tiles, known: LayerInputs, ranks: Ranks, none: float | None
 ) -> tuple[Tiles, list[float | None]]:
-    """What would make up for the drift in this process's `own` tiles, and how much of it each layer is to take."""
+    """What would make up for the drift in this process's `own` tiles, and how much of it each layer is to take.
+
+    That is `none` where nothing has drifted.
+    """
     if known.drift is None:
-        return {}, [None] * len(weights)
+        return {}, [none] * len(weights)
     corrections, gains = {}, {}
     for number, W in own.items():
         corrections[number] = full_correction(W, known.drift, known.factor)

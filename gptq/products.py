@@ -14,7 +14,6 @@ tensors stay, as they are what `state_dict` holds. Beside them it takes, per wei
 
 import importlib.util
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from torch import Tensor
 from gptq import formats
 from gptq.formats import Scheme
 from gptq.packing import pack
+from gptq.threads import run_shares, shares_of
 
 FEW_ROWS = 4  # to which decoding anew for every row is cheaper than writing the weight out
 DECODED = 2**22  # weights that are written out at a time, 16 MB in float32
@@ -109,7 +109,7 @@ class Lanes:
 
     @classmethod
     def of(cls, stored: Stored) -> "Lanes | None":
-        from gptq import lanes
+        from gptq import lanes, vectors
 
         scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
         perm = None
@@ -118,7 +118,7 @@ class Lanes:
             perm = torch.argsort(g_idx, stable=True)
             if not torch.equal(g_idx[perm], formats.in_runs(scheme, inputs)):
                 return None
-        wide, deep = _up(outputs, lanes.LANES), _up(inputs, 32)
+        wide, deep = _up(outputs, vectors.LANES), _up(inputs, 32)
         if perm is None and scheme.format != "pack-quantized" and (wide, deep) == (outputs, inputs):
             words = stored.packed["qweight"].contiguous()
             scale = stored.packed["scales"]
@@ -152,7 +152,7 @@ class Lanes:
         sums = torch.nn.functional.pad(x, (0, groups * self.columns - inputs)).view(rows, groups, -1).sum(-1)
         y = torch.empty(rows, self.words.shape[1])
         arrays = _arrays(self.words, x * self.prescale, sums, self.scale, self.zero, y)
-        _over_outputs(lanes.multiply, (*arrays, self.columns, (0,) * self.bits), y.shape[1], lanes.TILE)
+        run_shares(lanes.multiply, (*arrays, self.columns, (0,) * self.bits), shares_of(y.shape[1], lanes.TILE))
         return y
 
     def _many(self, x: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class Lanes:
             taken = min(step, outputs - first)
             weight = torch.empty(inputs, taken)  # of the tile, transposed
             arrays = _arrays(self.words, self.scale, self.zero, weight)
-            _over_outputs(lanes.decode, (*arrays, self.columns, (0,) * self.bits, first), taken, lanes.TILE)
+            run_shares(lanes.decode, (*arrays, self.columns, (0,) * self.bits, first), shares_of(taken, lanes.TILE))
             torch.mm(x, weight.to(dtype), out=y[:, first : first + taken])
         return y
 
@@ -248,21 +248,3 @@ def _fast_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16; where it does not, float32 is faster and no less exact."""
     asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(ask() for ask in asked if ask is not None)
-
-
-def _over_outputs(kernel: Callable[..., None], arguments: tuple[Any, ...], outputs: int, tile: int) -> None:
-    """Share the outputs out among torch's number of threads; this thread takes the first share."""
-    threads = torch.get_num_threads()
-    share = _up(-(-outputs // threads), tile)
-    waiting = [
-        _pool(threads).submit(kernel, *arguments, start, min(start + share, outputs))
-        for start in range(share, outputs, share)
-    ]
-    kernel(*arguments, 0, min(share, outputs))
-    for task in waiting:
-        task.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="gptq-products")

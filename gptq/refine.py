@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptq import grid, kernels
+from gptq.matmul import product
 from gptq.solver import Factor, SolvedLayer
 
 BLOCK = 128  # columns whose codes are chosen between two matrix products
@@ -42,7 +43,7 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
         for group, (start, stop) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True)):
             inside = slice(start, stop)
             u = codes[inside].to(W.dtype) - zero[group]  # (columns of the group, rows)
-            G = H[inside] @ E  # (columns of the group, rows)
+            G = product(H[inside], E)  # (columns of the group, rows)
             moved, Hu, gain = _refit(u, G, H[inside, inside], scale[group])
             errors -= gain
             scale[group] += moved
@@ -51,7 +52,7 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
             for low in range(start, stop, BLOCK):
                 block = slice(low, min(low + BLOCK, stop))
                 if low > start:
-                    G = H[block] @ E
+                    G = product(H[block], E)
                 chosen = _descend(Wt[block], E[block], G, H[block, block], scale, zero, group, bits)
                 codes[block], E[block], gain = chosen
                 errors -= gain
@@ -68,7 +69,7 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
 
 def _refit(u: Tensor, G: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How far each row's scale (rows,) moves, to a float16 that lowers the error; H u, (columns, rows); by how much."""
-    Hu = H @ u
+    Hu = product(H, u)
     slope, curvature = (u * G).sum(0), (u * Hu).sum(0)  # (rows,)
     best = scale + slope / curvature.where(curvature > 0, 1)
     ratio = best / scale

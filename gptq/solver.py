@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gptq import grid, kernels
 from gptq.hessian import quadratic
+from gptq.matmul import product
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def solve(
             scale[groups[start]], zero[groups[start]] = fitted
         base = Wt[start:stop]
         if start:  # (block, rows) w' as far as earlier blocks go
-            base = torch.addmm(base, U[:start, start:stop].T, E[:start])
+            base = base + product(U[:start, start:stop].T, E[:start])
         codes[start:stop], Q, reached = kernels.choose_columns(
             base, Wt[start:stop], -U[start:stop, start:stop], scale, zero, groups[start:stop], bits
         )
@@ -230,7 +231,7 @@ def _compensated(Wt: Tensor, E: Tensor, U: Tensor, group: slice) -> Tensor:
     Those are the weights that best make up for E while all columns from here on are free, so each also answers to its
     neighbours' moving: W_g + P with P = E U[:start, g] would hold them still; the way out is P U[g, g]^-1.
     """
-    P = U[: group.start, group].T @ E[: group.start]  # (group, rows)
+    P = product(U[: group.start, group].T, E[: group.start])  # (group, rows)
     free: Tensor = torch.linalg.solve_triangular(U[group, group].T, P, upper=False, unitriangular=True)
     return Wt[group] + free
 

@@ -13,9 +13,9 @@ from gptq.budget import Unit, choose, overrides_for, units_of
 from gptq.calibration import Inputs
 from gptq.config import QuantConfig
 from gptq.errors import InputError
-from gptq.hessian import exact_float32
 from gptq.journal import Journal
 from gptq.layer import TINY, Job, LayerInputs, Observer, heldout_excess, is_held_out, swapped
+from gptq.matmul import exact_float32
 from gptq.plan import Plan
 from gptq.record import LayerResult
 from gptq.sequence import Fresh, run_as_original, solve_head, walk_block, walk_blocks

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench_quantize import add_model_options, calibration_tokens, make_model
 from safetensors.torch import save_file
 
@@ -34,11 +35,12 @@ from safetensors.torch import load_file
 model, tokens, out = sys.argv[1:4]
 """
 OURS = "ours"
+TORCH = f"torch=={torch.__version__.partition('+')[0]}"  # the same for all
 PACKAGES: dict[str, list[list[str]]] = {  # steps of pip; a build without isolation wants what is installed before it
     OURS: [],
-    "llm-compressor": [["llmcompressor==0.14.0.1"]],
+    "llm-compressor": [[TORCH], ["llmcompressor==0.14.0.1"]],
     "gptqmodel": [
-        ["torch", "setuptools", "wheel", "packaging", "ninja", "numpy", "pybind11"],
+        [TORCH, "setuptools", "wheel", "packaging", "ninja", "numpy", "pybind11"],
         ["--no-build-isolation", "gptqmodel==7.7.0", "optimum==2.3.0"],
     ],
 }

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gptq.hessian import HessianAccumulator, exact_float32
+from gptq.hessian import HessianAccumulator
+from gptq.matmul import exact_float32
 
 
 def hessian(*parts: torch.Tensor) -> torch.Tensor:

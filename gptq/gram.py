@@ -1,0 +1,114 @@
+"""Sums of products of bfloat16 values, compiled: A^T B over tokens, exact products added up in float32.
+
+Libraries round the result of such a product to bfloat16, or convert float32 factors on the way and take twice as long.
+A CPU's instruction for it adds two products at once to each of LANES sums, so two tokens lie side by side: the values
+of one input at both are one number of 32 bits. TALL x WIDE sums stay in registers while the tokens go by. Each sum is
+made by one thread in the order of the tokens, so how many threads there are changes no bit.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from gptq.threads import run_shares, shares_of
+from gptq.vectors import FLOATS, INTS, LANES, compiled, data, dot_pairs, load, splat, store
+
+TALL, WIDE = 8, 2 * LANES  # of the sums that are made at once, 16 vectors of them
+KEPT = 2**17  # pairs that are read again and again, half a megabyte: they stay in the second-level cache
+
+
+def add_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool) -> None:
+    """sums[panel] += a[:, panel]^T b for each panel, all of it, or at least what is right of the diagonal if `upper`.
+
+    Args:
+        sums: (inputs, inputs) float32, contiguous; inputs are a multiple of WIDE, and so is where a panel begins.
+        a, b: what `in_pairs` makes of (tokens, inputs).
+    """
+    own = np.array([n for panel in panels for n in range(panel.start // WIDE, panel.stop // WIDE)])
+    threads = torch.get_num_threads()
+    run_shares(_add_panels, (sums.numpy(), a.numpy(), b.numpy(), own, upper), [(n, threads) for n in range(threads)])
+
+
+def in_pairs(x: Tensor) -> Tensor:
+    """(tokens, inputs) bfloat16 as (inputs / WIDE, tokens / 2, WIDE) int32; an odd last token is paired with zeros."""
+    tokens, inputs = x.shape
+    pairs = torch.empty(inputs // WIDE, -(-tokens // 2), 2 * WIDE, dtype=torch.int16)
+    arrays = x.contiguous().view(torch.int16).numpy(), pairs.numpy()
+    run_shares(_pair_up, arrays, shares_of(len(pairs), 1))
+    return pairs.view(torch.int32)
+
+
+@compiled
+def _pair_up(x, pairs, start, stop) -> None:  # type: ignore[no-untyped-def]
+    """pairs (panels, pairs of tokens, 2 WIDE) from x (tokens, inputs) for some of the panels."""
+    nil = np.int16(0)
+    for panel in range(start, stop):
+        for k in range(pairs.shape[1]):
+            first, line = x[2 * k, panel * WIDE : (panel + 1) * WIDE], pairs[panel, k]
+            if 2 * k + 1 < len(x):
+                second = x[2 * k + 1, panel * WIDE : (panel + 1) * WIDE]
+                for j in range(WIDE):
+                    line[2 * j], line[2 * j + 1] = first[j], second[j]
+            else:
+                for j in range(WIDE):
+                    line[2 * j], line[2 * j + 1] = first[j], nil
+
+
+def _adding_tile(context, a, a_at, b, b_at, depth, sums, at, stride):  # type: ignore[no-untyped-def]
+    """sums[at + i stride + j] += the products of pair i of a with pair j of b, over `depth` lines of WIDE pairs each.
+
+    i is below TALL, j below WIDE; line k of a begins at a_at + k WIDE.
+    """
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        _, a_at, _, b_at, depth, _, at, stride = arguments
+        a, b, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 5))
+        totals = [
+            [cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None)) for _ in _VECTORS] for _ in range(TALL)
+        ]
+
+        def number(value: int) -> Any:
+            return ir.Constant(at.type, value)
+
+        with cgutils.for_range(builder, depth, intp=at.type) as loop:
+            line = builder.mul(loop.index, number(WIDE))
+            a_line, b_line = builder.gep(a, [builder.add(a_at, line)]), builder.gep(b, [builder.add(b_at, line)])
+            b_pairs = [load(builder, b_line, number(v), INTS) for v in _VECTORS]
+            for i, row in enumerate(totals):
+                a_pair = splat(builder, builder.load(builder.gep(a_line, [number(i)])))
+                for total, b_pair in zip(row, b_pairs, strict=True):
+                    builder.store(dot_pairs(builder, a_pair, b_pair, builder.load(total)), total)
+        for i, row in enumerate(totals):
+            for v, total in zip(_VECTORS, row, strict=True):
+                place = builder.add(builder.add(at, builder.mul(stride, number(i))), number(v))
+                store(builder, builder.fadd(load(builder, sums, place, FLOATS), builder.load(total)), sums, place)
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(a, intp, b, intp, intp, sums, intp, intp), emit
+
+
+_VECTORS = range(0, WIDE, LANES)
+_add_tile: Any = intrinsic(_adding_tile)
+
+
+@compiled
+def _add_panels(sums, left, right, own, upper, first, step) -> None:  # type: ignore[no-untyped-def]
+    """Every `step`-th panel of `own`, from the first on, of left with all panels of right."""
+    depth, stride = left.shape[1], sums.shape[1]
+    rows = own[first::step]
+    block = max(KEPT // (depth * WIDE), 1)
+    for low in range(0, len(rows), block):
+        for column in range(len(right)):
+            for row in rows[low : low + block]:
+                if upper and row > column:
+                    continue
+                for i in range(0, WIDE, TALL):
+                    at = (row * WIDE + i) * stride + column * WIDE
+                    _add_tile(left, row * depth * WIDE + i, right, column * depth * WIDE, depth, sums, at, stride)

@@ -1,0 +1,80 @@
+"""Matrix products: float32 that is float32 whatever the process has set, and as quick as the machine can."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A B, (m, k) times (k, n), without autograd.
+
+    oneDNN uses all of a CPU's vectors, where the library behind `@` (MKL) takes half of them on some (AMD's).
+    """
+    if A.device.type == "cpu" and A.dtype == B.dtype == torch.float32 and _has_onednn() and A.numel() and B.numel():
+        dense = B if B.is_contiguous() or B.mT.is_contiguous() else B.contiguous()  # oneDNN crawls along other strides
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(A, dense.mT, None, "none", [], "")
+        return found
+    return A @ B
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def native_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported()) or has_tiles()
+
+
+def has_tiles() -> bool:
+    """Whether the CPU has a unit for whole tiles of bfloat16 (AMX), which oneDNN uses."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+@contextmanager
+def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 matrices on a CPU may take the factors for values of `dtype`.
+
+    Where those are bfloat16 values and the CPU has products of these with sums in float32, nothing is lost by them.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+    if matmul is None or dtype != torch.bfloat16 or device.type != "cpu" or not native_bfloat16():
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 matrices are float32 products, whatever the process has set.
+
+    TF32, bfloat16 modes and autocast round factors to 11 or 8 bits, which neither H nor the solve survives unharmed.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9 there was one setting for all
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
+            return
+        products: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        settings = [product.fp32_precision for product in products]
+        for product in products:
+            product.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for product, setting in zip(products, settings, strict=True):
+                product.fp32_precision = setting

@@ -1,0 +1,73 @@
+"""Vectors in compiled loops: what numba does not offer, written as LLVM's own instructions.
+
+LLVM's vectorizer does not find these loops. Numbers are 32 bits wide and LANES of them a vector, which any CPU that
+LLVM knows can be given; only `dot_pairs` wants AVX-512 with bfloat16. numba is imported with this module, so modules
+that need it are imported when their first product is computed.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba.core import cgutils
+
+LANES = 16
+INT, FLOAT = ir.IntType(32), ir.FloatType()
+INTS, FLOATS = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES)
+
+compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+
+
+@cache
+def has_pairs() -> bool:
+    """Whether `dot_pairs` can be compiled: the CPU has it, and numba was not told to compile for another one."""
+    told = getattr(numba.config, "CPU_NAME", None)
+    return bool(torch.cpu._is_avx512_bf16_supported()) and not told
+
+
+def constants(number: int) -> ir.Constant:
+    """LANES times the same integer."""
+    return ir.Constant(INTS, [ir.Constant(INT, number)] * LANES)
+
+
+def data(context: Any, builder: Any, signature: Any, arguments: Any, i: int) -> Any:
+    """Where the elements of an array begin."""
+    return context.make_array(signature.args[i])(context, builder, arguments[i]).data
+
+
+def load(builder: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
+    loaded = builder.load(builder.bitcast(builder.gep(array, [offset]), vector.as_pointer()))
+    loaded.align = 4
+    return loaded
+
+
+def store(builder: Any, value: Any, array: Any, offset: Any) -> None:
+    stored = builder.store(value, builder.bitcast(builder.gep(array, [offset]), value.type.as_pointer()))
+    stored.align = 4
+
+
+def splat(builder: Any, number: Any) -> Any:
+    """LANES times the same number, which is only known when the loop runs."""
+    undefined = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    one = builder.insert_element(undefined, number, ir.Constant(INT, 0))
+    return builder.shuffle_vector(one, undefined, constants(0))
+
+
+def multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
+    """total + a b, rounded once where the CPU can."""
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+    return builder.call(function, [a, b, total])
+
+
+def dot_pairs(builder: Any, a: Any, b: Any, total: Any) -> Any:
+    """total + a_0 b_0 + a_1 b_1, where each 32 bits of a and b are two bfloat16 numbers and total is float32.
+
+    Products are exact; subnormal numbers count as zero (Intel's VDPBF16PS).
+    """
+    kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(function, [total, a, b])
