@@ -180,7 +180,7 @@ def solve(
         if not static_groups and start % group_size == 0:
             group = slice(start, min(start + group_size, columns))
             weighting = None if importance is None else importance[perm[group]]
-            fitted = _fit(_compensated(Wt, E, U, group).T, bits, sym, weighting)
+            fitted = _fit(_compensated(Wt, E, U, group), bits, sym, weighting)
             scale[groups[start]], zero[groups[start]] = fitted
         base = Wt[start:stop]
         if start:  # (block, rows) w' as far as earlier blocks go
@@ -210,18 +210,20 @@ def fit_groups(
         importance: (columns,) weights of the squared errors that a searched grid makes smallest; None for the
             smallest grid that clips nothing.
     """
-    groups = W.split(group_size, dim=1)
-    weightings = [None] * len(groups) if importance is None else importance.split(group_size)
-    grids = [_fit(group, bits, sym, weighting) for group, weighting in zip(groups, weightings, strict=True)]
+    if importance is None:
+        grids = [grid.fit(group, bits, sym) for group in W.split(group_size, dim=1)]
+    else:
+        groups = zip(W.T.contiguous().split(group_size), importance.split(group_size), strict=True)
+        grids = [_fit(group, bits, sym, weighting) for group, weighting in groups]
     return torch.stack([scale for scale, _ in grids], 1), torch.stack([zero for _, zero in grids], 1)
 
 
-def _fit(w: Tensor, bits: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero (rows,) of one group (rows, columns)."""
+def _fit(wt: Tensor, bits: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero (rows,) of one group, given as (columns, rows)."""
     if importance is None:
-        return grid.fit(w, bits, sym)
-    scales, zeros = grid.candidates(w, bits, sym)  # (candidates, rows)
-    best = kernels.best_grid(w.T.contiguous(), importance, scales, zeros, bits)[None]
+        return grid.fit(wt.T, bits, sym)
+    scales, zeros = grid.candidates(wt.T, bits, sym)  # (candidates, rows)
+    best = kernels.best_grid(wt, importance, scales, zeros, bits)[None]
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
