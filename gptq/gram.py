@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from gptq.threads import run_shares, shares_of
-from gptq.vectors import FLOATS, INTS, LANES, compiled, data, dot_pairs, load, splat, store
+from gptq.vectors import FLOATS, LANES, add_pairs, compiled, data, load, store
 
 TALL, WIDE = 8, 2 * LANES  # of the sums that are made at once, 16 vectors of them
 KEPT = 2**17  # pairs that are read again and again, half a megabyte: they stay in the second-level cache
@@ -63,38 +63,26 @@ def _pair_up(x, pairs, start, stop) -> None:  # type: ignore[no-untyped-def]
 def _adding_tile(context, a, a_at, b, b_at, depth, sums, at, stride):  # type: ignore[no-untyped-def]
     """sums[at + i stride + j] += the products of pair i of a with pair j of b, over `depth` lines of WIDE pairs each.
 
-    i is below TALL, j below WIDE; line k of a begins at a_at + k WIDE.
+    i is below TALL, j below WIDE; the first lines begin at a_at and b_at.
     """
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, a_at, _, b_at, depth, _, at, stride = arguments
         a, b, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 5))
-        totals = [
-            [cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None)) for _ in _VECTORS] for _ in range(TALL)
-        ]
-
-        def number(value: int) -> Any:
-            return ir.Constant(at.type, value)
-
-        with cgutils.for_range(builder, depth, intp=at.type) as loop:
-            line = builder.mul(loop.index, number(WIDE))
-            a_line, b_line = builder.gep(a, [builder.add(a_at, line)]), builder.gep(b, [builder.add(b_at, line)])
-            b_pairs = [load(builder, b_line, number(v), INTS) for v in _VECTORS]
-            for i, row in enumerate(totals):
-                a_pair = splat(builder, builder.load(builder.gep(a_line, [number(i)])))
-                for total, b_pair in zip(row, b_pairs, strict=True):
-                    builder.store(dot_pairs(builder, a_pair, b_pair, builder.load(total)), total)
-        for i, row in enumerate(totals):
-            for v, total in zip(_VECTORS, row, strict=True):
-                place = builder.add(builder.add(at, builder.mul(stride, number(i))), number(v))
+        nothing = ir.Constant(FLOATS, None)
+        totals = [[cgutils.alloca_once_value(builder, nothing) for _ in range(WIDE // LANES)] for _ in range(TALL)]
+        add_pairs(builder, totals, builder.gep(a, [a_at]), WIDE, builder.gep(b, [b_at]), depth)
+        for row in totals:
+            for v, total in enumerate(row):
+                place = builder.add(at, ir.Constant(at.type, v * LANES))
                 store(builder, builder.fadd(load(builder, sums, place, FLOATS), builder.load(total)), sums, place)
+            at = builder.add(at, stride)
         return context.get_dummy_value()
 
     intp = types.intp
     return types.void(a, intp, b, intp, intp, sums, intp, intp), emit
 
 
-_VECTORS = range(0, WIDE, LANES)
 _add_tile: Any = intrinsic(_adding_tile)
 
 

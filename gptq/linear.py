@@ -51,7 +51,11 @@ class QuantLinear(nn.Module):
         for suffix, tensor in packed.items():
             self.register_buffer(suffix, tensor)
         self.register_buffer("bias", bias)
+        self._forget_layouts()
+
+    def _forget_layouts(self) -> None:
         self._made: dict[str, products.Product | None] = {}  # kernels with their layouts, by name
+        self._chosen: dict[tuple[Any, ...], products.Product | None] = {}  # by what `products.choose` looks at
 
     def packed(self) -> dict[str, Tensor]:
         return {suffix: self.get_buffer(suffix) for suffix in self._suffixes}
@@ -75,25 +79,29 @@ class QuantLinear(nn.Module):
         """The kernel for this input; None to unpack, as where autograd or a compiler has to see what is computed."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return None
+        kind = x.dtype, x.device, min(x.numel() // self.in_features, products.FEW_ROWS + 1)
+        if kind not in self._chosen:
+            self._chosen[kind] = self._choose(*kind)
+        return self._chosen[kind]
+
+    def _choose(self, dtype: torch.dtype, device: torch.device, rows: int) -> products.Product | None:
         stored = products.Stored(self.packed(), self.scheme, self.out_features, self.in_features)
-        if x.device != stored.device:
-            return None
-        name = products.choose(stored, x.dtype, x.numel() // self.in_features)
+        name = products.choose(stored, dtype, rows) if device == stored.device else None
         if name is not None and name not in self._made:
             self._made[name] = products.make(name, stored)
         return None if name is None else self._made[name]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":  # .to(), .cuda(), ...
-        self._made = {}
+        self._forget_layouts()
         super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._made = {}
+        self._forget_layouts()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
-        return {**self.__dict__, "_made": {}}
+        return {**self.__dict__, "_made": {}, "_chosen": {}}
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"

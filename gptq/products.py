@@ -5,8 +5,10 @@ dtype. `choose` picks by width, groups, dtype, device and number of rows; None s
 multiplying, which is always right. A layout is made from the stored tensors when a kernel is first used; the stored
 tensors stay, as they are what `state_dict` holds. Beside them it takes, per weight:
 
-    lanes     CPU, 2 to 8 bits, groups of whole 32s   5 bytes a group (scale, zero); the words are read where they are,
-              unless the format, act-order or a shape that fills no vectors needs them in another order: then a copy
+    pairs     CPU with AVX-512 for bfloat16, bfloat16, 2 to 8 bits, groups of whole 32s    9 bytes a group (scale, zero
+              twice); the words are read where they are, unless the format, act-order or a shape that fills no vectors
+              needs them in another order: then a copy
+    lanes     any CPU, 2 to 8 bits, groups of whole 32s   5 bytes a group, and of the words the same is true
     int4pack  PyTorch's; CPU, 4 bits, bfloat16        1/2 byte and 4 bytes a group
     int8pack  PyTorch's; CPU, 8 bits symmetric, one group per row, bfloat16     1 byte
     triton    CUDA, 2, 3, 4, 8 bits                   1 byte a group (zero)
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from gptq import formats
 from gptq.formats import Scheme
+from gptq.matmul import has_tiles, native_bfloat16
 from gptq.packing import pack
 from gptq.threads import run_shares, shares_of
 
@@ -70,17 +73,21 @@ def choose(stored: Stored, dtype: torch.dtype, rows: int) -> str | None:
     if stored.device.type != "cpu":
         return None
     few, whole = rows <= FEW_ROWS, inputs % stored.columns == 0 and not scheme.scattered
+    units = stored.columns == inputs or stored.columns % 32 == 0
+    if units and dtype == torch.bfloat16 and not (has_tiles() and not few) and has_pairs():
+        return "pairs"
     if few and whole and dtype == torch.bfloat16:
         if scheme.bits == 4 and stored.columns in (32, 64, 128, 256) and outputs % 16 == 0:
             return "int4pack"
         if scheme.bits == 8 and scheme.sym and stored.columns == inputs and inputs % 16 == 0:  # else it crashes
             return "int8pack"
-    return "lanes" if stored.columns == inputs or stored.columns % 32 == 0 else None
+    return "lanes" if units else None
 
 
 def make(name: str, stored: Stored) -> Product | None:
     """The kernel with its layout; None where g_idx cannot be sorted into groups of equal size."""
     makers: dict[str, Callable[[Stored], Product | None]] = {
+        "pairs": Pairs.of,
         "lanes": Lanes.of,
         "int4pack": Int4Pack.of,
         "int8pack": Int8Pack.of,
@@ -90,27 +97,35 @@ def make(name: str, stored: Stored) -> Product | None:
 
 
 @cache
+def has_pairs() -> bool:
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
+    from gptq import vectors  # imports numba
+
+    return vectors.has_pairs()
+
+
+@cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """The compiled loop of `lanes`: for few rows on the words themselves, for many on weights written out by tiles."""
+class Layout:
+    """What the compiled loops read: words along the inputs, outputs side by side."""
 
     words: Tensor  # (units * bits, padded outputs) int32
     scale: Tensor  # (groups, padded outputs) float32
     zero: Tensor  # (groups, padded outputs) uint8
-    prescale: Tensor  # (padded inputs,) float32
     perm: Tensor | None  # (inputs,) order in which groups are runs
+    inputs: int  # padded
     bits: int
     columns: int
     outputs: int
 
     @classmethod
-    def of(cls, stored: Stored) -> "Lanes | None":
-        from gptq import lanes, vectors
-
+    def of(cls, stored: Stored, unit: int) -> "Layout | None":
+        """None where g_idx cannot be sorted into runs; outputs are padded to a multiple of `unit`."""
         scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
         perm = None
         if scheme.scattered:
@@ -118,7 +133,7 @@ class Lanes:
             perm = torch.argsort(g_idx, stable=True)
             if not torch.equal(g_idx[perm], formats.in_runs(scheme, inputs)):
                 return None
-        wide, deep = _up(outputs, vectors.LANES), _up(inputs, 32)
+        wide, deep = _up(outputs, unit), _up(inputs, 32)
         if perm is None and scheme.format != "pack-quantized" and (wide, deep) == (outputs, inputs):
             words = stored.packed["qweight"].contiguous()
             scale = stored.packed["scales"]
@@ -132,45 +147,113 @@ class Lanes:
         rim = (0, wide - outputs)
         scale = torch.nn.functional.pad(scale.float(), rim).contiguous()
         zero = torch.nn.functional.pad(zero, rim).contiguous()
-        prescale = torch.tensor(lanes.prescale(scheme.bits)).repeat(deep // 32)
         columns = deep if stored.columns == inputs else stored.columns
-        return cls(words, scale, zero, prescale, perm, scheme.bits, columns, outputs)
+        return cls(words, scale, zero, perm, deep, scheme.bits, columns, outputs)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    @property
+    def width(self) -> int:
+        """Padded outputs."""
+        return self.words.shape[1]
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """x (rows, inputs) in the order of the words, padded with zeros."""
         if self.perm is not None:
             x = x[:, self.perm]
-        if x.shape[1] < len(self.prescale):
-            x = torch.nn.functional.pad(x, (0, len(self.prescale) - x.shape[1]))
-        y = self._few(x.float()) if len(x) <= FEW_ROWS else self._many(x)
-        return y[:, : self.outputs].to(x.dtype)
+        return x if x.shape[1] == self.inputs else torch.nn.functional.pad(x, (0, self.inputs - x.shape[1]))
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The compiled loop of `lanes`: for few rows on the words themselves, for many on weights written out by tiles."""
+
+    layout: Layout
+    prescale: Tensor  # (padded inputs,) float32
+
+    @classmethod
+    def of(cls, stored: Stored) -> "Lanes | None":
+        from gptq import lanes, vectors
+
+        layout = Layout.of(stored, vectors.LANES)
+        if layout is None:
+            return None
+        return cls(layout, torch.tensor(lanes.prescale(layout.bits)).repeat(layout.inputs // 32))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        arranged = self.layout.arranged(x)
+        y = self._few(arranged.float()) if len(x) <= FEW_ROWS else self._many(arranged)
+        return y[:, : self.layout.outputs].to(x.dtype)
 
     def _few(self, x: Tensor) -> Tensor:
         from gptq import lanes
 
-        rows, inputs = x.shape
-        groups = len(self.scale)
-        sums = torch.nn.functional.pad(x, (0, groups * self.columns - inputs)).view(rows, groups, -1).sum(-1)
-        y = torch.empty(rows, self.words.shape[1])
-        arrays = _arrays(self.words, x * self.prescale, sums, self.scale, self.zero, y)
-        run_shares(lanes.multiply, (*arrays, self.columns, (0,) * self.bits), shares_of(y.shape[1], lanes.TILE))
+        own, (rows, inputs) = self.layout, x.shape
+        groups = len(own.scale)
+        sums = torch.nn.functional.pad(x, (0, groups * own.columns - inputs)).view(rows, groups, -1).sum(-1)
+        y = torch.empty(rows, own.width)
+        arrays = _arrays(own.words, x * self.prescale, sums, own.scale, own.zero, y)
+        run_shares(lanes.multiply, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, lanes.TILE))
         return y
 
     def _many(self, x: Tensor) -> Tensor:
         from gptq import lanes
 
-        dtype = x.dtype if x.dtype == torch.bfloat16 and _fast_bfloat16() else torch.float32
-        x = x.to(dtype)
+        dtype = x.dtype if x.dtype == torch.bfloat16 and native_bfloat16() else torch.float32
+        own, x = self.layout, x.to(dtype)
         rows, inputs = x.shape
-        outputs = self.words.shape[1]
-        y = torch.empty(rows, outputs, dtype=dtype)
+        y = torch.empty(rows, own.width, dtype=dtype)
         step = max(DECODED // inputs // lanes.TILE, 1) * lanes.TILE
-        for first in range(0, outputs, step):
-            taken = min(step, outputs - first)
+        for first in range(0, own.width, step):
+            taken = min(step, own.width - first)
             weight = torch.empty(inputs, taken)  # of the tile, transposed
-            arrays = _arrays(self.words, self.scale, self.zero, weight)
-            run_shares(lanes.decode, (*arrays, self.columns, (0,) * self.bits, first), shares_of(taken, lanes.TILE))
+            arrays = _arrays(own.words, own.scale, own.zero, weight)
+            run_shares(lanes.decode, (*arrays, own.columns, (0,) * own.bits, first), shares_of(taken, lanes.TILE))
             torch.mm(x, weight.to(dtype), out=y[:, first : first + taken])
         return y
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The compiled loops of `pairs`, for bfloat16 activations; sums are exact in float32."""
+
+    layout: Layout
+    zero: Tensor  # (groups, padded outputs) float32, less half the range of codes
+    order: Tensor  # (32,)
+
+    @classmethod
+    def of(cls, stored: Stored) -> "Pairs | None":
+        from gptq import pairs
+
+        layout = Layout.of(stored, pairs.WIDE)
+        if layout is None:
+            return None
+        return cls(layout, layout.zero.float() - 2 ** (layout.bits - 1), torch.tensor(pairs.order(layout.bits)))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        arranged = self.layout.arranged(x).contiguous().view(torch.int16)
+        y = self._few(arranged) if len(x) <= FEW_ROWS else self._many(arranged)
+        return y[:, : self.layout.outputs]
+
+    def _few(self, x: Tensor) -> Tensor:
+        from gptq import pairs
+
+        own = self.layout
+        y = torch.empty(len(x), own.width)
+        arrays = _arrays(own.words, x, own.scale, self.zero, y, self.order)
+        run_shares(pairs.multiply, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, pairs.TILE))
+        return y.bfloat16()
+
+    def _many(self, x: Tensor) -> Tensor:
+        from gptq import pairs
+
+        own, (rows, inputs) = self.layout, x.shape
+        count = -(-rows // pairs.TALL)
+        tiles = torch.empty(count, inputs // 2, pairs.TALL, dtype=torch.int32)
+        sums = torch.empty(len(own.scale), count * pairs.TALL)
+        run_shares(pairs.arrange, (*_arrays(x, self.order, tiles, sums), own.columns), shares_of(count, 1))
+        y = torch.empty(rows, own.width, dtype=torch.int16)
+        arrays = _arrays(own.words, tiles, sums, own.scale, self.zero, y)
+        run_shares(pairs.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, pairs.WIDE))
+        return y.view(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -241,10 +324,3 @@ def _up(number: int, unit: int) -> int:
 
 def _arrays(*tensors: Tensor) -> list[Any]:
     return [tensor.contiguous().numpy() for tensor in tensors]
-
-
-@cache
-def _fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16; where it does not, float32 is faster and no less exact."""
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask() for ask in asked if ask is not None)

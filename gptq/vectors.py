@@ -71,3 +71,34 @@ def dot_pairs(builder: Any, a: Any, b: Any, total: Any) -> Any:
     kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     return builder.call(function, [total, a, b])
+
+
+def add_pairs(builder: Any, totals: list[list[Any]], a: Any, a_step: int, b: Any, depth: Any) -> None:
+    """totals[i][v] += the products of pair i of a with the pairs of vector v of b, over `depth` lines of both.
+
+    Args:
+        totals: where vectors of sums are kept (allocated, so that they stay in registers).
+        a, b: where the first lines begin; the next one of a is a_step pairs further, that of b as many as b's vectors.
+    """
+    vectors = len(totals[0])
+
+    def number(value: int) -> Any:
+        return ir.Constant(depth.type, value)
+
+    with cgutils.for_range(builder, depth, intp=depth.type) as loop:
+        a_line = builder.gep(a, [builder.mul(loop.index, number(a_step))])
+        b_line = builder.gep(b, [builder.mul(loop.index, number(vectors * LANES))])
+        b_pairs = [load(builder, b_line, number(v * LANES), INTS) for v in range(vectors)]
+        for i, row in enumerate(totals):
+            a_pair = splat(builder, builder.load(builder.gep(a_line, [number(i)])))
+            for total, b_pair in zip(row, b_pairs, strict=True):
+                builder.store(dot_pairs(builder, a_pair, b_pair, builder.load(total)), total)
+
+
+def look_up(builder: Any, table: list[int], places: Any) -> Any:
+    """For each 16 bits of `places` (INTS) the number at the place that its low bits name; 2, 4, ... 32 numbers."""
+    shorts = ir.VectorType(ir.IntType(16), 2 * LANES)
+    numbers = ir.Constant(shorts, [ir.Constant(ir.IntType(16), table[i % len(table)]) for i in range(2 * LANES)])
+    kind = ir.FunctionType(shorts, [shorts, shorts])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.hi.512")
+    return builder.bitcast(builder.call(function, [numbers, builder.bitcast(places, shorts)]), INTS)

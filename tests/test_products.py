@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -60,10 +61,20 @@ def chosen(layer: QuantLinear, x: Tensor) -> str | None:
 SHAPES = ((48, 128, 32), (272, 256, 128), (300, 160, 64), (7, 100, -1), (33, 96, -1))  # outputs, inputs, group size
 
 
+PAIRED = [
+    pytest.param(True, marks=pytest.mark.skipif(not products.has_pairs(), reason="this CPU has no bfloat16 products")),
+    False,
+]
+
+
+@pytest.mark.parametrize("paired", PAIRED)
 @pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_product_is_the_exact_one(bits: int, sym: bool, rows: int, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_every_product_is_the_exact_one(
+    bits: int, sym: bool, rows: int, paired: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "has_pairs", lambda: paired)
     used = set()
     kinds: tuple[Format, ...] = ("gptq", "gptq_v2", "pack-quantized")
     for outputs, inputs, group_size in SHAPES:
@@ -78,13 +89,28 @@ def test_every_product_is_the_exact_one(bits: int, sym: bool, rows: int, rng: to
                 check(layer, x, layer(x))
     few = rows <= products.FEW_ROWS
     assert "lanes" in used
-    assert ("int4pack" in used) == (few and bits == 4)
-    assert ("int8pack" in used) == (few and bits == 8 and sym)
+    assert ("pairs" in used) == paired
+    assert ("int4pack" in used) == (few and bits == 4 and not paired)
+    assert ("int8pack" in used) == (few and bits == 8 and sym and not paired)
+
+
+@pytest.mark.skipif(not products.has_pairs(), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_pairs_sum_without_rounding(bits: int, rows: int, rng: torch.Generator) -> None:
+    """x of small integers and scales of powers of two: every sum is a float32, so the product is exact to the bit."""
+    layer = random_layer(rng, Scheme(bits, 64, False, "pack-quantized"), 96, 192)
+    layer.get_buffer("weight_scale").copy_(2.0 ** -torch.randint(0, 3, (96, 3), generator=rng))
+    x = torch.randint(-4, 5, (rows, 192), generator=rng).bfloat16()
+    assert torch.equal(layer(x), (x.double() @ layer.weight.double().T).bfloat16())
+    assert chosen(layer, x) == "pairs"
 
 
 @pytest.mark.parametrize("rows", [2, 6])
 def test_groups_that_are_not_runs(rows: int, rng: torch.Generator) -> None:
     layer = random_layer(rng, Scheme(4, 32, False, "gptq_v2", scattered=True), 40, 112)
+    paired = torch.randn(rows, 112, generator=rng).bfloat16()
+    check(layer, paired, layer(paired))
     x = torch.randn(rows, 112, generator=rng)
     check(layer, x, layer(x))
     assert isinstance(layer._made["lanes"], products.Lanes)
@@ -112,8 +138,8 @@ def test_many_rows_are_multiplied_by_tiles(rng: torch.Generator, monkeypatch: py
 
 def test_threads_share_the_outputs(rng: torch.Generator) -> None:
     layer = random_layer(rng, Scheme(3, 64, True), 1072, 128)
-    for rows in (1, 7):
-        x = torch.randn(rows, 128, generator=rng)
+    for rows, dtype in itertools.product((1, 7, 40), (torch.float32, torch.bfloat16)):
+        x = torch.randn(rows, 128, generator=rng).to(dtype)
         alone = layer(x)
         torch.set_num_threads(3)
         try:

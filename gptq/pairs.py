@@ -1,0 +1,303 @@
+"""Compiled loops that multiply bfloat16 rows by packed words, for CPUs with an instruction for pairs of them.
+
+A code less half its range is a bfloat16 number, exactly, so x (code - zero) is summed in float32 without any rounding
+before. 16 bits of a word that hold a code in their lowest bits, whatever is above, are looked up in a table of 32
+numbers that repeats every 2^bits: shift, look up, multiply and add are all there is to do for 32 codes of 2 to 4 bits.
+Wider codes are converted one by one. The codes i and j that come to lie in the two halves of a word are a pair; `order`
+says which, and x is put in that order.
+
+In `multiply` codes are looked up for each row anew, which for few rows is hidden behind reading them. In
+`multiply_many` those of one group and WIDE outputs are written out, which is little enough to stay in the first-level
+cache, and multiplied with all rows.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from gptq.vectors import (
+    FLOATS,
+    INTS,
+    LANES,
+    add_pairs,
+    compiled,
+    constants,
+    data,
+    dot_pairs,
+    load,
+    look_up,
+    multiply_add,
+    splat,
+    store,
+)
+
+VECTORS = 16  # taken together, so that what is read of a line of words is 1 KB long
+TILE = LANES * VECTORS
+TALL, WIDE = 8, 2 * LANES  # rows and outputs whose sums stay in registers
+SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
+
+
+def order(bits: int) -> list[int]:
+    """Which of a unit's 32 codes make up its 16 pairs, one pair after the other."""
+    if bits == 3:  # ten codes of each 32 bits that begin one bit before a code; the last two are by themselves
+        pairs = [(ten + i, ten + 5 + i) for ten in (0, 10, 20) for i in range(5)]
+        return [code for pair in [*pairs, (30, 31)] for code in pair]
+    if bits in (2, 4):
+        word, half = 32 // bits, 16 // bits
+        return [code for first in range(0, 32, word) for i in range(half) for code in (first + i, first + half + i)]
+    return [*range(32)]
+
+
+def _pairs(builder: Any, words: Any, at: Any, stride: Any, bits: int) -> Iterator[Any]:
+    """The 16 pairs of a unit, of LANES outputs each, as bfloat16 numbers: codes less half their range."""
+    lines = []
+    for _ in range(bits):
+        lines.append(load(builder, words, at, INTS))
+        at = builder.add(at, stride)
+    if bits > 4:
+        for c in range(0, 32, 2):
+            low, high = (_converted(builder, lines, c + i, bits) for i in range(2))
+            yield builder.or_(builder.lshr(low, constants(16)), high)
+        return
+    half = 2 ** (bits - 1)
+    table = [int(np.float32(code - half).view(np.uint32)) >> 16 for code in range(2 * half)]
+    for places in _places_of_three(builder, lines) if bits == 3 else _places(builder, lines, bits):
+        yield look_up(builder, table, places)
+
+
+def _places(builder: Any, lines: list[Any], bits: int) -> Iterator[Any]:
+    for line in lines:
+        for shift in range(0, 16, bits):
+            yield builder.lshr(line, constants(shift)) if shift else line
+
+
+def _places_of_three(builder: Any, lines: list[Any]) -> Iterator[Any]:
+    """32 bits that begin one before a code hold five in each half, from bit 1 in the low and from bit 0 in the high."""
+    first, second, third = lines
+    begun = [builder.shl(first, constants(1))]
+    for low, high, bit in ((first, second, 29), (second, third, 27)):
+        begun.append(builder.or_(builder.lshr(low, constants(bit)), builder.shl(high, constants(32 - bit))))
+    for window in begun:
+        halves = builder.bitcast(window, SHORTS)
+        for i in range(5):
+            shifts = ir.Constant(
+                SHORTS, [ir.Constant(ir.IntType(16), 3 * i + 1 - lane % 2) for lane in range(2 * LANES)]
+            )
+            yield builder.bitcast(builder.lshr(halves, shifts), INTS)
+    low = builder.and_(builder.lshr(third, constants(26)), constants(0xFFFF))
+    yield builder.or_(low, builder.and_(builder.lshr(third, constants(13)), constants(0xFFFF0000)))
+
+
+def _converted(builder: Any, lines: list[Any], c: int, bits: int) -> Any:
+    """Code c less half its range as the bits of a float32, of which the lower 16 are zero."""
+    word, shift = divmod(c * bits, 32)
+    code = builder.lshr(lines[word], constants(shift)) if shift else lines[word]
+    if shift + bits > 32:
+        code = builder.or_(code, builder.shl(lines[word + 1], constants(32 - shift)))
+    code = builder.and_(code, constants(2**bits - 1))
+    return builder.bitcast(builder.sitofp(builder.sub(code, constants(2 ** (bits - 1))), FLOATS), INTS)
+
+
+def _adding_unit(context, words, at, stride, x, x_at, sums, sums_at, width):  # type: ignore[no-untyped-def]
+    """sums[sums_at + i] += sum_c code_c of output i * x_c, for LANES outputs i and the 32 codes of a unit.
+
+    The unit's words are words[at + j * stride + i], j below bits, its pairs of x begin at x_at; `width` is a tuple of
+    `bits` numbers, as its length is part of its type.
+    """
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        _, at, stride, _, x_at, _, sums_at, _ = arguments
+        words, x, sums = (data(context, builder, signature, arguments, i) for i in (0, 3, 5))
+        totals = [load(builder, sums, sums_at, FLOATS), ir.Constant(FLOATS, None)]  # two, as each waits for its last
+        line = builder.gep(x, [x_at])
+        for p, pair in enumerate(_pairs(builder, words, at, stride, len(width))):
+            factor = builder.load(builder.gep(line, [ir.Constant(x_at.type, p)]))
+            totals[p % 2] = dot_pairs(builder, splat(builder, factor), pair, totals[p % 2])
+        store(builder, builder.fadd(*totals), sums, sums_at)
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(words, intp, intp, x, intp, sums, intp, width), emit
+
+
+def _writing_unit(context, words, at, stride, weight, weight_at, width):  # type: ignore[no-untyped-def]
+    """weight[weight_at + p WIDE + i] is pair p of output i of a unit, p below 16, i below WIDE."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        _, at, stride, _, weight_at, _ = arguments
+        words, weight = (data(context, builder, signature, arguments, i) for i in (0, 3))
+        line = builder.gep(weight, [weight_at])
+        for v in range(0, WIDE, LANES):
+            first = builder.add(at, ir.Constant(at.type, v))
+            for p, pair in enumerate(_pairs(builder, words, first, stride, len(width))):
+                store(builder, pair, line, ir.Constant(at.type, p * WIDE + v))
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(words, intp, intp, weight, intp, width), emit
+
+
+def _adding_tile(context, x, x_at, weight, depth, x_sums, scale, zero, y, y_at):  # type: ignore[no-untyped-def]
+    """y[y_at + i WIDE + j] += scale_j (sum_k x_ik weight_kj - zero_j x_sums_i), for TALL rows i and WIDE outputs j.
+
+    Over `depth` lines of pairs, of TALL in x from x_at on, of WIDE in weight. x_sums are those of these rows.
+    """
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        _, x_at, _, depth, _, _, _, _, y_at = arguments
+        x, weight, x_sums, scale, zero, y = (
+            data(context, builder, signature, arguments, i) for i in (0, 2, 4, 5, 6, 7)
+        )
+
+        def number(value: int) -> Any:
+            return ir.Constant(y_at.type, value)
+
+        starts = range(0, WIDE, LANES)
+        nothing = ir.Constant(FLOATS, None)
+        totals = [[cgutils.alloca_once_value(builder, nothing) for _ in starts] for _ in range(TALL)]
+        add_pairs(builder, totals, builder.gep(x, [x_at]), TALL, weight, depth)
+        scales, zeros = ([load(builder, array, number(v), FLOATS) for v in starts] for array in (scale, zero))
+        for i, row in enumerate(totals):
+            x_sum = splat(builder, builder.load(builder.gep(x_sums, [number(i)])))
+            for v, (total, s, z) in enumerate(zip(row, scales, zeros, strict=True)):
+                place = builder.add(y_at, number(i * WIDE + v * LANES))
+                inside = builder.fsub(builder.load(total), builder.fmul(z, x_sum))
+                store(builder, multiply_add(builder, s, inside, load(builder, y, place, FLOATS)), y, place)
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(x, intp, weight, intp, x_sums, scale, zero, y, intp), emit
+
+
+_add_unit: Any = intrinsic(_adding_unit)
+_write_unit: Any = intrinsic(_writing_unit)
+_add_tile: Any = intrinsic(_adding_tile)
+
+
+@compiled
+def multiply(  # type: ignore[no-untyped-def]
+    words, x, scale, zero, y, ordered, columns, width, start, stop
+) -> None:
+    """y[:, start:stop] = x W^T for W = scale (codes - zero), in float32; for few rows.
+
+    Args:
+        words: (inputs / 32 * bits, outputs) int32; inputs are multiples of 32, outputs of LANES.
+        x: (rows, inputs) int16, the bits of bfloat16 numbers.
+        scale: (groups, outputs) float32.
+        zero: (groups, outputs) float32, less half the range of codes.
+        ordered: (32,) what `order` says.
+        columns: of a group, a multiple of 32.
+        width: a tuple of `bits` numbers.
+        start, stop: multiples of LANES.
+    """
+    rows, inputs = x.shape
+    outputs, bits, groups = words.shape[1], len(width), scale.shape[0]
+    nil = np.float32(0)
+    pairs = _in_order(x, ordered)
+    x_sums = _sums_of_groups(x, groups, columns)
+    sums, line = np.empty((rows, TILE), np.float32), np.empty(TILE, np.float32)  # of a group, and of all
+    s, z = np.ones(TILE, np.float32), np.zeros(TILE, np.float32)
+    total = np.empty((rows, TILE), np.float32)
+    for low in range(start, stop, TILE):
+        taken = min(TILE, stop - low)
+        total[:] = nil
+        for group in range(groups):
+            sums[:] = nil
+            for k in range(group * columns, min((group + 1) * columns, inputs), 32):
+                first = k // 32 * bits * outputs + low
+                for v in range(0, taken, LANES):
+                    for row in range(rows):
+                        x_at = (row * inputs + k) // 2
+                        _add_unit(words, first + v, outputs, pairs, x_at, sums, row * TILE + v, width)
+            s[:taken] = scale[group, low : low + taken]
+            z[:taken] = zero[group, low : low + taken]
+            for row in range(rows):
+                x_sum = x_sums[row, group]
+                line[:] = total[row]
+                for i in range(TILE):
+                    line[i] += s[i] * (sums[row, i] - z[i] * x_sum)
+                total[row] = line
+        y[:, low : low + taken] = total[:, :taken]
+
+
+@compiled
+def _in_order(x, ordered):  # type: ignore[no-untyped-def]
+    """x (rows, inputs) int16 as pairs (rows, inputs / 2) int32 in the order of the words' codes."""
+    found = np.empty(x.shape, np.int16)
+    for row in range(x.shape[0]):
+        for k in range(0, x.shape[1], 32):
+            for i in range(32):
+                found[row, k + i] = x[row, k + ordered[i]]
+    return found.view(np.int32)
+
+
+@compiled
+def _sums_of_groups(x, groups, columns):  # type: ignore[no-untyped-def]
+    """Sums (rows, groups) float32 of x (rows, inputs), the bits of bfloat16 numbers."""
+    sums = np.zeros((x.shape[0], groups), np.float32)
+    for row in range(x.shape[0]):
+        numbers = (x[row].astype(np.int32) << np.int32(16)).view(np.float32)
+        for group in range(groups):
+            sums[row, group] = numbers[group * columns : (group + 1) * columns].sum()
+    return sums
+
+
+@compiled
+def arrange(x, ordered, tiles, x_sums, columns, start, stop) -> None:  # type: ignore[no-untyped-def]
+    """x as `multiply_many` wants it, some of its tiles of TALL rows; rows beyond x's are zero.
+
+    Args:
+        x: (rows, inputs) int16, the bits of bfloat16 numbers.
+        tiles: (rows / TALL, inputs / 2, TALL) int32.
+        x_sums: (groups, rows) float32.
+    """
+    rows, inputs = x.shape
+    low, high = np.empty(16, np.int64), np.empty(16, np.int64)
+    for p in range(16):
+        low[p], high[p] = ordered[2 * p], ordered[2 * p + 1]
+    for tile in range(start, stop):
+        for i in range(TALL):
+            row = tile * TALL + i
+            if row < rows:
+                x_sums[:, row] = _sums_of_groups(x[row : row + 1], len(x_sums), columns)[0]
+                for k in range(0, inputs, 32):
+                    for p in range(16):
+                        pair = (np.int32(x[row, k + high[p]]) << 16) | (np.int32(x[row, k + low[p]]) & 0xFFFF)
+                        tiles[tile, k // 2 + p, i] = pair
+            else:
+                x_sums[:, row] = np.float32(0)
+                tiles[tile, :, i] = 0
+
+
+@compiled
+def multiply_many(  # type: ignore[no-untyped-def]
+    words, tiles, x_sums, scale, zero, y, columns, width, start, stop
+) -> None:
+    """As `multiply`, for x in tiles, and with y (rows, outputs) int16, the bits of bfloat16 numbers.
+
+    Outputs are a multiple of WIDE, and so are start and stop.
+    """
+    rows, outputs, bits = y.shape[0], words.shape[1], len(width)
+    inputs, groups = 2 * tiles.shape[1], scale.shape[0]
+    weight = np.empty((columns // 2, WIDE), np.int32)
+    sums = np.empty((len(tiles) * TALL, WIDE), np.float32)
+    for low in range(start, stop, WIDE):
+        sums[:] = np.float32(0)
+        for group in range(groups):
+            begin, end = group * columns, min((group + 1) * columns, inputs)
+            for k in range(begin, end, 32):
+                _write_unit(words, k // 32 * bits * outputs + low, outputs, weight, (k - begin) // 2 * WIDE, width)
+            s, z = scale[group, low : low + WIDE], zero[group, low : low + WIDE]
+            for tile in range(len(tiles)):
+                x_at = (tile * inputs // 2 + begin // 2) * TALL
+                own = x_sums[group, tile * TALL : (tile + 1) * TALL]
+                _add_tile(tiles, x_at, weight, (end - begin) // 2, own, s, z, sums, tile * TALL * WIDE)
+        for row in range(rows):
+            bits_of = sums[row].view(np.int32)
+            for i in range(WIDE):  # to the nearest, ties to even
+                y[row, low + i] = np.int16((bits_of[i] + 0x7FFF + ((bits_of[i] >> 16) & 1)) >> 16)
