@@ -6,28 +6,36 @@ codes were chosen), with its output head, and loaded with `gptq.load`. Decoding 
 the seconds of its first token are taken off; prefill is one forward of a prompt. All models take turns in every
 round, and medians over the rounds are printed, so that a slow moment of the machine does not fall on one of them.
 "x best original" compares with the faster of the two originals, which on a CPU without bfloat16 products is float32.
+
+`--llama-cpp` adds llama.cpp on files of the same model, in an environment that the script makes below --environments
+from the package registry (compiling it takes minutes). All its matrices have the type that is named, its activations
+are rounded to int8, and its loop calls its C interface; it runs in a process of its own that sleeps while others run.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_peers import TORCH, make_environment
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq import QuantConfig, load, quantize
-from gptq.charts import Chart, Series, png
 from gptq.linear import QuantLinear
 
 SEED = 0
+WORKER = Path(__file__).with_name("llama_cpp_worker.py")
+LLAMA_CPP = [["llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", TORCH]]  # compiled for this machine
 
 
 @dataclass
@@ -100,6 +108,77 @@ def measure(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float]:
     return decode, prefill
 
 
+Measure = Callable[[int], tuple[float, float]]  # tokens to decode -> tokens per second of decoding and of prefill
+Sizes = Callable[[], tuple[int, int]]  # bytes of the weights, and of these what kernels made for themselves
+
+
+@dataclass
+class Contestant:
+    """One way of running the model."""
+
+    name: str
+    dtype: str
+    bits: int
+    measure: Measure
+    sizes: Sizes
+
+
+def ours(folders: dict[int, Path], dtypes: list[str], prompt: Tensor) -> Iterator[Contestant]:
+    """The original, and packed models, in this process."""
+    for bits, folder in folders.items():
+        for dtype in dtypes:
+            model = load(folder, device="cpu", dtype=dtype)
+            width = 32 if bits == 16 and dtype == "float32" else bits
+            name = "original" if bits == 16 else f"{bits} bits"
+            yield Contestant(name, dtype, width, partial(measure, model, prompt), partial(memory, model))
+
+
+class LlamaCpp:
+    """A file of the same model in llama.cpp, in a process of its own that waits while the others run."""
+
+    def __init__(self, python: str, file: Path, prompt: Tensor) -> None:
+        command = [python, str(WORKER), "serve", str(file), str(torch.get_num_threads())]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.file, self.prompt = file, prompt
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("llama.cpp was started without pipes")
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def measure(self, tokens: int) -> tuple[float, float]:
+        found = self.ask({"prompt": self.prompt[0].tolist(), "tokens": tokens})
+        return found["decode"], found["prefill"]
+
+    def agreement(self, original: Any) -> float:
+        """Correlation of its logits for a short prompt with the original's: about 1 if it is the same model."""
+        few = self.prompt[:, :16]
+        with torch.no_grad():
+            expected = original(few).logits[0, -1].float()
+        return float(
+            torch.corrcoef(torch.stack([expected, torch.tensor(self.ask({"logits": few[0].tolist()})["logits"])]))[0, 1]
+        )
+
+
+def file_size(file: Path) -> tuple[int, int]:
+    return file.stat().st_size, 0
+
+
+def theirs(kinds: list[str], original: Path, folder: Path, prompt: Tensor, environments: Path) -> Iterator[Contestant]:
+    """llama.cpp's files of these kinds."""
+    python = make_environment(environments / "llama.cpp", LLAMA_CPP)
+    subprocess.run([python, str(WORKER), "make", str(original), str(folder), *kinds], check=True)
+    reference = load(original, device="cpu", dtype="bfloat16")
+    for kind in kinds:
+        file = folder / f"{kind}.gguf"
+        served = LlamaCpp(python, file, prompt)
+        print(f"llama.cpp {kind}: its logits correlate with the original's by {served.agreement(reference):.4f}")
+        bits = next(int(c) for c in kind if c.isdigit())
+        yield Contestant(f"llama.cpp {kind}", "int8", bits, served.measure, partial(file_size, file))
+
+
 def run(args: argparse.Namespace) -> list[Result]:
     prompt = torch.randint(0, args.vocab, (1, args.prompt), generator=torch.Generator().manual_seed(SEED))
     with tempfile.TemporaryDirectory() as temporary:
@@ -110,45 +189,56 @@ def run(args: argparse.Namespace) -> list[Result]:
             options: dict[str, Any] = {"method": "rtn", "bits": bits, "group_size": args.group_size, "lm_head": True}
             folders[bits] = Path(temporary) / str(bits)
             quantize(original, folders[bits], QuantConfig.from_dict({**options, "format": "gptq"}))
-        names = {b: "original" if b == 16 else f"{b} bits" for b in folders}
-        keys = [(bits, dtype) for bits in folders for dtype in ("bfloat16", "float32")]
-        models = {(bits, dtype): load(folders[bits], device="cpu", dtype=dtype) for bits, dtype in keys}
-        for model in models.values():  # layouts are made and loops compiled before anything is timed
-            measure(model, prompt, 2)
-        found: dict[Any, list[tuple[float, float]]] = {key: [] for key in models}
+        contestants = [*ours(folders, args.dtypes, prompt)]
+        if args.llama_cpp:
+            contestants += theirs(args.llama_cpp, original, Path(temporary), prompt, args.environments)
+        for contestant in contestants:  # layouts are made and loops compiled before anything is timed
+            contestant.measure(2)
+        found: list[list[tuple[float, float]]] = [[] for _ in contestants]
         for _ in range(args.rounds):
-            for key, model in models.items():
-                found[key].append(measure(model, prompt, args.tokens))
+            for contestant, rates in zip(contestants, found, strict=True):
+                rates.append(contestant.measure(args.tokens))
         results = []
-        for (bits, dtype), model in models.items():
-            decode, prefill = (statistics.median(column) for column in zip(*found[bits, dtype], strict=True))
-            width = 32 if bits == 16 and dtype == "float32" else bits
-            results.append(Result(names[bits], dtype, width, *memory(model), decode, prefill))
+        for one, rates in zip(contestants, found, strict=True):
+            decode, prefill = (statistics.median(column) for column in zip(*rates, strict=True))
+            results.append(Result(one.name, one.dtype, one.bits, *one.sizes(), decode, prefill))
     return results
 
 
 def print_table(results: list[Result]) -> None:
     originals = [r for r in results if r.name == "original"]
-    bfloat16 = next(r for r in originals if r.dtype == "bfloat16")
+    first = originals[0]  # in bfloat16, unless it was not asked for
     best = max(r.decode for r in originals)
     fastest = max(r.prefill for r in originals)
-    print("| model | activations | weights MB | of it layouts | decode tok/s | x bf16 | x best original | "
-          "prefill tok/s | x bf16 | x best original |")  # fmt: skip
+    print(f"| model | activations | weights MB | of it layouts | decode tok/s | x {first.dtype} | x best original | "
+          f"prefill tok/s | x {first.dtype} | x best original |")  # fmt: skip
     print("| --- " * 10 + "|")
     for r in results:
         print(f"| {r.name} | {r.dtype} | {r.weight_bytes / 1e6:.0f} | {r.layout_bytes / 1e6:.0f} | {r.decode:.2f} | "
-              f"{r.decode / bfloat16.decode:.2f} | {r.decode / best:.2f} | {r.prefill:.0f} | "
-              f"{r.prefill / bfloat16.prefill:.2f} | {r.prefill / fastest:.2f} |")  # fmt: skip
+              f"{r.decode / first.decode:.2f} | {r.decode / best:.2f} | {r.prefill:.0f} | "
+              f"{r.prefill / first.prefill:.2f} | {r.prefill / fastest:.2f} |")  # fmt: skip
 
 
 def draw(results: list[Result], path: Path) -> None:
-    names = [r.name for r in results if r.dtype == "bfloat16"]
-    series = [
-        Series(f"{dtype} activations", [r.decode for r in results if r.dtype == dtype])
-        for dtype in ("bfloat16", "float32")
-    ]
-    ticks: dict[float, str] = dict(enumerate(names))
-    png(Chart("Greedy decoding, batch 1", "weights", "tokens per second", series, "dots", names, ticks), path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.2 + 0.35 * len(results)), layout="constrained")
+    labels = [f"{r.name}, {r.dtype}" for r in results]
+    colours = ["C7" if r.name == "original" else "C1" if r.name.startswith("llama.cpp") else "C0" for r in results]
+    for axes, values, title in zip(
+        figure.subplots(1, 2, sharey=True),
+        ([r.decode for r in results], [r.prefill for r in results]),
+        ("Greedy decoding, batch 1", "Prefill"),
+        strict=True,
+    ):
+        bars = axes.barh(range(len(results)), values, color=colours)
+        axes.bar_label(bars, fmt="%.0f", padding=3)
+        axes.set_yticks(range(len(results)), labels)
+        axes.set_xlabel("tokens per second")
+        axes.set_title(title)
+        axes.margins(x=0.15)
+    figure.gca().invert_yaxis()
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -157,6 +247,11 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--vocab", type=int, default=8192, help="default: %(default)s")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2], choices=[2, 3, 4, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"],
+                        help="of activations (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--llama-cpp", nargs="+", default=[], metavar="TYPE", help="for example Q4_0 Q4_K_S Q2_K Q8_0")
+    default = Path(tempfile.gettempdir()) / "gptq-peers"
+    parser.add_argument("--environments", type=Path, default=default, metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--group-size", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="to decode, 2 or more (default: %(default)s)")
@@ -171,7 +266,7 @@ def main() -> None:
     facts = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
     print(f"threads: {facts['threads']}, torch {facts['torch']}, CPU: {torch.backends.cpu.get_cpu_capability()}")
     if args.json:
-        shape = {k: v for k, v in vars(args).items() if k not in ("json", "plot")}
+        shape = {k: v for k, v in vars(args).items() if k not in ("json", "plot", "environments")}
         args.json.write_text(json.dumps({**facts, **shape, "results": [asdict(r) for r in results]}, indent=1))
     if args.plot:
         draw(results, args.plot)
