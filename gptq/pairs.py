@@ -12,11 +12,12 @@ cache, and multiplied with all rows.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, cfunc, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -25,19 +26,23 @@ from gptq.vectors import (
     INTS,
     LANES,
     add_pairs,
+    claim,
     compiled,
     constants,
     data,
     dot_pairs,
+    fetch,
     load,
     look_up,
     multiply_add,
+    pointer,
     splat,
     store,
 )
 
 VECTORS = 16  # taken together, so that what is read of a line of words is 1 KB long
 TILE = LANES * VECTORS
+AHEAD = 4  # units whose words are on their way from memory, so that it never waits; found by trying
 TALL, WIDE = 8, 2 * LANES  # rows and outputs whose sums stay in registers
 SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
 
@@ -115,9 +120,13 @@ def _adding_unit(context, words, at, stride, x, x_at, sums, sums_at, width):  # 
         words, x, sums = (data(context, builder, signature, arguments, i) for i in (0, 3, 5))
         totals = [load(builder, sums, sums_at, FLOATS), ir.Constant(FLOATS, None)]  # two, as each waits for its last
         line = builder.gep(x, [x_at])
+        ahead = builder.add(at, builder.mul(stride, ir.Constant(at.type, AHEAD * len(width))))
+        for _ in range(len(width)):
+            fetch(builder, words, ahead)
+            ahead = builder.add(ahead, stride)
         for p, pair in enumerate(_pairs(builder, words, at, stride, len(width))):
             factor = builder.load(builder.gep(line, [ir.Constant(x_at.type, p)]))
-            totals[p % 2] = dot_pairs(builder, splat(builder, factor), pair, totals[p % 2])
+            totals[p % 2] = dot_pairs(builder, pair, splat(builder, factor), totals[p % 2])
         store(builder, builder.fadd(*totals), sums, sums_at)
         return context.get_dummy_value()
 
@@ -181,25 +190,23 @@ _add_tile: Any = intrinsic(_adding_tile)
 
 @compiled
 def multiply(  # type: ignore[no-untyped-def]
-    words, x, scale, zero, y, ordered, columns, width, start, stop
+    words, pairs, x_sums, scale, zero, y, columns, width, start, stop
 ) -> None:
     """y[:, start:stop] = x W^T for W = scale (codes - zero), in float32; for few rows.
 
     Args:
         words: (inputs / 32 * bits, outputs) int32; inputs are multiples of 32, outputs of LANES.
-        x: (rows, inputs) int16, the bits of bfloat16 numbers.
+        pairs: (rows, inputs / 2) int32, x in the order of the words' codes.
+        x_sums: (rows, groups) float32, of x.
         scale: (groups, outputs) float32.
         zero: (groups, outputs) float32, less half the range of codes.
-        ordered: (32,) what `order` says.
         columns: of a group, a multiple of 32.
         width: a tuple of `bits` numbers.
         start, stop: multiples of LANES.
     """
-    rows, inputs = x.shape
+    rows, inputs = pairs.shape[0], 2 * pairs.shape[1]
     outputs, bits, groups = words.shape[1], len(width), scale.shape[0]
     nil = np.float32(0)
-    pairs = _in_order(x, ordered)
-    x_sums = _sums_of_groups(x, groups, columns)
     sums, line = np.empty((rows, TILE), np.float32), np.empty(TILE, np.float32)  # of a group, and of all
     s, z = np.ones(TILE, np.float32), np.zeros(TILE, np.float32)
     total = np.empty((rows, TILE), np.float32)
@@ -223,6 +230,34 @@ def multiply(  # type: ignore[no-untyped-def]
                     line[i] += s[i] * (sums[row, i] - z[i] * x_sum)
                 total[row] = line
         y[:, low : low + taken] = total[:, :taken]
+
+
+@cache
+def worker(bits: int) -> Any:
+    """`multiply` as a function for `threads.run_compiled`, which claims some of the outputs until there are none left.
+
+    Its arguments: 0, outputs in a share, rows, inputs, outputs, groups, columns of a group, and the addresses of words,
+    x (rows, inputs) bfloat16, scale, zero, y (rows, outputs) float32 and what `order` says.
+    """
+    width = (0,) * bits
+
+    def work(table):  # type: ignore[no-untyped-def]
+        given = carray(table, (13,))
+        share, rows, inputs, outputs = given[1], given[2], given[3], given[4]
+        groups, columns, at = given[5], given[6], given[7:]
+        words = carray(pointer(at[0], np.int32(0)), (inputs // 32 * len(width), outputs))
+        x = carray(pointer(at[1], np.int16(0)), (rows, inputs))
+        scale = carray(pointer(at[2], np.float32(0)), (groups, outputs))
+        zero = carray(pointer(at[3], np.float32(0)), (groups, outputs))
+        y = carray(pointer(at[4], np.float32(0)), (rows, outputs))
+        pairs = _in_order(x, carray(pointer(at[5], np.int64(0)), (32,)))
+        x_sums = _sums_of_groups(x, groups, columns)
+        start = claim(table) * share
+        while start < outputs:
+            multiply(words, pairs, x_sums, scale, zero, y, columns, width, start, min(start + share, outputs))
+            start = claim(table) * share
+
+    return cfunc(types.void(types.CPointer(types.int64)), cache=True)(work)
 
 
 @compiled

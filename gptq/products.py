@@ -27,9 +27,10 @@ from gptq import formats
 from gptq.formats import Scheme
 from gptq.matmul import has_tiles, native_bfloat16
 from gptq.packing import pack
-from gptq.threads import run_shares, shares_of
+from gptq.threads import run_compiled, run_shares, shares_of
 
 FEW_ROWS = 4  # to which decoding anew for every row is cheaper than writing the weight out
+SHARE = 64  # a thread's outputs are a multiple of it
 DECODED = 2**22  # weights that are written out at a time, 16 MB in float32
 
 
@@ -236,10 +237,12 @@ class Pairs:
     def _few(self, x: Tensor) -> Tensor:
         from gptq import pairs
 
-        own = self.layout
-        y = torch.empty(len(x), own.width)
-        arrays = _arrays(own.words, x, own.scale, self.zero, y, self.order)
-        run_shares(pairs.multiply, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, pairs.TILE))
+        own, rows = self.layout, len(x)
+        y = torch.empty(rows, own.width)
+        share = _up(-(-own.width // torch.get_num_threads()), SHARE)
+        sizes = 0, share, rows, own.inputs, own.width, len(own.scale), own.columns
+        tensors = own.words, x, own.scale, self.zero, y, self.order
+        run_compiled(pairs.worker(own.bits).address, (*sizes, *(tensor.data_ptr() for tensor in tensors)))
         return y.bfloat16()
 
     def _many(self, x: Tensor) -> Tensor:

@@ -12,13 +12,37 @@ from typing import Any
 import numba
 import torch
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 LANES = 16
 INT, FLOAT = ir.IntType(32), ir.FloatType()
 INTS, FLOATS = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES)
 
 compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+
+
+def _pointing(context, address, like):  # type: ignore[no-untyped-def]
+    """The address of numbers of the same type as `like` as a pointer to them."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.int64, like), emit
+
+
+def _claiming(context, counter):  # type: ignore[no-untyped-def]
+    """What the counter stands at; no other thread gets the same number."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), emit
+
+
+pointer: Any = intrinsic(_pointing)
+claim: Any = intrinsic(_claiming)
 
 
 @cache
@@ -47,6 +71,15 @@ def load(builder: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
 def store(builder: Any, value: Any, array: Any, offset: Any) -> None:
     stored = builder.store(value, builder.bitcast(builder.gep(array, [offset]), value.type.as_pointer()))
     stored.align = 4
+
+
+def fetch(builder: Any, array: Any, offset: Any) -> None:
+    """Let the CPU bring what lies there, in or out of the array, to its second-level cache while it goes on."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    read, second, as_data = ir.Constant(INT, 0), ir.Constant(INT, 2), ir.Constant(INT, 1)
+    builder.call(function, [builder.bitcast(builder.gep(array, [offset]), byte), read, second, as_data])
 
 
 def splat(builder: Any, number: Any) -> Any:
