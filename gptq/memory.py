@@ -176,13 +176,13 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
             own = 0 if on_disk else in_flight * window * first.inputs
             standing = between + own + in_flight * window * (2 * hidden + _beside(first, layers))
             always = codes + weights + standing
-            yield from (always + moment for moment in _at_layers(group, config, tokens))
+            yield from (always + moment for moment in _at_layers(group, config, tokens, dtype))
             back = in_flight * window * (hidden + first.inputs) if on_disk else 0  # read again from the files
             weight = dtype.itemsize * streams * max(layer.outputs * layer.inputs for layer in group)
             forward = (
                 in_flight * window * max(sum(layer.outputs for layer in group[:-1]), group[-1].outputs) + back + weight
             )
-            yield always + size + forward + _known(first, tokens, config)
+            yield always + size + forward + _known(first, tokens, config, dtype)
         else:
             yield codes + 10 * size
         codes += size
@@ -198,16 +198,17 @@ def _beside(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
     return sum(other.outputs for other in before if other.inputs == layer.inputs)
 
 
-def _known(layer: LayerPlan, tokens: Tokens, config: QuantConfig) -> int:
+def _known(layer: LayerPlan, tokens: Tokens, config: QuantConfig, dtype: torch.dtype) -> int:
     """H and U, and the rows or sums of held-out windows."""
     n, streams = layer.inputs, 2 if config.two_streams else 1
-    return 8 * n * n + 4 * streams * min(n, tokens.held_out * tokens.per_window) * n
+    held_out = tokens.held_out * tokens.per_window
+    return 8 * n * n + (dtype.itemsize * held_out if held_out <= n else 4 * n) * streams * n
 
 
-def _at_layers(group: list[LayerPlan], config: QuantConfig, tokens: Tokens) -> Iterator[int]:
+def _at_layers(group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtype: torch.dtype) -> Iterator[int]:
     n, rows = group[0].inputs, sum(layer.outputs for layer in group)
     C = 4 * n * n if config.two_streams else 0
-    known, size = _known(group[0], tokens, config), 4 * rows * n
+    known, size = _known(group[0], tokens, config, dtype), 4 * rows * n
     yield known + C  # gathering, and factorizing; H and C alone are less
     copies = 2 if len(group) > 1 else 1  # the weights one by one, and as one matrix
     aims = size if config.two_streams else 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptq import cost, memory
+from gptq.blocks import choose_dtype
 from gptq.checkpoint import Source
 from gptq.config import QuantConfig
 from gptq.engine import quantize
@@ -192,7 +193,7 @@ def test_the_estimate_is_that_of_a_run_and_a_limit_below_it_is_kept(
     base = measured_base()
 
     def needed(in_flight: int, on_disk: bool) -> int:
-        return memory.peak(plan, config, tokens, torch.float32, in_flight, on_disk, base)
+        return memory.peak(plan, config, tokens, dtype_of(plan), in_flight, on_disk, base)
 
     free = measured_peak(source, tmp_path / "free", 2**40, count, length, "balanced")
     assert needed(count, False) == pytest.approx(free, rel=0.15)
@@ -201,6 +202,11 @@ def test_the_estimate_is_that_of_a_run_and_a_limit_below_it_is_kept(
         limit = (needed(count, False) + needed(1, True)) // 2
         assert measured_peak(source, tmp_path / "tight", limit, count, length, "balanced") <= limit < free
         assert checksums(tmp_path / "tight") == checksums(tmp_path / "free")
+
+
+def dtype_of(plan: Plan) -> torch.dtype:
+    """That of a run's forwards, which depends on the machine."""
+    return choose_dtype("auto", plan.hf_config, torch.device("cpu"))
 
 
 def long_model(make_model: MakeModel, options: dict[str, int]) -> Path:
@@ -219,10 +225,8 @@ def measured_base() -> int:
 def test_a_killed_run_leaves_no_activations(make_model: MakeModel, tmp_path: Path) -> None:
     options, count, length = SHAPES["long"]
     source, tokens = long_model(make_model, options), memory.Tokens(count, length, count // 8)
-    base = measured_base()
-    ways = [
-        memory.peak(planned(source), CONFIG, tokens, torch.float32, count, on_disk, base) for on_disk in (False, True)
-    ]
+    plan, base = planned(source), measured_base()
+    ways = [memory.peak(plan, CONFIG, tokens, dtype_of(plan), count, on_disk, base) for on_disk in (False, True)]
     process = start(source, tmp_path / "out", int(sum(ways) / 2 / (1 - memory.MARGIN)), count, length, "balanced")
     assert process.stdout is not None
     process.stdout.readline()  # a layer is done, so all windows stand in mid-block and their inputs are on the shelf
