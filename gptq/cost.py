@@ -20,7 +20,7 @@ import torch
 from gptq import solver
 from gptq.blocks import fused_siblings
 from gptq.config import QuantConfig
-from gptq.matmul import exact_float32
+from gptq.matmul import exact_float32, product
 from gptq.memory import Tokens
 from gptq.plan import LayerPlan, Plan
 from gptq.refine import refine
@@ -110,6 +110,6 @@ def product_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> fl
     best, began = float("inf"), time.perf_counter()
     while best == float("inf") or time.perf_counter() - began < seconds:
         start = time.perf_counter()
-        float((A @ B)[0, 0])  # waits for the device
+        float(product(A, B)[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptq.matmul import has_tiles, product, products_of
+from gptq.matmul import has_pairs, has_tiles, product, products_of
 from gptq.ranks import Ranks
 
 ALONE = Ranks()
@@ -107,11 +107,11 @@ def _prepared(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 def _goes_in_pairs(x: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported() or has_tiles():
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or has_tiles() or not has_pairs():
         return False
-    from gptq import gram, vectors
+    from gptq import gram
 
-    return vectors.has_pairs() and x.shape[1] % gram.WIDE == 0
+    return x.shape[1] % gram.WIDE == 0
 
 
 def _add_half_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool) -> None:

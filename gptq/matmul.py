@@ -8,17 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROWS = 1024  # of a product whose left factor has to be copied, that are made at a time: bounds the memory
+
 
 def product(A: Tensor, B: Tensor) -> Tensor:
     """A B, (m, k) times (k, n), without autograd.
 
-    oneDNN uses all of a CPU's vectors, where the library behind `@` (MKL) takes half of them on some (AMD's).
+    oneDNN uses all of a CPU's vectors, where the library behind `@` (MKL) takes half of them on some (AMD's). It copies
+    B into an order of its own, and A first where that is not contiguous.
     """
-    if A.device.type == "cpu" and A.dtype == B.dtype == torch.float32 and _has_onednn() and A.numel() and B.numel():
-        dense = B if B.is_contiguous() or B.mT.is_contiguous() else B.contiguous()  # oneDNN crawls along other strides
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(A, dense.mT, None, "none", [], "")
-        return found
-    return A @ B
+    on_cpu = A.device.type == "cpu" and A.dtype == B.dtype == torch.float32
+    if not (on_cpu and _has_onednn() and A.numel() and B.numel()):
+        return A @ B
+    if not (B.is_contiguous() or B.mT.is_contiguous()):
+        B = B.contiguous()  # oneDNN crawls along other strides
+    if A.is_contiguous() or len(A) <= ROWS:
+        return _by_onednn(A, B)
+    found = torch.empty(len(A), B.shape[1])
+    for start in range(0, len(A), ROWS):
+        found[start : start + ROWS] = _by_onednn(A[start : start + ROWS], B)
+    return found
+
+
+def _by_onednn(A: Tensor, B: Tensor) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(A, B.mT, None, "none", [], "")
+    return found
 
 
 @cache
@@ -34,6 +48,19 @@ def native_bfloat16() -> bool:
 def has_tiles() -> bool:
     """Whether the CPU has a unit for whole tiles of bfloat16 (AMX), which oneDNN uses."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+@cache
+def has_pairs() -> bool:
+    """Whether loops on pairs of bfloat16 numbers can be compiled (`vectors.dot_pairs`).
+
+    The CPU has to have the instruction, and numba must not have been told to compile for another one.
+    """
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
+    import numba  # takes a moment
+
+    return not getattr(numba.config, "CPU_NAME", None)
 
 
 @contextmanager

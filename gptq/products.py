@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gptq import formats
 from gptq.formats import Scheme
-from gptq.matmul import has_tiles, native_bfloat16
+from gptq.matmul import has_pairs, has_tiles, native_bfloat16
 from gptq.packing import pack
 from gptq.threads import run_compiled, run_shares, shares_of
 
@@ -95,15 +95,6 @@ def make(name: str, stored: Stored) -> Product | None:
         "triton": TritonProduct.of,
     }
     return makers[name](stored)
-
-
-@cache
-def has_pairs() -> bool:
-    if not torch.cpu._is_avx512_bf16_supported():
-        return False
-    from gptq import vectors  # imports numba
-
-    return vectors.has_pairs()
 
 
 @cache

@@ -1,16 +1,14 @@
 """Vectors in compiled loops: what numba does not offer, written as LLVM's own instructions.
 
 LLVM's vectorizer does not find these loops. Numbers are 32 bits wide and LANES of them a vector, which any CPU that
-LLVM knows can be given; only `dot_pairs` wants AVX-512 with bfloat16. numba is imported with this module, so modules
-that need it are imported when their first product is computed.
+LLVM knows can be given; only `dot_pairs` wants AVX-512 with bfloat16 (see `matmul.has_pairs`). numba is imported with
+this module, so modules that need it are imported when their first product is computed.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numba
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -43,13 +41,6 @@ def _claiming(context, counter):  # type: ignore[no-untyped-def]
 
 pointer: Any = intrinsic(_pointing)
 claim: Any = intrinsic(_claiming)
-
-
-@cache
-def has_pairs() -> bool:
-    """Whether `dot_pairs` can be compiled: the CPU has it, and numba was not told to compile for another one."""
-    told = getattr(numba.config, "CPU_NAME", None)
-    return bool(torch.cpu._is_avx512_bf16_supported()) and not told
 
 
 def constants(number: int) -> ir.Constant:

@@ -6,14 +6,15 @@
 The checkpoint is made in FOLDER/model, tensor by tensor and sharded, unless it is there already. A child process
 quantizes it at 4 bits with group size 128 on 8 x 256 random tokens, all else by default, and reports what the kernel
 counted as its peak resident memory (VmHWM). Before and after, the rate of a float32 matrix product is measured with as
-many threads; the floor is the number of floating-point operations that the run cannot do without (counted in
-gptq/cost.py) over the better of the two rates. Random weights change no cost.
+many threads, torch's `@` and the package's own; the floor is the number of floating-point operations that the run
+cannot do without (counted in gptq/cost.py) over the better of a product's two rates. Random weights change no cost.
 
 Set OMP_NUM_THREADS to the number of cores that are free.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from gptq import cost, memory
+from gptq.__main__ import ENVIRONMENT
 from gptq.checkpoint import ShardWriter, TensorInfo
 from gptq.config import QuantConfig
 from gptq.engine import quantize
@@ -84,11 +86,21 @@ class FirstBlock(Observer):
         print(text, file=sys.stderr)
 
 
-def child(folder: Path, limit: str) -> None:
+def torch_rate(size: int = 2048, runs: int = 20) -> float:
+    """Floating-point operations per second of torch's own product, the best of some."""
+    A, best = torch.ones(size, size), 0.0
+    for _ in range(runs):
+        began = time.perf_counter()
+        A @ A
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def child(folder: Path, limit: str, config: QuantConfig) -> None:
     """Quantize, and print what it took."""
     began, observer = time.perf_counter(), FirstBlock()
     result = quantize(
-        folder / "model", folder / "quantized", QuantConfig(), calibration=random_windows(),
+        folder / "model", folder / "quantized", config, calibration=random_windows(),
         device="cpu", memory_limit=memory.parse_size(limit), observer=observer,
     )  # fmt: skip
     found = {
@@ -107,32 +119,38 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for the checkpoint and the result")
     parser.add_argument("--blocks", type=int, default=32, help="of the checkpoint (default: %(default)s)")
     parser.add_argument("--memory-limit", default="3GiB", metavar="SIZE", help="default: %(default)s")
+    parser.add_argument("--effort", default="balanced", choices=["fast", "balanced"], help="default: %(default)s")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    config = QuantConfig(effort=args.effort)
     if args.child:
-        child(args.folder, args.memory_limit)
+        child(args.folder, args.memory_limit, config)
         return
     limit = memory.parse_size(args.memory_limit)
     model = args.folder / "model"
     if not model.exists():
         make_checkpoint(model, args.blocks)
-    plan = plan_checkpoint(str(model), QuantConfig(), None, trust_remote_code=False)
+    plan = plan_checkpoint(str(model), config, None, trust_remote_code=False)
     held_out = sum(is_held_out(i, WINDOWS) for i in range(WINDOWS))
-    work = cost.count(plan, QuantConfig(), memory.Tokens(WINDOWS, TOKENS, held_out))
+    work = cost.count(plan, config, memory.Tokens(WINDOWS, TOKENS, held_out))
     cpu = torch.device("cpu")
-    rates = [cost.product_rate(cpu, torch.float32, 3)]
+    rates, plain = [cost.product_rate(cpu, torch.float32, 3)], torch_rate()
     shutil.rmtree(args.folder / "quantized", ignore_errors=True)
-    command = [sys.executable, __file__, str(args.folder), "--memory-limit", args.memory_limit, "--child"]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    command = [sys.executable, __file__, str(args.folder), "--memory-limit", args.memory_limit, "--effort", args.effort]
+    environment = {**os.environ, **ENVIRONMENT}  # what the command line starts with
+    done = subprocess.run([*command, "--child"], check=True, stdout=subprocess.PIPE, env=environment)
+    found = json.loads(done.stdout.splitlines()[-1])
     rates.append(cost.product_rate(cpu, torch.float32, 3))
-    floor = work.total / max(rates)
+    plain = max(plain, torch_rate())
     print(f"{len(plan.blocks)} blocks, {plan.source.nbytes / 1e9:.2f} GB, {torch.get_num_threads()} threads")
     print(f"peak resident memory {found['peak'] / 2**20:,.0f} MiB, limit {limit / 2**20:,.0f} MiB")
     print(f"time {found['seconds']:,.0f} s, of which {found['kernels']:,.0f} s before the first block")
-    print(
-        f"floor {floor:,.0f} s: {work.total / 1e12:,.1f} Tflop at {max(rates) / 1e9:,.1f} Gflop/s "
-        f"(before {rates[0] / 1e9:,.1f}, after {rates[1] / 1e9:,.1f}); ratio {found['seconds'] / floor:.2f}"
-    )
+    for what, rate in (("torch's product", plain), ("the package's own", max(rates))):
+        floor = work.total / rate
+        print(
+            f"floor {floor:,.0f} s: {work.total / 1e12:,.1f} Tflop at {rate / 1e9:,.1f} Gflop/s ({what}); "
+            f"ratio {found['seconds'] / floor:.2f}"
+        )
     print(
         f"read ahead {found['ahead_bytes'] / 1e9:.2f} GB in {found['ahead_seconds']:.1f} s, of which "
         f"{found['ahead_seconds'] - found['ahead_waited']:.1f} s were hidden behind the solver"

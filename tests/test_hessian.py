@@ -1,10 +1,13 @@
 """H is the closed form, summed in float32, and does not depend on how the tokens arrive."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from gptq import hessian as hessian_module
 from gptq.hessian import HessianAccumulator
-from gptq.matmul import exact_float32
+from gptq.matmul import exact_float32, product
 
 
 def hessian(*parts: torch.Tensor) -> torch.Tensor:
@@ -59,3 +62,87 @@ def test_reduced_precision_modes_are_off_inside_and_come_back() -> None:
         assert matmul.fp32_precision == "bf16"
     finally:
         matmul.fp32_precision = own
+
+
+def exactly_summable(rng: torch.Generator, tokens: int, inputs: int) -> torch.Tensor:
+    """Small integers times a power of two, in bfloat16: their products and sums are float32 numbers, in any order."""
+    return (torch.randint(-15, 16, (tokens, inputs), generator=rng) * 2.0**-5).bfloat16()
+
+
+def imitated_mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """What torch.mm does on a GPU, where factors of 16 bits may have a result of 32."""
+    return (a.double() @ b.double()).to(out_dtype)
+
+
+@pytest.mark.parametrize("way", ["pairs", "gpu", "floats"])
+@pytest.mark.parametrize("tokens", [1, 33, 70])
+def test_every_way_of_adding_up_is_the_exact_one(
+    way: str, tokens: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, for the panels that are asked for and no others; what lies below the diagonal may stay."""
+    if way == "pairs" and not hessian_module._goes_in_pairs(torch.zeros(1, 320, dtype=torch.bfloat16)):
+        pytest.skip("this CPU has no products of pairs of bfloat16 numbers")
+    x, original = exactly_summable(rng, tokens, 320), exactly_summable(rng, tokens, 320)
+    a, b, add = hessian_module._prepared(original, x) if way == "pairs" else (original, x, None)
+    if way == "gpu":
+        monkeypatch.setattr(torch, "mm", imitated_mm)
+        add = hessian_module._add_half_products
+    elif way == "floats":
+        a, b, add = a.float(), x.float(), partial(hessian_module._add_float_products, torch.bfloat16)
+    exact, panels = original.double().T @ x.double(), [slice(0, 256), slice(256, 320)]
+    for chosen in (panels, panels[1:]):
+        sums = torch.zeros(320, 320)
+        assert add is not None
+        add(sums, a, b, chosen, False)
+        first = chosen[0].start
+        assert torch.equal(sums[first:].double(), exact[first:])
+        assert not sums[:first].any()
+        add(sums, a, b, chosen, True)
+        assert torch.equal(sums[first:].triu(first).double(), 2 * exact[first:].triu(first))
+
+
+def test_threads_change_no_bit(rng: torch.Generator) -> None:
+    x = torch.randn(100, 320, generator=rng).bfloat16()
+    alone = hessian(x)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(hessian(x), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drift_is_its_closed_form_wherever_it_begins(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """C = mean (x~ - x) x^T; nothing where no original came or none differed, and windows without one have none."""
+    windows = [torch.randn(20, 64, generator=rng).to(dtype) for _ in range(4)]
+    others = [None, windows[1].clone(), (windows[2] * 1.5).to(dtype), None]
+    accumulator, C = HessianAccumulator(64, torch.device("cpu")), torch.zeros(64, 64, dtype=torch.float64)
+    for number, (x, original) in enumerate(zip(windows, others, strict=True)):
+        accumulator.add(x, original)
+        C += 0 if original is None else (original.double() - x.double()).T @ x.double() / 80
+        assert (accumulator.drift_mean() is None) == (number < 2)
+    found = accumulator.drift_mean()
+    assert found is not None
+    assert torch.allclose(found.double(), C, atol=1e-6)
+    H, taken = accumulator.take()
+    assert taken is not None
+    assert torch.allclose(taken, found, atol=1e-7)
+    every = torch.cat(windows).double()
+    assert torch.allclose(H.double(), every.T @ every / 80, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (128, 300, 64), (1, 1, 1), (0, 4, 4), (4, 0, 4)])
+def test_products_are_float32_products_along_any_strides(shape: tuple[int, int, int], rng: torch.Generator) -> None:
+    rows, inner, columns = shape
+    wide = torch.randn(rows + 3, inner + 3, generator=rng)
+    B = torch.randn(inner + 3, columns + 3, generator=rng)
+    pairs = [
+        (wide[:rows, :inner], B[:inner, :columns]),
+        (wide.T[:inner, :rows].T, B.T.contiguous().T[:inner, :columns]),
+    ]
+    for left, right in pairs:
+        found = product(left, right)
+        exact = left.double() @ right.double()
+        assert found.dtype == torch.float32
+        assert torch.allclose(found.double(), exact, atol=1e-5 * max(inner, 1) ** 0.5)
+    assert product(wide.double(), wide.double().T).dtype == torch.float64

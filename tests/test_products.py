@@ -17,6 +17,7 @@ from gptq import QuantConfig, formats, load, products, quantize
 from gptq.config import Format
 from gptq.formats import Codes, Scheme
 from gptq.linear import QuantLinear
+from gptq.matmul import has_pairs
 from tests.conftest import VOCAB, MakeModel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,7 +63,7 @@ SHAPES = ((48, 128, 32), (272, 256, 128), (300, 160, 64), (7, 100, -1), (33, 96,
 
 
 PAIRED = [
-    pytest.param(True, marks=pytest.mark.skipif(not products.has_pairs(), reason="this CPU has no bfloat16 products")),
+    pytest.param(True, marks=pytest.mark.skipif(not has_pairs(), reason="this CPU has no bfloat16 products")),
     False,
 ]
 
@@ -94,7 +95,7 @@ def test_every_product_is_the_exact_one(
     assert ("int8pack" in used) == (few and bits == 8 and sym and not paired)
 
 
-@pytest.mark.skipif(not products.has_pairs(), reason="this CPU has no bfloat16 products")
+@pytest.mark.skipif(not has_pairs(), reason="this CPU has no bfloat16 products")
 @pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_pairs_sum_without_rounding(bits: int, rows: int, rng: torch.Generator) -> None:
