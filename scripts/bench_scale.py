@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_quantize import EFFORTS, STAGES, make_model, measure
+from bench_quantize import EFFORTS, GROUP, STAGES, make_model, measure
 
 SHOWN = STAGES[1:-1]
 THEORY: dict[str, dict[str, float]] = {
@@ -34,7 +34,6 @@ THEORY: dict[str, dict[str, float]] = {
     "depth": dict.fromkeys(SHOWN, 1.0) | {"memory": 0.0},
     "tokens": dict.fromkeys(SHOWN, 0.0) | {"forward": 1.0, "Hessian": 1.0},
 }
-HEAD = 64  # dimensions
 
 
 def slope(values: list[float], figures: list[float]) -> float:
@@ -49,7 +48,7 @@ def run_one(width: int, depth: int, tokens: int, args: argparse.Namespace) -> di
     """Seconds by stage, and memory in bytes."""
     own = argparse.Namespace(windows=tokens // args.window, tokens=args.window, batch_size=None)
     with tempfile.TemporaryDirectory() as folder:
-        intermediate = -(-width * 23 // (8 * HEAD)) * HEAD  # as Llama's, in whole groups
+        intermediate = -(-width * 23 // (8 * GROUP)) * GROUP  # about Llama's share, in whole groups
         make_model(Path(folder), width, depth, intermediate, args.vocabulary)
         found = measure(Path(folder), args.effort, own)
     return {stage: found["stages"][stage] for stage in SHOWN} | {
