@@ -89,7 +89,7 @@ def print_slopes(runs: list[dict[str, Any]]) -> None:
 def draw(runs: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 8), layout="constrained")
+    figure = Figure(figsize=(17, 8), layout="constrained")
     figure.suptitle(title)
     times, memories = figure.subplots(2, 3, height_ratios=[2, 1])
     for (vary, theory), upper, lower in zip(THEORY.items(), times, memories, strict=True):
@@ -98,14 +98,14 @@ def draw(runs: list[dict[str, Any]], path: Path, title: str) -> None:
             label = f"{key} {slope(values, figures[key]):.1f} ({theory[key]:g})"
             upper.plot(values, figures[key], "o-", color=f"C{number}", label=label)
         lower.plot(values, [size / 1e6 for size in figures["memory"]], "ks-")
-        lower.set_ylim(bottom=0)
+        lower.set_ylim(0, 1.1 * max(figures["memory"]) / 1e6)
         for axes in (upper, lower):
             axes.set_xscale("log", base=2)
             axes.set_xticks(values, [f"{value:,}" for value in values])
             axes.grid(alpha=0.3)
         upper.set_yscale("log")
         upper.set_title(f"against {vary}")
-        upper.legend(title="slope (theory)", fontsize="small")
+        upper.legend(title="slope (theory)", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         lower.set_xlabel(vary)
     times[0].set_ylabel("seconds")
     memories[0].set_ylabel("MB above the imports")
