@@ -13,9 +13,11 @@ What grows with the weights alone (grids, the columns' inner loop, packing) is m
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gptq import solver
 from gptq.blocks import fused_siblings
@@ -103,13 +105,15 @@ def measure(config: QuantConfig, device: torch.device, dtype: torch.dtype, secon
     return Rates(forward_rate, solver_rate, max(best - products, 0.0) / W.numel())
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+def product_rate(
+    device: torch.device, dtype: torch.dtype, seconds: float, multiply: Callable[[Tensor, Tensor], Tensor] = product
+) -> float:
     """Floating-point operations per second of a matrix product, the best of those that fit into the time."""
     n = 1536 if device.type == "cpu" else 8192
     A, B = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     best, began = float("inf"), time.perf_counter()
     while best == float("inf") or time.perf_counter() - began < seconds:
         start = time.perf_counter()
-        float(product(A, B)[0, 0])  # waits for the device
+        float(multiply(A, B)[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best

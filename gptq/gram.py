@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 from gptq.threads import run_shares, shares_of
-from gptq.vectors import FLOATS, LANES, add_pairs, compiled, data, load, store
+from gptq.vectors import FLOATS, LANES, TALL, WIDE, compiled, data, load, store, sum_pairs
 
-TALL, WIDE = 8, 2 * LANES  # of the sums that are made at once, 16 vectors of them
 KEPT = 2**17  # pairs that are read again and again, half a megabyte: they stay in the second-level cache
 
 
@@ -69,10 +67,7 @@ def _adding_tile(context, a, a_at, b, b_at, depth, sums, at, stride):  # type: i
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, a_at, _, b_at, depth, _, at, stride = arguments
         a, b, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 5))
-        nothing = ir.Constant(FLOATS, None)
-        totals = [[cgutils.alloca_once_value(builder, nothing) for _ in range(WIDE // LANES)] for _ in range(TALL)]
-        add_pairs(builder, totals, builder.gep(a, [a_at]), WIDE, builder.gep(b, [b_at]), depth)
-        for row in totals:
+        for row in sum_pairs(builder, builder.gep(a, [a_at]), WIDE, builder.gep(b, [b_at]), depth):
             for v, total in enumerate(row):
                 place = builder.add(at, ir.Constant(at.type, v * LANES))
                 store(builder, builder.fadd(load(builder, sums, place, FLOATS), builder.load(total)), sums, place)

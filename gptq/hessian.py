@@ -109,9 +109,9 @@ def _prepared(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None
 def _goes_in_pairs(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or has_tiles() or not has_pairs():
         return False
-    from gptq import gram
+    from gptq import vectors
 
-    return x.shape[1] % gram.WIDE == 0
+    return x.shape[1] % vectors.WIDE == 0
 
 
 def _add_half_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool) -> None:

@@ -16,10 +16,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gptq.vectors import FLOAT, FLOATS, INTS, LANES, compiled, constants, data, load, multiply_add, splat, store
-
-VECTORS = 16  # taken together, so that what is read of a line of words is 1 KB long
-TILE = LANES * VECTORS
+from gptq.vectors import (
+    FLOAT,
+    FLOATS,
+    INTS,
+    LANES,
+    TILE,
+    add_group,
+    compiled,
+    constants,
+    data,
+    load,
+    multiply_add,
+    splat,
+    store,
+)
 
 
 def in_place(bits: int) -> list[bool]:
@@ -120,8 +131,8 @@ def multiply(  # type: ignore[no-untyped-def]
     outputs, bits = words.shape[1], len(width)
     nil = np.float32(0)
     sums = np.empty((rows, TILE), np.float32)  # of a group
-    line, s = np.empty(TILE, np.float32), np.ones(TILE, np.float32)
-    z, total = np.zeros(TILE, np.float32), np.empty((rows, TILE), np.float32)
+    s, z = np.ones(TILE, np.float32), np.zeros(TILE, np.float32)
+    total = np.empty((rows, TILE), np.float32)
     for low in range(start, stop, TILE):
         taken = min(TILE, stop - low)
         total[:] = nil
@@ -134,12 +145,7 @@ def multiply(  # type: ignore[no-untyped-def]
                         _add_unit(words, first + v, outputs, x, row * inputs + k, sums, row * TILE + v, width)
             s[:taken] = scale[group, low : low + taken]
             z[:taken] = zero[group, low : low + taken]
-            for row in range(rows):
-                x_sum = x_sums[row, group]
-                line[:] = total[row]
-                for i in range(TILE):
-                    line[i] += s[i] * (sums[row, i] - z[i] * x_sum)
-                total[row] = line
+            add_group(total, sums, x_sums[:, group], s, z)
         y[:, low : low + taken] = total[:, :taken]
 
 

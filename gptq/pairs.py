@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, types  # type: ignore[attr-defined]
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gptq.vectors import (
     FLOATS,
     INTS,
     LANES,
-    add_pairs,
+    TALL,
+    TILE,
+    WIDE,
+    add_group,
     claim,
     compiled,
     constants,
@@ -38,12 +40,10 @@ from gptq.vectors import (
     pointer,
     splat,
     store,
+    sum_pairs,
 )
 
-VECTORS = 16  # taken together, so that what is read of a line of words is 1 KB long
-TILE = LANES * VECTORS
 AHEAD = 4  # units whose words are on their way from memory, so that it never waits; found by trying
-TALL, WIDE = 8, 2 * LANES  # rows and outputs whose sums stay in registers
 SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
 
 
@@ -167,9 +167,7 @@ def _adding_tile(context, x, x_at, weight, depth, x_sums, scale, zero, y, y_at):
             return ir.Constant(y_at.type, value)
 
         starts = range(0, WIDE, LANES)
-        nothing = ir.Constant(FLOATS, None)
-        totals = [[cgutils.alloca_once_value(builder, nothing) for _ in starts] for _ in range(TALL)]
-        add_pairs(builder, totals, builder.gep(x, [x_at]), TALL, weight, depth)
+        totals = sum_pairs(builder, builder.gep(x, [x_at]), TALL, weight, depth)
         scales, zeros = ([load(builder, array, number(v), FLOATS) for v in starts] for array in (scale, zero))
         for i, row in enumerate(totals):
             x_sum = splat(builder, builder.load(builder.gep(x_sums, [number(i)])))
@@ -207,9 +205,8 @@ def multiply(  # type: ignore[no-untyped-def]
     rows, inputs = pairs.shape[0], 2 * pairs.shape[1]
     outputs, bits, groups = words.shape[1], len(width), scale.shape[0]
     nil = np.float32(0)
-    sums, line = np.empty((rows, TILE), np.float32), np.empty(TILE, np.float32)  # of a group, and of all
+    sums, total = np.empty((rows, TILE), np.float32), np.empty((rows, TILE), np.float32)  # of a group, and of all
     s, z = np.ones(TILE, np.float32), np.zeros(TILE, np.float32)
-    total = np.empty((rows, TILE), np.float32)
     for low in range(start, stop, TILE):
         taken = min(TILE, stop - low)
         total[:] = nil
@@ -223,12 +220,7 @@ def multiply(  # type: ignore[no-untyped-def]
                         _add_unit(words, first + v, outputs, pairs, x_at, sums, row * TILE + v, width)
             s[:taken] = scale[group, low : low + taken]
             z[:taken] = zero[group, low : low + taken]
-            for row in range(rows):
-                x_sum = x_sums[row, group]
-                line[:] = total[row]
-                for i in range(TILE):
-                    line[i] += s[i] * (sums[row, i] - z[i] * x_sum)
-                total[row] = line
+            add_group(total, sums, x_sums[:, group], s, z)
         y[:, low : low + taken] = total[:, :taken]
 
 

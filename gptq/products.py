@@ -176,29 +176,29 @@ class Lanes:
         return y[:, : self.layout.outputs].to(x.dtype)
 
     def _few(self, x: Tensor) -> Tensor:
-        from gptq import lanes
+        from gptq import lanes, vectors
 
         own, (rows, inputs) = self.layout, x.shape
         groups = len(own.scale)
         sums = torch.nn.functional.pad(x, (0, groups * own.columns - inputs)).view(rows, groups, -1).sum(-1)
         y = torch.empty(rows, own.width)
         arrays = _arrays(own.words, x * self.prescale, sums, own.scale, own.zero, y)
-        run_shares(lanes.multiply, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, lanes.TILE))
+        run_shares(lanes.multiply, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, vectors.TILE))
         return y
 
     def _many(self, x: Tensor) -> Tensor:
-        from gptq import lanes
+        from gptq import lanes, vectors
 
         dtype = x.dtype if x.dtype == torch.bfloat16 and native_bfloat16() else torch.float32
         own, x = self.layout, x.to(dtype)
         rows, inputs = x.shape
         y = torch.empty(rows, own.width, dtype=dtype)
-        step = max(DECODED // inputs // lanes.TILE, 1) * lanes.TILE
+        step = max(DECODED // inputs // vectors.TILE, 1) * vectors.TILE
         for first in range(0, own.width, step):
             taken = min(step, own.width - first)
             weight = torch.empty(inputs, taken)  # of the tile, transposed
             arrays = _arrays(own.words, own.scale, own.zero, weight)
-            run_shares(lanes.decode, (*arrays, own.columns, (0,) * own.bits, first), shares_of(taken, lanes.TILE))
+            run_shares(lanes.decode, (*arrays, own.columns, (0,) * own.bits, first), shares_of(taken, vectors.TILE))
             torch.mm(x, weight.to(dtype), out=y[:, first : first + taken])
         return y
 
@@ -213,9 +213,9 @@ class Pairs:
 
     @classmethod
     def of(cls, stored: Stored) -> "Pairs | None":
-        from gptq import pairs
+        from gptq import pairs, vectors
 
-        layout = Layout.of(stored, pairs.WIDE)
+        layout = Layout.of(stored, vectors.WIDE)
         if layout is None:
             return None
         return cls(layout, layout.zero.float() - 2 ** (layout.bits - 1), torch.tensor(pairs.order(layout.bits)))
@@ -237,16 +237,16 @@ class Pairs:
         return y.bfloat16()
 
     def _many(self, x: Tensor) -> Tensor:
-        from gptq import pairs
+        from gptq import pairs, vectors
 
         own, (rows, inputs) = self.layout, x.shape
-        count = -(-rows // pairs.TALL)
-        tiles = torch.empty(count, inputs // 2, pairs.TALL, dtype=torch.int32)
-        sums = torch.empty(len(own.scale), count * pairs.TALL)
+        count = -(-rows // vectors.TALL)
+        tiles = torch.empty(count, inputs // 2, vectors.TALL, dtype=torch.int32)
+        sums = torch.empty(len(own.scale), count * vectors.TALL)
         run_shares(pairs.arrange, (*_arrays(x, self.order, tiles, sums), own.columns), shares_of(count, 1))
         y = torch.empty(rows, own.width, dtype=torch.int16)
         arrays = _arrays(own.words, tiles, sums, own.scale, self.zero, y)
-        run_shares(pairs.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, pairs.WIDE))
+        run_shares(pairs.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, vectors.WIDE))
         return y.view(torch.bfloat16)
 
 

@@ -9,12 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
+VECTORS = 16  # taken together by loops over packed words, so that what is read of a line of them is 1 KB long
+TILE = LANES * VECTORS
+TALL, WIDE = 8, 2 * LANES  # of the sums that stay in registers while the pairs of a product go by, 16 vectors
 INT, FLOAT = ir.IntType(32), ir.FloatType()
 INTS, FLOATS = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES)
 
@@ -97,26 +101,47 @@ def dot_pairs(builder: Any, a: Any, b: Any, total: Any) -> Any:
     return builder.call(function, [total, a, b])
 
 
-def add_pairs(builder: Any, totals: list[list[Any]], a: Any, a_step: int, b: Any, depth: Any) -> None:
-    """totals[i][v] += the products of pair i of a with the pairs of vector v of b, over `depth` lines of both.
+def sum_pairs(builder: Any, a: Any, a_step: int, b: Any, depth: Any) -> list[list[Any]]:
+    """The sums of products of TALL pairs of a with WIDE pairs of b, over `depth` lines of both.
 
     Args:
-        totals: where vectors of sums are kept (allocated, so that they stay in registers).
-        a, b: where the first lines begin; the next one of a is a_step pairs further, that of b as many as b's vectors.
+        a, b: where the first lines begin; the next one of a is a_step pairs further, that of b is WIDE.
+    Returns:
+        where the vectors of sums are kept, for each pair of a those of b's.
     """
-    vectors = len(totals[0])
 
     def number(value: int) -> Any:
         return ir.Constant(depth.type, value)
 
+    starts = range(0, WIDE, LANES)
+    totals = [[cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None)) for _ in starts] for _ in range(TALL)]
     with cgutils.for_range(builder, depth, intp=depth.type) as loop:
         a_line = builder.gep(a, [builder.mul(loop.index, number(a_step))])
-        b_line = builder.gep(b, [builder.mul(loop.index, number(vectors * LANES))])
-        b_pairs = [load(builder, b_line, number(v * LANES), INTS) for v in range(vectors)]
+        b_line = builder.gep(b, [builder.mul(loop.index, number(WIDE))])
+        b_pairs = [load(builder, b_line, number(v), INTS) for v in starts]
         for i, row in enumerate(totals):
             a_pair = splat(builder, builder.load(builder.gep(a_line, [number(i)])))
             for total, b_pair in zip(row, b_pairs, strict=True):
                 builder.store(dot_pairs(builder, a_pair, b_pair, builder.load(total)), total)
+    return totals
+
+
+@compiled
+def add_group(total, sums, x_sums, scale, zero) -> None:  # type: ignore[no-untyped-def]
+    """total_ro += scale_o (sums_ro - zero_o x_sums_r): what a group of codes adds to outputs o for rows r.
+
+    Args:
+        total, sums: (rows, TILE) float32.
+        x_sums: (rows,) float32, of the inputs that the group's codes meet.
+        scale, zero: (TILE,) float32.
+    """
+    line = np.empty(TILE, np.float32)
+    for row in range(total.shape[0]):
+        x_sum = x_sums[row]
+        line[:] = total[row]
+        for i in range(TILE):
+            line[i] += scale[i] * (sums[row, i] - zero[i] * x_sum)
+        total[row] = line
 
 
 def look_up(builder: Any, table: list[int], places: Any) -> Any:

@@ -86,16 +86,6 @@ class FirstBlock(Observer):
         print(text, file=sys.stderr)
 
 
-def torch_rate(size: int = 2048, runs: int = 20) -> float:
-    """Floating-point operations per second of torch's own product, the best of some."""
-    A, best = torch.ones(size, size), 0.0
-    for _ in range(runs):
-        began = time.perf_counter()
-        A @ A
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best
-
-
 def child(folder: Path, limit: str, config: QuantConfig) -> None:
     """Quantize, and print what it took."""
     began, observer = time.perf_counter(), FirstBlock()
@@ -134,14 +124,14 @@ def main() -> None:
     held_out = sum(is_held_out(i, WINDOWS) for i in range(WINDOWS))
     work = cost.count(plan, config, memory.Tokens(WINDOWS, TOKENS, held_out))
     cpu = torch.device("cpu")
-    rates, plain = [cost.product_rate(cpu, torch.float32, 3)], torch_rate()
+    rates, plain = [cost.product_rate(cpu, torch.float32, 3)], cost.product_rate(cpu, torch.float32, 1, torch.matmul)
     shutil.rmtree(args.folder / "quantized", ignore_errors=True)
     command = [sys.executable, __file__, str(args.folder), "--memory-limit", args.memory_limit, "--effort", args.effort]
     environment = {**os.environ, **ENVIRONMENT}  # what the command line starts with
     done = subprocess.run([*command, "--child"], check=True, stdout=subprocess.PIPE, env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
     rates.append(cost.product_rate(cpu, torch.float32, 3))
-    plain = max(plain, torch_rate())
+    plain = max(plain, cost.product_rate(cpu, torch.float32, 1, torch.matmul))
     print(f"{len(plan.blocks)} blocks, {plan.source.nbytes / 1e9:.2f} GB, {torch.get_num_threads()} threads")
     print(f"peak resident memory {found['peak'] / 2**20:,.0f} MiB, limit {limit / 2**20:,.0f} MiB")
     print(f"time {found['seconds']:,.0f} s, of which {found['kernels']:,.0f} s before the first block")

@@ -119,22 +119,6 @@ def calibration_tokens(windows: int, tokens: int, vocabulary: int) -> Tensor:
     return (torch.rand(windows, tokens, generator=draw) ** 3 * (vocabulary - 3)).long() + 3
 
 
-def product_rate(dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
-    """FLOP/s of a product of two square matrices, the best of those that fit in some seconds.
-
-    As the package multiplies: its own choice of library is quicker than `@` on some CPUs, and so a lower floor.
-    """
-    from gptq.matmul import product
-
-    A = torch.randn(size, size, generator=torch.Generator().manual_seed(SEED)).to(dtype)
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        product(A, A)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
-
-
 def work(shapes: dict[str, tuple[int, int]], tokens: int) -> dict[str, float]:
     """FLOPs by stage of the layers (outputs, inputs) of one model, by their names."""
     inputs = {}  # distinct ones: queries, keys and values get the same, as do gate and up
@@ -196,6 +180,7 @@ def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any
     """One run in a process of its own, between two measurements of the rate; with its floor."""
     from transformers import AutoConfig
 
+    from gptq import cost
     from gptq.blocks import choose_dtype
 
     dtype = choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))
@@ -205,7 +190,7 @@ def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any
     command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
     for turn in (0, 1):
         for kind in {dtype, torch.float32}:
-            rates[kind] = max(rates.get(kind, 0.0), product_rate(kind))
+            rates[kind] = max(rates.get(kind, 0.0), cost.product_rate(torch.device("cpu"), kind, 1.0))
         if not turn:
             printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
