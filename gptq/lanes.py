@@ -22,7 +22,6 @@ from gptq.vectors import (
     INTS,
     LANES,
     TILE,
-    add_group,
     compiled,
     constants,
     data,
@@ -131,7 +130,7 @@ def multiply(  # type: ignore[no-untyped-def]
     outputs, bits = words.shape[1], len(width)
     nil = np.float32(0)
     sums = np.empty((rows, TILE), np.float32)  # of a group
-    s, z = np.ones(TILE, np.float32), np.zeros(TILE, np.float32)
+    s, z, line = np.ones(TILE, np.float32), np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
     total = np.empty((rows, TILE), np.float32)
     for low in range(start, stop, TILE):
         taken = min(TILE, stop - low)
@@ -145,7 +144,12 @@ def multiply(  # type: ignore[no-untyped-def]
                         _add_unit(words, first + v, outputs, x, row * inputs + k, sums, row * TILE + v, width)
             s[:taken] = scale[group, low : low + taken]
             z[:taken] = zero[group, low : low + taken]
-            add_group(total, sums, x_sums[:, group], s, z)
+            for row in range(rows):
+                x_sum = x_sums[row, group]
+                line[:] = total[row]
+                for i in range(TILE):
+                    line[i] += s[i] * (sums[row, i] - z[i] * x_sum)
+                total[row] = line
         y[:, low : low + taken] = total[:, :taken]
 
 

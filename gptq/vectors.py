@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -124,24 +123,6 @@ def sum_pairs(builder: Any, a: Any, a_step: int, b: Any, depth: Any) -> list[lis
             for total, b_pair in zip(row, b_pairs, strict=True):
                 builder.store(dot_pairs(builder, a_pair, b_pair, builder.load(total)), total)
     return totals
-
-
-@compiled
-def add_group(total, sums, x_sums, scale, zero) -> None:  # type: ignore[no-untyped-def]
-    """total_ro += scale_o (sums_ro - zero_o x_sums_r): what a group of codes adds to outputs o for rows r.
-
-    Args:
-        total, sums: (rows, TILE) float32.
-        x_sums: (rows,) float32, of the inputs that the group's codes meet.
-        scale, zero: (TILE,) float32.
-    """
-    line = np.empty(TILE, np.float32)
-    for row in range(total.shape[0]):
-        x_sum = x_sums[row]
-        line[:] = total[row]
-        for i in range(TILE):
-            line[i] += scale[i] * (sums[row, i] - zero[i] * x_sum)
-        total[row] = line
 
 
 def look_up(builder: Any, table: list[int], places: Any) -> Any:
