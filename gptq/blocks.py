@@ -589,21 +589,21 @@ def drop(module: nn.Module) -> None:
                 child._parameters[key] = nn.Parameter(empty, requires_grad=False)
 
 
-def return_large_memory_at_once() -> None:
-    """Let the C library give tensors from 4 MB up back to the system when they are freed.
+def choose_allocator(frugal: bool) -> None:
+    """Tell the C library what to do with freed memory: `frugal`, give it back, otherwise keep it for the next tensor.
 
-    glibc raises that bound to 32 MB when it sees such sizes, and the holes of its heap can then be as large as a layer.
+    Each page of memory that is taken anew costs a fault, which in a run adds up to a fifth of its time. But glibc's
+    heap fragments: its holes can be as large as the largest tensor in it. So those that are much larger than a window's
+    activations (frugal: from 4 MB up) go back to the system in any case.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
+        mallopt(-3, 2**22 if frugal else 2**25)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**17 if frugal else 2**30)  # M_TRIM_THRESHOLD
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system, where the C library would keep it.
-
-    glibc holds freed tensors of up to 32 MB in a heap that fragments, so that a process grows with every block.
-    """
+    """Give back to the system what the C library has kept; otherwise a process grows with every block."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -205,7 +205,7 @@ def _settle_memory(
     device, dtype = job.stream.device, job.stream.dtype
     choice, says = memory.settle(plan, job.config, tokens, device, dtype, batch_size, *limits)
     job.observer.stage(f"{plan.in_short}; {says}")
-    job.shelf = Shelf(folder if choice.on_disk else None)
+    job.shelf, job.frugal = Shelf(folder if choice.on_disk else None), choice.frugal
     return choice.in_flight
 
 

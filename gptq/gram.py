@@ -29,8 +29,19 @@ def add_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper:
         a, b: what `in_pairs` makes of (tokens, inputs).
     """
     own = np.array([n for panel in panels for n in range(panel.start // WIDE, panel.stop // WIDE)])
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), len(b))
     run_shares(_add_panels, (sums.numpy(), a.numpy(), b.numpy(), own, upper), [(n, threads) for n in range(threads)])
+
+
+def product_of_panel(a: Tensor, b: Tensor, panel: slice, start: int) -> Tensor:
+    """a[:, panel]^T b[:, start:], (panel, inputs - start) float32, of what `in_pairs` makes of (tokens, inputs).
+
+    The panel begins and ends at multiples of WIDE, and so does `start`.
+    """
+    sums = torch.zeros(panel.stop - panel.start, len(b) * WIDE - start)
+    left, right = a[panel.start // WIDE : panel.stop // WIDE], b[start // WIDE :]
+    add_products(sums, left, right, [slice(0, len(sums))], upper=False)
+    return sums
 
 
 def in_pairs(x: Tensor) -> Tensor:
@@ -83,13 +94,12 @@ _add_tile: Any = intrinsic(_adding_tile)
 
 @compiled
 def _add_panels(sums, left, right, own, upper, first, step) -> None:  # type: ignore[no-untyped-def]
-    """Every `step`-th panel of `own`, from the first on, of left with all panels of right."""
+    """The panels `own` of left with every `step`-th panel of right, from the first on."""
     depth, stride = left.shape[1], sums.shape[1]
-    rows = own[first::step]
     block = max(KEPT // (depth * WIDE), 1)
-    for low in range(0, len(rows), block):
-        for column in range(len(right)):
-            for row in rows[low : low + block]:
+    for low in range(0, len(own), block):
+        for column in range(first, len(right), step):
+            for row in own[low : low + block]:
                 if upper and row > column:
                     continue
                 for i in range(0, WIDE, TALL):

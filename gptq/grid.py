@@ -29,12 +29,11 @@ def fit(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
         ValueError: a scale exceeds float16.
     """
     maxq = 2**bits - 1
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     if sym:
-        scale = 2 * w.abs().amax(-1) / maxq
+        scale = as_stored(2 * torch.maximum(-low, high) / maxq)
         zero = torch.full_like(scale, 2 ** (bits - 1))
-        scale = as_stored(scale)
     else:
-        low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
         # With zero at its lowest, 1, the largest code stands for (maxq - 1) * scale, which has to reach `high`.
         scale = as_stored(torch.maximum((high - low) / maxq, high / (maxq - 1)))
         zero = torch.round(-low / scale).clamp(1, maxq)
@@ -61,14 +60,14 @@ def candidates(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     rounded both down and up.
 
     Args:
-        w: (rows, columns).
+        w: (..., columns).
     Returns:
-        scale and zero, both (candidates, rows); scale holds float16 values.
+        scale and zero, both (candidates, ...); scale holds float16 values.
     Raises:
         ValueError: a scale exceeds float16.
     """
-    shrink = torch.tensor(SHRINKS, dtype=w.dtype, device=w.device)[:, None]  # (shrinks, 1)
-    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (rows,)
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (...)
+    shrink = torch.tensor(SHRINKS, dtype=w.dtype, device=w.device).view(-1, *[1] * low.ndim)  # (shrinks, ...)
     if sym:
         below = 2 ** (bits - 1)  # points on the long side, one less on the other
         upright = torch.maximum(-low / below, high / (below - 1))
@@ -77,7 +76,7 @@ def candidates(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
         return scale, torch.full_like(scale, below)
     widest, _ = fit(w, bits, sym=False)
     scale = as_stored(shrink * widest)
-    zero = -low * shrink / scale  # (shrinks, rows)
+    zero = -low * shrink / scale  # (shrinks, ...)
     both = torch.cat([zero.floor(), zero.ceil()]).clamp(1, 2**bits - 1)
     return torch.cat([scale, scale]), both
 

@@ -4,7 +4,7 @@ The paper's H is 2 X X^T with tokens as columns (section 3.1); a positive factor
 tokens is used: tr((W - Q) H (W - Q)^T) is then the mean squared output error of a token, summed over outputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -96,7 +96,7 @@ def _prepared(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None
     It is called with sums, a, b, panels and upper: sums[panel] += a[:, panel]^T b for each panel, or at least what is
     right of the diagonal if `upper`.
     """
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype"):
+    if _sums_in_float32(x):
         return x, original, _add_half_products
     if _goes_in_pairs(x):
         from gptq import gram  # compiles its loops
@@ -104,6 +104,11 @@ def _prepared(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None
         return gram.in_pairs(x), None if original is None else gram.in_pairs(original), gram.add_products
     floats = None if original is None else original.float()
     return x.float(), floats, partial(_add_float_products, x.dtype)
+
+
+def _sums_in_float32(x: Tensor) -> bool:
+    """Whether torch can leave the product of x, of 16 bits, with its like in float32."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype")
 
 
 def _goes_in_pairs(x: Tensor) -> bool:
@@ -163,27 +168,25 @@ class HeldOut:
                 self._sums.add(*rows)
             self._rows = []
 
-    def powers(self, A: Tensor) -> Tensor:
-        """Mean squared output of a token for each output of A (outputs, inputs), (outputs,) float64."""
+    def power(self, A: Tensor) -> float:
+        """Mean squared output of a token that the weight A (outputs, inputs) makes, summed over outputs."""
         if means := self._known_means():
-            return quadratic(A, means[0])
-        found = torch.zeros(len(A), dtype=torch.float64, device=A.device)
-        for x, _ in self._rows:
-            found += _outputs(A, x).square_().sum(0, dtype=torch.float64)
+            return output_power(A, means[0])
+        found = sum(float(_outputs(A, x).square_().sum(dtype=torch.float64)) for x, _ in self._rows)
         return found / max(self.num_tokens, 1)
 
-    def agreements(self, W: Tensor, A: Tensor) -> Tensor | None:
-        """Mean over tokens of (W d)(A x) for each output, d = x~ - x; (outputs,) float64, None where none drifted."""
+    def agreement(self, W: Tensor, A: Tensor) -> float | None:
+        """Mean over tokens of (W d) . (A x), d = x~ - x; None where none drifted."""
         if means := self._known_means():
             C = means[1]
-            return None if C is None else product(W, C).mul_(A).sum(1, dtype=torch.float64)
+            return None if C is None else _weighed_product(W, A, C)
         known = [(x, original) for x, original in self._rows if original is not None]
         if not known:
             return None
-        found = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+        found = 0.0
         for x, original in known:
             drift = (original.float() - x.float()).to(x.dtype)
-            found += _outputs(W, drift).mul_(_outputs(A, x)).sum(0, dtype=torch.float64)
+            found += float(_outputs(W, drift).mul_(_outputs(A, x)).sum(dtype=torch.float64))
         return found / max(self.num_tokens, 1)
 
     def _known_means(self) -> tuple[Tensor, Tensor | None] | None:
@@ -202,17 +205,42 @@ def _outputs(A: Tensor, x: Tensor) -> Tensor:
     return (x @ A.to(x.dtype).T).to(A.dtype)
 
 
-def quadratic(A: Tensor, H: Tensor) -> Tensor:
-    """a H a^T for each row a of A (rows, n) and a symmetric H (n, n); (rows,) float64.
+def output_power(A: Tensor, H: Tensor) -> float:
+    """tr(A H A^T) of a weight A (rows, n) and a symmetric H (n, n): a token's mean squared output, summed over outputs.
 
-    Of H only what is left of the diagonal or in a panel around it is multiplied, in half the work of A H.
+    It is <A^T A, H>, of which half the products do. They are those of A rounded to bfloat16 where the machine makes
+    these in a fraction of the time: a sum over so many numbers does not tell to three digits or more.
     """
-    found = torch.zeros(len(A), dtype=torch.float64, device=A.device)
-    for start in range(0, len(H), PANEL):
-        stop = min(start + PANEL, len(H))
-        inside = A[:, start:stop]
-        weighted = product(inside, H[start:stop, start:stop])
-        if start:
-            weighted.add_(product(A[:, :start], H[:start, start:stop]), alpha=2)
-        found += weighted.mul_(inside).sum(1, dtype=torch.float64)
+    found = 0.0
+    for start, sums in _panels_of_product(A, A, upper=True):
+        weighed = sums.mul_(H[start : start + PANEL, start:])  # (panel, n - start)
+        found += float(2 * weighed.sum(dtype=torch.float64) - weighed[:, :PANEL].sum(dtype=torch.float64))
     return found
+
+
+def _weighed_product(A: Tensor, B: Tensor, C: Tensor) -> float:
+    """<A^T B, C> of A, B (rows, n) and C (n, n), as exact as `output_power`."""
+    panels = _panels_of_product(A, B, upper=False)
+    return sum(float(sums.mul_(C[start : start + PANEL]).sum(dtype=torch.float64)) for start, sums in panels)
+
+
+def _panels_of_product(A: Tensor, B: Tensor, upper: bool) -> Iterator[tuple[int, Tensor]]:
+    """A^T B (n, n) of A, B (rows, n), PANEL rows at a time, and where they begin; if `upper` from the diagonal on."""
+    n, multiply = A.shape[1], _multiplier(A, B)
+    for start in range(0, n, PANEL):
+        yield start, multiply(slice(start, min(start + PANEL, n)), start if upper else 0)
+
+
+def _multiplier(A: Tensor, B: Tensor) -> Callable[[slice, int], Tensor]:
+    """A function of a panel and a start that gives A[:, panel]^T B[:, start:], as exact as `output_power` says."""
+    if A.dtype == torch.float32:
+        a = A.bfloat16()
+        b = a if B is A else B.bfloat16()
+        if _sums_in_float32(a):
+            return lambda panel, start: torch.mm(a[:, panel].T, b[:, start:], out_dtype=torch.float32)
+        if _goes_in_pairs(a):
+            from gptq import gram
+
+            left = gram.in_pairs(a)
+            return partial(gram.product_of_panel, left, left if b is a else gram.in_pairs(b))
+    return lambda panel, start: product(A[:, panel].T, B[:, start:])

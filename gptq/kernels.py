@@ -1,24 +1,19 @@
-"""The two inner loops of the solver: choosing a block's codes column by column, and searching a group's grid.
+"""The two inner loops of the solver: choosing a block's codes column by column, and searching groups' grids.
 
-On a CPU they are compiled (numba), each thread with its own rows and a few rows as vector lanes, so that a block stays
-in the first-level cache. On a GPU they are Triton kernels (`gptq.triton_solver`) where Triton is installed; elsewhere
-the same arithmetic is written in whole-tensor operations. Weights are transposed
-here: a column of W is one contiguous line, (columns, rows).
+On a CPU they are compiled (`gptq.loops`), each thread with its own rows. On a GPU they are Triton kernels
+(`gptq.triton_solver`) where Triton is installed; elsewhere the same arithmetic is written in whole-tensor operations.
+Weights are transposed here: a column of W is one contiguous line, (columns, rows).
 """
 
-from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gptq import grid
-from gptq.threads import run_shares, shares_of
-
-LANES = 64  # rows that a compiled loop takes at a time: 128 columns of them are 32 KB
+from gptq.threads import Shares, run_shares, shares_of
 
 
 def choose_columns(
@@ -39,12 +34,15 @@ def choose_columns(
         chosen = _fused().choose_columns if _is_fused(base) else choose_columns_plainly
         found: tuple[Tensor, Tensor, Tensor] = chosen(base, reference, coupling, scale, zero, groups, bits)
         return found
-    t = base.clone()
-    codes = torch.empty(base.shape, dtype=torch.uint8)
-    Q = torch.empty_like(base)
-    arguments = (reference, coupling, scale, zero, torch.tensor(groups), codes, Q)
-    _over_rows(_compiled().columns, t, arguments, base.new_tensor(2**bits - 1))
-    return codes, Q, t
+    from gptq import loops
+
+    rows, made = base.shape[1], max(base.shape[1], loops.ROWS)
+    by_rows = [_lengthened(x, made) for x in (base, reference, scale, zero)]
+    codes = torch.empty(len(base), made, dtype=torch.uint8)
+    Q, t = base.new_empty(len(base), made), base.new_empty(len(base), made)
+    given = (*by_rows[:2], coupling.T.contiguous(), *by_rows[2:], torch.tensor(groups), codes, Q, t)
+    _over_rows(loops.columns, given, bits, shares_of(made, loops.ROWS))
+    return codes[:, :rows], Q[:, :rows], t[:, :rows]
 
 
 def choose_columns_plainly(
@@ -63,26 +61,32 @@ def choose_columns_plainly(
     return codes, Q, t
 
 
-def best_grid(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """For each row the candidate whose rounding of w errs least, sum_j importance_j (w_j - Q_j)^2.
+def best_grids(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """For each group of each row the candidate whose rounding of w errs least, sum_j importance_j (w_j - Q_j)^2.
 
     Args:
-        w: (columns, rows) of one group.
-        importance: (columns,) not negative.
-        scales, zeros: (candidates, rows).
+        w: (groups, columns of a group, rows).
+        importance: (groups, columns of a group) not negative.
+        scales, zeros: (candidates, groups, rows).
     Returns:
-        (rows,) number of the best candidate, the first of equal ones.
+        (groups, rows) number of the best candidate, the first of equal ones.
     """
     if w.device.type != "cpu":
-        found: Tensor = (_fused().best_grid if _is_fused(w) else best_grid_plainly)(w, importance, scales, zeros, bits)
-        return found
-    best = torch.zeros(w.shape[1], dtype=torch.int64)
-    _over_rows(_compiled().grids, best, (w, importance, scales, zeros), w.new_tensor(2**bits - 1))
-    return best
+        chosen = _fused().best_grid if _is_fused(w) else best_grid_plainly
+        groups = zip(w, importance, scales.unbind(1), zeros.unbind(1), strict=True)
+        return torch.stack([chosen(*group, bits) for group in groups])
+    from gptq import loops
+
+    rows, made = w.shape[2], max(w.shape[2], loops.ROWS)
+    best = torch.empty(len(w), made, dtype=torch.int64)
+    by_rows = [_lengthened(x, made) for x in (w, scales, zeros)]
+    given = (best, by_rows[0], importance.contiguous(), *by_rows[1:])
+    _over_rows(loops.grids, given, bits, shares_of(made, loops.ROWS))
+    return best[:, :rows]
 
 
 def best_grid_plainly(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """`best_grid` in whole-tensor operations, for any device."""
+    """`best_grids` of one group in whole-tensor operations, for any device."""
     errors = []
     for scale, zero in zip(scales, zeros, strict=True):
         Q = grid.dequantize(grid.quantize(w, scale, zero, bits), scale, zero)
@@ -100,87 +104,12 @@ def _fused() -> Any:
     return triton_solver
 
 
-def _over_rows(kernel: Callable[..., None], written: Tensor, arguments: tuple[Tensor, ...], maxq: Tensor) -> None:
+def _lengthened(x: Tensor, rows: int) -> Tensor:
+    """Contiguous, with more rows (the last dimension) where compiled loops want them; what they hold does not count."""
+    return x.contiguous() if x.shape[-1] >= rows else pad(x, (0, rows - x.shape[-1]), value=1.0)
+
+
+def _over_rows(loop: Any, given: tuple[Tensor, ...], bits: int, shares: Shares) -> None:
     """Run a compiled loop on all rows, shared out among the threads; rows do not know of each other."""
-    arrays = [tensor.contiguous().numpy() for tensor in (written, *arguments)]
-    run_shares(kernel, (*arrays, maxq.numpy()[()]), shares_of(written.shape[-1], LANES))
-
-
-class _Kernels:
-    """The compiled loops; numba is imported, and they are compiled, when the first layer is solved."""
-
-    def __init__(self) -> None:
-        import numba
-
-        compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
-        self.columns: Callable[..., None] = compiled(_columns)
-        self.grids: Callable[..., None] = compiled(_grids)
-
-
-@cache
-def _compiled() -> _Kernels:
-    return _Kernels()
-
-
-def _columns(  # type: ignore[no-untyped-def]
-    t, reference, coupling, scale, zero, groups, codes, Q, maxq, start, stop
-) -> None:
-    columns, nil = t.shape[0], maxq - maxq  # a literal would be float64
-    change = np.zeros((columns, LANES), t.dtype)
-    line, s, z = np.zeros(LANES, t.dtype), np.ones(LANES, t.dtype), np.zeros(LANES, t.dtype)
-    for low in range(start, stop, LANES):
-        width = min(LANES, stop - low)
-        for k in range(columns):
-            line[:width] = t[k, low : low + width]
-            j = 0
-            while j + 4 <= k:  # four at a time, in order: the line is loaded and stored once for them
-                c0, c1, c2, c3 = coupling[j, k], coupling[j + 1, k], coupling[j + 2, k], coupling[j + 3, k]
-                for i in range(LANES):
-                    line[i] = (((line[i] + c0 * change[j, i]) + c1 * change[j + 1, i]) + c2 * change[j + 2, i]) + (
-                        c3 * change[j + 3, i]
-                    )
-                j += 4
-            while j < k:
-                c0 = coupling[j, k]
-                for i in range(LANES):
-                    line[i] += c0 * change[j, i]
-                j += 1
-            s[:width] = scale[groups[k], low : low + width]
-            z[:width] = zero[groups[k], low : low + width]
-            for i in range(width):
-                code = min(max(np.rint(line[i] / s[i]) + z[i], nil), maxq)
-                q = s[i] * (code - z[i])
-                t[k, low + i] = line[i]
-                codes[k, low + i] = np.uint8(code)
-                Q[k, low + i] = q
-                change[k, i] = q - reference[k, low + i]
-
-
-def _grids(best, w, importance, scales, zeros, maxq, start, stop) -> None:  # type: ignore[no-untyped-def]
-    columns, candidates, nil = w.shape[0], scales.shape[0], maxq - maxq
-    least, error = np.zeros(LANES, w.dtype), np.zeros(LANES, w.dtype)
-    s, inverse = np.ones(LANES, w.dtype), np.ones(LANES, w.dtype)
-    lowest, highest = np.zeros(LANES, w.dtype), np.zeros(LANES, w.dtype)
-    line = np.zeros((columns, LANES), w.dtype)
-    for low in range(start, stop, LANES):
-        width = min(LANES, stop - low)
-        line[:, :width] = w[:, low : low + width]
-        for c in range(candidates):
-            for i in range(width):  # code - zero is clamped instead of the code
-                s[i] = scales[c, low + i]
-                lowest[i], highest[i] = nil - zeros[c, low + i], maxq - zeros[c, low + i]
-                # A quotient and this product round apart at a tie alone, where both neighbours err alike.
-                inverse[i] = w.dtype.type(1) / s[i]
-            error[:] = nil
-            for k in range(columns):
-                h = importance[k]
-                for i in range(LANES):
-                    level = np.rint(line[k, i] * inverse[i])
-                    level = lowest[i] if level < lowest[i] else level
-                    level = highest[i] if level > highest[i] else level
-                    d = line[k, i] - s[i] * level
-                    error[i] += h * d * d
-            for i in range(width):
-                if c == 0 or error[i] < least[i]:
-                    least[i] = error[i]
-                    best[low + i] = c
+    maxq = given[1].new_tensor(2**bits - 1).numpy()[()]
+    run_shares(loop, (*(x.numpy() for x in given), maxq), shares)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from gptq.config import QuantConfig
 from gptq.drift import best_share, full_correction
 from gptq.errors import InputError
 from gptq.experts import blend, pseudo_tokens
-from gptq.hessian import ALONE, HeldOut, HessianAccumulator, quadratic
+from gptq.hessian import ALONE, HeldOut, HessianAccumulator, output_power
 from gptq.journal import Journal
 from gptq.plan import LayerPlan
 from gptq.ranks import Ranks
@@ -67,6 +68,7 @@ class Job:
     coverage: list[Coverage] = field(default_factory=list)
     shelf: Shelf = field(default_factory=Shelf)  # for activations between blocks
     ranks: Ranks = field(default_factory=Ranks)
+    frugal: bool = True  # whether memory is short, so that what is freed goes back to the system
     journal: Journal | None = None
     notes_kept: int = 0  # of `notes`, in the journal
 
@@ -95,16 +97,16 @@ class Unseen:
 
     parts: tuple[tuple[float, HeldOut], ...]
 
-    def powers(self, A: Tensor) -> Tensor:
-        """Mean squared output of a token for each output of A (outputs, inputs), (outputs,) float64."""
-        return sum((share * held.powers(A) for share, held in self.parts), A.new_zeros(len(A), dtype=torch.float64))
+    def power(self, A: Tensor) -> float:
+        """See HeldOut.power."""
+        return sum(share * held.power(A) for share, held in self.parts)
 
-    def agreements(self, W: Tensor, A: Tensor) -> Tensor | None:
-        """See HeldOut.agreements; None where the last part, which has most tokens, knows nothing of the originals."""
-        found = [(share, held.agreements(W, A)) for share, held in self.parts]
+    def agreement(self, W: Tensor, A: Tensor) -> float | None:
+        """See HeldOut.agreement; None where the last part, which has most tokens, knows nothing of the originals."""
+        found = [(share, held.agreement(W, A)) for share, held in self.parts]
         if found[-1][1] is None:
             return None
-        return sum((share * one for share, one in found if one is not None), A.new_zeros(len(A), dtype=torch.float64))
+        return sum(share * one for share, one in found if one is not None)
 
 
 @dataclass
@@ -195,7 +197,8 @@ def finish_layer(index: int, block: Block, name: str, known: LayerInputs | None,
     )
     job.results.append(result)
     job.observer.layer_done(index, name, found.solved.codes.numel())
-    return_freed_memory()
+    if job.frugal:
+        return_freed_memory()
 
 
 def _siblings(name: str, block: Block, job: Job) -> list[str]:
@@ -249,9 +252,6 @@ def _round(W: Tensor, plan: LayerPlan) -> tuple[solver.SolvedLayer, dict[str, An
     return nearest, {"error": error, "rtn_error": error, **none}
 
 
-Tiles = dict[int, Tensor]  # by number, what this process has of rows taken ROWS at a time
-
-
 def solve_rows(
     weights: list[Tensor], plan: LayerPlan, known: LayerInputs, config: QuantConfig, last: bool = False,
     ranks: Ranks = ALONE,
@@ -264,23 +264,25 @@ def solve_rows(
     turns.
     """
     W = torch.cat(weights) if len(weights) > 1 else weights[0]  # (rows, inputs)
-    tiles = [slice(start, start + ROWS) for start in range(0, len(W), ROWS)]
-    own_tiles = {n: W[t] for n, t in enumerate(tiles) if ranks.owns(n)}
-    corrections, shares = _corrections(weights, own_tiles, known, ranks, 0.0 if config.two_streams else None)
+    tiles = [slice(start, min(start + ROWS, len(W))) for start in range(0, len(W), ROWS)]
+    bounds = [0, *accumulate(len(one) for one in weights)]
+    of_layers = [slice(start, stop) for start, stop in pairwise(bounds)]
+    own_tiles = {n: tile for n, tile in enumerate(tiles) if ranks.owns(n)}
+    undrifted = 0.0 if config.two_streams else None
+    corrections, shares = _corrections(W, own_tiles, of_layers, known, ranks, undrifted)
     if last:
         known.drift, known.spent = None, True
     shared = torch.cat([one.new_full((len(one), 1), share or 0.0) for one, share in zip(weights, shares, strict=True)])
     parts: dict[int, solver.SolvedLayer] = {}
-    measured: Tiles = {}
-    for number, rows in enumerate(tiles):
-        if ranks.owns(number):
-            target = W[rows] + shared[rows] * corrections.pop(number) if corrections else W[rows]
-            parts[number], measured[number] = _solve_tile(W[rows], target, plan, known, config)
-    solved, figures = _stacked(parts, len(tiles), ranks), torch.cat(ranks.exchange(measured, len(tiles)))
-    found, start = [], 0
-    for one, share in zip(weights, shares, strict=True):
-        rows = slice(start, start + len(one))
-        error, rtn_error, power, *held_out = figures[rows].sum(0).tolist()
+    measured: dict[int, Tensor] = {}
+    for number, rows in own_tiles.items():
+        target = W[rows] + shared[rows] * corrections.pop(number) if corrections else W[rows]
+        own_rows = [_common(rows, layer) for layer in of_layers]
+        parts[number], measured[number] = _solve_tile(W[rows], target, own_rows, plan, known, config)
+    solved = _stacked(parts, len(tiles), ranks)
+    figures = torch.stack(ranks.exchange(measured, len(tiles))).sum(0)  # (layers, figures)
+    found = []
+    for rows, share, (error, rtn_error, power, *held_out) in zip(of_layers, shares, figures.tolist(), strict=True):
         own = {
             "error": error / max(power, TINY),
             "rtn_error": rtn_error / max(power, TINY),
@@ -290,14 +292,23 @@ def solve_rows(
             "tokens": known.tokens,
         }
         found.append((solved.take(rows), own))
-        start = rows.stop
     return found
 
 
+def _common(tile: slice, layer: slice) -> slice:
+    """The rows of a tile that belong to a layer, counted from where the tile begins; perhaps none."""
+    start, stop = max(tile.start, layer.start), min(tile.stop, layer.stop)
+    return slice(start - tile.start, max(stop, start) - tile.start)
+
+
 def _solve_tile(
-    W: Tensor, target: Tensor, plan: LayerPlan, known: LayerInputs, config: QuantConfig
+    W: Tensor, target: Tensor, layers: list[slice], plan: LayerPlan, known: LayerInputs, config: QuantConfig
 ) -> tuple[solver.SolvedLayer, Tensor]:
-    """Codes for some rows of W (rows, inputs), and per row (rows, figures) float64 what `solve_rows` sums up."""
+    """Codes for some rows of W (rows, inputs), and (layers, figures) float64 what `solve_rows` adds up.
+
+    Args:
+        layers: which of the rows belong to each.
+    """
     factor, unseen = known.factor, known.unseen
     solved = solver.solve(
         target, factor, plan.bits, plan.group_size, plan.sym, config.static_groups, bool(config.search)
@@ -305,12 +316,17 @@ def _solve_tile(
     if config.sweeps:
         solved = refine(target, solved, factor, plan.bits, config.sweeps)
     off = target - solved.weight()
-    undamped = solved.row_errors - factor.ridge * off.square().sum(1, dtype=torch.float64)
     nearest = solver.round_to_nearest(W, plan.bits, plan.group_size, plan.sym).weight()
-    figures = [undamped.clamp(min=0), quadratic(target - nearest, factor.H), quadratic(W, factor.H)]
-    if unseen is not None:
-        figures += [unseen.powers(off), unseen.powers(W)]
-    return solved, torch.stack(figures, 1)
+    off_nearest = torch.sub(target, nearest, out=nearest)
+    undamped = (solved.row_errors - factor.ridge * off.square().sum(1, dtype=torch.float64)).clamp(min=0)
+    figures = torch.zeros(len(layers), 3 if unseen is None else 5, dtype=torch.float64, device=W.device)
+    for own, rows in zip(figures, layers, strict=True):
+        if len(W[rows]):
+            own[0] = undamped[rows].sum()
+            own[1], own[2] = output_power(off_nearest[rows], factor.H), output_power(W[rows], factor.H)
+            if unseen is not None:
+                own[3], own[4] = unseen.power(off[rows]), unseen.power(W[rows])
+    return solved, figures
 
 
 def _stacked(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> solver.SolvedLayer:
@@ -321,26 +337,34 @@ def _stacked(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> 
 
 
 def _corrections(
-    weights: list[Tensor], own: Tiles, known: LayerInputs, ranks: Ranks, none: float | None
-) -> tuple[Tiles, list[float | None]]:
-    """What would make up for the drift in this process's `own` tiles, and how much of it each layer is to take.
+    W: Tensor, own: dict[int, slice], layers: list[slice], known: LayerInputs, ranks: Ranks, none: float | None
+) -> tuple[dict[int, Tensor], list[float | None]]:
+    """What would make up for the drift in this process's `own` tiles of W (rows, inputs), by number.
 
-    That is `none` where nothing has drifted.
+    And how much of it each of the `layers` is to take, which is `none` where nothing has drifted.
     """
     if known.drift is None:
-        return {}, [none] * len(weights)
-    corrections, gains = {}, {}
-    for number, W in own.items():
-        corrections[number] = full_correction(W, known.drift, known.factor)
-        agreements = None if known.unseen is None else known.unseen.agreements(W, corrections[number])
-        if known.unseen is not None and agreements is not None:
-            gains[number] = torch.stack([known.unseen.powers(corrections[number]), agreements], 1)  # (rows, 2)
-    tiles = sum(len(W) for W in weights)
-    everywhere = ranks.exchange(gains, -(-tiles // ROWS))
+        return {}, [none] * len(layers)
+    corrections: dict[int, Tensor] = {}
+    gains: dict[int, Tensor] = {}
+    for number, rows in own.items():
+        corrections[number] = full_correction(W[rows], known.drift, known.factor)
+        if known.unseen is not None:
+            found = [_gain(W[rows], corrections[number], _common(rows, layer), known.unseen) for layer in layers]
+            if None not in found:
+                gains[number] = torch.tensor(found, dtype=torch.float64, device=W.device)  # (layers, 2)
+    everywhere = ranks.exchange(gains, -(-len(W) // ROWS))
     if not everywhere:
-        return corrections, [FULL_SHARE] * len(weights)
-    found = torch.cat(everywhere).split([len(W) for W in weights])
-    return corrections, [best_share(*gain.sum(0).tolist()) for gain in found]
+        return corrections, [FULL_SHARE] * len(layers)
+    return corrections, [best_share(*gain) for gain in torch.stack(everywhere).sum(0).tolist()]
+
+
+def _gain(W: Tensor, correction: Tensor, rows: slice, unseen: Unseen) -> tuple[float, float] | None:
+    """What `best_share` wants to know of some rows; None where the original inputs are not known."""
+    if not len(W[rows]):
+        return 0.0, 0.0
+    agreement = unseen.agreement(W[rows], correction[rows])
+    return None if agreement is None else (unseen.power(correction[rows]), agreement)
 
 
 def heldout_excess(results: list[LayerResult]) -> float:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from gptq import solver
-from gptq.blocks import Block, fused_siblings, return_freed_memory, return_large_memory_at_once
+from gptq.blocks import Block, choose_allocator, fused_siblings, return_freed_memory
 from gptq.config import QuantConfig
 from gptq.drift import ROWS as CORRECTED
 from gptq.errors import InputError
@@ -34,6 +34,8 @@ from gptq.refine import refine
 
 MARGIN = 0.05  # of a limit that is kept free for what the model does not know of
 SHARE = 0.8  # of the memory that is free which a run takes unless it is told otherwise
+AMPLE = 0.5  # of a limit: who needs less than that need not count pages
+HOLES = 0.2  # of what a run takes beside the process: what the heap's holes add where freed memory is kept
 SHELVES = sys.platform == "linux"  # where resident pages of a file can be given back and counted
 SLACK = 60_000_000  # bytes: pieces of tensors, packed words, the allocator's own
 CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
@@ -59,6 +61,7 @@ class Choice:
     in_flight: int  # windows that stand in mid-block at once
     on_disk: bool  # whether activations between blocks are in files
     peak: int  # bytes, estimated
+    frugal: bool = False  # whether freed memory goes back to the system after each layer, which takes time
 
 
 def parse_size(text: str) -> int:
@@ -259,6 +262,10 @@ def settle(plan: Plan, config: QuantConfig, tokens: Tokens, device: torch.device
         choice = choose(plan, config, tokens, dtype, batch_size, sys.maxsize, base, where, files)
         choice = replace(choice, in_flight=batch_size or 1, on_disk=files)
         choice = replace(choice, peak=peak(plan, config, tokens, dtype, choice.in_flight, files, base))
+    if not on_gpu:
+        choice = replace(choice, frugal=choice.peak > AMPLE * most)
+        choose_allocator(choice.frugal)
+        choice = choice if choice.frugal else replace(choice, peak=choice.peak + int(HOLES * (choice.peak - base)))
     return choice, describe(choice, tokens, most, given is not None)
 
 
@@ -267,6 +274,6 @@ def warmed_up() -> int:
     W = torch.ones(8, 8)
     factor = solver.Factor(torch.eye(8), torch.arange(8), torch.eye(8), torch.ones(8), 0.0, 0.0)
     refine(W, solver.solve(W, factor, 4, 8, True, search=True), factor, 4, 1)
-    return_large_memory_at_once()
+    choose_allocator(frugal=True)
     return_freed_memory()
     return resident()

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from gptq import grid, kernels
-from gptq.hessian import quadratic
 from gptq.matmul import product
 
 
@@ -162,16 +161,16 @@ def solve(
     """
     rows, columns = W.shape
     perm, U = factor.perm, factor.U
-    Wt = W.T.contiguous()[perm]  # (columns, rows) in solving order: a column of W is one contiguous line
+    Wt = W.T.contiguous()  # (columns, rows): a column of W is one contiguous line
     position = torch.arange(columns, device=W.device)
     group_of = (perm if static_groups else position) // group_size  # (columns,) of the k-th solved column
     importance = factor.H.diagonal() + factor.ridge if search else None  # (columns,)
     if static_groups:
-        scale, zero = (t.T.contiguous() for t in fit_groups(W, bits, group_size, sym, importance))  # (groups, rows)
+        scale, zero = _fit(Wt, bits, group_size, sym, importance)  # (groups, rows)
     else:
         shape = (-(-columns // group_size), rows)
         scale, zero = (torch.empty(shape, dtype=W.dtype, device=W.device) for _ in range(2))
-
+    Wt = Wt[perm]  # in solving order
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
     E = torch.zeros_like(Wt)  # (columns, rows) W - Q of the columns solved so far
     errors = torch.zeros(rows, dtype=torch.float64, device=W.device)
@@ -180,8 +179,8 @@ def solve(
         if not static_groups and start % group_size == 0:
             group = slice(start, min(start + group_size, columns))
             weighting = None if importance is None else importance[perm[group]]
-            fitted = _fit(_compensated(Wt, E, U, group), bits, sym, weighting)
-            scale[groups[start]], zero[groups[start]] = fitted
+            reached = _compensated(Wt, E, U, group)
+            scale[groups[start]], zero[groups[start]] = _fit(reached, bits, len(reached), sym, weighting)
         base = Wt[start:stop]
         if start:  # (block, rows) w' as far as earlier blocks go
             base = base + product(U[:start, start:stop].T, E[:start])
@@ -210,20 +209,30 @@ def fit_groups(
         importance: (columns,) weights of the squared errors that a searched grid makes smallest; None for the
             smallest grid that clips nothing.
     """
-    if importance is None:
-        grids = [grid.fit(group, bits, sym) for group in W.split(group_size, dim=1)]
-    else:
-        groups = zip(W.T.contiguous().split(group_size), importance.split(group_size), strict=True)
-        grids = [_fit(group, bits, sym, weighting) for group, weighting in groups]
-    return torch.stack([scale for scale, _ in grids], 1), torch.stack([zero for _, zero in grids], 1)
+    scale, zero = _fit(W.T.contiguous(), bits, group_size, sym, importance)
+    return scale.T.contiguous(), zero.T.contiguous()
 
 
-def _fit(wt: Tensor, bits: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero (rows,) of one group, given as (columns, rows)."""
+def _fit(Wt: Tensor, bits: int, group_size: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same for contiguous columns, (columns, rows); scale and zero are (groups, rows)."""
+    columns, rows = Wt.shape
+    whole = columns // group_size * group_size
+    found = []
+    for start, stop, size in ((0, whole, group_size), (whole, columns, columns - whole)):
+        if stop > start:
+            w = Wt[start:stop].view(-1, size, rows)  # (groups, columns of a group, rows)
+            found.append(
+                _fit_alike(w, bits, sym, None if importance is None else importance[start:stop].view(-1, size))
+            )
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _fit_alike(w: Tensor, bits: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero (groups, rows) of groups (groups, columns of a group, rows) of the same size."""
     if importance is None:
-        return grid.fit(wt.T, bits, sym)
-    scales, zeros = grid.candidates(wt.T, bits, sym)  # (candidates, rows)
-    best = kernels.best_grid(wt, importance, scales, zeros, bits)[None]
+        return grid.fit(w.mT, bits, sym)
+    scales, zeros = grid.candidates(w.mT, bits, sym)  # (candidates, groups, rows)
+    best = kernels.best_grids(w, importance, scales, zeros, bits)[None]
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
@@ -259,8 +268,3 @@ def round_to_nearest(W: Tensor, bits: int, group_size: int, sym: bool) -> Solved
         codes[:, group * group_size : group * group_size + w.shape[1]] = rounded
         errors += (w - grid.dequantize(rounded, s, z)).square().sum(1, dtype=torch.float64)
     return SolvedLayer(codes, scale.float(), zero.to(torch.uint8), g_idx.to(torch.int32), errors)
-
-
-def output_power(A: Tensor, H: Tensor) -> float:
-    """tr(A H A^T), the mean squared output of a token that the weight A (rows, columns) makes, summed over rows."""
-    return float(quadratic(A, H).sum())

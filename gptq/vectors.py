@@ -85,9 +85,20 @@ def splat(builder: Any, number: Any) -> Any:
 
 def multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
     """total + a b, rounded once where the CPU can."""
-    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
-    return builder.call(function, [a, b, total])
+    return _call(builder, "fmuladd", [a, b, total])
+
+
+def to_nearest(builder: Any, x: Any) -> Any:
+    """x rounded to integers, ties to even."""
+    return _call(builder, "nearbyint", [x])
+
+
+def _call(builder: Any, name: str, arguments: list[Any]) -> Any:
+    """One of LLVM's own functions of vectors of float32 or float64, to which their result belongs too."""
+    vector = arguments[0].type
+    kind = ir.FunctionType(vector, [vector] * len(arguments))
+    suffix = f"v{LANES}f{32 if vector.element == FLOAT else 64}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.{suffix}"), arguments)
 
 
 def dot_pairs(builder: Any, a: Any, b: Any, total: Any) -> Any:

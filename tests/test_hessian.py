@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gptq import hessian as hessian_module
-from gptq.hessian import HessianAccumulator
+from gptq import solver
+from gptq.hessian import HeldOut, HessianAccumulator, output_power
 from gptq.matmul import exact_float32, product
 
 
@@ -146,3 +147,46 @@ def test_products_are_float32_products_along_any_strides(shape: tuple[int, int, 
         assert found.dtype == torch.float32
         assert torch.allclose(found.double(), exact, atol=1e-5 * max(inner, 1) ** 0.5)
     assert product(wide.double(), wide.double().T).dtype == torch.float64
+
+
+@pytest.mark.parametrize("way", ["pairs", "gpu", "floats"])
+@pytest.mark.parametrize("inputs", [320, 70])
+def test_powers_are_those_of_the_closed_form_to_three_digits(
+    way: str, inputs: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tr(A H A^T) also where A's error is made up for by what H says, so that most of it cancels."""
+    if way == "pairs" and not hessian_module._goes_in_pairs(torch.zeros(1, inputs, dtype=torch.bfloat16)):
+        pytest.skip("this CPU or this width has no products of pairs of bfloat16 numbers")
+    monkeypatch.setattr(hessian_module, "_sums_in_float32", lambda _: way == "gpu")
+    if way == "gpu":
+        monkeypatch.setattr(torch, "mm", imitated_mm)
+    elif way == "floats":
+        monkeypatch.setattr(hessian_module, "_goes_in_pairs", lambda _: False)
+    x = torch.randn(500, inputs, generator=rng) + 5 * torch.randn(500, 1, generator=rng)  # one direction dominates
+    H = x.T @ x / 500
+    W = torch.randn(400, inputs, generator=rng)
+    solved = solver.solve(W, solver.factorize(H, solver.act_order(H)), 3, inputs, True)
+    off = W - solved.weight()
+    for A in (W, off):
+        exact = float(torch.trace(A.double() @ H.double() @ A.double().T))
+        assert output_power(A, H) == pytest.approx(exact, rel=1e-3 if way != "floats" else 1e-5)
+    exact = float(torch.trace(W.double() @ H.double() @ H.double() @ off.double().T))
+    size = float((W.double() @ H.double()).norm() * (off.double() @ H.double()).norm())
+    assert hessian_module._weighed_product(W, off, H @ H) == pytest.approx(exact, abs=1e-3 * size)
+
+
+@pytest.mark.parametrize("tokens", [20, 90])  # fewer and more than inputs: kept as rows, and as sums
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_held_out_measure_what_they_are_in(dtype: torch.dtype, tokens: int, rng: torch.Generator) -> None:
+    held = HeldOut(64, torch.device("cpu"))
+    windows = [torch.randn(tokens, 64, generator=rng).to(dtype) for _ in range(2)]
+    originals = [(x + 0.5 * torch.randn(x.shape, generator=rng)).to(dtype) for x in windows]
+    for x, original in zip(windows, originals, strict=True):
+        held.add(x, original)
+    W, A = (torch.randn(48, 64, generator=rng).bfloat16().float() for _ in range(2))
+    x, d = torch.cat(windows).double(), (torch.cat(originals).double() - torch.cat(windows).double())
+    outputs = x @ A.double().T
+    assert held.power(A) == pytest.approx(float(outputs.square().sum()) / len(x), rel=2e-2)
+    agreement = held.agreement(W, A)
+    size = float((d @ W.double().T).norm() * outputs.norm()) / len(x)
+    assert agreement == pytest.approx(float(((d @ W.double().T) * outputs).sum()) / len(x), abs=2e-2 * size)

@@ -21,7 +21,7 @@ RANKS = [
         "triton_solver",
         "triton_product",
     },
-    {"folder", "ranks", "lanes", "pairs", "gram"},
+    {"folder", "ranks", "lanes", "pairs", "gram", "loops"},
     {"hessian"},
     {"kernels", "experts"},
     {"config", "calibration", "solver", "checkpoint"},

@@ -100,10 +100,13 @@ def test_compiled_loops_compute_what_whole_tensor_operations_do(
     plain = kernels.choose_columns_plainly(base, reference, coupling, scale, zero, groups, 3)
     for compiled, whole in zip((codes, Q, t), plain, strict=True):
         assert torch.allclose(compiled.to(dtype), whole.to(dtype), rtol=1e-5, atol=1e-5)
-    scales, zeros = grid.candidates(base.T, 3, sym=True)
-    importance = torch.rand(33, generator=rng, dtype=dtype)
-    best = kernels.best_grid(base, importance, scales, zeros, 3)
-    assert torch.equal(best, kernels.best_grid_plainly(base, importance, scales, zeros, 3))
+    w = torch.stack([base, reference])  # (groups, columns, rows)
+    scales, zeros = grid.candidates(w.mT, 3, sym=False)
+    importance = torch.rand(2, 33, generator=rng, dtype=dtype)
+    best = kernels.best_grids(w, importance, scales, zeros, 3)
+    for group in range(2):
+        plain_best = kernels.best_grid_plainly(w[group], importance[group], scales[:, group], zeros[:, group], 3)
+        assert torch.equal(best[group], plain_best)
 
 
 def test_rows_are_the_same_whatever_the_number_of_threads(rng: torch.Generator) -> None:
