@@ -37,7 +37,8 @@ class QuantLinear(nn.Module):
     """y = x W^T + bias, W (outputs, inputs) held as the stored tensors, its buffers under their names in the file.
 
     `products` chooses the kernel. A layout that it made lies beside the buffers until the layer is moved or loaded
-    anew; it is no part of the state, of copies or of pickles.
+    anew; it is no part of the state, of copies or of pickles. Where it holds the stored words in another order they are
+    not there twice: their buffer is None, and the state is put together when it is asked for.
     """
 
     bias: Tensor | None
@@ -51,14 +52,26 @@ class QuantLinear(nn.Module):
         for suffix, tensor in packed.items():
             self.register_buffer(suffix, tensor)
         self.register_buffer("bias", bias)
+        self._words: products.Layout | None = None  # that took the place of the stored words
         self._forget_layouts()
 
     def _forget_layouts(self) -> None:
+        self._buffers.update(self.packed())
         self._made: dict[str, products.Product | None] = {}  # kernels with their layouts, by name
         self._chosen: dict[tuple[Any, ...], products.Product | None] = {}  # by what `products.choose` looks at
+        self._words = None
 
     def packed(self) -> dict[str, Tensor]:
-        return {suffix: self.get_buffer(suffix) for suffix in self._suffixes}
+        """The stored tensors, by their names in the file."""
+        return {suffix: self._stored(suffix) for suffix in self._suffixes}
+
+    def _stored(self, suffix: str) -> Tensor:
+        held = self._buffers[suffix]
+        if held is None:
+            if self._words is None:
+                raise RuntimeError(f"this layer has lost its {suffix}")
+            return self._words.stored_words()
+        return held
 
     @property
     def weight(self) -> Tensor:
@@ -88,7 +101,9 @@ class QuantLinear(nn.Module):
         stored = products.Stored(self.packed(), self.scheme, self.out_features, self.in_features)
         name = products.choose(stored, dtype, rows) if device == stored.device else None
         if name is not None and name not in self._made:
-            self._made[name] = products.make(name, stored)
+            self._made[name] = made = products.make(name, stored)
+            if isinstance(made, products.Lanes | products.Pairs) and made.layout.whole and self._words is None:
+                self._words, self._buffers["qweight"] = made.layout, None
         return None if name is None else self._made[name]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":  # .to(), .cuda(), ...
@@ -100,8 +115,18 @@ class QuantLinear(nn.Module):
         self._forget_layouts()
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + suffix: tensor for suffix, tensor in self.packed().items()})
+
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
-        return {**self.__dict__, "_made": {}, "_chosen": {}}
+        return {
+            **self.__dict__,
+            "_buffers": {**self._buffers, **self.packed()},
+            "_made": {},
+            "_chosen": {},
+            "_words": None,
+        }
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -21,28 +21,30 @@ from numba import carray, cfunc, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 from gptq.vectors import (
+    BYTES,
     FLOATS,
     INTS,
     LANES,
     TALL,
     TILE,
     WIDE,
+    add_group,
     claim,
     compiled,
     constants,
     data,
     dot_pairs,
-    fetch,
     load,
     look_up,
     multiply_add,
+    place_of,
     pointer,
     splat,
     store,
     sum_pairs,
+    unit_lines,
 )
 
-AHEAD = 4  # units whose words are on their way from memory, so that it never waits; found by trying
 SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
 
 
@@ -57,12 +59,9 @@ def order(bits: int) -> list[int]:
     return [*range(32)]
 
 
-def _pairs(builder: Any, words: Any, at: Any, stride: Any, bits: int) -> Iterator[Any]:
+def _pairs(builder: Any, lines: list[Any]) -> Iterator[Any]:
     """The 16 pairs of a unit, of LANES outputs each, as bfloat16 numbers: codes less half their range."""
-    lines = []
-    for _ in range(bits):
-        lines.append(load(builder, words, at, INTS))
-        at = builder.add(at, stride)
+    bits = len(lines)
     if bits > 4:
         for c in range(0, 32, 2):
             low, high = (_converted(builder, lines, c + i, bits) for i in range(2))
@@ -107,77 +106,75 @@ def _converted(builder: Any, lines: list[Any], c: int, bits: int) -> Any:
     return builder.bitcast(builder.sitofp(builder.sub(code, constants(2 ** (bits - 1))), FLOATS), INTS)
 
 
-def _adding_unit(context, words, at, stride, x, x_at, sums, sums_at, width):  # type: ignore[no-untyped-def]
+def _adding_unit(context, words, at, x, x_at, sums, sums_at, width):  # type: ignore[no-untyped-def]
     """sums[sums_at + i] += sum_c code_c of output i * x_c, for LANES outputs i and the 32 codes of a unit.
 
-    The unit's words are words[at + j * stride + i], j below bits, its pairs of x begin at x_at; `width` is a tuple of
-    `bits` numbers, as its length is part of its type.
+    The unit's words begin at words[at], its pairs of x at x_at; `width` is a tuple of `bits` numbers, as its length is
+    part of its type.
     """
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, stride, _, x_at, _, sums_at, _ = arguments
-        words, x, sums = (data(context, builder, signature, arguments, i) for i in (0, 3, 5))
+        _, at, _, x_at, _, sums_at, _ = arguments
+        words, x, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 4))
         totals = [load(builder, sums, sums_at, FLOATS), ir.Constant(FLOATS, None)]  # two, as each waits for its last
         line = builder.gep(x, [x_at])
-        ahead = builder.add(at, builder.mul(stride, ir.Constant(at.type, AHEAD * len(width))))
-        for _ in range(len(width)):
-            fetch(builder, words, ahead)
-            ahead = builder.add(ahead, stride)
-        for p, pair in enumerate(_pairs(builder, words, at, stride, len(width))):
+        for p, pair in enumerate(_pairs(builder, unit_lines(builder, words, at, len(width), ahead=True))):
             factor = builder.load(builder.gep(line, [ir.Constant(x_at.type, p)]))
             totals[p % 2] = dot_pairs(builder, pair, splat(builder, factor), totals[p % 2])
         store(builder, builder.fadd(*totals), sums, sums_at)
         return context.get_dummy_value()
 
     intp = types.intp
-    return types.void(words, intp, intp, x, intp, sums, intp, width), emit
+    return types.void(words, intp, x, intp, sums, intp, width), emit
 
 
-def _writing_unit(context, words, at, stride, weight, weight_at, width):  # type: ignore[no-untyped-def]
-    """weight[weight_at + p WIDE + i] is pair p of output i of a unit, p below 16, i below WIDE."""
+def _writing_unit(context, words, at, weight, weight_at, width):  # type: ignore[no-untyped-def]
+    """weight[weight_at + p WIDE + i] is pair p of output i of a unit, p below 16, i below LANES."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, stride, _, weight_at, _ = arguments
-        words, weight = (data(context, builder, signature, arguments, i) for i in (0, 3))
+        _, at, _, weight_at, _ = arguments
+        words, weight = (data(context, builder, signature, arguments, i) for i in (0, 2))
         line = builder.gep(weight, [weight_at])
-        for v in range(0, WIDE, LANES):
-            first = builder.add(at, ir.Constant(at.type, v))
-            for p, pair in enumerate(_pairs(builder, words, first, stride, len(width))):
-                store(builder, pair, line, ir.Constant(at.type, p * WIDE + v))
+        for p, pair in enumerate(_pairs(builder, unit_lines(builder, words, at, len(width)))):
+            store(builder, pair, line, ir.Constant(at.type, p * WIDE))
         return context.get_dummy_value()
 
     intp = types.intp
-    return types.void(words, intp, intp, weight, intp, width), emit
+    return types.void(words, intp, weight, intp, width), emit
 
 
-def _adding_tile(context, x, x_at, weight, depth, x_sums, scale, zero, y, y_at):  # type: ignore[no-untyped-def]
-    """y[y_at + i WIDE + j] += scale_j (sum_k x_ik weight_kj - zero_j x_sums_i), for TALL rows i and WIDE outputs j.
+def _adding_tile(context, x, x_at, weight, depth, x_sums, scale, zero, grid_at, less, y, y_at):  # type: ignore[no-untyped-def]
+    """y[y_at + i WIDE + j] += scale_j (sum_k x_ik weight_kj - (zero_j - less) x_sums_i), i below TALL, j below WIDE.
 
-    Over `depth` lines of pairs, of TALL in x from x_at on, of WIDE in weight. x_sums are those of these rows.
+    Over `depth` lines of pairs, of TALL rows in x from x_at on, of WIDE outputs in weight. x_sums are those of these
+    rows; scales and zeros begin at grid_at.
     """
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, x_at, _, depth, _, _, _, _, y_at = arguments
+        _, x_at, _, depth, _, _, _, grid_at, less, _, y_at = arguments
         x, weight, x_sums, scale, zero, y = (
-            data(context, builder, signature, arguments, i) for i in (0, 2, 4, 5, 6, 7)
+            data(context, builder, signature, arguments, i) for i in (0, 2, 4, 5, 6, 9)
         )
 
         def number(value: int) -> Any:
             return ir.Constant(y_at.type, value)
 
-        starts = range(0, WIDE, LANES)
         totals = sum_pairs(builder, builder.gep(x, [x_at]), TALL, weight, depth)
-        scales, zeros = ([load(builder, array, number(v), FLOATS) for v in starts] for array in (scale, zero))
+        grids = []
+        for v in range(0, WIDE, LANES):
+            place = builder.add(grid_at, number(v))
+            z = builder.uitofp(load(builder, zero, place, BYTES), FLOATS)
+            grids.append((load(builder, scale, place, FLOATS), builder.fsub(z, splat(builder, less))))
         for i, row in enumerate(totals):
             x_sum = splat(builder, builder.load(builder.gep(x_sums, [number(i)])))
-            for v, (total, s, z) in enumerate(zip(row, scales, zeros, strict=True)):
+            for v, (total, (s, z)) in enumerate(zip(row, grids, strict=True)):
                 place = builder.add(y_at, number(i * WIDE + v * LANES))
                 inside = builder.fsub(builder.load(total), builder.fmul(z, x_sum))
                 store(builder, multiply_add(builder, s, inside, load(builder, y, place, FLOATS)), y, place)
         return context.get_dummy_value()
 
     intp = types.intp
-    return types.void(x, intp, weight, intp, x_sums, scale, zero, y, intp), emit
+    return types.void(x, intp, weight, intp, x_sums, scale, zero, intp, types.float32, y, intp), emit
 
 
 _add_unit: Any = intrinsic(_adding_unit)
@@ -192,40 +189,34 @@ def multiply(  # type: ignore[no-untyped-def]
     """y[:, start:stop] = x W^T for W = scale (codes - zero), in float32; for few rows.
 
     Args:
-        words: (inputs / 32 * bits, outputs) int32; inputs are multiples of 32, outputs of LANES.
-        pairs: (rows, inputs / 2) int32, x in the order of the words' codes.
+        words: int32, scale: float32, zero: uint8, each in strips as `products.Layout` has them.
+        pairs: (rows, inputs / 2) int32, x in the order of the words' codes; inputs are multiples of 32.
         x_sums: (rows, groups) float32, of x.
-        scale: (groups, outputs) float32.
-        zero: (groups, outputs) float32, less half the range of codes.
+        y: (rows, outputs); outputs are multiples of LANES.
         columns: of a group, a multiple of 32.
         width: a tuple of `bits` numbers.
         start, stop: multiples of LANES.
     """
-    rows, inputs = pairs.shape[0], 2 * pairs.shape[1]
-    outputs, bits, groups = words.shape[1], len(width), scale.shape[0]
-    nil = np.float32(0)
+    (rows, half), (_, groups), (_, outputs) = pairs.shape, x_sums.shape, y.shape
+    bits, units, nil, less = len(width), half // 16, np.float32(0), np.float32(2 ** (len(width) - 1))
     sums, total = np.empty((rows, TILE), np.float32), np.empty((rows, TILE), np.float32)  # of a group, and of all
-    s, z, line = np.ones(TILE, np.float32), np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
-    for low in range(start, stop, TILE):
-        taken = min(TILE, stop - low)
+    low = start
+    while low < stop:
+        taken = min(stop, (low // TILE + 1) * TILE) - low
         total[:] = nil
         for group in range(groups):
             sums[:] = nil
-            for k in range(group * columns, min((group + 1) * columns, inputs), 32):
-                first = k // 32 * bits * outputs + low
+            for unit in range(group * columns // 32, min((group + 1) * columns // 32, units)):
+                at = place_of(low, unit, units, outputs, bits)
                 for v in range(0, taken, LANES):
                     for row in range(rows):
-                        x_at = (row * inputs + k) // 2
-                        _add_unit(words, first + v, outputs, pairs, x_at, sums, row * TILE + v, width)
-            s[:taken] = scale[group, low : low + taken]
-            z[:taken] = zero[group, low : low + taken]
-            for row in range(rows):  # as in lanes.multiply; in a function of its own it takes a sixth of the time more
-                x_sum = x_sums[row, group]
-                line[:] = total[row]
-                for i in range(TILE):
-                    line[i] += s[i] * (sums[row, i] - z[i] * x_sum)
-                total[row] = line
+                        _add_unit(words, at + v * bits, pairs, row * half + unit * 16, sums, row * TILE + v, width)
+            place = place_of(low, group, groups, outputs, 1)
+            for row in range(rows):
+                for v in range(0, taken, LANES):
+                    add_group(total, row * TILE + v, sums, x_sums[row, group], scale, zero, place + v, less)
         y[:, low : low + taken] = total[:, :taken]
+        low += taken
 
 
 @cache
@@ -241,10 +232,10 @@ def worker(bits: int) -> Any:
         given = carray(table, (13,))
         share, rows, inputs, outputs = given[1], given[2], given[3], given[4]
         groups, columns, at = given[5], given[6], given[7:]
-        words = carray(pointer(at[0], np.int32(0)), (inputs // 32 * len(width), outputs))
+        words = carray(pointer(at[0], np.int32(0)), (inputs // 32 * len(width) * outputs,))
         x = carray(pointer(at[1], np.int16(0)), (rows, inputs))
-        scale = carray(pointer(at[2], np.float32(0)), (groups, outputs))
-        zero = carray(pointer(at[3], np.float32(0)), (groups, outputs))
+        scale = carray(pointer(at[2], np.float32(0)), (groups * outputs,))
+        zero = carray(pointer(at[3], np.uint8(0)), (groups * outputs,))
         y = carray(pointer(at[4], np.float32(0)), (rows, outputs))
         pairs = _in_order(x, carray(pointer(at[5], np.int64(0)), (32,)))
         x_sums = _sums_of_groups(x, groups, columns)
@@ -313,21 +304,23 @@ def multiply_many(  # type: ignore[no-untyped-def]
 
     Outputs are a multiple of WIDE, and so are start and stop.
     """
-    rows, outputs, bits = y.shape[0], words.shape[1], len(width)
-    inputs, groups = 2 * tiles.shape[1], scale.shape[0]
+    (rows, outputs), (groups, _), half = y.shape, x_sums.shape, tiles.shape[1]
+    bits, units, less = len(width), half // 16, np.float32(2 ** (len(width) - 1))
     weight = np.empty((columns // 2, WIDE), np.int32)
     sums = np.empty((len(tiles) * TALL, WIDE), np.float32)
     for low in range(start, stop, WIDE):
         sums[:] = np.float32(0)
         for group in range(groups):
-            begin, end = group * columns, min((group + 1) * columns, inputs)
-            for k in range(begin, end, 32):
-                _write_unit(words, k // 32 * bits * outputs + low, outputs, weight, (k - begin) // 2 * WIDE, width)
-            s, z = scale[group, low : low + WIDE], zero[group, low : low + WIDE]
+            begin, end = group * columns // 32, min((group + 1) * columns // 32, units)
+            for unit in range(begin, end):
+                at = place_of(low, unit, units, outputs, bits)
+                for v in range(0, WIDE, LANES):
+                    _write_unit(words, at + v * bits, weight, (unit - begin) * 16 * WIDE + v, width)
+            place = place_of(low, group, groups, outputs, 1)
             for tile in range(len(tiles)):
-                x_at = (tile * inputs // 2 + begin // 2) * TALL
+                x_at, depth = (tile * half + begin * 16) * TALL, (end - begin) * 16
                 own = x_sums[group, tile * TALL : (tile + 1) * TALL]
-                _add_tile(tiles, x_at, weight, (end - begin) // 2, own, s, z, sums, tile * TALL * WIDE)
+                _add_tile(tiles, x_at, weight, depth, own, scale, zero, place, less, sums, tile * TALL * WIDE)
         for row in range(rows):
             bits_of = sums[row].view(np.int32)
             for i in range(WIDE):  # to the nearest, ties to even

@@ -2,13 +2,13 @@
 
 Every kernel keeps to one contract: `Product.multiply(x)` is x W^T for x (rows, inputs), within the rounding of x's
 dtype. `choose` picks by width, groups, dtype, device and number of rows; None stands for unpacking the weight and
-multiplying, which is always right. A layout is made from the stored tensors when a kernel is first used; the stored
-tensors stay, as they are what `state_dict` holds. Beside them it takes, per weight:
+multiplying, which is always right. A layout is made from the stored tensors when a kernel is first used. Beside them it
+takes, per weight:
 
-    pairs     CPU with AVX-512 for bfloat16, bfloat16, 2 to 8 bits, groups of whole 32s    9 bytes a group (scale, zero
-              twice); the words are read where they are, unless the format, act-order or a shape that fills no vectors
-              needs them in another order: then a copy
-    lanes     any CPU, 2 to 8 bits, groups of whole 32s   5 bytes a group, and of the words the same is true
+    pairs     CPU with AVX-512 for bfloat16, bfloat16, 2 to 8 bits, groups of whole 32s   5 bytes a group (scale, zero);
+              the words, in the layout's order, take the place of the stored ones, which `state_dict` makes of them; but
+              with pack-quantized files, act-order or a shape that fills no vectors they are a copy
+    lanes     any CPU, 2 to 8 bits, groups of whole 32s   the same
     int4pack  PyTorch's; CPU, 4 bits, bfloat16        1/2 byte and 4 bytes a group
     int8pack  PyTorch's; CPU, 8 bits symmetric, one group per row, bfloat16     1 byte
     triton    CUDA, 2, 3, 4, 8 bits                   1 byte a group (zero)
@@ -104,20 +104,30 @@ def has_triton() -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the compiled loops read: words along the inputs, outputs side by side."""
+    """What the compiled loops read, from end to end.
 
-    words: Tensor  # (units * bits, padded outputs) int32
-    scale: Tensor  # (groups, padded outputs) float32
-    zero: Tensor  # (groups, padded outputs) uint8
+    Outputs are taken in strips of vectors.TILE, the last of which may be narrower. A strip's words go unit by unit, 32
+    inputs each, and in a unit by vectors.LANES outputs, of which the `bits` words lie one after the other, those of
+    neighbouring outputs side by side. Its scales and zeros go group by group. So a strip is one run in memory: pieces
+    of every line of the stored words would be read at two thirds of the rate.
+    """
+
+    words: Tensor  # int32
+    scale: Tensor  # float32
+    zero: Tensor  # uint8
     perm: Tensor | None  # (inputs,) order in which groups are runs
-    inputs: int  # padded
+    inputs: int  # padded to whole units
     bits: int
     columns: int
     outputs: int
+    width: int  # outputs padded to a multiple of vectors.WIDE
+    whole: bool  # whether the words are those of the stored `qweight`, all of them and no others
 
     @classmethod
-    def of(cls, stored: Stored, unit: int) -> "Layout | None":
-        """None where g_idx cannot be sorted into runs; outputs are padded to a multiple of `unit`."""
+    def of(cls, stored: Stored) -> "Layout | None":
+        """None where g_idx cannot be sorted into runs."""
+        from gptq import vectors
+
         scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
         perm = None
         if scheme.scattered:
@@ -125,9 +135,10 @@ class Layout:
             perm = torch.argsort(g_idx, stable=True)
             if not torch.equal(g_idx[perm], formats.in_runs(scheme, inputs)):
                 return None
-        wide, deep = _up(outputs, unit), _up(inputs, 32)
-        if perm is None and scheme.format != "pack-quantized" and (wide, deep) == (outputs, inputs):
-            words = stored.packed["qweight"].contiguous()
+        wide, deep = _up(outputs, vectors.WIDE), _up(inputs, 32)
+        whole = perm is None and scheme.format != "pack-quantized" and (wide, deep) == (outputs, inputs)
+        if whole:
+            words = stored.packed["qweight"]  # (units * bits, outputs)
             scale = stored.packed["scales"]
             zero = formats.decode_zeros(stored.packed["qzeros"], scheme, outputs).T
         else:
@@ -137,21 +148,39 @@ class Layout:
             words = pack(padded.T, scheme.bits)
             scale, zero = integers.scale.T, integers.zero.T
         rim = (0, wide - outputs)
-        scale = torch.nn.functional.pad(scale.float(), rim).contiguous()
-        zero = torch.nn.functional.pad(zero, rim).contiguous()
+        scale, zero = (torch.nn.functional.pad(t, rim) for t in (scale.float(), zero))  # (groups, wide)
         columns = deep if stored.columns == inputs else stored.columns
-        return cls(words, scale, zero, perm, deep, scheme.bits, columns, outputs)
+        words, scale, zero = _in_strips(words, scheme.bits), _in_strips(scale, 1), _in_strips(zero, 1)
+        return cls(words, scale, zero, perm, deep, scheme.bits, columns, outputs, wide, whole)
 
     @property
-    def width(self) -> int:
-        """Padded outputs."""
-        return self.words.shape[1]
+    def groups(self) -> int:
+        return self.scale.numel() // self.width
 
     def arranged(self, x: Tensor) -> Tensor:
         """x (rows, inputs) in the order of the words, padded with zeros."""
         if self.perm is not None:
             x = x[:, self.perm]
         return x if x.shape[1] == self.inputs else torch.nn.functional.pad(x, (0, self.inputs - x.shape[1]))
+
+    def stored_words(self) -> Tensor:
+        """The words as they were stored, (units * bits, outputs), where these are the `whole`."""
+        from gptq import vectors
+
+        found = self.words.new_empty(self.inputs // 32, self.bits, self.width)
+        for low in range(0, self.width, vectors.TILE):
+            strip = found[..., low : low + vectors.TILE].unflatten(-1, (-1, vectors.LANES)).transpose(1, 2)
+            begin = low * len(found) * self.bits
+            strip.copy_(self.words[begin : begin + strip.numel()].view(strip.shape))
+        return found.flatten(0, 1)
+
+
+def _in_strips(lines: Tensor, size: int) -> Tensor:
+    """(units * size, outputs) in the order of Layout, (units * size * outputs,)."""
+    from gptq import vectors
+
+    strips = lines.unflatten(0, (-1, size)).split(vectors.TILE, dim=-1)  # (units, size, outputs of a strip) each
+    return torch.cat([strip.unflatten(-1, (-1, vectors.LANES)).transpose(1, 2).flatten() for strip in strips])
 
 
 @dataclass(frozen=True)
@@ -163,9 +192,9 @@ class Lanes:
 
     @classmethod
     def of(cls, stored: Stored) -> "Lanes | None":
-        from gptq import lanes, vectors
+        from gptq import lanes
 
-        layout = Layout.of(stored, vectors.LANES)
+        layout = Layout.of(stored)
         if layout is None:
             return None
         return cls(layout, torch.tensor(lanes.prescale(layout.bits)).repeat(layout.inputs // 32))
@@ -176,14 +205,14 @@ class Lanes:
         return y[:, : self.layout.outputs].to(x.dtype)
 
     def _few(self, x: Tensor) -> Tensor:
-        from gptq import lanes, vectors
+        from gptq import lanes
 
         own, (rows, inputs) = self.layout, x.shape
-        groups = len(own.scale)
+        groups = own.groups
         sums = torch.nn.functional.pad(x, (0, groups * own.columns - inputs)).view(rows, groups, -1).sum(-1)
         y = torch.empty(rows, own.width)
         arrays = _arrays(own.words, x * self.prescale, sums, own.scale, own.zero, y)
-        run_shares(lanes.multiply, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, vectors.TILE))
+        run_shares(lanes.multiply, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, SHARE))
         return y
 
     def _many(self, x: Tensor) -> Tensor:
@@ -198,7 +227,8 @@ class Lanes:
             taken = min(step, own.width - first)
             weight = torch.empty(inputs, taken)  # of the tile, transposed
             arrays = _arrays(own.words, own.scale, own.zero, weight)
-            run_shares(lanes.decode, (*arrays, own.columns, (0,) * own.bits, first), shares_of(taken, vectors.TILE))
+            given = (*arrays, own.width, own.columns, (0,) * own.bits, first)
+            run_shares(lanes.decode, given, shares_of(taken, SHARE))
             torch.mm(x, weight.to(dtype), out=y[:, first : first + taken])
         return y
 
@@ -208,17 +238,14 @@ class Pairs:
     """The compiled loops of `pairs`, for bfloat16 activations; sums are exact in float32."""
 
     layout: Layout
-    zero: Tensor  # (groups, padded outputs) float32, less half the range of codes
     order: Tensor  # (32,)
 
     @classmethod
     def of(cls, stored: Stored) -> "Pairs | None":
-        from gptq import pairs, vectors
+        from gptq import pairs
 
-        layout = Layout.of(stored, vectors.WIDE)
-        if layout is None:
-            return None
-        return cls(layout, layout.zero.float() - 2 ** (layout.bits - 1), torch.tensor(pairs.order(layout.bits)))
+        layout = Layout.of(stored)
+        return None if layout is None else cls(layout, torch.tensor(pairs.order(layout.bits)))
 
     def multiply(self, x: Tensor) -> Tensor:
         arranged = self.layout.arranged(x).contiguous().view(torch.int16)
@@ -231,8 +258,8 @@ class Pairs:
         own, rows = self.layout, len(x)
         y = torch.empty(rows, own.width)
         share = _up(-(-own.width // torch.get_num_threads()), SHARE)
-        sizes = 0, share, rows, own.inputs, own.width, len(own.scale), own.columns
-        tensors = own.words, x, own.scale, self.zero, y, self.order
+        sizes = 0, share, rows, own.inputs, own.width, own.groups, own.columns
+        tensors = own.words, x, own.scale, own.zero, y, self.order
         run_compiled(pairs.worker(own.bits).address, (*sizes, *(tensor.data_ptr() for tensor in tensors)))
         return y.bfloat16()
 
@@ -242,10 +269,10 @@ class Pairs:
         own, (rows, inputs) = self.layout, x.shape
         count = -(-rows // vectors.TALL)
         tiles = torch.empty(count, inputs // 2, vectors.TALL, dtype=torch.int32)
-        sums = torch.empty(len(own.scale), count * vectors.TALL)
+        sums = torch.empty(own.groups, count * vectors.TALL)
         run_shares(pairs.arrange, (*_arrays(x, self.order, tiles, sums), own.columns), shares_of(count, 1))
         y = torch.empty(rows, own.width, dtype=torch.int16)
-        arrays = _arrays(own.words, tiles, sums, own.scale, self.zero, y)
+        arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y)
         run_shares(pairs.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, vectors.WIDE))
         return y.view(torch.bfloat16)
 

@@ -15,11 +15,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-VECTORS = 16  # taken together by loops over packed words, so that what is read of a line of them is 1 KB long
-TILE = LANES * VECTORS
+TILE = 16 * LANES  # outputs that loops over packed words take together
+AHEAD = 128  # vectors of words that are on their way from memory, 8 KB, so that it never waits; found by trying
 TALL, WIDE = 8, 2 * LANES  # of the sums that stay in registers while the pairs of a product go by, 16 vectors
 INT, FLOAT = ir.IntType(32), ir.FloatType()
-INTS, FLOATS = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES)
+INTS, FLOATS, BYTES = (ir.VectorType(number, LANES) for number in (INT, FLOAT, ir.IntType(8)))
 
 compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 
@@ -58,7 +58,7 @@ def data(context: Any, builder: Any, signature: Any, arguments: Any, i: int) -> 
 
 def load(builder: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
     loaded = builder.load(builder.bitcast(builder.gep(array, [offset]), vector.as_pointer()))
-    loaded.align = 4
+    loaded.align = 1 if vector.element == BYTES.element else 4
     return loaded
 
 
@@ -81,6 +81,14 @@ def splat(builder: Any, number: Any) -> Any:
     undefined = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
     one = builder.insert_element(undefined, number, ir.Constant(INT, 0))
     return builder.shuffle_vector(one, undefined, constants(0))
+
+
+def unit_lines(builder: Any, words: Any, at: Any, bits: int, ahead: bool = False) -> list[Any]:
+    """The `bits` vectors of words that hold 32 codes of LANES outputs; `ahead` sends for those that are read later."""
+    steps = [ir.Constant(at.type, j * LANES) for j in range(bits)]
+    for step in steps if ahead else ():
+        fetch(builder, words, builder.add(builder.add(at, step), ir.Constant(at.type, AHEAD * LANES)))
+    return [load(builder, words, builder.add(at, step), INTS) for step in steps]
 
 
 def multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
@@ -134,6 +142,32 @@ def sum_pairs(builder: Any, a: Any, a_step: int, b: Any, depth: Any) -> list[lis
             for total, b_pair in zip(row, b_pairs, strict=True):
                 builder.store(dot_pairs(builder, a_pair, b_pair, builder.load(total)), total)
     return totals
+
+
+@compiled
+def place_of(output: int, unit: int, units: int, outputs: int, size: int) -> int:
+    """Where the numbers of a unit of an output begin, in strips as `products.Layout` has them, `size` for each."""
+    strip = output // TILE * TILE
+    return size * (strip * units + unit * min(TILE, outputs - strip) + output - strip)
+
+
+def _adding_group(context, total, at, sums, x_sum, scale, zero, place, less):  # type: ignore[no-untyped-def]
+    """total[at + i] += scale[place + i] (sums[at + i] - (zero[place + i] - less) x_sum) for LANES outputs i."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        _, at, _, x_sum, _, _, place, less = arguments
+        total, sums, scale, zero = (data(context, builder, signature, arguments, i) for i in (0, 2, 4, 5))
+        z = builder.fsub(builder.uitofp(load(builder, zero, place, BYTES), FLOATS), splat(builder, less))
+        inside = builder.fsub(load(builder, sums, at, FLOATS), builder.fmul(z, splat(builder, x_sum)))
+        before = load(builder, total, at, FLOATS)
+        store(builder, multiply_add(builder, load(builder, scale, place, FLOATS), inside, before), total, at)
+        return context.get_dummy_value()
+
+    intp, number = types.intp, types.float32
+    return types.void(total, intp, sums, number, scale, zero, intp, number), emit
+
+
+add_group: Any = intrinsic(_adding_group)
 
 
 def look_up(builder: Any, table: list[int], places: Any) -> Any:

@@ -68,8 +68,8 @@ def tensors_of(made: Any) -> Iterator[Tensor]:
     """The tensors that a kernel's layout holds."""
     if isinstance(made, Tensor):
         yield made
-    elif isinstance(made, dict):
-        for value in made.values():
+    elif isinstance(made, dict | list):
+        for value in made.values() if isinstance(made, dict) else made:
             yield from tensors_of(value)
     elif is_dataclass(made):
         for field in fields(made):
@@ -77,15 +77,12 @@ def tensors_of(made: Any) -> Iterator[Tensor]:
 
 
 def memory(model: torch.nn.Module) -> tuple[int, int]:
-    """Bytes of all weights, and of what kernels hold beside the stored tensors; what is shared counts once."""
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
-    both = dict(held)
-    for layer in model.modules():
-        if isinstance(layer, QuantLinear):
-            for made in layer._made.values():
-                for tensor in tensors_of(made):
-                    both[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(both.values()), sum(both.values()) - sum(held.values())
+    """Bytes of all weights, and of what kernels hold beyond the stored tensors; what is shared counts once."""
+    held = [*model.parameters(), *model.buffers()]
+    made = [layer._made for layer in model.modules() if isinstance(layer, QuantLinear)]
+    state = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+    whole = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held, *tensors_of(made)]}
+    return sum(whole.values()), sum(whole.values()) - sum(state.values())
 
 
 def seconds(task: Callable[[], object]) -> float:

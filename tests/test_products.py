@@ -149,6 +149,20 @@ def test_threads_share_the_outputs(rng: torch.Generator) -> None:
             torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("outputs", [32, 256, 544])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_words_that_moved_come_back_as_they_were(bits: int, outputs: int, rng: torch.Generator) -> None:
+    """A layout's words are there instead of the stored ones, and hold the same."""
+    layer = random_layer(rng, Scheme(bits, 32, True), outputs, 96)
+    before = layer.packed()["qweight"]
+    layer(torch.ones(1, 96))
+    assert layer._buffers["qweight"] is None
+    assert torch.equal(layer.packed()["qweight"], before)
+    assert layer._words is not None
+    assert not torch.equal(layer._words.words, before.flatten())
+    assert layer._words.words.nbytes == before.nbytes
+
+
 def test_what_has_run_is_what_was_stored(rng: torch.Generator) -> None:
     layer = random_layer(rng, Scheme(4, 32, True), 32, 64, bias=True, dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -162,6 +176,7 @@ def test_what_has_run_is_what_was_stored(rng: torch.Generator) -> None:
     assert not twin._made
     assert torch.equal(twin(x), y)
     other = random_layer(rng, Scheme(4, 32, True), 32, 64, bias=True, dtype=torch.bfloat16)
+    other(x)
     layer.load_state_dict(other.state_dict())  # in place: the layout has to be made anew
     assert torch.equal(layer(x), other(x))
     assert not layer.to("meta")._made
