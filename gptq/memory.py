@@ -181,7 +181,9 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
             always = codes + weights + standing
             yield from (always + moment for moment in _at_layers(group, config, tokens, dtype))
             back = in_flight * window * (hidden + first.inputs) if on_disk else 0  # read again from the files
-            weight = dtype.itemsize * streams * max(layer.outputs * layer.inputs for layer in group)
+            weight = (
+                dtype.itemsize * (streams + 1) * max(layer.outputs * layer.inputs for layer in group)
+            )  # one reordered
             forward = (
                 in_flight * window * max(sum(layer.outputs for layer in group[:-1]), group[-1].outputs) + back + weight
             )

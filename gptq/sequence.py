@@ -14,6 +14,7 @@ from gptq.calibration import Inputs
 from gptq.errors import InputError
 from gptq.experts import Experts
 from gptq.layer import Job, LayerInputs, look_at_inputs, original_weights, swapped
+from gptq.matmul import quick_linears
 from gptq.routed import everywhere, routed, solve_experts
 from gptq.shelf import Shelf
 from gptq.walk import (
@@ -66,11 +67,9 @@ def walk_blocks(
                 weights.fill(block.module, block.name, skip=block.linears.values())
                 run = shelf.releasing(block_forward[block.module])
                 weights.read_ahead(_next_weights(left))
-                outputs = visit(
-                    len(blocks) - len(left) - 1,
-                    block,
-                    [[partial(run, *c.args, **c.kwargs) for c in stream if c] for stream in calls],
-                )
+                fresh = [[partial(run, *c.args, **c.kwargs) for c in stream if c] for stream in calls]
+                with quick_linears(block.module):
+                    outputs = visit(len(blocks) - len(left) - 1, block, fresh)
                 drop(block.module)
                 return_freed_memory()
                 if not left or not outputs:

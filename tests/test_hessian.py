@@ -8,7 +8,7 @@ import torch
 from gptq import hessian as hessian_module
 from gptq import solver
 from gptq.hessian import HeldOut, HessianAccumulator, output_power
-from gptq.matmul import exact_float32, product
+from gptq.matmul import exact_float32, product, quick_linears
 
 
 def hessian(*parts: torch.Tensor) -> torch.Tensor:
@@ -190,3 +190,27 @@ def test_inputs_held_out_measure_what_they_are_in(dtype: torch.dtype, tokens: in
     agreement = held.agreement(W, A)
     size = float((d @ W.double().T).norm() * outputs.norm()) / len(x)
     assert agreement == pytest.approx(float(((d @ W.double().T) * outputs).sum()) / len(x), abs=2e-2 * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quick_linears_compute_what_linears_do(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """With the weight of the moment, for every shape of input; gradients flow, and afterwards nothing is left."""
+    layer = torch.nn.Linear(70, 48).to(dtype)
+    layer.requires_grad_(False)
+    inputs = [torch.randn(*shape, 70, generator=rng).to(dtype) for shape in ((3, 5), (15,), (1,), (0,), (5, 3))]
+    wide = torch.randn(6, 140, generator=rng).to(dtype)[:, ::2]
+    eps = torch.finfo(dtype).eps
+    with torch.no_grad(), quick_linears(layer):
+        for _ in range(2):
+            for x in [*inputs, wide]:
+                exact = x.double() @ layer.weight.double().T + layer.bias.double()
+                assert layer(x).shape == exact.shape
+                size = x.double().abs() @ layer.weight.double().abs().T + layer.bias.double().abs()
+                assert bool(((layer(x).double() - exact).abs() <= 4 * eps * size).all())
+            layer.weight.copy_(torch.randn(48, 70, generator=rng))  # in place, and then another tensor
+            layer.weight = torch.nn.Parameter(layer.weight * 2, requires_grad=False)
+        with torch.enable_grad():
+            x = inputs[0].requires_grad_()
+            layer(x).sum().backward()
+            assert x.grad is not None
+    assert "forward" not in layer.__dict__
