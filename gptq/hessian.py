@@ -15,22 +15,23 @@ from gptq.ranks import Ranks
 
 ALONE = Ranks()
 PANEL = 256  # rows of a symmetric sum that one product computes, from the diagonal on
-TOKENS = 2048  # of a window that are added at a time
+TOKENS = 1024  # that are added at a time: with fewer the sums are read and written too often, more take memory
 
 
 class HessianAccumulator:
     """Sums x x^T of one layer input in float32, in the order in which windows arrive.
 
     A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. Where the original
-    model's input x~ is given beside x, x~ x^T is summed as well. Windows are added one by one, whole, so what comes out
-    depends on them and their order and on nothing else.
+    model's input x~ is given beside x, x~ x^T is summed as well. Windows come one by one, whole, so what comes out
+    depends on them and their order and on nothing else. Until there are TOKENS they wait, and must not be changed.
     """
 
     def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
         """With several `ranks` each sums its own panels, so all have to be given the same windows and to ask alike."""
-        self.sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # right of the diagonal
+        self._sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # right of the diagonal
         self._ranks = ranks
         self._original_sum: Tensor | None = None  # x~ x^T, once x~ differs from x
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # x and x~, all with one or all without
         self.num_tokens = 0
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
@@ -39,35 +40,50 @@ class HessianAccumulator:
         An `original` of another shape (an expert that other tokens reached, say) tells nothing of the drift of these.
         """
         x, original = as_rows(x, original)
+        if self._waiting and (self._waiting[0][1] is None) != (original is None):
+            self._add_waiting()
+        self._waiting.append((x, original))
+        self.num_tokens += len(x)
+        if sum(len(rows) for rows, _ in self._waiting) >= TOKENS:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        x, originals = torch.cat([rows for rows, _ in waiting]), [rows for _, rows in waiting if rows is not None]
+        original = torch.cat(originals) if originals else None
         if original is not None and self._original_sum is None:
-            self._original_sum = _filled(self.sum.clone())  # until now nothing had drifted
+            self._original_sum = _filled(self._sum.clone())  # until now nothing had drifted
         for start in range(0, len(x), TOKENS):
             rows = slice(start, start + TOKENS)
             self._add(x[rows], None if original is None else original[rows])
-        self.num_tokens += len(x)
 
     def _add(self, x: Tensor, original: Tensor | None) -> None:
         panels = [slice(start, min(start + PANEL, x.shape[1])) for start in range(0, x.shape[1], PANEL)]
         own = [panel for number, panel in enumerate(panels) if self._ranks.owns(number)]
         x, original, add_products = _prepared(x, original)
-        add_products(self.sum, x, x, own, upper=True)
+        add_products(self._sum, x, x, own, upper=True)
         if self._original_sum is not None:
             add_products(self._original_sum, x if original is None else original, x, own, upper=False)
 
     def mean(self) -> Tensor:
         """H, (num_inputs, num_inputs) float32; zero where no token came."""
-        return _filled(self._complete(self.sum) / max(self.num_tokens, 1))
+        self._add_waiting()
+        return _filled(self._complete(self._sum) / max(self.num_tokens, 1))
 
     def drift_mean(self) -> Tensor | None:
         """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None where nothing has drifted."""
+        self._add_waiting()
         if self._original_sum is None:
             return None
-        drift = self._complete(self._original_sum) - _filled(self._complete(self.sum))
+        drift = self._complete(self._original_sum) - _filled(self._complete(self._sum))
         return drift.div_(max(self.num_tokens, 1))
 
     def take(self) -> tuple[Tensor, Tensor | None]:
         """What `mean` and `drift_mean` give, in the memory of the sums, which end with this."""
-        H, C, tokens = _filled(self._complete(self.sum)), self._original_sum, max(self.num_tokens, 1)
+        self._add_waiting()
+        H, C, tokens = _filled(self._complete(self._sum)), self._original_sum, max(self.num_tokens, 1)
         if C is not None:
             C = self._complete(C).sub_(H).div_(tokens)
         return H.div_(tokens), C

@@ -28,6 +28,7 @@ from gptq.blocks import Block, choose_allocator, fused_siblings, return_freed_me
 from gptq.config import QuantConfig
 from gptq.drift import ROWS as CORRECTED
 from gptq.errors import InputError
+from gptq.hessian import TOKENS
 from gptq.layer import ROWS
 from gptq.plan import LayerPlan, Plan
 from gptq.refine import refine
@@ -214,7 +215,10 @@ def _at_layers(group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtyp
     n, rows = group[0].inputs, sum(layer.outputs for layer in group)
     C = 4 * n * n if config.two_streams else 0
     known, size = _known(group[0], tokens, config, dtype), 4 * rows * n
-    yield known + C  # gathering, and factorizing; H and C alone are less
+    gathered = (
+        2 * (2 if config.two_streams else 1) * dtype.itemsize * TOKENS * n
+    )  # inputs in one tensor, and in another order
+    yield known + C + gathered  # and factorizing; H and C alone are less
     copies = 2 if len(group) > 1 else 1  # the weights one by one, and as one matrix
     aims = size if config.two_streams else 0
     yield known + C + copies * (size + aims) + 20 * CORRECTED * n
