@@ -17,35 +17,48 @@ from torch import Tensor
 from gptq.matmul import product
 from gptq.solver import Factor, row_chunks
 
-BLOCK = 256  # columns of a triangular matrix that a library solves for
-ROWS = 1024  # of a weight whose correction is computed at a time: bounds the memory
+BLOCK = 256  # columns of a triangular matrix whose inverse is made
+ROWS = 1024  # that are divided at a time: bounds the memory
 
 
 def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
-    """W C H^-1 (rows, columns) with the damped H, by two triangular solves with its factor.
+    """W C H^-1 (rows, columns) with the damped H. Where W has more rows than columns, C H^-1 once is less work.
 
     Args:
         W: (rows, columns).
         C: (columns, columns), the mean of d x^T.
     """
-    perm, inverse = factor.perm, torch.argsort(factor.perm)
-    correction = torch.empty_like(W)
-    for rows in row_chunks(len(W), ROWS):
-        Y = product(C.T, W[rows].T)[perm]  # (columns, rows) in solving order; H = U D U^T, so H^-1 Y = U^-T D^-1 U^-1 Y
-        _solve_in_place(factor.U, Y, upper=True)
-        _solve_in_place(factor.U.T, Y.div_(factor.D[:, None]), upper=False)
-        correction[rows] = Y[inverse].T
-    return correction
+    return divide(product(W, C), factor)
 
 
-def _solve_in_place(T: Tensor, Y: Tensor, upper: bool) -> None:
-    """Y (columns, rows) becomes T^-1 Y for a unit triangular T, most of it by products of blocks."""
-    blocks = [slice(start, min(start + BLOCK, len(T))) for start in range(0, len(T), BLOCK)]
-    for block in reversed(blocks) if upper else blocks:
-        known = slice(block.stop, None) if upper else slice(0, block.start)
-        if len(Y[known]):
-            Y[block] -= product(T[block, known], Y[known])
-        Y[block] = torch.linalg.solve_triangular(T[block, block], Y[block], upper=upper, unitriangular=True)
+def divide(A: Tensor, factor: Factor) -> Tensor:
+    """A (rows, columns) becomes A H^-1 with the damped H, by two triangular solves with its factor.
+
+    H = U D U^T, so A H^-1 = ((U^-T D^-1 U^-1 A^T))^T. Most of it are products of blocks; the triangles along the
+    diagonal are inverted, which for a few hundred columns costs no digits.
+    """
+    U, n = factor.U, len(factor.U)
+    blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+    one = torch.eye(min(BLOCK, n), dtype=U.dtype, device=U.device)
+    inverses = []  # of the triangles, (block, block)
+    for block in blocks:
+        size = block.stop - block.start
+        identity = one[:size, :size]
+        inverses.append(torch.linalg.solve_triangular(U[block, block], identity, upper=True, unitriangular=True))
+    back = torch.argsort(factor.perm)
+    for rows in row_chunks(len(A), ROWS):
+        Y = A[rows].T[factor.perm]  # (columns, rows) in solving order
+        for block, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
+            if block.stop < n:
+                Y[block] -= product(U[block, block.stop :], Y[block.stop :])
+            Y[block] = product(inverse, Y[block])
+        Y.div_(factor.D[:, None])
+        for block, inverse in zip(blocks, inverses, strict=True):
+            if block.start:
+                Y[block] -= product(U[: block.start, block].T, Y[: block.start])
+            Y[block] = product(inverse.T, Y[block])
+        A[rows] = Y[back].T
+    return A
 
 
 def best_share(power: float, agreement: float) -> float:

@@ -14,11 +14,12 @@ from gptq import solver
 from gptq.blocks import Block, WeightStream, fused_siblings, return_freed_memory
 from gptq.checkpoint import ShardWriter
 from gptq.config import QuantConfig
-from gptq.drift import best_share, full_correction
+from gptq.drift import best_share, divide, full_correction
 from gptq.errors import InputError
 from gptq.experts import blend, pseudo_tokens
 from gptq.hessian import ALONE, HeldOut, HessianAccumulator, output_power
 from gptq.journal import Journal
+from gptq.matmul import product
 from gptq.plan import LayerPlan
 from gptq.ranks import Ranks
 from gptq.record import BlockError, Coverage, LayerResult, weight_histogram
@@ -114,9 +115,10 @@ class LayerInputs:
     """What is known of the inputs of a layer; each part is None where there is none of its kind."""
 
     factor: solver.Factor
-    drift: Tensor | None  # (inputs, inputs) mean of (x~ - x) x^T, see gptq.drift
+    drift: Tensor | None  # (inputs, inputs) C, the mean of (x~ - x) x^T, see gptq.drift
     unseen: Unseen | None
     tokens: int
+    divided: bool = False  # whether `drift` is C H^-1 instead
     spent: bool = False  # the drift is forgotten, so that only the layers solved `ahead` can still use this
     ahead: dict[str, Solution] = field(default_factory=dict)  # siblings solved with a layer, expected to get the same
 
@@ -345,10 +347,15 @@ def _corrections(
     """
     if known.drift is None:
         return {}, [none] * len(layers)
+    if len(W) > len(known.drift) and not known.divided:
+        known.drift, known.divided = divide(known.drift, known.factor), True
     corrections: dict[int, Tensor] = {}
     gains: dict[int, Tensor] = {}
     for number, rows in own.items():
-        corrections[number] = full_correction(W[rows], known.drift, known.factor)
+        if known.divided:
+            corrections[number] = product(W[rows], known.drift)
+        else:
+            corrections[number] = full_correction(W[rows], known.drift, known.factor)
         if known.unseen is not None:
             found = [_gain(W[rows], corrections[number], _common(rows, layer), known.unseen) for layer in layers]
             if None not in found:

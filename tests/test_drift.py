@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gptq import solver
-from gptq.drift import best_share, full_correction
+from gptq.drift import best_share, divide, full_correction
 from tests import oracle
 from tests.test_solver import problem
 
@@ -46,12 +46,16 @@ def test_no_drift_is_plain_gptq(rng: torch.Generator) -> None:
     assert best_share(0.0, 0.0) == 0
 
 
-def test_a_correction_is_the_damped_least_squares_solution(rng: torch.Generator) -> None:
-    W, X, original = drifted(rng)
+@pytest.mark.parametrize("n", [24, 600])
+def test_a_correction_is_the_damped_least_squares_solution(n: int, rng: torch.Generator) -> None:
+    W, X, original = drifted(rng, n)
     H, C = means(X, original)
     factor = solver.factorize(H, solver.act_order(H), 0.01)
-    damped = H + factor.ridge * torch.eye(len(H), dtype=H.dtype)
-    assert torch.allclose(full_correction(W, C, factor), W @ C @ torch.linalg.inv(damped), rtol=1e-8, atol=1e-10)
+    exact = W @ C @ torch.linalg.inv(H + factor.ridge * torch.eye(n, dtype=H.dtype))
+    assert torch.allclose(full_correction(W, C, factor), exact, rtol=1e-8, atol=1e-10 * float(exact.abs().max()))
+    assert torch.allclose(W @ divide(C.clone(), factor), exact, rtol=1e-8, atol=1e-8 * float(exact.abs().max()))
+    single = solver.factorize(H.float(), factor.perm, 0.01)
+    assert (full_correction(W.float(), C.float(), single) - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_the_share_is_the_best_on_unseen_tokens(rng: torch.Generator) -> None:
