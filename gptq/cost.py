@@ -5,7 +5,8 @@ Floating-point operations, an addition and a multiplication each one; r x n is a
     forward        2 t r n for every stream
     H              t n^2, as it is symmetric; C 2 t n^2
     factor         n^3 / 3, once for the layers that share an input
-    correction     2 r n^2 for W C, and r n^2 for each of two triangular solves
+    correction     2 r n^2 for W C and as much for two triangular solves, or with r > n 2 n^3 for C H^-1 and 2 r n^2,
+                   r together for the layers that share an input
     solve          r n^2
     sweep          2 r n^2 for each
 
@@ -65,18 +66,19 @@ def count(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
     everything = tokens.windows * tokens.per_window
     heads = [linear.name for linear in layers[-1:] if config.lm_head]
     forward = sum(2.0 * everything * p.outputs * p.inputs * streams for p in layers if p.name not in heads)
-    first = [plan.layers[g[0]] for block in plan.blocks for g in fused_siblings(block.linears)]
-    inputs = sum(_of_input(p.inputs, tokens.seen, streams) for p in first)
+    together = [[plan.layers[n] for n in names] for block in plan.blocks for names in fused_siblings(block.linears)]
+    inputs = sum(_of_input(g[0].inputs, sum(p.outputs for p in g), tokens.seen, streams) for g in together)
     return Work(forward, inputs + sum(_of_layer(p, config) for p in layers), weights)
 
 
-def _of_input(n: int, tokens: int, streams: int) -> float:
-    return (1.0 if streams == 1 else 3.0) * tokens * n**2 + n**3 / 3
+def _of_input(n: int, rows: int, tokens: int, streams: int) -> float:
+    factor = tokens * n**2 + n**3 / 3
+    return factor if streams == 1 else factor + 2.0 * tokens * n**2 + 2.0 * (rows + min(rows, n)) * n**2
 
 
 def _of_layer(layer: LayerPlan, config: QuantConfig) -> float:
     unit = float(layer.outputs * layer.inputs**2)
-    return unit * (1 + 2 * (config.sweeps or 0) + (4 if config.two_streams else 0))
+    return unit * (1 + 2 * (config.sweeps or 0))
 
 
 def measure(config: QuantConfig, device: torch.device, dtype: torch.dtype, seconds: float = 8.0) -> Rates:

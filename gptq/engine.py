@@ -153,24 +153,8 @@ def quantize(
             stream.ahead.join(at_once=True)
             writer.abandon()
         after = file_bytes(tensors)
-        record = {
-            "model": model_name(model),
-            "config": config.to_dict(),
-            "calibration": None if windows is None else public_name(described),
-            "sizes": {
-                "bits_per_weight": plan.bits_per_weight,
-                "quantized_bytes_before": sum(
-                    source.tensors[p.source].nbytes for p in plans.values() if p.source not in tensors
-                ),
-                "quantized_bytes_after": plan.packed_bytes,
-                "file_bytes_before": source.file_bytes,
-                "file_bytes_after": after,
-                "calibration_tokens": count_tokens(windows or []),
-            },
-            "layers": layer_entries(plans, job.results, job.weight_checksums, job.spreads),
-            "blocks": [asdict(error) for error in job.block_errors],
-            **({"experts": [asdict(found) for found in job.coverage]} if job.coverage else {}),
-        }
+        calibrated_on = None if windows is None else public_name(described)
+        record = _record(model_name(model), calibrated_on, windows, plan, after, job)
         chosen = next(iter(plans.values())).format
         if ranks.rank == 0:
             write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
@@ -191,6 +175,30 @@ def quantize(
         read_ahead_seconds=stream.ahead.seconds,
         read_ahead_waited=stream.ahead.waited,
     )
+
+
+def _record(
+    model: str, calibration: str | None, windows: list[Inputs] | None, plan: Plan, after: int, job: Job
+) -> dict[str, Any]:
+    """What is written about the run beside the tensors."""
+    source, layers = plan.source, plan.layers
+    replaced = (layer.source for layer in layers.values() if layer.source not in plan.tensors)
+    return {
+        "model": model,
+        "config": job.config.to_dict(),
+        "calibration": calibration,
+        "sizes": {
+            "bits_per_weight": plan.bits_per_weight,
+            "quantized_bytes_before": sum(source.tensors[name].nbytes for name in replaced),
+            "quantized_bytes_after": plan.packed_bytes,
+            "file_bytes_before": source.file_bytes,
+            "file_bytes_after": after,
+            "calibration_tokens": count_tokens(windows or []),
+        },
+        "layers": layer_entries(layers, job.results, job.weight_checksums, job.spreads),
+        "blocks": [asdict(error) for error in job.block_errors],
+        **({"experts": [asdict(found) for found in job.coverage]} if job.coverage else {}),
+    }
 
 
 def _settle_memory(

@@ -257,5 +257,9 @@ def test_work_is_counted_as_the_formulas_say(make_model: MakeModel) -> None:
     hessians = 3 * (70 * n**2 + n**3 / 3) + 70 * f**2 + f**3 / 3  # q/k/v share one; out_proj, fc1, fc2
     sweeps = 1
     assert work.solver == pytest.approx(hessians + (1 + 2 * sweeps) * (4 * n**3 + f * n**2 + n * f**2))
+    drifted = cost.count(plan, QuantConfig(group_size=32, effort="balanced", sweeps=sweeps), tokens)
+    divided = 2 * n**3 + 2 * 3 * n**3 + (2 * n**3 + 2 * f * n**2)  # more rows than columns: q/k/v, fc1
+    undivided = 4 * n**3 + 4 * n * f**2
+    assert drifted.solver == pytest.approx(work.solver + 2 * 70 * (3 * n**2 + f**2) + divided + undivided)
     assert cost.count(plan, QuantConfig(group_size=32, method="rtn"), tokens).total == 0
     assert work.seconds(cost.Rates(1e9, 1e9, 0.0)) < work.seconds(cost.Rates(1e9, 5e8, 0.0))
