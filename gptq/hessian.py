@@ -224,8 +224,8 @@ def _outputs(A: Tensor, x: Tensor) -> Tensor:
 def output_power(A: Tensor, H: Tensor) -> float:
     """tr(A H A^T) of a weight A (rows, n) and a symmetric H (n, n): a token's mean squared output, summed over outputs.
 
-    It is <A^T A, H>, of which half the products do. They are those of A rounded to bfloat16 where the machine makes
-    these in a fraction of the time: a sum over so many numbers does not tell to three digits or more.
+    It is <A^T A, H>, for which half of A^T A will do. Where the machine multiplies bfloat16 in a fraction of the time,
+    A is rounded to it: in a sum over so many numbers the roundings cancel, to three digits and more.
     """
     found = 0.0
     for start, sums in _panels_of_product(A, A, upper=True):

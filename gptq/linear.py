@@ -117,7 +117,9 @@ class QuantLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + suffix: tensor for suffix, tensor in self.packed().items()})
+        for suffix in self._suffixes:
+            if self._buffers[suffix] is None:
+                destination[prefix + suffix] = self._stored(suffix)
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
         return {

@@ -61,7 +61,10 @@ def quick_linears(module: nn.Module) -> Iterator[None]:
 
 
 class _Reordered:
-    """The weight that was last asked for, in oneDNN's order for so many rows; windows come to a layer in turn."""
+    """The weight that was last asked for, in oneDNN's order for so many rows; windows come to a layer in turn.
+
+    It is forgotten when the weight itself is.
+    """
 
     def __init__(self) -> None:
         self._of: tuple[weakref.ref[Tensor], int, int] | None = None
@@ -72,8 +75,12 @@ class _Reordered:
         if self._reordered is None or known is None or known[0]() is not weight or known[1:] != (weight._version, rows):
             self._reordered = None  # the last one's memory
             self._reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-            self._of = weakref.ref(weight), weight._version, rows
+            self._of = weakref.ref(weight, self._forget), weight._version, rows
         return self._reordered
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        if self._of is not None and self._of[0] is gone:
+            self._of = self._reordered = None
 
 
 def _linear(layer: nn.Linear, reordered: _Reordered, x: Tensor) -> Tensor:

@@ -58,13 +58,18 @@ def data(context: Any, builder: Any, signature: Any, arguments: Any, i: int) -> 
 
 def load(builder: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
     loaded = builder.load(builder.bitcast(builder.gep(array, [offset]), vector.as_pointer()))
-    loaded.align = 1 if vector.element == BYTES.element else 4
+    loaded.align = _alignment(vector)
     return loaded
 
 
 def store(builder: Any, value: Any, array: Any, offset: Any) -> None:
     stored = builder.store(value, builder.bitcast(builder.gep(array, [offset]), value.type.as_pointer()))
-    stored.align = 4
+    stored.align = _alignment(value.type)
+
+
+def _alignment(vector: ir.VectorType) -> int:
+    """Bytes: of single numbers, as vectors begin at any of them."""
+    return 1 if vector.element == BYTES.element else 4
 
 
 def fetch(builder: Any, array: Any, offset: Any) -> None:

@@ -214,3 +214,14 @@ def test_quick_linears_compute_what_linears_do(dtype: torch.dtype, rng: torch.Ge
             layer(x).sum().backward()
             assert x.grad is not None
     assert "forward" not in layer.__dict__
+
+
+def test_a_weight_in_another_order_is_forgotten_with_the_weight() -> None:
+    layer = torch.nn.Linear(32, 32)
+    with torch.no_grad(), quick_linears(layer):
+        layer(torch.ones(4, 32))
+        reordered = layer.forward.args[1]  # type: ignore[attr-defined]
+        assert reordered._reordered is not None
+        layer.weight = torch.nn.Parameter(torch.ones(32, 32))
+        assert reordered._reordered is None
+        assert torch.equal(layer(torch.ones(1, 32)), 32 + layer.bias[None])
