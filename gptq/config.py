@@ -212,6 +212,11 @@ class QuantConfig:
             "a target needs the method 'gptq' and static groups: widths are chosen by what layers do to their block",
         )
 
+    @property
+    def streams(self) -> int:
+        """How often each calibration window goes through the model: as the quantized one sees it, and the original."""
+        return 2 if self.two_streams else 1
+
     def to_dict(self) -> dict[str, Any]:
         """JSON's values; overrides are pairs of a pattern and options."""
         overrides = [[override.pattern, override.options()] for override in self.overrides]

@@ -62,7 +62,7 @@ def count(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
     weights = sum(p.outputs * p.inputs for p in layers)
     if config.method != "gptq":
         return Work(0.0, 0.0, weights)
-    streams = 2 if config.two_streams else 1
+    streams = config.streams
     everything = tokens.windows * tokens.per_window
     heads = [linear.name for linear in layers[-1:] if config.lm_head]
     forward = sum(2.0 * everything * p.outputs * p.inputs * streams for p in layers if p.name not in heads)

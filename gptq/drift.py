@@ -34,7 +34,7 @@ def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
 def divide(A: Tensor, factor: Factor) -> Tensor:
     """A (rows, columns) becomes A H^-1 with the damped H, by two triangular solves with its factor.
 
-    H = U D U^T, so A H^-1 = ((U^-T D^-1 U^-1 A^T))^T. Most of it are products of blocks; the triangles along the
+    H = U D U^T, so A H^-1 = (U^-T D^-1 U^-1 A^T)^T. Most of it are products of blocks; the triangles along the
     diagonal are inverted, which for a few hundred columns costs no digits.
     """
     U, n = factor.U, len(factor.U)

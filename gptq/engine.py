@@ -305,7 +305,6 @@ def _quantize_blocks(
     index_of = {block.name: index for index, block in enumerate(blocks)}
     left = [block for block in blocks if block.name not in finished]
     if windows is not None and left:
-        streams = 2 if job.config.two_streams else 1
 
         def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:
             if block.name in finished:
@@ -313,7 +312,7 @@ def _quantize_blocks(
                 return _run_finished(block, fresh, finished[block.name], job)
             return _quantize_block(index, block, fresh, in_flight, job)
 
-        not_reached = walk_blocks(plan.network, blocks, windows, streams, job.stream, visit, job.shelf)
+        not_reached = walk_blocks(plan.network, blocks, windows, job.config.streams, job.stream, visit, job.shelf)
         left = [block for block in not_reached if block.name not in finished]
     for block in left:
         if windows is not None:

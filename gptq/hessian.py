@@ -249,14 +249,14 @@ def _panels_of_product(A: Tensor, B: Tensor, upper: bool) -> Iterator[tuple[int,
 
 def _multiplier(A: Tensor, B: Tensor) -> Callable[[slice, int], Tensor]:
     """A function of a panel and a start that gives A[:, panel]^T B[:, start:], as exact as `output_power` says."""
-    if A.dtype == torch.float32:
-        a = A.bfloat16()
-        b = a if B is A else B.bfloat16()
-        if _sums_in_float32(a):
-            return lambda panel, start: torch.mm(a[:, panel].T, b[:, start:], out_dtype=torch.float32)
-        if _goes_in_pairs(a):
-            from gptq import gram
+    none = A[:0].bfloat16()  # shows which way such numbers go
+    if A.dtype != torch.float32 or not (_sums_in_float32(none) or _goes_in_pairs(none)):
+        return lambda panel, start: product(A[:, panel].T, B[:, start:])
+    a = A.bfloat16()
+    b = a if B is A else B.bfloat16()
+    if _sums_in_float32(none):
+        return lambda panel, start: torch.mm(a[:, panel].T, b[:, start:], out_dtype=torch.float32)
+    from gptq import gram
 
-            left = gram.in_pairs(a)
-            return partial(gram.product_of_panel, left, left if b is a else gram.in_pairs(b))
-    return lambda panel, start: product(A[:, panel].T, B[:, start:])
+    left = gram.in_pairs(a)
+    return partial(gram.product_of_panel, left, left if b is a else gram.in_pairs(b))

@@ -17,7 +17,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gptq.vectors import (
-    BYTES,
     FLOAT,
     FLOATS,
     LANES,
@@ -27,6 +26,7 @@ from gptq.vectors import (
     constants,
     data,
     load,
+    load_bytes,
     multiply_add,
     place_of,
     splat,
@@ -94,7 +94,7 @@ def _writing_unit(context, words, at, scale, zero, grid_at, weight, weight_at, w
         line = context.make_array(signature.args[5])(context, builder, arguments[5])
         weight_stride = cgutils.unpack_tuple(builder, line.shape, 2)[1]
         s = load(builder, scale, grid_at, FLOATS)
-        z = builder.uitofp(load(builder, zero, grid_at, BYTES), FLOATS)
+        z = load_bytes(builder, zero, grid_at)
         factors = prescale(len(width))
         for c, code in enumerate(_codes(builder, unit_lines(builder, words, at, len(width)))):
             factor = splat(builder, ir.Constant(FLOAT, factors[c]))

@@ -166,7 +166,7 @@ def _embedding(plan: Plan, config: QuantConfig, dtype: torch.dtype) -> int:
 def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.dtype, in_flight: int,
              on_disk: bool) -> Iterator[int]:  # fmt: skip
     layers = [plan.layers[name] for name in block.linears]
-    streams = 2 if config.two_streams else 1
+    streams = config.streams
     waits = in_flight < tokens.windows
     keeps = waits or bool(config.tune_steps)
     hidden = layers[0].inputs if layers else 0
@@ -182,9 +182,8 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
             always = codes + weights + standing
             yield from (always + moment for moment in _at_layers(group, config, tokens, dtype))
             back = in_flight * window * (hidden + first.inputs) if on_disk else 0  # read again from the files
-            weight = (
-                dtype.itemsize * (streams + 1) * max(layer.outputs * layer.inputs for layer in group)
-            )  # one reordered
+            largest = max(layer.outputs * layer.inputs for layer in group)
+            weight = dtype.itemsize * (streams + 1) * largest  # of each stream, and one in oneDNN's order
             forward = (
                 in_flight * window * max(sum(layer.outputs for layer in group[:-1]), group[-1].outputs) + back + weight
             )
@@ -206,18 +205,16 @@ def _beside(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
 
 def _known(layer: LayerPlan, tokens: Tokens, config: QuantConfig, dtype: torch.dtype) -> int:
     """H and U, and the rows or sums of held-out windows."""
-    n, streams = layer.inputs, 2 if config.two_streams else 1
+    n = layer.inputs
     held_out = tokens.held_out * tokens.per_window
-    return 8 * n * n + (dtype.itemsize * held_out if held_out <= n else 4 * n) * streams * n
+    return 8 * n * n + (dtype.itemsize * held_out if held_out <= n else 4 * n) * config.streams * n
 
 
 def _at_layers(group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtype: torch.dtype) -> Iterator[int]:
     n, rows = group[0].inputs, sum(layer.outputs for layer in group)
     C = 4 * n * n if config.two_streams else 0
     known, size = _known(group[0], tokens, config, dtype), 4 * rows * n
-    gathered = (
-        2 * (2 if config.two_streams else 1) * dtype.itemsize * TOKENS * n
-    )  # inputs in one tensor, and in another order
+    gathered = 2 * config.streams * dtype.itemsize * TOKENS * n  # inputs in one tensor, and in another order
     yield known + C + gathered  # and factorizing; H and C alone are less
     copies = 2 if len(group) > 1 else 1  # the weights one by one, and as one matrix
     aims = size if config.two_streams else 0

@@ -21,7 +21,6 @@ from numba import carray, cfunc, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 from gptq.vectors import (
-    BYTES,
     FLOATS,
     INTS,
     LANES,
@@ -35,6 +34,7 @@ from gptq.vectors import (
     data,
     dot_pairs,
     load,
+    load_bytes,
     look_up,
     multiply_add,
     place_of,
@@ -163,8 +163,8 @@ def _adding_tile(context, x, x_at, weight, depth, x_sums, scale, zero, grid_at, 
         grids = []
         for v in range(0, WIDE, LANES):
             place = builder.add(grid_at, number(v))
-            z = builder.uitofp(load(builder, zero, place, BYTES), FLOATS)
-            grids.append((load(builder, scale, place, FLOATS), builder.fsub(z, splat(builder, less))))
+            z = builder.fsub(load_bytes(builder, zero, place), splat(builder, less))
+            grids.append((load(builder, scale, place, FLOATS), z))
         for i, row in enumerate(totals):
             x_sum = splat(builder, builder.load(builder.gep(x_sums, [number(i)])))
             for v, (total, (s, z)) in enumerate(zip(row, grids, strict=True)):

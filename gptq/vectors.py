@@ -62,6 +62,11 @@ def load(builder: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
     return loaded
 
 
+def load_bytes(builder: Any, array: Any, offset: Any) -> Any:
+    """LANES numbers of 8 bits, unsigned, as FLOATS."""
+    return builder.uitofp(load(builder, array, offset, BYTES), FLOATS)
+
+
 def store(builder: Any, value: Any, array: Any, offset: Any) -> None:
     stored = builder.store(value, builder.bitcast(builder.gep(array, [offset]), value.type.as_pointer()))
     stored.align = _alignment(value.type)
@@ -162,7 +167,7 @@ def _adding_group(context, total, at, sums, x_sum, scale, zero, place, less):  #
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, at, _, x_sum, _, _, place, less = arguments
         total, sums, scale, zero = (data(context, builder, signature, arguments, i) for i in (0, 2, 4, 5))
-        z = builder.fsub(builder.uitofp(load(builder, zero, place, BYTES), FLOATS), splat(builder, less))
+        z = builder.fsub(load_bytes(builder, zero, place), splat(builder, less))
         inside = builder.fsub(load(builder, sums, at, FLOATS), builder.fmul(z, splat(builder, x_sum)))
         before = load(builder, total, at, FLOATS)
         store(builder, multiply_add(builder, load(builder, scale, place, FLOATS), inside, before), total, at)
