@@ -85,24 +85,29 @@ def memory(model: torch.nn.Module) -> tuple[int, int]:
     return sum(whole.values()), sum(whole.values()) - sum(state.values())
 
 
-def seconds(task: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    task()
-    return time.perf_counter() - start
+class Arrivals:
+    """A streamer that notes when the prompt comes, and then each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None: ...
 
 
 def measure(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float]:
-    """Tokens per second of decoding and of prefill."""
-    options = {"do_sample": False, "pad_token_id": 0}
-    few = prompt[:, :8]
-
-    def generate(count: int) -> Callable[[], object]:
-        return lambda: model.generate(few, max_new_tokens=count, min_new_tokens=count, **options)
-
+    """Tokens per second of decoding, from the first to the last of `tokens`, and of prefill."""
+    arrivals = Arrivals()
     with torch.no_grad():
-        decode = (tokens - 1) / (seconds(generate(tokens)) - seconds(generate(1)))
-        prefill = prompt.shape[1] / seconds(lambda: model(prompt, logits_to_keep=1))
-    return decode, prefill
+        model.generate(prompt[:, :8], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
+                       streamer=arrivals)  # fmt: skip
+        start = time.perf_counter()
+        model(prompt, logits_to_keep=1)
+        prefill = prompt.shape[1] / (time.perf_counter() - start)
+    _, first, *_, last = arrivals.times
+    return (tokens - 1) / (last - first), prefill
 
 
 Measure = Callable[[int], tuple[float, float]]  # tokens to decode -> tokens per second of decoding and of prefill

@@ -46,6 +46,7 @@ STAGES = ("start", "read", "forward", "Hessian", "factorize", "solve", "pack", "
 TIMED = {  # which functions make up a stage, by module; a class's methods as Class.method
     "gptq.blocks": {"WeightStream.read": "read", "WeightStream.weight": "read"},
     "gptq.walk": {"PausableForward.advance": "forward"},
+    "gptq.hessian": {"HessianAccumulator.take": "Hessian"},  # adds the windows that still wait
     "gptq.layer": {"accumulated": "Hessian", "blend": "Hessian", "_factorize": "factorize", "solve_rows": "solve"},
     "gptq.formats": {"encode": "pack"},
     "gptq.engine": {"sha256": "write", "write_files": "write"},
@@ -227,7 +228,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds, start of the process not counted")
     axes.set_title(f"Time of a run by stage, CPU threads: {runs[0]['threads']}")
-    axes.legend(ncols=4, fontsize="small")
+    figure.legend(ncols=len(STAGES) - 1, fontsize="small", loc="outside lower center")
     figure.savefig(path, dpi=150)
 
 
