@@ -24,6 +24,7 @@ from gptq.vectors import (
     FLOATS,
     INTS,
     LANES,
+    SHORTS,
     TALL,
     TILE,
     WIDE,
@@ -37,6 +38,7 @@ from gptq.vectors import (
     load_bytes,
     look_up,
     multiply_add,
+    permute,
     place_of,
     pointer,
     splat,
@@ -45,7 +47,8 @@ from gptq.vectors import (
     unit_lines,
 )
 
-SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
+ARGUMENTS = 13  # of a `worker`
+ONES = 0x3F803F80  # a pair of bfloat16 ones
 
 
 def order(bits: int) -> list[int]:
@@ -128,6 +131,22 @@ def _adding_unit(context, words, at, x, x_at, sums, sums_at, width):  # type: ig
     return types.void(words, intp, x, intp, sums, intp, width), emit
 
 
+def _ordering_unit(context, x, at, ordered, pairs, pairs_at, sums):  # type: ignore[no-untyped-def]
+    """A unit's 32 numbers of x, from `at` on, as 16 pairs from pairs_at on; and LANES parts of their sum added to sums."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        x, ordered, pairs, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 3, 5))
+        nowhere = ir.Constant(arguments[1].type, 0)
+        places = load(builder, ordered, nowhere, SHORTS)
+        unit = builder.bitcast(permute(builder, load(builder, x, arguments[1], SHORTS), places), INTS)
+        store(builder, unit, pairs, arguments[4])
+        store(builder, dot_pairs(builder, unit, constants(ONES), load(builder, sums, nowhere, FLOATS)), sums, nowhere)
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(x, intp, ordered, pairs, intp, sums), emit
+
+
 def _writing_unit(context, words, at, weight, weight_at, width):  # type: ignore[no-untyped-def]
     """weight[weight_at + p WIDE + i] is pair p of output i of a unit, p below 16, i below LANES."""
 
@@ -178,6 +197,7 @@ def _adding_tile(context, x, x_at, weight, depth, x_sums, scale, zero, grid_at, 
 
 
 _add_unit: Any = intrinsic(_adding_unit)
+_order_unit: Any = intrinsic(_ordering_unit)
 _write_unit: Any = intrinsic(_writing_unit)
 _add_tile: Any = intrinsic(_adding_tile)
 
@@ -186,13 +206,13 @@ _add_tile: Any = intrinsic(_adding_tile)
 def multiply(  # type: ignore[no-untyped-def]
     words, pairs, x_sums, scale, zero, y, columns, width, start, stop
 ) -> None:
-    """y[:, start:stop] = x W^T for W = scale (codes - zero), in float32; for few rows.
+    """y[:, start:stop] = x W^T for W = scale (codes - zero), summed in float32; for few rows.
 
     Args:
         words: int32, scale: float32, zero: uint8, each in strips as `products.Layout` has them.
         pairs: (rows, inputs / 2) int32, x in the order of the words' codes; inputs are multiples of 32.
         x_sums: (rows, groups) float32, of x.
-        y: (rows, outputs); outputs are multiples of LANES.
+        y: (rows, outputs) int16, the bits of bfloat16 numbers; outputs are multiples of LANES.
         columns: of a group, a multiple of 32.
         width: a tuple of `bits` numbers.
         start, stop: multiples of LANES.
@@ -215,7 +235,8 @@ def multiply(  # type: ignore[no-untyped-def]
             for row in range(rows):
                 for v in range(0, taken, LANES):
                     add_group(total, row * TILE + v, sums, x_sums[row, group], scale, zero, place + v, less)
-        y[:, low : low + taken] = total[:, :taken]
+        for row in range(rows):
+            _rounded(total[row], y, row, low, low + taken)
         low += taken
 
 
@@ -224,21 +245,23 @@ def worker(bits: int) -> Any:
     """`multiply` as a function for `threads.run_compiled`, which claims some of the outputs until there are none left.
 
     Its arguments: 0, outputs in a share, rows, inputs, outputs, groups, columns of a group, and the addresses of words,
-    x (rows, inputs) bfloat16, scale, zero, y (rows, outputs) float32 and what `order` says.
+    x (rows, inputs) bfloat16, scale, zero, y (rows, outputs) bfloat16 and what `order` says, as 16 bits each.
     """
     width = (0,) * bits
 
     def work(table):  # type: ignore[no-untyped-def]
-        given = carray(table, (13,))
+        given = carray(table, (ARGUMENTS,))
         share, rows, inputs, outputs = given[1], given[2], given[3], given[4]
         groups, columns, at = given[5], given[6], given[7:]
         words = carray(pointer(at[0], np.int32(0)), (inputs // 32 * len(width) * outputs,))
         x = carray(pointer(at[1], np.int16(0)), (rows, inputs))
         scale = carray(pointer(at[2], np.float32(0)), (groups * outputs,))
         zero = carray(pointer(at[3], np.uint8(0)), (groups * outputs,))
-        y = carray(pointer(at[4], np.float32(0)), (rows, outputs))
-        pairs = _in_order(x, carray(pointer(at[5], np.int64(0)), (32,)))
-        x_sums = _sums_of_groups(x, groups, columns)
+        y = carray(pointer(at[4], np.int16(0)), (rows, outputs))
+        ordered = carray(pointer(at[5], np.int16(0)), (32,))
+        pairs, x_sums = np.empty((rows, inputs // 2), np.int32), np.empty((rows, groups), np.float32)
+        for row in range(rows):
+            _in_order(x, row, ordered, pairs, row, x_sums, columns)
         start = claim(table) * share
         while start < outputs:
             multiply(words, pairs, x_sums, scale, zero, y, columns, width, start, min(start + share, outputs))
@@ -248,25 +271,22 @@ def worker(bits: int) -> Any:
 
 
 @compiled
-def _in_order(x, ordered):  # type: ignore[no-untyped-def]
-    """x (rows, inputs) int16 as pairs (rows, inputs / 2) int32 in the order of the words' codes."""
-    found = np.empty(x.shape, np.int16)
-    for row in range(x.shape[0]):
-        for k in range(0, x.shape[1], 32):
-            for i in range(32):
-                found[row, k + i] = x[row, k + ordered[i]]
-    return found.view(np.int32)
+def _in_order(x, row, ordered, pairs, to, x_sums, columns):  # type: ignore[no-untyped-def]
+    """Line `to` of pairs (lines, inputs / 2) is line `row` of x in the order of the words, x_sums its groups' sums."""
+    inputs, sums = x.shape[1], np.empty(LANES, np.float32)
+    for group in range(x_sums.shape[1]):
+        sums[:] = np.float32(0)
+        for k in range(group * columns, min((group + 1) * columns, inputs), 32):
+            _order_unit(x, row * inputs + k, ordered, pairs, (to * inputs + k) // 2, sums)
+        x_sums[to, group] = sums.sum()
 
 
 @compiled
-def _sums_of_groups(x, groups, columns):  # type: ignore[no-untyped-def]
-    """Sums (rows, groups) float32 of x (rows, inputs), the bits of bfloat16 numbers."""
-    sums = np.zeros((x.shape[0], groups), np.float32)
-    for row in range(x.shape[0]):
-        numbers = (x[row].astype(np.int32) << np.int32(16)).view(np.float32)
-        for group in range(groups):
-            sums[row, group] = numbers[group * columns : (group + 1) * columns].sum()
-    return sums
+def _rounded(sums, y, row, start, stop):  # type: ignore[no-untyped-def]
+    """y[row, start:stop] becomes the sums as bfloat16, rounded to the nearest, ties to even."""
+    bits = sums.view(np.int32)
+    for i in range(stop - start):
+        y[row, start + i] = np.int16((bits[i] + 0x7FFF + ((bits[i] >> 16) & 1)) >> 16)
 
 
 @compiled
@@ -279,21 +299,15 @@ def arrange(x, ordered, tiles, x_sums, columns, start, stop) -> None:  # type: i
         x_sums: (groups, rows) float32.
     """
     rows, inputs = x.shape
-    low, high = np.empty(16, np.int64), np.empty(16, np.int64)
-    for p in range(16):
-        low[p], high[p] = ordered[2 * p], ordered[2 * p + 1]
+    line, sums = np.empty((1, inputs // 2), np.int32), np.empty((1, len(x_sums)), np.float32)
     for tile in range(start, stop):
         for i in range(TALL):
             row = tile * TALL + i
             if row < rows:
-                x_sums[:, row] = _sums_of_groups(x[row : row + 1], len(x_sums), columns)[0]
-                for k in range(0, inputs, 32):
-                    for p in range(16):
-                        pair = (np.int32(x[row, k + high[p]]) << 16) | (np.int32(x[row, k + low[p]]) & 0xFFFF)
-                        tiles[tile, k // 2 + p, i] = pair
+                _in_order(x, row, ordered, line, 0, sums, columns)
+                x_sums[:, row], tiles[tile, :, i] = sums[0], line[0]
             else:
-                x_sums[:, row] = np.float32(0)
-                tiles[tile, :, i] = 0
+                x_sums[:, row], tiles[tile, :, i] = np.float32(0), 0
 
 
 @compiled
@@ -322,6 +336,4 @@ def multiply_many(  # type: ignore[no-untyped-def]
                 own = x_sums[group, tile * TALL : (tile + 1) * TALL]
                 _add_tile(tiles, x_at, weight, depth, own, scale, zero, place, less, sums, tile * TALL * WIDE)
         for row in range(rows):
-            bits_of = sums[row].view(np.int32)
-            for i in range(WIDE):  # to the nearest, ties to even
-                y[row, low + i] = np.int16((bits_of[i] + 0x7FFF + ((bits_of[i] >> 16) & 1)) >> 16)
+            _rounded(sums[row], y, row, low, low + WIDE)

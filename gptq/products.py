@@ -238,43 +238,44 @@ class Pairs:
     """The compiled loops of `pairs`, for bfloat16 activations; sums are exact in float32."""
 
     layout: Layout
-    order: Tensor  # (32,)
+    order: Tensor  # (32,) int16
+    address: int  # of the worker for few rows
+    given: tuple[int, ...]  # of its arguments, what no call changes: sizes and, without x and y, addresses
 
     @classmethod
     def of(cls, stored: Stored) -> "Pairs | None":
         from gptq import pairs
 
-        layout = Layout.of(stored)
-        return None if layout is None else cls(layout, torch.tensor(pairs.order(layout.bits)))
+        own = Layout.of(stored)
+        if own is None:
+            return None
+        order = torch.tensor(pairs.order(own.bits), dtype=torch.int16)
+        held = [tensor.data_ptr() for tensor in (own.words, own.scale, own.zero, order)]
+        given = own.inputs, own.width, own.groups, own.columns, *held
+        return cls(own, order, pairs.worker(own.bits).address, given)
 
     def multiply(self, x: Tensor) -> Tensor:
-        arranged = self.layout.arranged(x).contiguous().view(torch.int16)
-        y = self._few(arranged) if len(x) <= FEW_ROWS else self._many(arranged)
-        return y[:, : self.layout.outputs]
+        x = self.layout.arranged(x).contiguous()
+        y = torch.empty(len(x), self.layout.width, dtype=torch.bfloat16)
+        (self._few if len(x) <= FEW_ROWS else self._many)(x, y)
+        return y if self.layout.width == self.layout.outputs else y[:, : self.layout.outputs]
 
-    def _few(self, x: Tensor) -> Tensor:
-        from gptq import pairs
+    def _few(self, x: Tensor, y: Tensor) -> None:
+        *sizes, words, scale, zero, order = self.given
+        share = _up(-(-self.layout.width // torch.get_num_threads()), SHARE)
+        run_compiled(self.address, (0, share, len(x), *sizes, words, x.data_ptr(), scale, zero, y.data_ptr(), order))
 
-        own, rows = self.layout, len(x)
-        y = torch.empty(rows, own.width)
-        share = _up(-(-own.width // torch.get_num_threads()), SHARE)
-        sizes = 0, share, rows, own.inputs, own.width, own.groups, own.columns
-        tensors = own.words, x, own.scale, own.zero, y, self.order
-        run_compiled(pairs.worker(own.bits).address, (*sizes, *(tensor.data_ptr() for tensor in tensors)))
-        return y.bfloat16()
-
-    def _many(self, x: Tensor) -> Tensor:
+    def _many(self, x: Tensor, y: Tensor) -> None:
         from gptq import pairs, vectors
 
         own, (rows, inputs) = self.layout, x.shape
         count = -(-rows // vectors.TALL)
         tiles = torch.empty(count, inputs // 2, vectors.TALL, dtype=torch.int32)
         sums = torch.empty(own.groups, count * vectors.TALL)
-        run_shares(pairs.arrange, (*_arrays(x, self.order, tiles, sums), own.columns), shares_of(count, 1))
-        y = torch.empty(rows, own.width, dtype=torch.int16)
-        arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y)
+        arrays = _arrays(x.view(torch.int16), self.order, tiles, sums)
+        run_shares(pairs.arrange, (*arrays, own.columns), shares_of(count, 1))
+        arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y.view(torch.int16))
         run_shares(pairs.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, vectors.WIDE))
-        return y.view(torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def run_shares(function: Callable[..., None], arguments: tuple[Any, ...], shares
     if threads == 1:
         work()
     elif library is not None:
-        library.GOMP_parallel(_BODY(work), None, ctypes.c_uint(threads), ctypes.c_uint(0))
+        body = _BODY(work)
+        library.GOMP_parallel(ctypes.cast(body, ctypes.c_void_p), None, threads, 0)
     else:
         waiting = [_pool(threads).submit(work) for _ in range(threads - 1)]
         work()
@@ -53,7 +54,7 @@ def run_compiled(address: int, arguments: tuple[int, ...]) -> None:
     table = (ctypes.c_int64 * len(arguments))(*arguments)
     threads, library = torch.get_num_threads(), _openmp()
     if threads > 1 and library is not None:
-        library.GOMP_parallel(ctypes.c_void_p(address), table, ctypes.c_uint(threads), ctypes.c_uint(0))
+        library.GOMP_parallel(address, table, threads, 0)
         return
     function = _BODY(address)
     waiting = [_pool(threads).submit(function, ctypes.addressof(table)) for _ in range(threads - 1)]
@@ -75,6 +76,7 @@ def _openmp() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(path))
         if hasattr(library, "GOMP_parallel"):
             library.GOMP_parallel.restype = None
+            library.GOMP_parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
             return library
     return None
 

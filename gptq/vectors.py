@@ -18,8 +18,9 @@ LANES = 16
 TILE = 16 * LANES  # outputs that loops over packed words take together
 AHEAD = 128  # vectors of words that are on their way from memory, 8 KB, so that it never waits; found by trying
 TALL, WIDE = 8, 2 * LANES  # of the sums that stay in registers while the pairs of a product go by, 16 vectors
-INT, FLOAT = ir.IntType(32), ir.FloatType()
+INT, SHORT, FLOAT = ir.IntType(32), ir.IntType(16), ir.FloatType()
 INTS, FLOATS, BYTES = (ir.VectorType(number, LANES) for number in (INT, FLOAT, ir.IntType(8)))
+SHORTS = ir.VectorType(SHORT, 2 * LANES)
 
 compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 
@@ -74,7 +75,7 @@ def store(builder: Any, value: Any, array: Any, offset: Any) -> None:
 
 def _alignment(vector: ir.VectorType) -> int:
     """Bytes: of single numbers, as vectors begin at any of them."""
-    return 1 if vector.element == BYTES.element else 4
+    return {BYTES.element: 1, SHORT: 2}.get(vector.element, 4)
 
 
 def fetch(builder: Any, array: Any, offset: Any) -> None:
@@ -182,8 +183,12 @@ add_group: Any = intrinsic(_adding_group)
 
 def look_up(builder: Any, table: list[int], places: Any) -> Any:
     """For each 16 bits of `places` (INTS) the number at the place that its low bits name; 2, 4, ... 32 numbers."""
-    shorts = ir.VectorType(ir.IntType(16), 2 * LANES)
-    numbers = ir.Constant(shorts, [ir.Constant(ir.IntType(16), table[i % len(table)]) for i in range(2 * LANES)])
-    kind = ir.FunctionType(shorts, [shorts, shorts])
+    numbers = ir.Constant(SHORTS, [ir.Constant(SHORT, table[i % len(table)]) for i in range(2 * LANES)])
+    return builder.bitcast(permute(builder, numbers, builder.bitcast(places, SHORTS)), INTS)
+
+
+def permute(builder: Any, numbers: Any, places: Any) -> Any:
+    """For each of `places` the number there, whose low five bits count; all are SHORTS."""
+    kind = ir.FunctionType(SHORTS, [SHORTS, SHORTS])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.hi.512")
-    return builder.bitcast(builder.call(function, [numbers, builder.bitcast(places, shorts)]), INTS)
+    return builder.call(function, [numbers, places])
