@@ -1,7 +1,9 @@
 """QuantLinear, a linear layer that keeps its weight packed, and `load`, which builds a model of them."""
 
+import itertools
 import logging
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from gptq.schemes import Quantization, quantization_of, read_quantization
 
 logger = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
 
 
 class QuantLinear(nn.Module):
@@ -53,6 +56,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(suffix, tensor)
         self.register_buffer("bias", bias)
         self._words: products.Layout | None = None  # that took the place of the stored words
+        self._number = _number(self)
         self._forget_layouts()
 
     def _forget_layouts(self) -> None:
@@ -82,20 +86,27 @@ class QuantLinear(nn.Module):
         return formats.decode(self.packed(), self.scheme).weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        product = self._product(x)
+        traced = torch.compiler.is_compiling()
+        if traced and not (_is_exporting() or self._wants_gradient(x)):
+            found: Tensor = torch.ops.gptq.multiply(x, self._number, self.out_features)
+            return found
+        product = None if traced else self._product(x)
         if product is None:
             return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
         y = product.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor) -> products.Product | None:
-        """The kernel for this input; None to unpack, as where autograd or a compiler has to see what is computed."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        """The kernel for this input; None to unpack, as where autograd has to see what is computed."""
+        if self._wants_gradient(x):
             return None
         kind = x.dtype, x.device, min(x.numel() // self.in_features, products.FEW_ROWS + 1)
         if kind not in self._chosen:
             self._chosen[kind] = self._choose(*kind)
         return self._chosen[kind]
+
+    def _wants_gradient(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and x.requires_grad
 
     def _choose(self, dtype: torch.dtype, device: torch.device, rows: int) -> products.Product | None:
         stored = products.Stored(self.packed(), self.scheme, self.out_features, self.in_features)
@@ -128,11 +139,41 @@ class QuantLinear(nn.Module):
             "_made": {},
             "_chosen": {},
             "_words": None,
+            "_number": None,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = _number(self)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bits={self.scheme.bits}, format={self.scheme.format}"
+
+
+_layers: "weakref.WeakValueDictionary[int, QuantLinear]" = weakref.WeakValueDictionary()  # all there are, by number
+_numbers = itertools.count()
+
+
+def _number(layer: QuantLinear) -> int:
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
+
+
+def _multiply(x: Tensor, layer: int, outputs: int) -> Tensor:
+    """A layer's output as one operator of a compiled model, for kernels are nothing that a compiler could look into."""
+    return _layers[layer].forward(x)
+
+
+def _shape_of_product(x: Tensor, layer: int, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+_operators = torch.library.Library("gptq", "DEF")
+_operators.define("multiply(Tensor x, int layer, int outputs) -> Tensor")
+_operators.impl("multiply", _multiply, "CompositeExplicitAutograd")
+_operators.impl("multiply", _shape_of_product, "Meta")
 
 
 def load(

@@ -132,7 +132,7 @@ def _adding_unit(context, words, at, x, x_at, sums, sums_at, width):  # type: ig
 
 
 def _ordering_unit(context, x, at, ordered, pairs, pairs_at, sums):  # type: ignore[no-untyped-def]
-    """A unit's 32 numbers of x, from `at` on, as 16 pairs from pairs_at on; and LANES parts of their sum added to sums."""
+    """A unit's 32 numbers of x, from `at` on, as 16 pairs from pairs_at on; LANES parts of their sum join sums."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         x, ordered, pairs, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 3, 5))

@@ -209,6 +209,36 @@ def test_logits_are_those_of_unpacked_weights(bits: int, dtype: str, make_model:
         assert (ours - reference).norm() <= 32 * eps * reference.norm()  # some twenty products after each other
 
 
+def test_a_compiled_model_calls_the_kernels() -> None:
+    """Unpacked, a compiled layer would round its weight to bfloat16; by its kernel it gives what it gives uncompiled."""
+    rng = torch.Generator().manual_seed(0)
+    scheme = Scheme(4, 32, False, "gptq")
+    model = torch.nn.Sequential(*(random_layer(rng, scheme, 64, 64, bias=True, dtype=torch.bfloat16) for _ in range(2)))
+    other = copy.deepcopy(model)
+    other[0].bias += 1
+    for rows in (1, 40):
+        x = torch.randn(rows, 64, generator=rng).bfloat16()
+        for one in (model, other):
+            compiled: Any = torch.compile(one, fullgraph=True, backend="aot_eager", dynamic=False)
+            with torch.no_grad():
+                assert torch.equal(compiled(x), one(x))
+    assert not torch.equal(model(x), other(x))
+
+
+def test_what_leaves_the_process_or_wants_gradients_is_unpacked() -> None:
+    rng = torch.Generator().manual_seed(0)
+    layer = random_layer(rng, Scheme(4, 32, False, "gptq"), 64, 64).eval()
+    x = torch.randn(3, 64, generator=rng)
+    exported = torch.export.export(layer, (x,))
+    assert not any("gptq" in str(node.target) for node in exported.graph.nodes)
+    check(layer, x, exported.module()(x))
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x.requires_grad_()
+    compiled(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x))
+
+
 TRITON = """
 import torch
 from gptq import formats, products
