@@ -27,6 +27,7 @@ from gptq.vectors import (
     data,
     load,
     load_bytes,
+    load_scales,
     multiply_add,
     place_of,
     splat,
@@ -93,7 +94,7 @@ def _writing_unit(context, words, at, scale, zero, grid_at, weight, weight_at, w
         words, scale, zero, weight = (data(context, builder, signature, arguments, i) for i in (0, 2, 3, 5))
         line = context.make_array(signature.args[5])(context, builder, arguments[5])
         weight_stride = cgutils.unpack_tuple(builder, line.shape, 2)[1]
-        s = load(builder, scale, grid_at, FLOATS)
+        s = load_scales(builder, scale, grid_at)
         z = load_bytes(builder, zero, grid_at)
         factors = prescale(len(width))
         for c, code in enumerate(_codes(builder, unit_lines(builder, words, at, len(width)))):
@@ -120,7 +121,7 @@ def multiply(  # type: ignore[no-untyped-def]
         y_o = sum_g scale_go (sum_{k in g} code_ok x_k - zero_go sum_{k in g} x_k)
 
     Args:
-        words: int32, scale: float32, zero: uint8, each in strips as `products.Layout` has them.
+        words: int32, scale: float32 or int16, zero: uint8, each in strips as `products.Layout` has them.
         x: (rows, inputs) multiplied by `prescale`; inputs are multiples of 32.
         x_sums: (rows, groups), of x as it was.
         y: (rows, outputs); outputs are multiples of LANES.

@@ -36,6 +36,7 @@ from gptq.vectors import (
     dot_pairs,
     load,
     load_bytes,
+    load_scales,
     look_up,
     multiply_add,
     permute,
@@ -183,7 +184,7 @@ def _adding_tile(context, x, x_at, weight, depth, x_sums, scale, zero, grid_at, 
         for v in range(0, WIDE, LANES):
             place = builder.add(grid_at, number(v))
             z = builder.fsub(load_bytes(builder, zero, place), splat(builder, less))
-            grids.append((load(builder, scale, place, FLOATS), z))
+            grids.append((load_scales(builder, scale, place), z))
         for i, row in enumerate(totals):
             x_sum = splat(builder, builder.load(builder.gep(x_sums, [number(i)])))
             for v, (total, (s, z)) in enumerate(zip(row, grids, strict=True)):
@@ -209,7 +210,7 @@ def multiply(  # type: ignore[no-untyped-def]
     """y[:, start:stop] = x W^T for W = scale (codes - zero), summed in float32; for few rows.
 
     Args:
-        words: int32, scale: float32, zero: uint8, each in strips as `products.Layout` has them.
+        words: int32, scale: float32 or int16, zero: uint8, each in strips as `products.Layout` has them.
         pairs: (rows, inputs / 2) int32, x in the order of the words' codes; inputs are multiples of 32.
         x_sums: (rows, groups) float32, of x.
         y: (rows, outputs) int16, the bits of bfloat16 numbers; outputs are multiples of LANES.
@@ -241,13 +242,14 @@ def multiply(  # type: ignore[no-untyped-def]
 
 
 @cache
-def worker(bits: int) -> Any:
+def worker(bits: int, halves: bool) -> Any:
     """`multiply` as a function for `threads.run_compiled`, which claims some of the outputs until there are none left.
 
     Its arguments: 0, outputs in a share, rows, inputs, outputs, groups, columns of a group, and the addresses of words,
-    x (rows, inputs) bfloat16, scale, zero, y (rows, outputs) bfloat16 and what `order` says, as 16 bits each.
+    x (rows, inputs) bfloat16, scale, zero, y (rows, outputs) bfloat16 and what `order` says, as 16 bits each. Scales
+    are float32, or if `halves` float16.
     """
-    width = (0,) * bits
+    width, number = (0,) * bits, np.int16(0) if halves else np.float32(0)
 
     def work(table):  # type: ignore[no-untyped-def]
         given = carray(table, (ARGUMENTS,))
@@ -255,7 +257,7 @@ def worker(bits: int) -> Any:
         groups, columns, at = given[5], given[6], given[7:]
         words = carray(pointer(at[0], np.int32(0)), (inputs // 32 * len(width) * outputs,))
         x = carray(pointer(at[1], np.int16(0)), (rows, inputs))
-        scale = carray(pointer(at[2], np.float32(0)), (groups * outputs,))
+        scale = carray(pointer(at[2], number), (groups * outputs,))
         zero = carray(pointer(at[3], np.uint8(0)), (groups * outputs,))
         y = carray(pointer(at[4], np.int16(0)), (rows, outputs))
         ordered = carray(pointer(at[5], np.int16(0)), (32,))

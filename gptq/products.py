@@ -5,9 +5,10 @@ dtype. `choose` picks by width, groups, dtype, device and number of rows; None s
 multiplying, which is always right. A layout is made from the stored tensors when a kernel is first used. Beside them it
 takes, per weight:
 
-    pairs     CPU with AVX-512 for bfloat16, bfloat16, 2 to 8 bits, groups of whole 32s   5 bytes a group (scale, zero);
-              the words, in the layout's order, take the place of the stored ones, which `state_dict` makes of them; but
-              with pack-quantized files, act-order or a shape that fills no vectors they are a copy
+    pairs     CPU with AVX-512 for bfloat16, bfloat16, 2 to 8 bits, groups of whole 32s   3 bytes a group (scale and
+              zero; 5 where scales are no float16 numbers); the words, in the layout's order, take the place of the
+              stored ones, which `state_dict` makes of them; but with pack-quantized files, act-order or a shape that
+              fills no vectors they are a copy
     lanes     any CPU, 2 to 8 bits, groups of whole 32s   the same
     int4pack  PyTorch's; CPU, 4 bits, bfloat16        1/2 byte and 4 bytes a group
     int8pack  PyTorch's; CPU, 8 bits symmetric, one group per row, bfloat16     1 byte
@@ -113,7 +114,7 @@ class Layout:
     """
 
     words: Tensor  # int32
-    scale: Tensor  # float32
+    scale: Tensor  # float32, or int16 that are the bits of float16 numbers where these say the same
     zero: Tensor  # uint8
     perm: Tensor | None  # (inputs,) order in which groups are runs
     inputs: int  # padded to whole units
@@ -148,7 +149,7 @@ class Layout:
             words = pack(padded.T, scheme.bits)
             scale, zero = integers.scale.T, integers.zero.T
         rim = (0, wide - outputs)
-        scale, zero = (torch.nn.functional.pad(t, rim) for t in (scale.float(), zero))  # (groups, wide)
+        scale, zero = (torch.nn.functional.pad(t, rim) for t in (_halves(scale), zero))  # (groups, wide)
         columns = deep if stored.columns == inputs else stored.columns
         words, scale, zero = _in_strips(words, scheme.bits), _in_strips(scale, 1), _in_strips(zero, 1)
         return cls(words, scale, zero, perm, deep, scheme.bits, columns, outputs, wide, whole)
@@ -173,6 +174,12 @@ class Layout:
             begin = low * len(found) * self.bits
             strip.copy_(self.words[begin : begin + strip.numel()].view(strip.shape))
         return found.flatten(0, 1)
+
+
+def _halves(scale: Tensor) -> Tensor:
+    """Scales as `Layout` has them."""
+    halves = scale.to(torch.float16)
+    return halves.view(torch.int16) if torch.equal(halves.float(), scale.float()) else scale.float()
 
 
 def _in_strips(lines: Tensor, size: int) -> Tensor:
@@ -252,7 +259,7 @@ class Pairs:
         order = torch.tensor(pairs.order(own.bits), dtype=torch.int16)
         held = [tensor.data_ptr() for tensor in (own.words, own.scale, own.zero, order)]
         given = own.inputs, own.width, own.groups, own.columns, *held
-        return cls(own, order, pairs.worker(own.bits).address, given)
+        return cls(own, order, pairs.worker(own.bits, own.scale.dtype == torch.int16).address, given)
 
     def multiply(self, x: Tensor) -> Tensor:
         x = self.layout.arranged(x).contiguous()

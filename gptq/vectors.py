@@ -68,6 +68,14 @@ def load_bytes(builder: Any, array: Any, offset: Any) -> Any:
     return builder.uitofp(load(builder, array, offset, BYTES), FLOATS)
 
 
+def load_scales(builder: Any, array: Any, offset: Any) -> Any:
+    """LANES numbers as FLOATS of an array of float32, or of int16 that are the bits of float16 numbers."""
+    if array.type.pointee == FLOAT:
+        return load(builder, array, offset, FLOATS)
+    halves = load(builder, array, offset, ir.VectorType(SHORT, LANES))
+    return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
+
+
 def store(builder: Any, value: Any, array: Any, offset: Any) -> None:
     stored = builder.store(value, builder.bitcast(builder.gep(array, [offset]), value.type.as_pointer()))
     stored.align = _alignment(value.type)
@@ -171,7 +179,7 @@ def _adding_group(context, total, at, sums, x_sum, scale, zero, place, less):  #
         z = builder.fsub(load_bytes(builder, zero, place), splat(builder, less))
         inside = builder.fsub(load(builder, sums, at, FLOATS), builder.fmul(z, splat(builder, x_sum)))
         before = load(builder, total, at, FLOATS)
-        store(builder, multiply_add(builder, load(builder, scale, place, FLOATS), inside, before), total, at)
+        store(builder, multiply_add(builder, load_scales(builder, scale, place), inside, before), total, at)
         return context.get_dummy_value()
 
     intp, number = types.intp, types.float32

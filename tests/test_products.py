@@ -209,13 +209,26 @@ def test_logits_are_those_of_unpacked_weights(bits: int, dtype: str, make_model:
         assert (ours - reference).norm() <= 32 * eps * reference.norm()  # some twenty products after each other
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_scales_that_are_no_float16_numbers(bits: int, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(0)
+    layer = random_layer(rng, Scheme(bits, 32, True, "pack-quantized"), 48, 64)
+    layer.weight_scale = layer.packed()["weight_scale"].float() * 1e-9
+    for rows in (1, 40):
+        x = torch.randn(rows, 64, generator=rng).to(dtype)
+        check(layer, x, layer(x))
+        assert float(layer(x).abs().max()) > 0
+
+
 def test_a_compiled_model_calls_the_kernels() -> None:
-    """Unpacked, a compiled layer would round its weight to bfloat16; by its kernel it gives what it gives uncompiled."""
+    """Unpacked, a layer would round its weight to bfloat16; by its kernel it gives what it gives when not compiled."""
     rng = torch.Generator().manual_seed(0)
     scheme = Scheme(4, 32, False, "gptq")
-    model = torch.nn.Sequential(*(random_layer(rng, scheme, 64, 64, bias=True, dtype=torch.bfloat16) for _ in range(2)))
-    other = copy.deepcopy(model)
-    other[0].bias += 1
+    layers = [random_layer(rng, scheme, 64, 64, bias=True, dtype=torch.bfloat16) for _ in range(2)]
+    model = torch.nn.Sequential(*layers)
+    other = torch.nn.Sequential(copy.deepcopy(layers[0]), layers[1])
+    other.load_state_dict({name: 2 * t if name == "0.bias" else t for name, t in model.state_dict().items()})
     for rows in (1, 40):
         x = torch.randn(rows, 64, generator=rng).bfloat16()
         for one in (model, other):
