@@ -162,15 +162,18 @@ def _number(layer: QuantLinear) -> int:
 
 
 def _multiply(x: Tensor, layer: int, outputs: int) -> Tensor:
-    """A layer's output as one operator of a compiled model, for kernels are nothing that a compiler could look into."""
-    return _layers[layer].forward(x)
+    """A layer's output as one operator of a compiled model, for kernels are nothing that a compiler could look into.
+
+    Contiguous, as compiled code is told, where some kernels leave out the end of each row.
+    """
+    return _layers[layer].forward(x).contiguous()
 
 
 def _shape_of_product(x: Tensor, layer: int, outputs: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 
-_operators = torch.library.Library("gptq", "DEF")
+_operators = torch.library.Library("gptq", "FRAGMENT")  # others may have operators of that name
 _operators.define("multiply(Tensor x, int layer, int outputs) -> Tensor")
 _operators.impl("multiply", _multiply, "CompositeExplicitAutograd")
 _operators.impl("multiply", _shape_of_product, "Meta")

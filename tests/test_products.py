@@ -238,6 +238,17 @@ def test_a_compiled_model_calls_the_kernels() -> None:
     assert not torch.equal(model(x), other(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_operator_is_what_compilers_are_told_of_it(dtype: torch.dtype) -> None:
+    """Strides too, which compiled code relies on, where a layout is wider than the layer."""
+    rng = torch.Generator().manual_seed(0)
+    layer = random_layer(rng, Scheme(4, 32, False, "gptq"), 40, 64)
+    for rows in (1, 3, 40):
+        x = torch.randn(2, rows, 64, generator=rng).to(dtype)
+        torch.library.opcheck(torch.ops.gptq.multiply.default, (x, layer._number, 40))
+        assert torch.equal(torch.ops.gptq.multiply(x, layer._number, 40), layer(x))
+
+
 def test_what_leaves_the_process_or_wants_gradients_is_unpacked() -> None:
     rng = torch.Generator().manual_seed(0)
     layer = random_layer(rng, Scheme(4, 32, False, "gptq"), 64, 64).eval()
