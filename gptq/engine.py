@@ -312,7 +312,9 @@ def _quantize_blocks(
                 return _run_finished(block, fresh, finished[block.name], job)
             return _quantize_block(index, block, fresh, in_flight, job)
 
-        not_reached = walk_blocks(plan.network, blocks, windows, job.config.streams, job.stream, visit, job.shelf)
+        not_reached = walk_blocks(
+            plan.network, blocks, windows, job.config.streams, job.stream, visit, job.shelf, job.frugal
+        )
         left = [block for block in not_reached if block.name not in finished]
     for block in left:
         if windows is not None:

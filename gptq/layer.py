@@ -28,6 +28,7 @@ from gptq.shelf import Shelf
 
 HELD_OUT = 8  # one calibration window in so many measures what the solver learned from the others
 ROWS = 2048  # of one or several weights that are solved at a time: bounds the memory, and what a unit of work is
+SAMPLE = 256  # about so many rows of a layer compare its error with other errors
 FULL_SHARE = 0.5  # of the drift that is made up for, where too few windows leave none to find it by (QEP's choice)
 TINY = 1e-30  # instead of a layer's output power where that is zero
 
@@ -279,22 +280,32 @@ def solve_rows(
     measured: dict[int, Tensor] = {}
     for number, rows in own_tiles.items():
         target = W[rows] + shared[rows] * corrections.pop(number) if corrections else W[rows]
-        own_rows = [_common(rows, layer) for layer in of_layers]
+        own_rows = [(_common(rows, layer), _sample(rows, layer)) for layer in of_layers]
         parts[number], measured[number] = _solve_tile(W[rows], target, own_rows, plan, known, config)
     solved = _stacked(parts, len(tiles), ranks)
     figures = torch.stack(ranks.exchange(measured, len(tiles))).sum(0)  # (layers, figures)
     found = []
-    for rows, share, (error, rtn_error, power, *held_out) in zip(of_layers, shares, figures.tolist(), strict=True):
-        own = {
-            "error": error / max(power, TINY),
-            "rtn_error": rtn_error / max(power, TINY),
-            "heldout_error": held_out[0] / max(held_out[1], TINY) if held_out else None,
-            "share": share,
-            "damp": known.factor.damp,
-            "tokens": known.tokens,
-        }
-        found.append((solved.take(rows), own))
+    for rows, share, sums in zip(of_layers, shares, figures.tolist(), strict=True):
+        own = {"share": share, "damp": known.factor.damp, "tokens": known.tokens}
+        found.append((solved.take(rows), _errors(*sums) | own))
     return found
+
+
+def _errors(
+    error: float, power: float, some_error: float, some_power: float, some_nearest: float, *held_out: float
+) -> dict[str, float | None]:
+    """The errors of a LayerResult from what `_solve_tile` has found.
+
+    A sample of rows tells how much larger or smaller than the error of the solve other errors are. Taken by themselves
+    they would be those of other rows: few rows can have most of a layer's power.
+    """
+    relative, of_some = error / max(power, TINY), some_error / max(some_power, TINY)
+    scaled = relative / of_some if of_some else 1.0
+    return {
+        "error": relative,
+        "rtn_error": scaled * some_nearest / max(some_power, TINY),
+        "heldout_error": scaled * held_out[0] / max(held_out[1], TINY) if held_out else None,
+    }
 
 
 def _common(tile: slice, layer: slice) -> slice:
@@ -303,13 +314,25 @@ def _common(tile: slice, layer: slice) -> slice:
     return slice(start - tile.start, max(stop, start) - tile.start)
 
 
+def _sample(tile: slice, layer: slice) -> slice:
+    """Of these some, as far apart in all tiles; by an odd number, as rows of attention repeat by powers of two."""
+    rows, step = _common(tile, layer), (layer.stop - layer.start) // SAMPLE | 1
+    skipped = (layer.start - tile.start - rows.start) % step  # from the layer's first row on, every step-th
+    return slice(min(rows.start + skipped, rows.stop), rows.stop, step)
+
+
 def _solve_tile(
-    W: Tensor, target: Tensor, layers: list[slice], plan: LayerPlan, known: LayerInputs, config: QuantConfig
+    W: Tensor,
+    target: Tensor,
+    layers: list[tuple[slice, slice]],
+    plan: LayerPlan,
+    known: LayerInputs,
+    config: QuantConfig,
 ) -> tuple[solver.SolvedLayer, Tensor]:
-    """Codes for some rows of W (rows, inputs), and (layers, figures) float64 what `solve_rows` adds up.
+    """Codes for some rows of W (rows, inputs), and (layers, figures) float64 what `_errors` wants summed over tiles.
 
     Args:
-        layers: which of the rows belong to each.
+        layers: which of the rows belong to each, and which of these are in its sample.
     """
     factor, unseen = known.factor, known.unseen
     solved = solver.solve(
@@ -318,16 +341,20 @@ def _solve_tile(
     if config.sweeps:
         solved = refine(target, solved, factor, plan.bits, config.sweeps)
     off = target - solved.weight()
-    nearest = solver.round_to_nearest(W, plan.bits, plan.group_size, plan.sym).weight()
-    off_nearest = torch.sub(target, nearest, out=nearest)
     undamped = (solved.row_errors - factor.ridge * off.square().sum(1, dtype=torch.float64)).clamp(min=0)
-    figures = torch.zeros(len(layers), 3 if unseen is None else 5, dtype=torch.float64, device=W.device)
-    for own, rows in zip(figures, layers, strict=True):
+    figures = torch.zeros(len(layers), 5 if unseen is None else 7, dtype=torch.float64, device=W.device)
+    for own, (rows, sample) in zip(figures, layers, strict=True):
         if len(W[rows]):
-            own[0] = undamped[rows].sum()
-            own[1], own[2] = output_power(off_nearest[rows], factor.H), output_power(W[rows], factor.H)
-            if unseen is not None:
-                own[3], own[4] = unseen.power(off[rows]), unseen.power(W[rows])
+            own[0], own[1] = undamped[rows].sum(), output_power(W[rows], factor.H)
+        some = W[sample].contiguous()  # (sampled rows, inputs)
+        if not len(some):
+            continue
+        own[2] = undamped[sample].sum()
+        own[3] = own[1] if len(some) == len(W[rows]) else output_power(some, factor.H)
+        nearest = solver.round_to_nearest(some, plan.bits, plan.group_size, plan.sym).weight()
+        own[4] = output_power(target[sample] - nearest, factor.H)
+        if unseen is not None:
+            own[5], own[6] = unseen.power(off[sample].contiguous()), unseen.power(some)
     return solved, figures
 
 

@@ -51,11 +51,12 @@ class LayerResult:
     """What came of one linear layer.
 
     `error` is the exact relative output error on the calibration tokens, ||(T - Q) X||^2 / ||W X||^2, `heldout_error`
-    the same on windows that the solver has not seen, and `rtn_error` that of round-to-nearest on what it has seen. T is
-    W, or with two streams W and a `share` of what makes up for the layers before (see `gptq.drift`), and Q is what the
-    solver chose, before any tuning of the block. Where no
-    calibration token was used (method "rtn", or a layer that none reached), X is the identity. Of an expert that few
-    tokens reached, X is the blend of `gptq.experts`, and `tokens` counts its own.
+    the same on windows that the solver has not seen, and `rtn_error` that of round-to-nearest on what it has seen. Of a
+    layer with many rows, the last two are `error` times how much larger they are on a few hundred of the rows. T is W,
+    or with two streams W and a `share` of what makes up for the layers before (see `gptq.drift`), and Q is what the
+    solver chose, before any tuning of the block. Where no calibration token was used (method "rtn", or a layer that
+    none reached), X is the identity. Of an expert that few tokens reached, X is the blend of `gptq.experts`, and
+    `tokens` counts its own.
     """
 
     name: str

@@ -1,0 +1,66 @@
+"""The figures of a solved layer, against their definitions in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq import layer as layer_module
+from gptq import solver
+from gptq.config import QuantConfig
+from gptq.hessian import HeldOut
+from gptq.layer import LayerInputs, Unseen, _sample, solve_rows
+from gptq.plan import LayerPlan
+
+INPUTS, TOKENS = 64, 400
+
+
+def relative(off: Tensor, W: Tensor, x: Tensor) -> float:
+    """||off x||^2 / ||W x||^2 over tokens x (tokens, inputs)."""
+    return float((x.double() @ off.double().T).square().sum() / (x.double() @ W.double().T).square().sum())
+
+
+@pytest.mark.parametrize(
+    ("rows", "tolerance"),
+    [((200,), 2e-3), ((1200,), 0.1), ((700, 90), 0.1)],
+    ids=["all rows", "a sample", "two layers over tiles"],
+)
+def test_errors_are_those_of_the_definition(
+    rows: tuple[int, ...], tolerance: float, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_module, "ROWS", 512)
+    strength = torch.exp(torch.randn(INPUTS, generator=rng))
+    seen, unseen = (torch.randn(TOKENS, INPUTS, generator=rng) * strength for _ in range(2))
+    weights = [torch.randn(n, INPUTS, generator=rng) for n in rows]
+    for W in weights:
+        W[::100] *= 20  # a few rows with nearly all of the power
+    H = seen.T @ seen / TOKENS
+    held_out = HeldOut(INPUTS, H.device)
+    held_out.add(unseen)
+    known = LayerInputs(solver.factorize(H, solver.act_order(H)), None, Unseen(((1.0, held_out),)), 2 * TOKENS)
+    plan = LayerPlan("a", "a", "a.weight", rows[0], INPUTS, bits=4, group_size=32, sym=True)
+    found = solve_rows(weights, plan, known, QuantConfig(bits=4, group_size=32))
+
+    for W, (solved, figures) in zip(weights, found, strict=True):
+        off, nearest = W - solved.weight(), solver.round_to_nearest(W, 4, 32, sym=True).weight()
+        assert figures["error"] == pytest.approx(relative(off, W, seen), rel=2e-3)
+        assert figures["rtn_error"] == pytest.approx(relative(W - nearest, W, seen), rel=tolerance)
+        assert figures["heldout_error"] == pytest.approx(relative(off, W, unseen), rel=tolerance)
+
+
+@pytest.mark.parametrize(("layer", "tile"), [(slice(0, 5000), 2048), (slice(700, 1500), 256), (slice(30, 90), 64)])
+def test_a_sample_is_the_same_rows_whatever_the_tiles(layer: slice, tile: int) -> None:
+    total, step = 6000, (layer.stop - layer.start) // layer_module.SAMPLE | 1
+    found: list[int] = []
+    for start in range(0, total, tile):
+        stop = min(start + tile, total)
+        found += range(start, stop)[_sample(slice(start, stop), layer)]
+    assert found == [*range(layer.start, layer.stop, step)]
+    assert 128 < len(found) < 2 * layer_module.SAMPLE or step == 1
+
+
+def test_a_layer_of_zeros_has_figures(rng: torch.Generator) -> None:
+    H = torch.eye(INPUTS)
+    known = LayerInputs(solver.factorize(H, solver.natural_order(H)), None, None, 1)
+    plan = LayerPlan("a", "a", "a.weight", 40, INPUTS, bits=4, group_size=32, sym=True)
+    ((_, figures),) = solve_rows([torch.zeros(40, INPUTS)], plan, known, QuantConfig(bits=4, group_size=32))
+    assert (figures["error"], figures["rtn_error"], figures["heldout_error"]) == (0.0, 0.0, None)
