@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptq import hessian as hessian_module
-from gptq import solver
+from gptq import matmul, solver
 from gptq.hessian import HeldOut, HessianAccumulator, output_power
 from gptq.matmul import exact_float32, product, quick_linears
 
@@ -132,8 +132,19 @@ def test_drift_is_its_closed_form_wherever_it_begins(dtype: torch.dtype, rng: to
     assert torch.allclose(H.double(), every.T @ every / 80, atol=1e-6)
 
 
+@pytest.fixture(params=["oneDNN", "torch"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies on a CPU, whichever this one prefers."""
+    if request.param == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(matmul, "_prefers_onednn", lambda: request.param == "oneDNN")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("shape", [(5, 7, 3), (128, 300, 64), (1, 1, 1), (0, 4, 4), (4, 0, 4)])
-def test_products_are_float32_products_along_any_strides(shape: tuple[int, int, int], rng: torch.Generator) -> None:
+def test_products_are_float32_products_along_any_strides(
+    shape: tuple[int, int, int], library: str, rng: torch.Generator
+) -> None:
     rows, inner, columns = shape
     wide = torch.randn(rows + 3, inner + 3, generator=rng)
     B = torch.randn(inner + 3, columns + 3, generator=rng)
@@ -193,7 +204,7 @@ def test_inputs_held_out_measure_what_they_are_in(dtype: torch.dtype, tokens: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quick_linears_compute_what_linears_do(dtype: torch.dtype, rng: torch.Generator) -> None:
+def test_quick_linears_compute_what_linears_do(dtype: torch.dtype, library: str, rng: torch.Generator) -> None:
     """With the weight of the moment, for every shape of input; gradients flow, and afterwards nothing is left."""
     layer = torch.nn.Linear(70, 48).to(dtype)
     layer.requires_grad_(False)
@@ -216,7 +227,8 @@ def test_quick_linears_compute_what_linears_do(dtype: torch.dtype, rng: torch.Ge
     assert "forward" not in layer.__dict__
 
 
-def test_a_weight_in_another_order_is_forgotten_with_the_weight() -> None:
+@pytest.mark.parametrize("library", ["oneDNN"], indirect=True)
+def test_a_weight_in_another_order_is_forgotten_with_the_weight(library: str) -> None:
     layer = torch.nn.Linear(32, 32)
     with torch.no_grad(), quick_linears(layer):
         layer(torch.ones(4, 32))
