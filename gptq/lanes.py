@@ -1,4 +1,4 @@
-"""A compiled loop that multiplies rows by packed words, for CPUs: codes are never written out.
+"""A unit of packed words times x in float32, for any CPU; and packed words written out as weights.
 
 Thirty-two codes of an output fill `bits` words, whatever the width (see `packing`), and in `products.Layout` those of
 LANES outputs lie side by side. They are the lanes of a vector, and a unit of 32 codes is unrolled:
@@ -19,13 +19,11 @@ from numba.extending import intrinsic
 from gptq.vectors import (
     FLOAT,
     FLOATS,
+    INT,
     LANES,
-    TILE,
-    add_group,
     compiled,
     constants,
     data,
-    load,
     load_bytes,
     load_scales,
     multiply_add,
@@ -63,24 +61,12 @@ def _codes(builder: Any, lines: list[Any]) -> Iterator[Any]:
         yield builder.sitofp(code, FLOATS)
 
 
-def _adding_unit(context, words, at, x, x_at, sums, sums_at, width):  # type: ignore[no-untyped-def]
-    """sums[sums_at + i] += sum_c code_c of output i * x[x_at + c], for LANES outputs i and the 32 codes of a unit.
-
-    All arrays are contiguous. The unit's words begin at words[at]; `width` is a tuple of `bits` numbers, as its length
-    is part of its type.
-    """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, _, x_at, _, sums_at, _ = arguments
-        words, x, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 4))
-        total = load(builder, sums, sums_at, FLOATS)
-        for c, code in enumerate(_codes(builder, unit_lines(builder, words, at, len(width), ahead=True))):
-            factor = builder.load(builder.gep(x, [builder.add(x_at, ir.Constant(x_at.type, c))]))
-            total = multiply_add(builder, code, splat(builder, factor), total)
-        store(builder, total, sums, sums_at)
-        return context.get_dummy_value()
-
-    return types.void(words, types.intp, x, types.intp, sums, types.intp, width), emit
+def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
+    """total + sum_c code_c x_c of LANES outputs, over the 32 codes of a unit; x points to 32 numbers, prescaled."""
+    for c, code in enumerate(_codes(builder, lines)):
+        factor = builder.load(builder.gep(x, [ir.Constant(INT, c)]))
+        total = multiply_add(builder, code, splat(builder, factor), total)
+    return total
 
 
 def _writing_unit(context, words, at, scale, zero, grid_at, weight, weight_at, width):  # type: ignore[no-untyped-def]
@@ -108,47 +94,20 @@ def _writing_unit(context, words, at, scale, zero, grid_at, weight, weight_at, w
     return types.void(words, intp, scale, zero, intp, weight, intp, width), emit
 
 
-_add_unit: Any = intrinsic(_adding_unit)
 _write_unit: Any = intrinsic(_writing_unit)
 
 
 @compiled
-def multiply(  # type: ignore[no-untyped-def]
-    words, x, x_sums, scale, zero, y, columns, width, start, stop
-) -> None:
-    """y[:, start:stop] = x W^T for W = scale (codes - zero), in float32.
-
-        y_o = sum_g scale_go (sum_{k in g} code_ok x_k - zero_go sum_{k in g} x_k)
-
-    Args:
-        words: int32, scale: float32 or int16, zero: uint8, each in strips as `products.Layout` has them.
-        x: (rows, inputs) multiplied by `prescale`; inputs are multiples of 32.
-        x_sums: (rows, groups), of x as it was.
-        y: (rows, outputs); outputs are multiples of LANES.
-        columns: of a group, a multiple of 32.
-        width: a tuple of `bits` numbers.
-        start, stop: multiples of LANES.
-    """
-    (rows, inputs), (_, groups), (_, outputs) = x.shape, x_sums.shape, y.shape
-    bits, units, nil = len(width), inputs // 32, np.float32(0)
-    sums, total = np.empty((rows, TILE), np.float32), np.empty((rows, TILE), np.float32)  # of a group, and of all
-    low = start
-    while low < stop:
-        taken = min(stop, (low // TILE + 1) * TILE) - low
-        total[:] = nil
-        for group in range(groups):
-            sums[:] = nil
-            for unit in range(group * columns // 32, min((group + 1) * columns // 32, units)):
-                at = place_of(low, unit, units, outputs, bits)
-                for v in range(0, taken, LANES):
-                    for row in range(rows):
-                        _add_unit(words, at + v * bits, x, row * inputs + unit * 32, sums, row * TILE + v, width)
-            place = place_of(low, group, groups, outputs, 1)
-            for row in range(rows):
-                for v in range(0, taken, LANES):
-                    add_group(total, row * TILE + v, sums, x_sums[row, group], scale, zero, place + v, nil)
-        y[:, low : low + taken] = total[:, :taken]
-        low += taken
+def in_order(x, row, factors, units, to, x_sums, columns):  # type: ignore[no-untyped-def]
+    """Line `to` of units (lines, inputs / 32, 32) float32 is line `row` of x, prescaled, x_sums its groups' sums."""
+    inputs = x.shape[1]
+    for group in range(x_sums.shape[1]):
+        total = np.float32(0)
+        for k in range(group * columns, min((group + 1) * columns, inputs), 32):
+            for i in range(32):
+                total += x[row, k + i]
+                units[to, k // 32, i] = x[row, k + i] * factors[i]
+        x_sums[to, group] = total
 
 
 @compiled

@@ -108,12 +108,18 @@ def has_tiles() -> bool:
 
 @cache
 def has_pairs() -> bool:
-    """Whether loops on pairs of bfloat16 numbers can be compiled (`vectors.dot_pairs`).
+    """Whether loops on pairs of bfloat16 numbers can be compiled (`vectors.dot_pairs`)."""
+    return bool(torch.cpu._is_avx512_bf16_supported()) and _compiles_for_this_cpu()
 
-    The CPU has to have the instruction, and numba must not have been told to compile for another one.
-    """
-    if not torch.cpu._is_avx512_bf16_supported():
-        return False
+
+@cache
+def has_shorts() -> bool:
+    """Whether loops on pairs of 16-bit integers can be compiled (`vectors.dot_shorts`)."""
+    return bool(getattr(torch.cpu, "_is_avx2_supported", bool)()) and _compiles_for_this_cpu()
+
+
+def _compiles_for_this_cpu() -> bool:
+    """Whether numba has not been told to compile for another one."""
     import numba  # takes a moment
 
     return not getattr(numba.config, "CPU_NAME", None)

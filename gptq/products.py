@@ -1,17 +1,18 @@
 """x W^T for a packed W: which kernel computes it, and the layout that kernel reads.
 
 Every kernel keeps to one contract: `Product.multiply(x)` is x W^T for x (rows, inputs), within the rounding of x's
-dtype. `choose` picks by width, groups, dtype, device and number of rows; None stands for unpacking the weight and
-multiplying, which is always right. A layout is made from the stored tensors when a kernel is first used. Beside them it
-takes, per weight:
+dtype, or where a CPU is quick at them, of 16-bit integers. `choose` picks by width, groups, dtype, device and number of
+rows; None stands for unpacking the weight and multiplying, which is always right. A layout is made from the stored
+tensors when a kernel is first used. Beside them it takes, per weight:
 
     pairs     CPU with AVX-512 for bfloat16, bfloat16, 2 to 8 bits, groups of whole 32s   3 bytes a group (scale and
               zero; 5 where scales are no float16 numbers); the words, in the layout's order, take the place of the
               stored ones, which `state_dict` makes of them; but with pack-quantized files, act-order or a shape that
               fills no vectors they are a copy
-    lanes     any CPU, 2 to 8 bits, groups of whole 32s   the same
-    int4pack  PyTorch's; CPU, 4 bits, bfloat16        1/2 byte and 4 bytes a group
-    int8pack  PyTorch's; CPU, 8 bits symmetric, one group per row, bfloat16     1 byte
+    lanes     any CPU, 2 to 8 bits, groups of whole 32s   the same. For few rows a CPU with AVX2 takes x for numbers
+              of 16 bits (`gptq.shorts`) at 2, 3, 4 and 8 bits
+    int4pack  PyTorch's; CPU without AVX2, 4 bits, bfloat16        1/2 byte and 4 bytes a group
+    int8pack  PyTorch's; CPU without AVX2, 8 bits symmetric, one group per row, bfloat16     1 byte
     triton    CUDA, 2, 3, 4, 8 bits                   1 byte a group (zero)
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from gptq import formats
 from gptq.formats import Scheme
-from gptq.matmul import has_pairs, has_tiles, native_bfloat16
+from gptq.matmul import has_pairs, has_shorts, has_tiles, native_bfloat16
 from gptq.packing import pack
 from gptq.threads import run_compiled, run_shares, shares_of
 
@@ -78,7 +79,7 @@ def choose(stored: Stored, dtype: torch.dtype, rows: int) -> str | None:
     units = stored.columns == inputs or stored.columns % 32 == 0
     if units and dtype == torch.bfloat16 and not (has_tiles() and not few) and has_pairs():
         return "pairs"
-    if few and whole and dtype == torch.bfloat16:
+    if few and whole and dtype == torch.bfloat16 and not has_shorts():
         if scheme.bits == 4 and stored.columns in (32, 64, 128, 256) and outputs % 16 == 0:
             return "int4pack"
         if scheme.bits == 8 and scheme.sym and stored.columns == inputs and inputs % 16 == 0:  # else it crashes
@@ -191,36 +192,62 @@ def _in_strips(lines: Tensor, size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class FewRows:
+    """The compiled loop of `rows` on a layout, x being made of "pairs", "shorts" or "lanes"."""
+
+    table: Tensor  # of the kind
+    address: int  # of the worker
+    given: tuple[int, ...]  # of its arguments, what no call changes: sizes and, without x and y, addresses
+    width: int  # outputs
+    kind: str
+
+    @classmethod
+    def of(cls, layout: Layout, kind: str) -> "FewRows":
+        from gptq import lanes, pairs, rows, shorts
+
+        tables = {
+            "pairs": lambda bits: torch.tensor(pairs.order(bits), dtype=torch.int16),
+            "shorts": lambda bits: torch.tensor(shorts.table(bits), dtype=torch.int32),
+            "lanes": lambda bits: torch.tensor(lanes.prescale(bits)),
+        }
+        table = tables[kind](layout.bits)
+        held = [tensor.data_ptr() for tensor in (layout.words, layout.scale, layout.zero, table)]
+        given = layout.inputs, layout.width, layout.groups, layout.columns, *held
+        worker = rows.worker(kind, layout.bits, layout.scale.dtype == torch.int16)
+        return cls(table, worker.address, given, layout.width, kind)
+
+    def multiply(self, x: Tensor, y: Tensor) -> None:
+        """y (rows, padded outputs) becomes x W^T, both contiguous and of the kind's dtype."""
+        *sizes, words, scale, zero, table = self.given
+        share = _up(-(-self.width // torch.get_num_threads()), SHARE)
+        run_compiled(self.address, (0, share, len(x), *sizes, words, x.data_ptr(), scale, zero, y.data_ptr(), table))
+
+
+@dataclass(frozen=True)
 class Lanes:
-    """The compiled loop of `lanes`: for few rows on the words themselves, for many on weights written out by tiles."""
+    """Compiled loops for any CPU: for few rows on the words themselves, for many on weights written out by tiles."""
 
     layout: Layout
-    prescale: Tensor  # (padded inputs,) float32
+    few: FewRows
 
     @classmethod
     def of(cls, stored: Stored) -> "Lanes | None":
-        from gptq import lanes
+        from gptq import shorts
 
         layout = Layout.of(stored)
         if layout is None:
             return None
-        return cls(layout, torch.tensor(lanes.prescale(layout.bits)).repeat(layout.inputs // 32))
+        quick = has_shorts() and layout.bits in shorts.WIDTHS
+        return cls(layout, FewRows.of(layout, "shorts" if quick else "lanes"))
 
     def multiply(self, x: Tensor) -> Tensor:
         arranged = self.layout.arranged(x)
-        y = self._few(arranged.float()) if len(x) <= FEW_ROWS else self._many(arranged)
+        if len(x) <= FEW_ROWS:
+            y = torch.empty(len(x), self.layout.width)
+            self.few.multiply(arranged.float().contiguous(), y)
+        else:
+            y = self._many(arranged)
         return y[:, : self.layout.outputs].to(x.dtype)
-
-    def _few(self, x: Tensor) -> Tensor:
-        from gptq import lanes
-
-        own, (rows, inputs) = self.layout, x.shape
-        groups = own.groups
-        sums = torch.nn.functional.pad(x, (0, groups * own.columns - inputs)).view(rows, groups, -1).sum(-1)
-        y = torch.empty(rows, own.width)
-        arrays = _arrays(own.words, x * self.prescale, sums, own.scale, own.zero, y)
-        run_shares(lanes.multiply, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, SHARE))
-        return y
 
     def _many(self, x: Tensor) -> Tensor:
         from gptq import lanes, vectors
@@ -245,32 +272,18 @@ class Pairs:
     """The compiled loops of `pairs`, for bfloat16 activations; sums are exact in float32."""
 
     layout: Layout
-    order: Tensor  # (32,) int16
-    address: int  # of the worker for few rows
-    given: tuple[int, ...]  # of its arguments, what no call changes: sizes and, without x and y, addresses
+    few: FewRows
 
     @classmethod
     def of(cls, stored: Stored) -> "Pairs | None":
-        from gptq import pairs
-
-        own = Layout.of(stored)
-        if own is None:
-            return None
-        order = torch.tensor(pairs.order(own.bits), dtype=torch.int16)
-        held = [tensor.data_ptr() for tensor in (own.words, own.scale, own.zero, order)]
-        given = own.inputs, own.width, own.groups, own.columns, *held
-        return cls(own, order, pairs.worker(own.bits, own.scale.dtype == torch.int16).address, given)
+        layout = Layout.of(stored)
+        return None if layout is None else cls(layout, FewRows.of(layout, "pairs"))
 
     def multiply(self, x: Tensor) -> Tensor:
         x = self.layout.arranged(x).contiguous()
         y = torch.empty(len(x), self.layout.width, dtype=torch.bfloat16)
-        (self._few if len(x) <= FEW_ROWS else self._many)(x, y)
+        (self.few.multiply if len(x) <= FEW_ROWS else self._many)(x, y)
         return y if self.layout.width == self.layout.outputs else y[:, : self.layout.outputs]
-
-    def _few(self, x: Tensor, y: Tensor) -> None:
-        *sizes, words, scale, zero, order = self.given
-        share = _up(-(-self.layout.width // torch.get_num_threads()), SHARE)
-        run_compiled(self.address, (0, share, len(x), *sizes, words, x.data_ptr(), scale, zero, y.data_ptr(), order))
 
     def _many(self, x: Tensor, y: Tensor) -> None:
         from gptq import pairs, vectors
@@ -279,7 +292,7 @@ class Pairs:
         count = -(-rows // vectors.TALL)
         tiles = torch.empty(count, inputs // 2, vectors.TALL, dtype=torch.int32)
         sums = torch.empty(own.groups, count * vectors.TALL)
-        arrays = _arrays(x.view(torch.int16), self.order, tiles, sums)
+        arrays = _arrays(x.view(torch.int16), self.few.table, tiles, sums)
         run_shares(pairs.arrange, (*arrays, own.columns), shares_of(count, 1))
         arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y.view(torch.int16))
         run_shares(pairs.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, vectors.WIDE))

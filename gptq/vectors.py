@@ -110,6 +110,24 @@ def unit_lines(builder: Any, words: Any, at: Any, bits: int, ahead: bool = False
     return [load(builder, words, builder.add(at, step), INTS) for step in steps]
 
 
+def paired(bits: int) -> list[int]:
+    """Which of a unit's 32 codes, of 2, 3, 4 or 8 bits, lie in the two halves of 32 bits, one pair after the other."""
+    if bits == 3:  # those of `tens_of_three`, and the last two by themselves
+        pairs = [(ten + i, ten + 5 + i) for ten in (0, 10, 20) for i in range(5)]
+        return [code for pair in [*pairs, (30, 31)] for code in pair]
+    word, half = 32 // bits, 16 // bits
+    return [code for first in range(0, 32, word) for i in range(half) for code in (first + i, first + half + i)]
+
+
+def tens_of_three(builder: Any, lines: list[Any]) -> list[Any]:
+    """32 bits that begin one before a code hold five in each half, from bit 1 in the low and from bit 0 in the high."""
+    first, second, third = lines
+    begun = [builder.shl(first, constants(1))]
+    for low, high, bit in ((first, second, 29), (second, third, 27)):
+        begun.append(builder.or_(builder.lshr(low, constants(bit)), builder.shl(high, constants(32 - bit))))
+    return begun
+
+
 def multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
     """total + a b, rounded once where the CPU can."""
     return _call(builder, "fmuladd", [a, b, total])
@@ -136,6 +154,20 @@ def dot_pairs(builder: Any, a: Any, b: Any, total: Any) -> Any:
     kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     return builder.call(function, [total, a, b])
+
+
+def dot_shorts(builder: Any, a: Any, b: Any) -> Any:
+    """a_0 b_0 + a_1 b_1, where each 32 bits of a and b are two 16-bit integers (Intel's VPMADDWD, AVX2)."""
+    eight, sixteen = ir.VectorType(INT, LANES // 2), ir.VectorType(SHORT, LANES)
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(eight, [sixteen, sixteen]), "llvm.x86.avx2.pmadd.wd"
+    )
+    found = []
+    for start in (0, LANES // 2):
+        places = ir.Constant(eight, [ir.Constant(INT, start + i) for i in range(LANES // 2)])
+        halves = (builder.bitcast(builder.shuffle_vector(x, x, places), sixteen) for x in (a, b))
+        found.append(builder.call(function, [*halves]))
+    return builder.shuffle_vector(*found, ir.Constant(INTS, [ir.Constant(INT, i) for i in range(LANES)]))
 
 
 def sum_pairs(builder: Any, a: Any, a_step: int, b: Any, depth: Any) -> list[list[Any]]:
@@ -186,7 +218,27 @@ def _adding_group(context, total, at, sums, x_sum, scale, zero, place, less):  #
     return types.void(total, intp, sums, number, scale, zero, intp, number), emit
 
 
+def _leaving(context, total, at, y, y_at):  # type: ignore[no-untyped-def]
+    """y[y_at + i] = total[at + i], LANES of them; y is float32, or int16 that get the bits of the nearest bfloat16."""
+    as_floats = y.dtype == types.float32
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        _, at, _, y_at = arguments
+        total, y = (data(context, builder, signature, arguments, i) for i in (0, 2))
+        if as_floats:
+            store(builder, load(builder, total, at, FLOATS), y, y_at)
+            return context.get_dummy_value()
+        bits = load(builder, builder.bitcast(total, INT.as_pointer()), at, INTS)
+        odd = builder.and_(builder.lshr(bits, constants(16)), constants(1))  # of two as near, the even one
+        rounded = builder.lshr(builder.add(builder.add(bits, constants(0x7FFF)), odd), constants(16))
+        store(builder, builder.trunc(rounded, ir.VectorType(SHORT, LANES)), y, y_at)
+        return context.get_dummy_value()
+
+    return types.void(total, types.intp, y, types.intp), emit
+
+
 add_group: Any = intrinsic(_adding_group)
+leave: Any = intrinsic(_leaving)
 
 
 def look_up(builder: Any, table: list[int], places: Any) -> Any:
