@@ -5,7 +5,8 @@
 Each tool runs in an environment of its own, which the script makes below --environments from the package registry, and
 each run in a process of its own, from a safetensors folder to a safetensors folder: 4 bits, symmetric, groups of 128,
 each tool's own default order and grid. The model and its tokens are those of bench_quantize.py. Importing a tool is
-not counted, its largest resident memory (VmHWM) is. A round runs every tool once, the next one in reverse order. The
+not counted, its largest resident memory (VmHWM) is. Forwards are in bfloat16, or for all tools in float32 where the
+CPU does not multiply bfloat16 (libraries crawl there). A round runs every tool once, the next one in reverse order. The
 code of the paper itself is on no registry and so not here.
 """
 
@@ -22,6 +23,9 @@ from typing import Any
 import torch
 from bench_quantize import add_model_options, calibration_tokens, make_model
 from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from gptq.blocks import choose_dtype
 
 TELL = """
 print("MEASURED", json.dumps({"seconds": time.perf_counter() - start, "peak": 1024 * next(
@@ -33,6 +37,7 @@ os.cpu_count = lambda: max(16, len(os.sched_getaffinity(0)))  # GPTQModel's pool
 import torch
 from safetensors.torch import load_file
 model, tokens, out = sys.argv[1:4]
+dtype = getattr(torch, sys.argv[4])
 """
 OURS = "ours"
 TORCH = f"torch=={torch.__version__.partition('+')[0]}"  # the same for all
@@ -60,7 +65,7 @@ from transformers import AutoModelForCausalLM
 start = time.perf_counter()
 ids = load_file(tokens)["input_ids"]
 data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
 recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
 oneshot(model=loaded, dataset=data, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids),
         shuffle_calibration_samples=False)
@@ -70,7 +75,8 @@ loaded.save_pretrained(out, save_compressed=True)
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 start = time.perf_counter()
 ids = load_file(tokens)["input_ids"]
-loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=128), device="cpu", backend=BACKEND.TORCH)
+loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=128), device="cpu", dtype=dtype,
+                        backend=BACKEND.TORCH)
 loaded.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids], batch_size=1)
 loaded.save(out)
 """,
@@ -93,6 +99,7 @@ def make_environment(folder: Path, steps: list[list[str]]) -> str:
 def run(tool: str, python: str, model: Path, tokens: Path, out: Path) -> dict[str, float]:
     """Seconds and bytes of one run; raises RuntimeError with the end of what the tool said where it fails."""
     command = [python, "-c", BEGIN + CODE[tool] + TELL, str(model), str(tokens), str(out)]
+    command.append(str(choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))).partition(".")[2])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     if tool != OURS:
         environment.pop("PYTHONPATH", None)
