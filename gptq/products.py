@@ -247,7 +247,8 @@ class Lanes:
             self.few.multiply(arranged.float().contiguous(), y)
         else:
             y = self._many(arranged)
-        return y[:, : self.layout.outputs].to(x.dtype)
+        y = y if self.layout.width == self.layout.outputs else y[:, : self.layout.outputs]
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _many(self, x: Tensor) -> Tensor:
         from gptq import lanes, vectors
