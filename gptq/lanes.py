@@ -104,15 +104,20 @@ def in_order(x, row, factors, units, to, x_sums, columns):  # type: ignore[no-un
     for group in range(x_sums.shape[1]):
         total = np.float32(0)
         for k in range(group * columns, min((group + 1) * columns, inputs), 32):
+            added = np.float32(0)
             for i in range(32):
-                total += x[row, k + i]
+                added += x[row, k + i]
                 units[to, k // 32, i] = x[row, k + i] * factors[i]
+            total += added
         x_sums[to, group] = total
 
 
 @compiled
 def decode(words, scale, zero, weight, outputs, columns, width, first, start, stop) -> None:  # type: ignore[no-untyped-def]
-    """weight (inputs, outputs here): outputs first + start to first + stop of W^T in float32; the rest as above."""
+    """weight (inputs, outputs here) becomes W^T in float32, outputs first + start to first + stop.
+
+    The rest is as for `rows.multiply`.
+    """
     bits, here, units = len(width), weight.shape[1], weight.shape[0] // 32
     groups = -(-weight.shape[0] // columns)
     for low in range(start, stop, LANES):

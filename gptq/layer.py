@@ -30,6 +30,7 @@ HELD_OUT = 8  # one calibration window in so many measures what the solver learn
 ROWS = 2048  # of one or several weights that are solved at a time: bounds the memory, and what a unit of work is
 SAMPLE = 256  # about so many rows of a layer compare its error with other errors
 FULL_SHARE = 0.5  # of the drift that is made up for, where too few windows leave none to find it by (QEP's choice)
+EXACT = 1e-10  # a relative error that is mere rounding
 TINY = 1e-30  # instead of a layer's output power where that is zero
 
 
@@ -300,7 +301,7 @@ def _errors(
     they would be those of other rows: few rows can have most of a layer's power.
     """
     relative, of_some = error / max(power, TINY), some_error / max(some_power, TINY)
-    scaled = relative / of_some if of_some else 1.0
+    scaled = relative / of_some if min(relative, of_some) > EXACT else 1.0
     return {
         "error": relative,
         "rtn_error": scaled * some_nearest / max(some_power, TINY),

@@ -45,7 +45,7 @@ def _prefers_onednn() -> bool:
 
 @contextmanager
 def quick_linears(module: nn.Module) -> Iterator[None]:
-    """Inside, linear layers within `module` compute by oneDNN on a CPU, on weights it reorders once for all windows.
+    """Inside, linear layers within `module` compute by oneDNN on CPUs that prefer it, on weights it reorders once.
 
     Torch has a weight reordered for each input anew, which for 512 rows takes a seventh of the time, and multiplies
     float32 by MKL (see `product`). Where gradients are wanted, and on other devices, layers compute as ever.
@@ -119,10 +119,11 @@ def has_shorts() -> bool:
 
 
 def _compiles_for_this_cpu() -> bool:
-    """Whether numba has not been told to compile for another one."""
-    import numba  # takes a moment
+    """Whether numba has not been told to compile for another one, or for less than it has."""
+    from numba import config  # takes a moment
 
-    return not getattr(numba.config, "CPU_NAME", None)
+    told = getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None)
+    return not told and bool(getattr(config, "ENABLE_AVX", True))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ numbers that repeats every 2^bits: shift, look up, multiply and add are all ther
 Wider codes are converted one by one. The codes i and j that come to lie in the two halves of a word are a pair; `order`
 says which, and x is put in that order.
 
-In `multiply` codes are looked up for each row anew, which for few rows is hidden behind reading them. In
+For few rows (`gptq.rows`) codes are looked up for each row anew, which is hidden behind reading them. In
 `multiply_many` those of one group and WIDE outputs are written out, which is little enough to stay in the first-level
 cache, and multiplied with all rows.
 """

@@ -9,8 +9,8 @@ tensors when a kernel is first used. Beside them it takes, per weight:
               zero; 5 where scales are no float16 numbers); the words, in the layout's order, take the place of the
               stored ones, which `state_dict` makes of them; but with pack-quantized files, act-order or a shape that
               fills no vectors they are a copy
-    lanes     any CPU, 2 to 8 bits, groups of whole 32s   the same. For few rows a CPU with AVX2 takes x for numbers
-              of 16 bits (`gptq.shorts`) at 2, 3, 4 and 8 bits
+    lanes     any CPU, 2 to 8 bits, groups of whole 32s   the same. For few rows at 2, 3, 4 and 8 bits a CPU with AVX2
+              and without products of bfloat16 takes x for numbers of 16 bits (`gptq.shorts`)
     int4pack  PyTorch's; CPU without AVX2, 4 bits, bfloat16        1/2 byte and 4 bytes a group
     int8pack  PyTorch's; CPU without AVX2, 8 bits symmetric, one group per row, bfloat16     1 byte
     triton    CUDA, 2, 3, 4, 8 bits                   1 byte a group (zero)
@@ -206,9 +206,9 @@ class FewRows:
         from gptq import lanes, pairs, rows, shorts
 
         tables = {
-            "pairs": lambda bits: torch.tensor(pairs.order(bits), dtype=torch.int16),
-            "shorts": lambda bits: torch.tensor(shorts.table(bits), dtype=torch.int32),
-            "lanes": lambda bits: torch.tensor(lanes.prescale(bits)),
+            "pairs": lambda bits: torch.tensor(pairs.order(bits), dtype=torch.int16, device="cpu"),
+            "shorts": lambda bits: torch.tensor(shorts.table(bits), dtype=torch.int32, device="cpu"),
+            "lanes": lambda bits: torch.tensor(lanes.prescale(bits), dtype=torch.float32, device="cpu"),
         }
         table = tables[kind](layout.bits)
         held = [tensor.data_ptr() for tensor in (layout.words, layout.scale, layout.zero, table)]
@@ -237,13 +237,13 @@ class Lanes:
         layout = Layout.of(stored)
         if layout is None:
             return None
-        quick = has_shorts() and layout.bits in shorts.WIDTHS
+        quick = has_shorts() and not has_pairs() and layout.bits in shorts.WIDTHS
         return cls(layout, FewRows.of(layout, "shorts" if quick else "lanes"))
 
     def multiply(self, x: Tensor) -> Tensor:
         arranged = self.layout.arranged(x)
         if len(x) <= FEW_ROWS:
-            y = torch.empty(len(x), self.layout.width)
+            y = torch.empty(len(x), self.layout.width, dtype=torch.float32, device="cpu")
             self.few.multiply(arranged.float().contiguous(), y)
         else:
             y = self._many(arranged)
@@ -256,11 +256,11 @@ class Lanes:
         dtype = x.dtype if x.dtype == torch.bfloat16 and native_bfloat16() else torch.float32
         own, x = self.layout, x.to(dtype)
         rows, inputs = x.shape
-        y = torch.empty(rows, own.width, dtype=dtype)
+        y = torch.empty(rows, own.width, dtype=dtype, device="cpu")
         step = max(DECODED // inputs // vectors.TILE, 1) * vectors.TILE
         for first in range(0, own.width, step):
             taken = min(step, own.width - first)
-            weight = torch.empty(inputs, taken)  # of the tile, transposed
+            weight = torch.empty(inputs, taken, dtype=torch.float32, device="cpu")  # of the tile, transposed
             arrays = _arrays(own.words, own.scale, own.zero, weight)
             given = (*arrays, own.width, own.columns, (0,) * own.bits, first)
             run_shares(lanes.decode, given, shares_of(taken, SHARE))
@@ -282,7 +282,7 @@ class Pairs:
 
     def multiply(self, x: Tensor) -> Tensor:
         x = self.layout.arranged(x).contiguous()
-        y = torch.empty(len(x), self.layout.width, dtype=torch.bfloat16)
+        y = torch.empty(len(x), self.layout.width, dtype=torch.bfloat16, device="cpu")
         (self.few.multiply if len(x) <= FEW_ROWS else self._many)(x, y)
         return y if self.layout.width == self.layout.outputs else y[:, : self.layout.outputs]
 
@@ -291,8 +291,8 @@ class Pairs:
 
         own, (rows, inputs) = self.layout, x.shape
         count = -(-rows // vectors.TALL)
-        tiles = torch.empty(count, inputs // 2, vectors.TALL, dtype=torch.int32)
-        sums = torch.empty(own.groups, count * vectors.TALL)
+        tiles = torch.empty(count, inputs // 2, vectors.TALL, dtype=torch.int32, device="cpu")
+        sums = torch.empty(own.groups, count * vectors.TALL, dtype=torch.float32, device="cpu")
         arrays = _arrays(x.view(torch.int16), self.few.table, tiles, sums)
         run_shares(pairs.arrange, (*arrays, own.columns), shares_of(count, 1))
         arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y.view(torch.int16))

@@ -20,6 +20,7 @@ from gptq import lanes, pairs, shorts
 from gptq.vectors import (
     FLOATS,
     LANES,
+    SOURCES,
     TILE,
     add_group,
     claim,
@@ -141,7 +142,7 @@ def worker(kind: str, bits: int, halves: bool) -> Any:
     """
     own = KINDS[kind]
     x_number, y_number, unit_type, size, entry, entries = own.x, own.y, own.unit, own.size, own.table, own.entries
-    width, number = (0,) * bits, np.int16(0) if halves else np.float32(0)
+    width, number = (SOURCES,) * bits, np.int16(0) if halves else np.float32(0)  # compiled anew for other sources
     less = np.float32(2 ** (bits - 1) if kind == "pairs" else 0)
 
     def work(table):  # type: ignore[no-untyped-def]

@@ -2,7 +2,7 @@
 
 One instruction multiplies sixteen pairs of 16-bit integers and adds up each pair, where it would be eight products of
 float32. So the 32 numbers of x that a unit meets are rounded to 16 bits, by a scale of their own: none is off by more
-than 2^-16 of the largest (2^-15 for codes of 3 bits). Two codes in the halves of a word are a pair. They are not
+than about 2^-16 of the largest (2^-15 for codes of 3 bits). Two codes in the halves of a word are a pair. They are not
 shifted down for it: masked in place they are 2^shift times too large, so those with the same shift are added up by
 themselves, and their sum is shifted when the unit is done, which loses nothing.
 """

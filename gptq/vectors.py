@@ -1,11 +1,14 @@
 """Vectors in compiled loops: what numba does not offer, written as LLVM's own instructions.
 
 LLVM's vectorizer does not find these loops. Numbers are 32 bits wide and LANES of them a vector, which any CPU that
-LLVM knows can be given; only `dot_pairs` wants AVX-512 with bfloat16 (see `matmul.has_pairs`). numba is imported with
-this module, so modules that need it are imported when their first product is computed.
+LLVM knows can be given; only `dot_pairs` wants AVX-512 with bfloat16 and `dot_shorts` AVX2 (see `matmul.has_pairs` and
+`has_shorts`). numba is imported with this module, so modules that need it are imported when their first product is
+computed.
 """
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -22,7 +25,28 @@ INT, SHORT, FLOAT = ir.IntType(32), ir.IntType(16), ir.FloatType()
 INTS, FLOATS, BYTES = (ir.VectorType(number, LANES) for number in (INT, FLOAT, ir.IntType(8)))
 SHORTS = ir.VectorType(SHORT, 2 * LANES)
 
-compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+
+def digest(folder: Path) -> int:
+    """Changes with every file in which there are compiled loops, or what they are made of."""
+    texts = [file.read_bytes() for file in sorted(folder.glob("*.py"))]
+    found = hashlib.sha256(b"".join(text for text in texts if b"from gptq.vectors import" in text))
+    found.update(Path(__file__).read_bytes())
+    return int.from_bytes(found.digest()[:7])
+
+
+SOURCES = digest(Path(__file__).parent)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compiled once for each CPU and kept in a file; anew where any loop has changed.
+
+    numba by itself looks for changes in the function's own file only, and what loops are made of lies in others.
+    """
+    loop: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
+    kept = getattr(getattr(loop, "_cache", None), "_cache_file", None)  # there is none with NUMBA_DISABLE_JIT
+    if kept is not None:
+        kept._source_stamp = SOURCES
+    return loop
 
 
 def _pointing(context, address, like):  # type: ignore[no-untyped-def]

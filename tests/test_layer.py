@@ -21,7 +21,7 @@ def relative(off: Tensor, W: Tensor, x: Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("rows", "tolerance"),
-    [((200,), 2e-3), ((1200,), 0.1), ((700, 90), 0.1)],
+    [((200,), 2e-3), ((1200,), 0.1), ((700, 90), 0.35)],
     ids=["all rows", "a sample", "two layers over tiles"],
 )
 def test_errors_are_those_of_the_definition(
@@ -31,8 +31,8 @@ def test_errors_are_those_of_the_definition(
     strength = torch.exp(torch.randn(INPUTS, generator=rng))
     seen, unseen = (torch.randn(TOKENS, INPUTS, generator=rng) * strength for _ in range(2))
     weights = [torch.randn(n, INPUTS, generator=rng) for n in rows]
-    for W in weights:
-        W[::100] *= 20  # a few rows with nearly all of the power
+    for W in weights:  # a few rows, in no sample, have nearly all of the power, and larger errors for it
+        W[1::100] = 20 * W[1::100] ** 3
     H = seen.T @ seen / TOKENS
     held_out = HeldOut(INPUTS, H.device)
     held_out.add(unseen)
