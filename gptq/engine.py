@@ -312,8 +312,7 @@ def _quantize_blocks(
                 return _run_finished(block, fresh, finished[block.name], job)
             return _quantize_block(index, block, fresh, in_flight, job)
 
-        tidy = job.frugal or job.stream.device.type != "cpu"  # beside a GPU's memory nobody looks after this one
-        not_reached = walk_blocks(plan.network, blocks, windows, job.config.streams, job.stream, visit, job.shelf, tidy)
+        not_reached = walk_blocks(plan.network, blocks, windows, job.config.streams, job.stream, visit, job.shelf)
         left = [block for block in not_reached if block.name not in finished]
     for block in left:
         if windows is not None:

@@ -32,6 +32,7 @@ from gptq.packing import pack
 from gptq.threads import run_compiled, run_shares, shares_of
 
 FEW_ROWS = 4  # to which decoding anew for every row is cheaper than writing the weight out
+FEW_SHORTS = 16  # the same where x is integers
 SHARE = 64  # a thread's outputs are a multiple of it
 DECODED = 2**22  # weights that are written out at a time, 16 MB in float32
 
@@ -242,7 +243,7 @@ class Lanes:
 
     def multiply(self, x: Tensor) -> Tensor:
         arranged = self.layout.arranged(x)
-        if len(x) <= FEW_ROWS:
+        if len(x) <= (FEW_SHORTS if self.few.kind == "shorts" else FEW_ROWS):
             y = torch.empty(len(x), self.layout.width, dtype=torch.float32, device="cpu")
             self.few.multiply(arranged.float().contiguous(), y)
         else:

@@ -41,14 +41,13 @@ def walk_blocks(
     weights: WeightStream,
     visit: Callable[[int, Block, Fresh], list[list[Any]]],
     shelf: Shelf | None = None,
-    frugal: bool = True,
 ) -> list[Block]:
     """Take every window through the model's own forward, block by block, in the order in which it reaches them.
 
     With two streams each window goes through twice, as the quantized and as the original model see it. `visit` has the
     weights of one block in memory, but for its linear layers', and returns the block's outputs by stream and window,
-    or nothing where the walk is to end. What waits between blocks goes to the shelf and, if `frugal`, freed memory back
-    to the system. Returns the blocks that were not reached.
+    or nothing where the walk is to end. What waits between blocks goes to the shelf. Returns the blocks that were not
+    reached.
     """
     shelf = shelf or Shelf()
     left = {block.module: block for block in blocks}
@@ -72,8 +71,7 @@ def walk_blocks(
                 with quick_linears(block.module):
                     outputs = visit(len(blocks) - len(left) - 1, block, fresh)
                 drop(block.module)
-                if frugal:
-                    return_freed_memory()
+                return_freed_memory()
                 if not left or not outputs:
                     break
                 for stream, out, call in zip(streams, outputs, calls, strict=True):
