@@ -90,7 +90,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(make_model: MakeModel, t
             command = [sys.executable, "-c", script, str(source), str(tmp_path / f"out{blocks}"), text_file]
             found[blocks] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert size > 200e6
-    # Eighteen blocks are 160 MB. What the allocator keeps differs by 20 MB from run to run and more between machines and
-    # libraries; where MKL multiplies, 24 blocks took 66 to 86 MB more than 6, and 48 took 13 to 30 MB more than 24.
+    # Eighteen blocks are 160 MB. What the allocator keeps differs by 20 MB from run to run and more between machines.
+    # Where MKL multiplies, 24 blocks took 66 to 86 MB more than 6, and 48 took 13 to 30 MB more than 24.
     assert peaks[24] - peaks[6] < 120e6, peaks
     assert comparing[24] - comparing[6] < 100e6, comparing  # of which the quantized blocks, held whole, are 23 MB
