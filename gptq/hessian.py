@@ -251,7 +251,7 @@ def _multiplier(A: Tensor, B: Tensor) -> Callable[[slice, int], Tensor]:
     """A function of a panel and a start that gives A[:, panel]^T B[:, start:], as exact as `output_power` says."""
     none = A[:0].bfloat16()  # shows which way such numbers go
     if A.dtype != torch.float32 or not (_sums_in_float32(none) or _goes_in_pairs(none)):
-        return lambda panel, start: A[:, panel].T @ B[:, start:]
+        return lambda panel, start: A[:, panel].T @ B[:, start:]  # strides that `product` would copy each time
     a = A.bfloat16()
     b = a if B is A else B.bfloat16()
     if _sums_in_float32(none):

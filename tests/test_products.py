@@ -82,7 +82,7 @@ CPUS = [  # what a CPU is quick at
 
 
 @pytest.mark.parametrize("quick_at", CPUS)
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rows", [1, 3, 9, 20])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_every_product_is_the_exact_one(
@@ -112,7 +112,7 @@ def test_every_product_is_the_exact_one(
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_is_of_no_concern(default: torch.dtype, rng: torch.Generator) -> None:
     """Compiled loops are given addresses."""
-    inputs = [torch.randn(rows, 256, generator=rng).to(dtype) for rows in (1, 3, 20) for dtype in DTYPES]
+    inputs = [torch.randn(rows, 256, generator=rng).to(dtype) for rows in (1, 3, 9, 20) for dtype in DTYPES]
     before = torch.get_default_dtype()
     for bits in (4, 5):
         layer = random_layer(rng, Scheme(bits, 64, True), 544, 256)
@@ -132,11 +132,11 @@ def test_compiled_loops_are_those_of_all_sources(tmp_path: Path) -> None:
         assert loop._cache._cache_file._source_stamp == vectors.SOURCES
     sources = Path(vectors.__file__).parent
     assert vectors.digest(sources) == vectors.SOURCES
-    for name in ("shorts", "lanes", "pairs", "rows", "gram", "loops"):
+    for name in ("vectors", "shorts", "lanes", "pairs", "rows", "gram", "loops"):
         shutil.copytree(sources, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         with (tmp_path / name / f"{name}.py").open("a") as file:
             file.write("# changed\n")
-    assert len({vectors.digest(folder) for folder in [sources, *tmp_path.iterdir()]}) == 7
+    assert len({vectors.digest(folder) for folder in [sources, *tmp_path.iterdir()]}) == 8
 
 
 @pytest.mark.skipif(not has_shorts() or has_pairs(), reason="this CPU multiplies bfloat16, or has no AVX2")
@@ -171,7 +171,7 @@ def test_pairs_sum_without_rounding(bits: int, rows: int, rng: torch.Generator) 
     assert chosen(layer, x) == "pairs"
 
 
-@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("rows", [2, 6, 20])
 def test_groups_that_are_not_runs(rows: int, rng: torch.Generator) -> None:
     layer = random_layer(rng, Scheme(4, 32, False, "gptq_v2", scattered=True), 40, 112)
     paired = torch.randn(rows, 112, generator=rng).bfloat16()
@@ -266,7 +266,7 @@ def test_logits_are_those_of_unpacked_weights(bits: int, dtype: str, make_model:
             plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             plain.weight.data = module.weight
             exact.set_submodule(name, plain)
-    for tokens in (3, 20):
+    for tokens in (3, 16, 20):
         ids = torch.randint(1, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             ours, reference = network(ids).logits, exact(ids).logits

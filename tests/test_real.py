@@ -83,14 +83,14 @@ print(1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split(
 def test_memory_does_not_grow_with_the_number_of_blocks(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
     peaks: dict[int, int] = {}
     comparing: dict[int, int] = {}
-    for blocks in (6, 24):
+    for blocks in (24, 48):
         source = make_model("llama", num_hidden_layers=blocks, hidden_size=512, intermediate_size=1024)
         size = (source / "model.safetensors").stat().st_size
         for script, found in ((MEASURE, peaks), (COMPARE, comparing)):
             command = [sys.executable, "-c", script, str(source), str(tmp_path / f"out{blocks}"), text_file]
             found[blocks] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert size > 200e6
-    # Eighteen blocks are 160 MB. What the allocator keeps differs by 20 MB from run to run and more between machines.
-    # Where MKL multiplies, 24 blocks took 66 to 86 MB more than 6, and 48 took 13 to 30 MB more than 24.
-    assert peaks[24] - peaks[6] < 120e6, peaks
-    assert comparing[24] - comparing[6] < 100e6, comparing  # of which the quantized blocks, held whole, are 23 MB
+    # Twenty-four blocks are 210 MB. What the allocator keeps differs by 20 MB from run to run and more between machines.
+    # Over the first blocks it grows (with MKL by 66 to 86 MB from 6 to 24 blocks), so the law is about later ones.
+    assert peaks[48] - peaks[24] < 60e6, peaks
+    assert comparing[48] - comparing[24] < 100e6, comparing  # of which the quantized blocks, held whole, are 31 MB
