@@ -196,31 +196,25 @@ def _in_strips(lines: Tensor, size: int) -> Tensor:
 class FewRows:
     """The compiled loop of `rows` on a layout, x being made of "pairs", "shorts" or "lanes"."""
 
-    table: Tensor  # of the kind
+    kind: str
+    table: Any  # the kind's, an array that is kept alive here
     address: int  # of the worker
     given: tuple[int, ...]  # of its arguments, what no call changes: sizes and, without x and y, addresses
-    width: int  # outputs
-    kind: str
 
     @classmethod
     def of(cls, layout: Layout, kind: str) -> "FewRows":
-        from gptq import lanes, pairs, rows, shorts
+        from gptq import rows
 
-        tables = {
-            "pairs": lambda bits: torch.tensor(pairs.order(bits), dtype=torch.int16, device="cpu"),
-            "shorts": lambda bits: torch.tensor(shorts.table(bits), dtype=torch.int32, device="cpu"),
-            "lanes": lambda bits: torch.tensor(lanes.prescale(bits), dtype=torch.float32, device="cpu"),
-        }
-        table = tables[kind](layout.bits)
-        held = [tensor.data_ptr() for tensor in (layout.words, layout.scale, layout.zero, table)]
-        given = layout.inputs, layout.width, layout.groups, layout.columns, *held
+        table = rows.KINDS[kind].table(layout.bits)
+        held = [tensor.data_ptr() for tensor in (layout.words, layout.scale, layout.zero)]
+        given = layout.inputs, layout.width, layout.groups, layout.columns, *held, table.ctypes.data
         worker = rows.worker(kind, layout.bits, layout.scale.dtype == torch.int16)
-        return cls(table, worker.address, given, layout.width, kind)
+        return cls(kind, table, worker.address, given)
 
     def multiply(self, x: Tensor, y: Tensor) -> None:
         """y (rows, padded outputs) becomes x W^T, both contiguous and of the kind's dtype."""
         *sizes, words, scale, zero, table = self.given
-        share = _up(-(-self.width // torch.get_num_threads()), SHARE)
+        share = _up(-(-y.shape[1] // torch.get_num_threads()), SHARE)
         run_compiled(self.address, (0, share, len(x), *sizes, words, x.data_ptr(), scale, zero, y.data_ptr(), table))
 
 
@@ -294,7 +288,7 @@ class Pairs:
         count = -(-rows // vectors.TALL)
         tiles = torch.empty(count, inputs // 2, vectors.TALL, dtype=torch.int32, device="cpu")
         sums = torch.empty(own.groups, count * vectors.TALL, dtype=torch.float32, device="cpu")
-        arrays = _arrays(x.view(torch.int16), self.few.table, tiles, sums)
+        arrays = [*_arrays(x.view(torch.int16)), self.few.table, *_arrays(tiles, sums)]
         run_shares(pairs.arrange, (*arrays, own.columns), shares_of(count, 1))
         arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y.view(torch.int16))
         run_shares(pairs.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, vectors.WIDE))

@@ -8,6 +8,7 @@ numbers of x depends on what the CPU is quick at, and the type of these numbers 
     lanes     float32 (`gptq.lanes`)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,20 +42,18 @@ ORDERING = {types.int32: pairs.in_order, types.int16: shorts.in_order, types.flo
 
 @dataclass(frozen=True)
 class Kind:
-    """What x is made of; types are given by a number of them."""
+    """What x is made of."""
 
-    x: Any
-    y: Any
-    unit: Any
-    size: int  # numbers of a unit
-    table: Any  # as `in_order` wants it
-    entries: int
+    number: Any  # one of x, as of y, for its type
+    unit: Any  # type of the numbers of a unit
+    size: int  # how many there are
+    table: Callable[[int], Any]  # for so many bits what `in_order` wants to know
 
 
 KINDS = {
-    "pairs": Kind(np.int16(0), np.int16(0), np.int32, 16, np.int16(0), 32),
-    "shorts": Kind(np.float32(0), np.float32(0), np.int16, shorts.UNIT, np.int32(0), 64),
-    "lanes": Kind(np.float32(0), np.float32(0), np.float32, 32, np.float32(0), 32),
+    "pairs": Kind(np.int16(0), np.int32, 16, lambda bits: np.array(pairs.order(bits), np.int16)),
+    "shorts": Kind(np.float32(0), np.int16, shorts.UNIT, lambda bits: np.array(shorts.table(bits), np.int32)),
+    "lanes": Kind(np.float32(0), np.float32, 32, lambda bits: np.array(lanes.prescale(bits), np.float32)),
 }
 
 
@@ -140,8 +139,9 @@ def worker(kind: str, bits: int, halves: bool) -> Any:
     x (rows, inputs), scale, zero, y (rows, outputs) and the kind's table. For pairs x and y are bfloat16, otherwise
     float32. Scales are float32, or if `halves` float16.
     """
-    own = KINDS[kind]
-    x_number, y_number, unit_type, size, entry, entries = own.x, own.y, own.unit, own.size, own.table, own.entries
+    own, table_of_kind = KINDS[kind], KINDS[kind].table(bits)
+    of_x, unit_type, size = own.number, own.unit, own.size
+    entry, entries = table_of_kind[0], len(table_of_kind)
     width, number = (SOURCES,) * bits, np.int16(0) if halves else np.float32(0)  # compiled anew for other sources
     less = np.float32(2 ** (bits - 1) if kind == "pairs" else 0)
 
@@ -150,10 +150,10 @@ def worker(kind: str, bits: int, halves: bool) -> Any:
         share, rows, inputs, outputs = given[1], given[2], given[3], given[4]
         groups, columns, at = given[5], given[6], given[7:]
         words = carray(pointer(at[0], np.int32(0)), (inputs // 32 * len(width) * outputs,))
-        x = carray(pointer(at[1], x_number), (rows, inputs))
+        x = carray(pointer(at[1], of_x), (rows, inputs))
         scale = carray(pointer(at[2], number), (groups * outputs,))
         zero = carray(pointer(at[3], np.uint8(0)), (groups * outputs,))
-        y = carray(pointer(at[4], y_number), (rows, outputs))
+        y = carray(pointer(at[4], of_x), (rows, outputs))
         ordered = carray(pointer(at[5], entry), (entries,))
         units, x_sums = np.empty((rows, inputs // 32, size), unit_type), np.empty((rows, groups), np.float32)
         for row in range(rows):
