@@ -22,6 +22,7 @@ from gptq.blocks import (
     empty_model,
     model_class,
     read_config,
+    return_freed_memory,
     shape,
     take_experts_apart,
 )
@@ -33,6 +34,7 @@ from gptq.schemes import Quantization, quantization_of, read_quantization
 
 logger = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
+LEFT_BEHIND = 2**24  # bytes of freed words, from which on the heap gives its room back
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
 
 
@@ -115,6 +117,7 @@ class QuantLinear(nn.Module):
             self._made[name] = made = products.make(name, stored)
             if isinstance(made, products.Lanes | products.Pairs) and made.layout.whole and self._words is None:
                 self._words, self._buffers["qweight"] = made.layout, None
+                _gave_way(made.layout.words.nbytes)
         return None if name is None else self._made[name]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":  # .to(), .cuda(), ...
@@ -153,12 +156,26 @@ class QuantLinear(nn.Module):
 
 _layers: "weakref.WeakValueDictionary[int, QuantLinear]" = weakref.WeakValueDictionary()  # all there are, by number
 _numbers = itertools.count()
+_left_behind = 0  # bytes that layouts have freed since the heap gave its room back
 
 
 def _number(layer: QuantLinear) -> int:
     number = next(_numbers)
     _layers[number] = layer
     return number
+
+
+def _gave_way(size: int) -> None:
+    """To count `size` bytes of stored words of which another layout took the place.
+
+    The heap keeps the room that small layers leave, at last as much as the model takes. Looking for it costs a
+    millisecond, so it is done once for many layers.
+    """
+    global _left_behind
+    _left_behind += size
+    if _left_behind >= LEFT_BEHIND:
+        _left_behind = 0
+        return_freed_memory()
 
 
 def _multiply(x: Tensor, layer: int, outputs: int) -> Tensor:
