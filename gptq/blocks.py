@@ -1,17 +1,16 @@
 """Where a Hugging Face model's repeated blocks and their linear layers are, found from its structure.
 
-This is the one file that knows how transformers models are built. A model is made without weights; a module's tensors
-are read from the checkpoint when it is about to run, and dropped when it is done.
+This file and `names` are what knows how transformers models are built. A model is made without weights (`stream` has
+them).
 """
 
 import copy
-import ctypes
 import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,14 +30,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from gptq.checkpoint import ReadAhead, Source, TensorInfo
+from gptq.checkpoint import Source
 from gptq.errors import InputError
 from gptq.experts import Experts, take_apart
 from gptq.folder import read_json
+from gptq.names import Names
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is stored as (inputs, outputs)
 FUSED = (  # what engines make one layer of, and its name there (`packed_modules_mapping` in vLLM's models)
@@ -48,8 +46,6 @@ FUSED = (  # what engines make one layer of, and its name there (`packed_modules
     ("gate_up_proj", ("w1", "w3")),
     ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
 )
-
-
 COUNTED = re.compile(r"(^|_)(layers?|blocks?|labels?|experts?|heads?|stages?|depths?|codebooks?)($|_)")
 MOST = 2**20  # of what config.json counts: transformers makes lists and modules of them before a weight is looked at
 TENSORS_PER_TENSOR, BITS_PER_BYTE = 40, 8  # at most so many in a model for one in the file it is in
@@ -227,7 +223,7 @@ class _NoLargerThan(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def take_experts_apart(model: nn.Module, names: "Names") -> list[str]:
+def take_experts_apart(model: nn.Module, names: Names) -> list[str]:
     """Put single experts where `model` has fused ones and the checkpoint has single ones; returns notes on the rest."""
     fused = []
     for name, module in list(model.named_modules()):
@@ -297,7 +293,7 @@ def find_head(model: PreTrainedModel) -> Block:
     return Block(name, head, {name: head})
 
 
-def check_untied(config: PreTrainedConfig, head: Block, names: "Names", trust_remote_code: bool) -> None:
+def check_untied(config: PreTrainedConfig, head: Block, names: Names, trust_remote_code: bool) -> None:
     """Raises InputError where a model with an output head of its own cannot be described, or needs more than that."""
     values = config.to_dict()
     for part in (values, values.get("text_config")):
@@ -376,234 +372,3 @@ def run(model: PreTrainedModel, **inputs: Any) -> Any:
         raise InputError(
             f"a forward pass of {type(model).__name__} failed ({reason}); do its config.json and the inputs fit it?"
         ) from error
-
-
-class Names:
-    """Translates names of a model's tensors to the names a checkpoint uses.
-
-    Checkpoints saved from a bare model lack the head model's prefix (`h.0.` for `transformer.h.0.`) and the other way
-    round, and of tied tensors only one may be stored. Beyond that, transformers' own table is asked, which knows of
-    `block_sparse_moe` for `mlp`, or of experts called w1, w2 and w3; single experts are named as in `gptq.experts`.
-    """
-
-    def __init__(self, model: PreTrainedModel, stored: Collection[str]) -> None:
-        self._prefix = model.base_model_prefix + "."
-        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-        self._tied = {**tied, **{v: k for k, v in tied.items()}}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            table = get_model_conversion_mapping(model)
-        self._stored = {name: name for name in stored}
-        for name in stored:
-            self._stored.setdefault(_name_in_model(name, table), name)
-
-    def find(self, name: str) -> str | None:
-        found = self.find_own(name)
-        return self.find_own(self._tied[name]) if found is None and name in self._tied else found
-
-    def find_own(self, name: str) -> str | None:
-        """Under its own name, not under that of a tensor it is tied to."""
-        spelled = (name, name.removeprefix(self._prefix), self._prefix + name)
-        return next((self._stored[s] for s in spelled if s in self._stored), None)
-
-    def find_packed(self, layer: str) -> str | None:
-        """What the checkpoint calls a layer that it holds packed."""
-        found = (self.find_own(f"{layer}.{marker}") for marker in PACKED_WEIGHTS)
-        return next((name.rpartition(".")[0] for name in found if name), None)
-
-    def find_layer(self, layer: str) -> str:
-        """What the checkpoint calls a layer that it holds as it is; its name in the model where that has no weight."""
-        return (self.find_own(f"{layer}.weight") or layer).removesuffix(".weight")
-
-    def stored(self, name: str) -> str:
-        """Raises InputError if the checkpoint has no such tensor."""
-        found = self.find(name)
-        if found is None:
-            raise InputError(f"the checkpoint lacks {name}, which the model described by its config.json needs")
-        return found
-
-
-PACKED_WEIGHTS = ("qweight", "weight_packed")
-PACKED = re.compile(  # stands where a linear layer's `weight` was
-    r"(?<=\.)(qweight|qzeros|scales|g_idx|weight_(?:packed|scale|zero_point|shape|g_idx))$"
-)
-PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # of a fused parameter, in order
-STACKING = {"MergeModulelist", "Concatenate", "Force16BytesAlignment"}  # what makes fused experts of single ones
-
-
-def _name_in_model(name: str, table: Collection[Any]) -> str:
-    """What transformers calls a checkpoint's tensor; a matrix of one expert gets the name it has in `gptq.experts`."""
-    suffix = PACKED.search(name)
-    key = PACKED.sub("weight", name)
-    for renaming in table:
-        if isinstance(renaming, WeightRenaming):
-            key, _ = renaming.rename_source_key(key)
-    for converter in table:
-        fused, pattern = converter.rename_source_key(key) if isinstance(converter, WeightConverter) else (key, None)
-        if pattern is not None:
-            key = _name_of_part(key, fused, str(pattern), converter) or key
-            break
-    return key.removesuffix("weight") + suffix[0] if suffix else key
-
-
-def _name_of_part(key: str, fused: str, pattern: str, converter: Any) -> str | None:
-    experts, _, parameter = fused.rpartition(".")
-    parts = PARTS.get(parameter, ())
-    number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
-    stacked = {type(operation).__name__ for operation in converter.operations} <= STACKING
-    if not number or not stacked or len(parts) != len(converter.source_patterns):
-        return None
-    return f"{experts}.{number[1]}.{parts[converter.source_patterns.index(pattern)]}.weight"
-
-
-def check_tensors(
-    network: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo], packed: Collection[str] = ()
-) -> list[str]:
-    """Compare what a model needs with what a checkpoint's headers say it holds; returns the tensors left over.
-
-    Args:
-        packed: layers of the model whose weight is not looked for.
-    Raises:
-        InputError: a tensor is missing, has another shape, or does not hold floating-point numbers.
-    """
-    used: set[str | None] = set()
-    without = {f"{name}.weight" for name in packed}
-    needed = [(name, tensor) for name, tensor in network.named_parameters() if name not in without]
-    for name, tensor in [*needed, *((n, b) for n, b in network.named_buffers() if names.find(n))]:
-        stored = names.stored(name)
-        used.add(stored)
-        found, expected = tensors[stored], tuple(tensor.shape)
-        if found.shape != expected:
-            raise InputError(
-                f"{stored} has the shape {found.shape}, but config.json describes a model where it is {expected}"
-            )
-        if tensor.is_floating_point() and not found.dtype.is_floating_point:
-            raise InputError(f"{stored} holds {found.dtype}, not floating-point weights; is the checkpoint quantized?")
-    used |= {names.find(name) for name in getattr(network, "all_tied_weights_keys", None) or {}}
-    return [name for name in tensors if name not in used]
-
-
-def note_on_left_over(extra: list[str]) -> list[str]:
-    """What is said of tensors that `check_tensors` has left over."""
-    if not extra:
-        return []
-    return [f"{len(extra)} tensors that the model does not use ({extra[0]} ...) are copied as they are"]
-
-
-class WeightStream:
-    """Moves tensors of a checkpoint into a model that was built without, and out again."""
-
-    def __init__(self, source: Source, names: Names, device: torch.device, dtype: torch.dtype) -> None:
-        self._source = source
-        self._names = names
-        self.device = device
-        self.dtype = dtype
-        self.ahead = ReadAhead(source)
-
-    def fill(self, module: nn.Module, prefix: str, skip: Collection[nn.Module] = (), recurse: bool = True) -> None:
-        """Give `module`, whose name in the model is `prefix`, its tensors, but not the weights of modules in `skip`.
-
-        Raises:
-            InputError: a tensor is missing or not finite.
-        """
-        for path, child in module.named_modules() if recurse else [("", module)]:
-            name = ".".join(part for part in (prefix, path) if part)
-            for key, old in child._parameters.items():
-                if old is not None and not (key == "weight" and child in skip):
-                    child._parameters[key] = nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False)
-            for key, buffer in child._buffers.items():
-                if buffer is not None:
-                    saved = key not in child._non_persistent_buffers_set and self._names.find(f"{name}.{key}")
-                    child._buffers[key] = self.read(f"{name}.{key}") if saved else buffer.to(self.device)
-
-    def weight(self, linear: nn.Module, name: str) -> Tensor:
-        """The stored weight of a linear layer as (outputs, inputs) float32."""
-        W = self.read(f"{name}.weight", torch.float32)
-        return W.T.contiguous() if is_transposed(linear) else W
-
-    def set_weight(self, linear: nn.Module, W: Tensor) -> None:
-        """Put W (outputs, inputs) into a linear layer, in the dtype that the forward computes in."""
-        linear.weight = nn.Parameter(self.computed_with(linear, W), requires_grad=False)
-
-    def computed_with(self, linear: nn.Module, W: Tensor) -> Tensor:
-        """W (outputs, inputs) as the linear layer holds it, in its own order and the forward's dtype."""
-        return (W.T if is_transposed(linear) else W).to(self.dtype).contiguous()
-
-    def to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a model is called on, numbers that are not whole in the forward's dtype."""
-        return {name: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
-
-    def as_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
-        """The checkpoint's name of the tensor called `name` in the model, and new values for it in the stored dtype."""
-        stored = self._names.stored(name)
-        return stored, tensor.to(self._source.tensors[stored].dtype)
-
-    def read_ahead(self, names: Iterable[str]) -> None:
-        """Let the operating system fetch these tensors, by their names in the model, while something else is done."""
-        stored = [self._names.find(name) for name in names]
-        self.ahead.start([name for name in stored if name])
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor called `name` in the model, which `check_tensors` has compared with it."""
-        return self._source.read(self._names.stored(name), dtype or self.dtype).to(self.device)
-
-    @contextmanager
-    def on_demand(self, model: nn.Module, blocks: list[Block]) -> Iterator[Callable[[], None]]:
-        """Inside, modules outside the blocks read their own tensors when they are called.
-
-        Yields a function that drops what was read so far.
-        """
-        in_blocks = {module for block in blocks for module in block.module.modules()}
-        filled: set[nn.Module] = set()
-        handles = []
-
-        def hook_for(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, _: object) -> None:
-                if module not in filled:
-                    self.fill(module, name, recurse=False)
-                    filled.add(module)
-
-            return hook
-
-        def drop_all() -> None:
-            for module in filled:
-                drop(module)
-            filled.clear()
-
-        for name, module in model.named_modules():
-            if module not in in_blocks and (module._parameters or module._buffers):
-                handles.append(module.register_forward_pre_hook(hook_for(name)))
-        try:
-            yield drop_all
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def drop(module: nn.Module) -> None:
-    """Forget the parameters of a module and everything in it; their shapes stay."""
-    for child in module.modules():
-        for key, parameter in child._parameters.items():
-            if parameter is not None:
-                empty = torch.empty_like(parameter, device="meta")
-                child._parameters[key] = nn.Parameter(empty, requires_grad=False)
-
-
-def choose_allocator(frugal: bool) -> None:
-    """Tell the C library what to do with freed memory: `frugal`, give it back, otherwise keep it for the next tensor.
-
-    Each page of memory that is taken anew costs a fault, which in a run adds up to a fifth of its time. But glibc's
-    heap fragments: its holes can be as large as the largest tensor in it. So those that are much larger than a window's
-    activations (frugal: from 4 MB up) go back to the system in any case.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 2**22 if frugal else 2**25)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**17 if frugal else 2**30)  # M_TRIM_THRESHOLD
-
-
-def return_freed_memory() -> None:
-    """Give back to the system what the C library has kept; otherwise a process grows with every block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

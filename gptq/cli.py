@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ import datasets
 import huggingface_hub
 import torch
 import transformers
-from tqdm import tqdm
 
 from gptq import cost, engines, evaluate, hub, memory, report, verify
 from gptq.blocks import choose_device, choose_dtype, fitting_seq_len
@@ -26,6 +24,7 @@ from gptq.engine import Result, quantize
 from gptq.errors import InputError, printable
 from gptq.layer import Observer, is_held_out
 from gptq.plan import Plan, plan_checkpoint
+from gptq.progress import Progress
 from gptq.ranks import joined, launched_together
 from gptq.record import public_name, read_record
 from gptq.trials import FEWEST_WINDOWS
@@ -534,84 +533,3 @@ def _print_json(content: dict[str, Any]) -> None:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-class Progress(Observer):
-    """A bar with the time left on a terminal; elsewhere a line per block, and one per tenth of the windows."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._began = time.monotonic()
-        self._blocks = self._weights = self._done = self._before = 0
-        self._block = -1
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.finished()
-
-    def note(self, text: str) -> None:
-        tqdm.write(f"note: {text}", file=sys.stderr)
-
-    def stage(self, text: str) -> None:
-        if self._bar:
-            self._bar.set_description(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def started(self, num_blocks: int, weights: int) -> None:
-        self._blocks, self._weights, self._began = num_blocks, weights, time.monotonic()
-        self._done, self._before, self._block = 0, 0, -1
-        self._open_bar(weights)
-
-    def going_on(self, blocks: int, weights: int) -> None:
-        self.stage(f"going on after block {blocks} of {self._blocks}")
-        self._before = self._done = weights
-        if self._bar is not None:
-            self._bar.update(weights)
-
-    def layer_done(self, block: int, name: str, weights: int) -> None:
-        self._done += weights
-        if self._bar is not None:
-            self._bar.set_description(f"block {block + 1}/{self._blocks} {name.rpartition('.')[2]}")
-            self._bar.update(weights)
-        elif block != self._block:
-            share = (self._done - self._before) / (self._weights - self._before)
-            self._line(f"block {block + 1} of {self._blocks}", share)
-            self._block = block
-
-    def window_done(self, done: int, total: int) -> None:
-        self._counted("window", done, total)
-
-    def step_done(self, done: int, total: int) -> None:
-        self._counted("step", done, total)
-
-    def layer_written(self, done: int, total: int) -> None:
-        self._counted("layer", done, total)
-
-    def _counted(self, what: str, done: int, total: int) -> None:
-        if done == 1:
-            self._began, self._done = time.monotonic(), 0
-            self._open_bar(total)
-        if self._bar is not None:
-            self._bar.set_description(f"{what} {done}/{total}")
-            self._bar.update(done - self._done)
-        elif done == total or done * 10 // total != self._done * 10 // total:
-            self._line(f"{what} {done} of {total}", done / total)
-        self._done = done
-
-    def finished(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _open_bar(self, total: int) -> None:
-        if sys.stderr.isatty():
-            form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-            self._bar = tqdm(total=total, bar_format=form, dynamic_ncols=True, file=sys.stderr)
-
-    def _line(self, text: str, fraction: float) -> None:
-        elapsed = time.monotonic() - self._began
-        left = elapsed * (1 - fraction) / fraction
-        print(f"{text}, {elapsed:.0f} s, about {left:.0f} s left", file=sys.stderr, flush=True)

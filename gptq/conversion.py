@@ -8,15 +8,17 @@ from typing import Any
 import torch
 
 from gptq import formats
-from gptq.blocks import Names, check_tensors, empty_model, find_blocks, is_transposed, read_config, take_experts_apart
-from gptq.checkpoint import ShardWriter, Source, TensorInfo, appearing_folder, resolve, sha256
+from gptq.blocks import empty_model, find_blocks, is_transposed, read_config, take_experts_apart
+from gptq.checkpoint import ShardWriter, Source, TensorInfo, resolve, sha256
 from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats import Codes, Scheme
 from gptq.linear import match_layers
+from gptq.names import Names, check_tensors
 from gptq.packed import PackedLayer, packed_layers, read_packed
 from gptq.record import RECORD, Linears, beside, describe, model_name, read_record, write_files
 from gptq.schemes import quantization_of, read_quantization
+from gptq.unfinished import appearing_folder
 
 
 @dataclass(frozen=True)

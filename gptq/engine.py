@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gptq import formats, memory
-from gptq.blocks import Block, WeightStream, choose_device, choose_dtype, drop, return_freed_memory
+from gptq.blocks import Block, choose_device, choose_dtype
 from gptq.calibration import Inputs
-from gptq.checkpoint import ShardWriter, TensorInfo, Unfinished, file_bytes, sha256, unfinished_folder, working_folder
+from gptq.checkpoint import ShardWriter, TensorInfo, file_bytes, sha256
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
+from gptq.heap import return_freed_memory
 from gptq.journal import Copy, Journal, beginning
 from gptq.layer import Job, Observer, finish_layer, is_held_out
 from gptq.matmul import exact_float32
@@ -38,8 +39,10 @@ from gptq.record import (
 )
 from gptq.sequence import Fresh, run_as_original, solve_head, walk_block, walk_blocks
 from gptq.shelf import Shelf
+from gptq.stream import WeightStream, drop
 from gptq.trials import choose_widths, enough_windows, notes_on_samples
 from gptq.tune import first_tensor, tune
+from gptq.unfinished import Unfinished, unfinished_folder, working_folder
 from gptq.walk import run_through
 from gptq.windows import as_given, count_tokens, describe
 

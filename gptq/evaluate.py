@@ -14,26 +14,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gptq import calibration
 from gptq.blocks import (
-    Names,
-    WeightStream,
-    check_tensors,
     check_tokens,
     choose_dtype,
-    drop,
     empty_model,
     find_blocks,
     fitting_seq_len,
     read_config,
     read_tokenizer,
-    return_freed_memory,
     run,
     take_experts_apart,
 )
 from gptq.checkpoint import Source, resolve
 from gptq.errors import InputError
 from gptq.folder import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
+from gptq.heap import return_freed_memory
 from gptq.linear import load
+from gptq.names import Names, check_tensors
 from gptq.record import QUALITY
+from gptq.stream import WeightStream, drop
 from gptq.walk import PausableForward, pause_instead
 
 MAX_LOSS = 700.0  # its exponential is the largest that a float holds

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from gptq import formats
-from gptq.blocks import Names
 from gptq.checkpoint import Source
 from gptq.errors import InputError
 from gptq.linear import match_layers, replace_linear
+from gptq.names import Names
 from gptq.packed import packed_layers
 from gptq.schemes import read_quantization
 

@@ -6,8 +6,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
 
-from gptq.checkpoint import MARKER
 from gptq.errors import InputError
+from gptq.unfinished import MARKER
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 

@@ -26,9 +26,10 @@ import transformers
 from torch import Tensor
 
 from gptq.calibration import Inputs
-from gptq.checkpoint import Source, sha256, sync_path
+from gptq.checkpoint import Source, sha256
 from gptq.config import Override, QuantConfig
 from gptq.errors import InputError
+from gptq.unfinished import sync_path
 from gptq.version import __version__
 
 JOURNAL = "journal.jsonl"

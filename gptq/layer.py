@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gptq import solver
-from gptq.blocks import Block, WeightStream, fused_siblings, return_freed_memory
+from gptq.blocks import Block, fused_siblings
 from gptq.checkpoint import ShardWriter
 from gptq.config import QuantConfig
 from gptq.drift import best_share, divide, full_correction
 from gptq.errors import InputError
 from gptq.experts import blend, pseudo_tokens
+from gptq.heap import return_freed_memory
 from gptq.hessian import ALONE, HeldOut, HessianAccumulator, output_power
 from gptq.journal import Journal
 from gptq.matmul import product
@@ -25,6 +26,7 @@ from gptq.ranks import Ranks
 from gptq.record import BlockError, Coverage, LayerResult, weight_histogram
 from gptq.refine import refine
 from gptq.shelf import Shelf
+from gptq.stream import WeightStream
 
 HELD_OUT = 8  # one calibration window in so many measures what the solver learned from the others
 ROWS = 2048  # of one or several weights that are solved at a time: bounds the memory, and what a unit of work is

@@ -14,23 +14,22 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from gptq import formats, products
 from gptq.blocks import (
     LINEAR,
-    Names,
-    WeightStream,
-    check_tensors,
     choose_device,
     choose_dtype,
     empty_model,
     model_class,
     read_config,
-    return_freed_memory,
     shape,
     take_experts_apart,
 )
 from gptq.checkpoint import Source, resolve
 from gptq.errors import InputError
 from gptq.formats import Scheme
+from gptq.heap import return_freed_memory
+from gptq.names import Names, check_tensors
 from gptq.packed import PackedLayer, packed_layers, read_packed
 from gptq.schemes import Quantization, quantization_of, read_quantization
+from gptq.stream import WeightStream
 
 logger = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 from gptq import solver
-from gptq.blocks import Block, choose_allocator, fused_siblings, return_freed_memory
+from gptq.blocks import Block, fused_siblings
 from gptq.config import QuantConfig
 from gptq.drift import ROWS as CORRECTED
 from gptq.errors import InputError
+from gptq.heap import choose_allocator, return_freed_memory
 from gptq.hessian import TOKENS
 from gptq.layer import ROWS
 from gptq.plan import LayerPlan, Plan

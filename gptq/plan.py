@@ -12,16 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gptq import formats
 from gptq.blocks import (
     Block,
-    Names,
     check_inputs,
-    check_tensors,
     check_untied,
     empty_model,
     find_blocks,
     find_head,
     fused_siblings,
     is_transposed,
-    note_on_left_over,
     read_config,
     shape,
     take_experts_apart,
@@ -30,6 +27,7 @@ from gptq.checkpoint import Source, TensorInfo, file_bytes, resolve
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats import Scheme
+from gptq.names import Names, check_tensors, note_on_left_over
 from gptq.schemes import Layers, quantization_of
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq.blocks import LINEAR, Block, Names
-from gptq.checkpoint import copy_files, sha256_file
+from gptq.blocks import LINEAR, Block
+from gptq.checkpoint import sha256_file
 from gptq.config import FORMATS, Format, QuantConfig
 from gptq.engines import engines
 from gptq.errors import InputError, printable
 from gptq.folder import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
 from gptq.formats import Scheme
+from gptq.names import Names
 from gptq.plan import LayerPlan, Plan
 from gptq.schemes import (
     GPTQ_FORMATS,
@@ -30,6 +31,7 @@ from gptq.schemes import (
     pack_quantized_config,
     quantization_of,
 )
+from gptq.unfinished import copy_files
 from gptq.version import __version__
 
 RECORD = "quantization_record.json"

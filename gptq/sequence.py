@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gptq.blocks import Block, WeightStream, drop, return_freed_memory, with_defaults
+from gptq.blocks import Block, with_defaults
 from gptq.calibration import Inputs
 from gptq.errors import InputError
 from gptq.experts import Experts
+from gptq.heap import return_freed_memory
 from gptq.layer import Job, LayerInputs, look_at_inputs, original_weights, swapped
 from gptq.matmul import quick_linears
 from gptq.routed import everywhere, routed, solve_experts
 from gptq.shelf import Shelf
+from gptq.stream import WeightStream, drop
 from gptq.walk import (
     PausableForward,
     Pause,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gptq import solver
-from gptq.blocks import Block, WeightStream
+from gptq.blocks import Block
 from gptq.budget import Unit, choose, overrides_for, units_of
 from gptq.calibration import Inputs
 from gptq.config import QuantConfig
@@ -19,6 +19,7 @@ from gptq.matmul import exact_float32
 from gptq.plan import Plan
 from gptq.record import LayerResult
 from gptq.sequence import Fresh, run_as_original, solve_head, walk_block, walk_blocks
+from gptq.stream import WeightStream
 from gptq.tune import first_tensor
 from gptq.walk import run_through
 from gptq.windows import MOST_WINDOWS, Given, windows_of

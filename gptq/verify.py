@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from gptq import formats
-from gptq.blocks import Names, check_tensors, empty_model, read_config, take_experts_apart
+from gptq.blocks import empty_model, read_config, take_experts_apart
 from gptq.checkpoint import Source, readable, sha256, sha256_file
 from gptq.config import Format
 from gptq.engines import Engine, engines
 from gptq.errors import InputError
 from gptq.folder import check_folder
 from gptq.linear import match_layers
+from gptq.names import Names, check_tensors
 from gptq.packed import PackedLayer, packed_layers, read_packed
 from gptq.record import RECORD, add_perplexity, is_claimed, read_record
 from gptq.schemes import QUANTIZE_CONFIG, Quantization, quantization_of, read_quantization

@@ -44,7 +44,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 STAGES = ("start", "read", "forward", "Hessian", "factorize", "solve", "pack", "write", "other")
 TIMED = {  # which functions make up a stage, by module; a class's methods as Class.method
-    "gptq.blocks": {"WeightStream.read": "read", "WeightStream.weight": "read"},
+    "gptq.stream": {"WeightStream.read": "read", "WeightStream.weight": "read"},
     "gptq.walk": {"PausableForward.advance": "forward"},
     "gptq.hessian": {"HessianAccumulator.take": "Hessian"},  # adds the windows that still wait
     "gptq.layer": {"accumulated": "Hessian", "blend": "Hessian", "_factorize": "factorize", "solve_rows": "solve"},

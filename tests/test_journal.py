@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq import InputError, QuantConfig, engine, journal, quantize, sequence, trials
-from gptq.checkpoint import CONTENT, MARKER, ShardWriter, Source
+from gptq.checkpoint import ShardWriter, Source
 from gptq.journal import JOURNAL, Journal
 from gptq.layer import Observer
+from gptq.unfinished import CONTENT, MARKER
 from tests.conftest import MakeModel
 
 OPTIONS: dict[str, Any] = {"group_size": 32, "seq_len": 32}
@@ -228,7 +229,7 @@ def test_too_little_room_for_the_rest_is_said_before_the_work(
     source, out = make_model("llama"), tmp_path / "out"
     stop(source, out, calibration=windows)
     with monkeypatch.context() as patched:
-        patched.setattr("gptq.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+        patched.setattr("gptq.unfinished.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
         with pytest.raises(InputError, match=r"needs .* MB more and the disk has 0\.0 MB free; .* keeps 1 finished of"):
             quantize(source, out, CONFIG, calibration=windows)
     quantize(source, out, CONFIG, calibration=windows)

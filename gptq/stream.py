@@ -1,0 +1,113 @@
+"""A checkpoint's tensors into a model that was built without, and out again.
+
+A module's tensors are read when it is about to run, and dropped when it is done.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gptq.blocks import Block, is_transposed
+from gptq.checkpoint import ReadAhead, Source
+from gptq.names import Names
+
+
+class WeightStream:
+    """Moves tensors of a checkpoint into a model that was built without, and out again."""
+
+    def __init__(self, source: Source, names: Names, device: torch.device, dtype: torch.dtype) -> None:
+        self._source = source
+        self._names = names
+        self.device = device
+        self.dtype = dtype
+        self.ahead = ReadAhead(source)
+
+    def fill(self, module: nn.Module, prefix: str, skip: Collection[nn.Module] = (), recurse: bool = True) -> None:
+        """Give `module`, whose name in the model is `prefix`, its tensors, but not the weights of modules in `skip`.
+
+        Raises:
+            InputError: a tensor is missing or not finite.
+        """
+        for path, child in module.named_modules() if recurse else [("", module)]:
+            name = ".".join(part for part in (prefix, path) if part)
+            for key, old in child._parameters.items():
+                if old is not None and not (key == "weight" and child in skip):
+                    child._parameters[key] = nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False)
+            for key, buffer in child._buffers.items():
+                if buffer is not None:
+                    saved = key not in child._non_persistent_buffers_set and self._names.find(f"{name}.{key}")
+                    child._buffers[key] = self.read(f"{name}.{key}") if saved else buffer.to(self.device)
+
+    def weight(self, linear: nn.Module, name: str) -> Tensor:
+        """The stored weight of a linear layer as (outputs, inputs) float32."""
+        W = self.read(f"{name}.weight", torch.float32)
+        return W.T.contiguous() if is_transposed(linear) else W
+
+    def set_weight(self, linear: nn.Module, W: Tensor) -> None:
+        """Put W (outputs, inputs) into a linear layer, in the dtype that the forward computes in."""
+        linear.weight = nn.Parameter(self.computed_with(linear, W), requires_grad=False)
+
+    def computed_with(self, linear: nn.Module, W: Tensor) -> Tensor:
+        """W (outputs, inputs) as the linear layer holds it, in its own order and the forward's dtype."""
+        return (W.T if is_transposed(linear) else W).to(self.dtype).contiguous()
+
+    def to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a model is called on, numbers that are not whole in the forward's dtype."""
+        return {name: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
+
+    def as_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        """The checkpoint's name of the tensor called `name` in the model, and new values for it in the stored dtype."""
+        stored = self._names.stored(name)
+        return stored, tensor.to(self._source.tensors[stored].dtype)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the operating system fetch these tensors, by their names in the model, while something else is done."""
+        stored = [self._names.find(name) for name in names]
+        self.ahead.start([name for name in stored if name])
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor called `name` in the model, which `check_tensors` has compared with it."""
+        return self._source.read(self._names.stored(name), dtype or self.dtype).to(self.device)
+
+    @contextmanager
+    def on_demand(self, model: nn.Module, blocks: list[Block]) -> Iterator[Callable[[], None]]:
+        """Inside, modules outside the blocks read their own tensors when they are called.
+
+        Yields a function that drops what was read so far.
+        """
+        in_blocks = {module for block in blocks for module in block.module.modules()}
+        filled: set[nn.Module] = set()
+        handles = []
+
+        def hook_for(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, _: object) -> None:
+                if module not in filled:
+                    self.fill(module, name, recurse=False)
+                    filled.add(module)
+
+            return hook
+
+        def drop_all() -> None:
+            for module in filled:
+                drop(module)
+            filled.clear()
+
+        for name, module in model.named_modules():
+            if module not in in_blocks and (module._parameters or module._buffers):
+                handles.append(module.register_forward_pre_hook(hook_for(name)))
+        try:
+            yield drop_all
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def drop(module: nn.Module) -> None:
+    """Forget the parameters of a module and everything in it; their shapes stay."""
+    for child in module.modules():
+        for key, parameter in child._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                child._parameters[key] = nn.Parameter(empty, requires_grad=False)
