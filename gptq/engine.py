@@ -44,7 +44,7 @@ from gptq.trials import choose_widths, enough_windows, notes_on_samples
 from gptq.tune import first_tensor, tune
 from gptq.unfinished import Unfinished, unfinished_folder, working_folder
 from gptq.walk import run_through
-from gptq.windows import as_given, count_tokens, describe
+from gptq.windows import Given, as_given, count_tokens, describe
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,22 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `quantize` was called with, as far as it is handed on."""
+
+    model: str
+    given: Given
+    revision: str | None
+    trust_remote_code: bool
+    batch_size: int | None
+    observer: Observer
+
+    def plan(self, config: QuantConfig) -> Plan:
+        sample = self.given[0] if isinstance(self.given, list) else None
+        return plan_checkpoint(self.model, config, self.revision, self.trust_remote_code, sample)
 
 
 def quantize(
@@ -105,13 +121,11 @@ def quantize(
             other options, another model or other calibration windows.
     """
     started = time.monotonic()
-    observer = observer or Observer()
-    config = config or QuantConfig()
+    observer, config = observer or Observer(), config or QuantConfig()
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; at least one window has to be in flight")
-    given = as_given(calibration, config)
-    described, sample = describe(given), given[0] if isinstance(given, list) else None
-    plan = plan_checkpoint(str(model), config, revision, trust_remote_code, sample)
+    task = Task(str(model), as_given(calibration, config), revision, trust_remote_code, batch_size, observer)
+    plan = task.plan(config)
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
     ranks = joined(where)
@@ -121,44 +135,28 @@ def quantize(
     with unfinished_folder(Path(out)) if ranks.rank == 0 else nullcontext(working_folder(Path(out))) as working:
         begun = beginning(config, plan.source, where, compute, trust_remote_code)
         journal, notes = _open_journal(working, begun, len(plan.blocks), ranks)
-        windows = None
-        stream = WeightStream(plan.source, plan.names, where, compute)
-        if config.method == "gptq":
-            observer.stage(f"reading calibration data from {described}")
-            windows, shortened = enough_windows(given, plan, config, stream, trust_remote_code, observer, journal)
-            notes += shortened
-            if config.target_bits is not None or config.target_size is not None:
-                in_flight = batch_size or len(windows)
-                found = _chosen_widths(plan, config, windows, in_flight, stream, observer, journal)
-                plan = plan_checkpoint(str(model), found, revision, trust_remote_code, sample)
-                stream = WeightStream(plan.source, plan.names, where, compute)
-        source, plans, tensors = plan.source, plan.layers, plan.tensors
-        notes = [*plan.notes, *notes]
+        plan, stream, windows, noted = _prepare(task, plan, config, where, compute, journal)
+        notes = [*plan.notes, *notes, *noted]
         for note in notes:
             observer.note(note)
-        observer.started(len(plan.blocks), sum(p.outputs * p.inputs for p in plans.values()))
-        writer = _writer(working, tensors, ranks)
+        observer.started(len(plan.blocks), sum(layer.outputs * layer.inputs for layer in plan.layers.values()))
+        writer = _writer(working, plan.tensors, ranks)
+        job = Job(config, plan.layers, stream, writer, observer, ranks=ranks, journal=journal)
         try:
-            job = Job(config, plans, stream, writer, observer, ranks=ranks, journal=journal)
-            limits = memory_limit, gpu_memory_limit
             own = _own(windows, ranks)
+            limits = memory_limit, gpu_memory_limit
             in_flight = _settle_memory(plan, own, working.root, batch_size, limits, job)
             finished = _restore(plan.blocks, job)
             ranks.wait()  # before one of them writes what another still looks at
             with torch.no_grad(), exact_float32(where):
                 _quantize_blocks(plan, own, in_flight, finished, job)
-            observer.stage("copying what is not quantized")
-            for name in (n for n in source.tensors if n in tensors and not writer.checksums[n] and ranks.rank == 0):
-                writer.write(name, source.read(name))
-            if ranks.rank == 0:
-                writer.close()
+            _copy_the_rest(plan, job)
         finally:
             stream.ahead.join(at_once=True)
             writer.abandon()
-        after = file_bytes(tensors)
-        calibrated_on = None if windows is None else public_name(described)
+        chosen, after = next(iter(plan.layers.values())).format, file_bytes(plan.tensors)
+        calibrated_on = None if windows is None else public_name(describe(task.given))
         record = _record(model_name(model), calibrated_on, windows, plan, after, job)
-        chosen = next(iter(plans.values())).format
         if ranks.rank == 0:
             write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
     ranks.wait()  # until OUT is there
@@ -171,13 +169,40 @@ def quantize(
         layers=job.results,
         notes=notes + job.notes,
         bits_per_weight=plan.bits_per_weight,
-        bytes_before=source.file_bytes,
+        bytes_before=plan.source.file_bytes,
         bytes_after=after,
         seconds=time.monotonic() - started,
         read_ahead_bytes=stream.ahead.nbytes,
         read_ahead_seconds=stream.ahead.seconds,
         read_ahead_waited=stream.ahead.waited,
     )
+
+
+def _prepare(
+    task: Task, plan: Plan, config: QuantConfig, device: torch.device, dtype: torch.dtype, journal: Journal
+) -> tuple[Plan, WeightStream, list[Inputs] | None, list[str]]:
+    """The plan, with other widths where these are to be chosen; its weights; calibration windows; and notes on them."""
+    stream = WeightStream(plan.source, plan.names, device, dtype)
+    if config.method != "gptq":
+        return plan, stream, None, []
+    task.observer.stage(f"reading calibration data from {describe(task.given)}")
+    windows, notes = enough_windows(task.given, plan, config, stream, task.trust_remote_code, task.observer, journal)
+    if config.target_bits is not None or config.target_size is not None:
+        in_flight = task.batch_size or len(windows)
+        plan = task.plan(_chosen_widths(plan, config, windows, in_flight, stream, task.observer, journal))
+        stream = WeightStream(plan.source, plan.names, device, dtype)
+    return plan, stream, windows, notes
+
+
+def _copy_the_rest(plan: Plan, job: Job) -> None:
+    """Write the tensors that are not quantized; then every announced one has to be there."""
+    _, writer = _written_by(job)
+    job.observer.stage("copying what is not quantized")
+    if job.ranks.rank == 0:
+        for name in plan.source.tensors:
+            if name in plan.tensors and not writer.checksums[name]:
+                writer.write(name, plan.source.read(name))
+        writer.close()
 
 
 def _record(

@@ -72,9 +72,11 @@ def best_grids(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bit
         (groups, rows) number of the best candidate, the first of equal ones.
     """
     if w.device.type != "cpu":
-        chosen = _fused().best_grid if _is_fused(w) else best_grid_plainly
+        if _is_fused(w):
+            found: Tensor = _fused().best_grids(w, importance, scales, zeros, bits)
+            return found
         groups = zip(w, importance, scales.unbind(1), zeros.unbind(1), strict=True)
-        return torch.stack([chosen(*group, bits) for group in groups])
+        return torch.stack([best_grid_plainly(*group, bits) for group in groups])
     from gptq import loops
 
     rows, made = w.shape[2], max(w.shape[2], loops.ROWS)

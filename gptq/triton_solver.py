@@ -1,4 +1,4 @@
-"""The solver's two inner loops as Triton kernels for a GPU: one launch for a block of columns, one for a group's grid.
+"""The solver's two inner loops as Triton kernels for a GPU: one launch for a block of columns, one for all grids.
 
 Each program owns some rows, which never meet: what the columns before did to them stays in its registers, so that a
 block costs one launch instead of several for every column. They compute what `gptq.kernels` describes; sums are made
@@ -36,12 +36,12 @@ def choose_columns(
     return codes, Q, t
 
 
-def best_grid(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """As `gptq.kernels.best_grid`, on tensors of a GPU."""
-    columns, rows = w.shape
-    best = torch.empty(rows, dtype=torch.int64, device=w.device)
+def best_grids(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """As `gptq.kernels.best_grids`, on tensors of a GPU."""
+    groups, columns, rows = w.shape
+    best = torch.empty(groups, rows, dtype=torch.int64, device=w.device)
     inputs = [x.contiguous() for x in (w, importance, scales, zeros)]
-    _grids[triton.cdiv(rows, ROWS),](
+    _grids[triton.cdiv(rows, ROWS), groups](
         *inputs, best, rows, columns, len(scales), 2**bits - 1, CHUNK=CHUNK, ROWS=ROWS, **LAUNCH
     )
     return best
@@ -89,21 +89,24 @@ def _grids(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
+    group, groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    lines, weights = w + group * columns * rows, importance + group * columns
     least = tl.full((ROWS,), float("inf"), dtype=tl.float32)
     chosen = tl.zeros((ROWS,), dtype=tl.int64)
     for c in range(candidates):
-        s = tl.load(scales + c * rows + row, mask=inside, other=1.0)
-        z = tl.load(zeros + c * rows + row, mask=inside, other=0.0)
+        grid = (c * groups + group) * rows + row
+        s = tl.load(scales + grid, mask=inside, other=1.0)
+        z = tl.load(zeros + grid, mask=inside, other=0.0)
         error = tl.zeros((ROWS,), dtype=tl.float32)
         for start in range(0, columns, CHUNK):
             column = start + tl.arange(0, CHUNK)
             there = column < columns
             both = there[:, None] & inside[None, :]
-            x = tl.load(w + column[:, None] * rows + row[None, :], mask=both, other=0.0)  # (CHUNK, ROWS)
-            h = tl.load(importance + column, mask=there, other=0.0)  # (CHUNK,)
+            x = tl.load(lines + column[:, None] * rows + row[None, :], mask=both, other=0.0)  # (CHUNK, ROWS)
+            h = tl.load(weights + column, mask=there, other=0.0)  # (CHUNK,)
             d = x - s[None, :] * (_code(x, s[None, :], z[None, :], maxq) - z[None, :])
             error += tl.sum(h[:, None] * d * d, axis=0)
         better = error < least
         chosen = tl.where(better, c, chosen)
         least = tl.where(better, error, least)
-    tl.store(best + row, chosen, mask=inside)
+    tl.store(best + group * rows + row, chosen, mask=inside)

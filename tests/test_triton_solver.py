@@ -52,16 +52,13 @@ def test_ties_round_to_even_and_codes_stay_within_their_bits(triton_solver: Any)
 
 @pytest.mark.parametrize(("bits", "sym"), [(2, False), (3, True)])
 @pytest.mark.parametrize("columns", [10, 70])  # one chunk, and one and a rest
-def test_the_search_finds_the_grid_that_errs_least(triton_solver: Any, bits: int, sym: bool, columns: int) -> None:
-    w, importance = normal(columns, 19), normal(columns, seed=3).square()
-    scales, zeros = (t[::6].contiguous() for t in grid.candidates(w.T, bits, sym))
-    found = triton_solver.best_grid(w, importance, scales, zeros, bits)
-    errors = torch.stack(
-        [
-            importance.double() @ (w - grid.dequantize(grid.quantize(w, s, z, bits), s, z)).double().square()
-            for s, z in zip(scales, zeros, strict=True)
-        ]
-    )  # (candidates, rows)
+def test_the_search_finds_the_grids_that_err_least(triton_solver: Any, bits: int, sym: bool, columns: int) -> None:
+    w, importance = normal(3, columns, 19), normal(3, columns, seed=3).square()
+    scales, zeros = (t[::6].contiguous() for t in grid.candidates(w.mT, bits, sym))  # (candidates, groups, rows)
+    found = triton_solver.best_grids(w, importance, scales, zeros, bits)
+    s, z = scales[:, :, None], zeros[:, :, None]
+    Q = grid.dequantize(grid.quantize(w, s, z, bits), s, z)  # (candidates, groups, columns, rows)
+    errors = (importance.double()[:, :, None] * (w.double() - Q).square()).sum(2)
     torch.testing.assert_close(errors.gather(0, found[None])[0], errors.amin(0), rtol=1e-5, atol=0)
 
 
