@@ -9,8 +9,6 @@ import hashlib
 import json
 import math
 import os
-import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -146,49 +144,6 @@ def _is_finite(piece: Tensor) -> bool:
         return True
     ends = (piece if piece.dtype.itemsize > 1 else piece.float()).aminmax()  # NaN where there is one
     return bool(torch.isfinite(ends.min) and torch.isfinite(ends.max))
-
-
-class ReadAhead:
-    """Brings tensors from the disk into the page cache in a thread of its own, so that reading them later is quick.
-
-    It holds no memory itself: the cache is the system's, which takes it back when it has better use for it.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.seconds = 0.0  # that the thread spent reading, beside whatever else went on
-        self.waited = 0.0  # that `join` stood still for it
-        self.nbytes = 0
-        self._source = source
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
-
-    def start(self, names: list[str]) -> None:
-        """Fetch these tensors; a fetch under way comes to its end first."""
-        self.join()
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._fetch, args=(names,), name="gptq-read-ahead", daemon=True)
-        self._thread.start()
-
-    def join(self, at_once: bool = False) -> None:
-        """Wait for what is under way; `at_once` gives it up."""
-        began = time.perf_counter()
-        if at_once:
-            self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.waited += time.perf_counter() - began
-
-    def _fetch(self, names: list[str]) -> None:
-        began, piece = time.perf_counter(), memoryview(bytearray(2**20))
-        with suppress(OSError):  # it only saves time: who really reads will say what is wrong
-            for name in names:
-                with self._source.file_of(name).open("rb", buffering=0) as file:
-                    start, stop = self._source.place_of(name)
-                    file.seek(start)
-                    while start < stop and not self._stop.is_set() and (count := file.readinto(piece[: stop - start])):
-                        start, self.nbytes = start + count, self.nbytes + count
-        self.seconds += time.perf_counter() - began
 
 
 def _shards(folder: Path) -> tuple[set[str], list[Path]]:

@@ -59,7 +59,7 @@ class Result:
     bytes_before: int
     bytes_after: int
     seconds: float
-    read_ahead_bytes: int  # that were read from the disk while something else was computed
+    read_ahead_bytes: int  # that were fetched, on a GPU to its memory, while something else was computed
     read_ahead_seconds: float  # which that took
     read_ahead_waited: float  # of which the computation stood still
 
@@ -242,6 +242,8 @@ def _settle_memory(
     choice, says = memory.settle(plan, job.config, tokens, device, dtype, batch_size, *limits)
     job.observer.stage(f"{plan.in_short}; {says}")
     job.shelf, job.frugal = Shelf(folder if choice.on_disk else None), choice.frugal
+    if choice.ahead:
+        job.stream.copy_ahead()
     return choice.in_flight
 
 

@@ -64,6 +64,7 @@ class Choice:
     on_disk: bool  # whether activations between blocks are in files
     peak: int  # bytes, estimated
     frugal: bool = False  # whether freed memory goes back to the system after each layer, which takes time
+    ahead: bool = False  # whether the next block's weights are copied to the GPU while it works on one
 
 
 def parse_size(text: str) -> int:
@@ -225,6 +226,12 @@ def _at_layers(group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtyp
     yield known + (0 if spent else C) + copies * size + aims + part + rows * n * 2
 
 
+def _stored_bytes(block: Block, plan: Plan) -> int:
+    """Of a block's tensors as the checkpoint has them."""
+    names = (plan.names.find(f"{block.name}.{name}") for name, _ in block.module.named_parameters())
+    return sum(plan.source.tensors[name].nbytes for name in names if name)
+
+
 def describe(choice: Choice, tokens: Tokens, limit: int, given: bool) -> str:
     """One line for the user."""
     where = "in files" if choice.on_disk else "in memory"
@@ -266,6 +273,9 @@ def settle(plan: Plan, config: QuantConfig, tokens: Tokens, device: torch.device
         choice = choose(plan, config, tokens, dtype, batch_size, sys.maxsize, base, where, files)
         choice = replace(choice, in_flight=batch_size or 1, on_disk=files)
         choice = replace(choice, peak=peak(plan, config, tokens, dtype, choice.in_flight, files, base))
+    copies = 2 * max(_stored_bytes(block, plan) for block in plan.blocks)  # see `ahead.CopyAhead`
+    if on_gpu and choice.peak + copies <= most * (1 - MARGIN):
+        choice = replace(choice, ahead=True, peak=choice.peak + copies)
     if not on_gpu:
         choice = replace(choice, frugal=choice.peak > AMPLE * most)
         choose_allocator(choice.frugal)

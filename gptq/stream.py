@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gptq.ahead import CopyAhead, ReadAhead
 from gptq.blocks import Block, is_transposed
-from gptq.checkpoint import ReadAhead, Source
+from gptq.checkpoint import Source
 from gptq.names import Names
 
 
@@ -22,7 +23,7 @@ class WeightStream:
         self._names = names
         self.device = device
         self.dtype = dtype
-        self.ahead = ReadAhead(source)
+        self.ahead: ReadAhead | CopyAhead = ReadAhead(source)
 
     def fill(self, module: nn.Module, prefix: str, skip: Collection[nn.Module] = (), recurse: bool = True) -> None:
         """Give `module`, whose name in the model is `prefix`, its tensors, but not the weights of modules in `skip`.
@@ -62,14 +63,24 @@ class WeightStream:
         stored = self._names.stored(name)
         return stored, tensor.to(self._source.tensors[stored].dtype)
 
+    def copy_ahead(self) -> None:
+        """From now on what is read ahead goes to the device, where there is room for two blocks as they are stored."""
+        self.ahead = CopyAhead(self._source, self.device)
+
     def read_ahead(self, names: Iterable[str]) -> None:
-        """Let the operating system fetch these tensors, by their names in the model, while something else is done."""
+        """Have these tensors fetched, by their names in the model, while something else is done."""
         stored = [self._names.find(name) for name in names]
         self.ahead.start([name for name in stored if name])
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor called `name` in the model, which `check_tensors` has compared with it."""
-        return self._source.read(self._names.stored(name), dtype or self.dtype).to(self.device)
+        stored, dtype = self._names.stored(name), dtype or self.dtype
+        found = self.ahead.take(stored)
+        if found is None and self.device.type == "cpu":
+            return self._source.read(stored, dtype)
+        if found is None:
+            found = self._source.read(stored).to(self.device)  # converted there: in float32 it would be twice the bytes
+        return found.to(dtype) if found.is_floating_point() else found
 
     @contextmanager
     def on_demand(self, model: nn.Module, blocks: list[Block]) -> Iterator[Callable[[], None]]:

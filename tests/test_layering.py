@@ -26,7 +26,7 @@ RANKS = [
     {"hessian", "rows"},
     {"kernels", "experts"},
     {"config", "calibration", "solver", "checkpoint"},
-    {"formats", "names", "hub", "refine", "drift", "journal"},
+    {"ahead", "formats", "names", "hub", "refine", "drift", "journal"},
     {"blocks"},
     {"schemes", "stream"},
     {"packed", "plan", "engines", "products"},

@@ -5,13 +5,18 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq import cost, memory
+from gptq.ahead import CopyAhead
 from gptq.blocks import choose_dtype
 from gptq.checkpoint import Source
 from gptq.config import QuantConfig
@@ -245,6 +250,64 @@ def test_what_is_read_ahead_is_the_next_block(make_model: MakeModel, windows: Te
     second = sum(info.nbytes for name, info in held.items() if ".layers.1." in name)
     assert result.read_ahead_bytes == second
     assert result.read_ahead_waited >= 0
+
+
+def copying_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have runs go the way of a GPU, on the CPU: without a CUDA stream, otherwise the same."""
+    settle = memory.settle
+
+    def settle_so(*args: Any) -> tuple[memory.Choice, str]:
+        choice, says = settle(*args)
+        return replace(choice, ahead=True), says
+
+    monkeypatch.setattr(memory, "settle", settle_so)
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])  # the second reads weights twice
+def test_copies_made_ahead_change_no_byte(
+    effort: str, make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = make_model("llama", num_hidden_layers=3), QuantConfig(group_size=32, effort=effort)
+    quantize(source, tmp_path / "plain", config, calibration=windows)
+    copying_ahead(monkeypatch)
+    taken: list[str] = []
+    take = CopyAhead.take
+
+    def noted(self: CopyAhead, name: str) -> Tensor | None:
+        found = take(self, name)
+        taken.extend([name] if found is not None else [])
+        return found
+
+    monkeypatch.setattr(CopyAhead, "take", noted)
+    result = quantize(source, tmp_path / "ahead", config, calibration=windows)
+    assert checksums(tmp_path / "ahead") == checksums(tmp_path / "plain")
+    later = {n: info.nbytes for n, info in Source(source).tensors.items() if ".layers.1." in n or ".layers.2." in n}
+    assert sorted(taken) == sorted(later)
+    assert result.read_ahead_bytes == sum(later.values())
+
+
+def test_a_damaged_tensor_is_found_when_it_is_used_though_it_was_copied_ahead(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_model("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    copying_ahead(monkeypatch)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight .* holds NaN or infinity"):
+        quantize(source, tmp_path / "out", CONFIG, calibration=windows)
+    assert not (tmp_path / "out").exists()
+    assert not [thread for thread in threading.enumerate() if "gptq-copy-ahead" in thread.name]
+
+
+def test_copies_are_made_ahead_where_a_gpu_has_room_for_two_blocks(make_model: MakeModel) -> None:
+    plan, tokens = planned(make_model("llama")), memory.Tokens(8, 32, 1)
+    block = sum(info.nbytes for name, info in plan.source.tensors.items() if ".layers.1." in name)
+    given = plan, CONFIG, tokens, torch.device("cuda"), torch.bfloat16, None, None
+    alone = memory.peak(plan, CONFIG, tokens, torch.bfloat16, 8, False, 0)
+    for room, ahead in ((2 * block + 2, True), (2 * block - 2, False)):
+        choice, _ = memory.settle(*given, int((alone + room) / (1 - memory.MARGIN)))
+        assert (choice.in_flight, choice.ahead, choice.peak) == (8, ahead, alone + 2 * block * ahead)
 
 
 def test_work_is_counted_as_the_formulas_say(make_model: MakeModel) -> None:
