@@ -77,6 +77,8 @@ class CopyAhead:
 
     def start(self, names: list[str]) -> None:
         """Fetch these tensors, after those of the last call; what is older is forgotten."""
+        for forgotten in self._last.values():
+            forgotten.cancel()
         self._last, self._next = self._next, {name: self._thread.submit(self._fetch, name) for name in names}
 
     def take(self, name: str) -> Tensor | None:
@@ -91,9 +93,10 @@ class CopyAhead:
         began = time.perf_counter()
         try:
             tensor, arrived = coming.result()
-        except torch.OutOfMemoryError:  # it only saves time, and there may be room when the tensor is needed
+        except RuntimeError:  # no memory, on the GPU or to be pinned: this only saves time, so it is read once more
             return None
-        self.waited += time.perf_counter() - began
+        finally:
+            self.waited += time.perf_counter() - began
         if arrived is not None:
             used_by = torch.cuda.current_stream(self._device)
             used_by.wait_event(arrived)

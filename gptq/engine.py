@@ -195,7 +195,11 @@ def _prepare(
 
 
 def _copy_the_rest(plan: Plan, job: Job) -> None:
-    """Write the tensors that are not quantized; then every announced one has to be there."""
+    """Write the tensors that are not quantized.
+
+    Raises:
+        ValueError: an announced tensor never came.
+    """
     _, writer = _written_by(job)
     job.observer.stage("copying what is not quantized")
     if job.ranks.rank == 0:

@@ -116,6 +116,7 @@ class QuantLinear(nn.Module):
             self._made[name] = made = products.make(name, stored)
             if isinstance(made, products.Lanes | products.Pairs) and made.layout.whole and self._words is None:
                 self._words, self._buffers["qweight"] = made.layout, None
+                del stored  # the last to hold the words
                 _gave_way(made.layout.words.nbytes)
         return None if name is None else self._made[name]
 

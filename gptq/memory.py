@@ -10,7 +10,8 @@ its outputs, and a number takes 4 bytes where nothing else is said.
     writing       codes of the whole block, the weight of one layer beside them
 
 and always: the process itself, the codes of the block's layers so far, the activations in mid-block of the windows that
-stand there, and those of all windows between blocks unless they are in a file. Logits are never computed.
+stand there, and those of all windows between blocks unless they are in a file; on a GPU two blocks as they are stored,
+where there is room for them. Logits are never computed.
 """
 
 import os
@@ -273,9 +274,10 @@ def settle(plan: Plan, config: QuantConfig, tokens: Tokens, device: torch.device
         choice = choose(plan, config, tokens, dtype, batch_size, sys.maxsize, base, where, files)
         choice = replace(choice, in_flight=batch_size or 1, on_disk=files)
         choice = replace(choice, peak=peak(plan, config, tokens, dtype, choice.in_flight, files, base))
-    copies = 2 * max(_stored_bytes(block, plan) for block in plan.blocks)  # see `ahead.CopyAhead`
-    if on_gpu and choice.peak + copies <= most * (1 - MARGIN):
-        choice = replace(choice, ahead=True, peak=choice.peak + copies)
+    if on_gpu and tokens.windows:
+        copies = 2 * max(_stored_bytes(block, plan) for block in plan.blocks)  # see `ahead.CopyAhead`
+        if choice.peak + copies <= most * (1 - MARGIN):
+            choice = replace(choice, ahead=True, peak=choice.peak + copies)
     if not on_gpu:
         choice = replace(choice, frugal=choice.peak > AMPLE * most)
         choose_allocator(choice.frugal)

@@ -25,13 +25,13 @@ class Progress(Observer):
         self.finished()
 
     def note(self, text: str) -> None:
-        tqdm.write(f"note: {text}", file=sys.stderr)
+        _say(f"note: {text}")
 
     def stage(self, text: str) -> None:
         if self._bar:
             self._bar.set_description(text)
         else:
-            tqdm.write(text, file=sys.stderr)
+            _say(text)
 
     def started(self, num_blocks: int, weights: int) -> None:
         self._blocks, self._weights, self._began = num_blocks, weights, time.monotonic()
@@ -87,4 +87,10 @@ class Progress(Observer):
     def _line(self, text: str, fraction: float) -> None:
         elapsed = time.monotonic() - self._began
         left = elapsed * (1 - fraction) / fraction
-        tqdm.write(f"{text}, {elapsed:.0f} s, about {left:.0f} s left", file=sys.stderr)
+        _say(f"{text}, {elapsed:.0f} s, about {left:.0f} s left")
+
+
+def _say(text: str) -> None:
+    """A line above the bar, at once."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()

@@ -65,6 +65,7 @@ class WeightStream:
 
     def copy_ahead(self) -> None:
         """From now on what is read ahead goes to the device, where there is room for two blocks as they are stored."""
+        self.ahead.join(at_once=True)
         self.ahead = CopyAhead(self._source, self.device)
 
     def read_ahead(self, names: Iterable[str]) -> None:
@@ -76,10 +77,8 @@ class WeightStream:
         """The tensor called `name` in the model, which `check_tensors` has compared with it."""
         stored, dtype = self._names.stored(name), dtype or self.dtype
         found = self.ahead.take(stored)
-        if found is None and self.device.type == "cpu":
-            return self._source.read(stored, dtype)
         if found is None:
-            found = self._source.read(stored).to(self.device)  # converted there: in float32 it would be twice the bytes
+            return self._source.read(stored, dtype).to(self.device)
         return found.to(dtype) if found.is_floating_point() else found
 
     @contextmanager

@@ -41,7 +41,7 @@ def best_grids(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bit
     groups, columns, rows = w.shape
     best = torch.empty(groups, rows, dtype=torch.int64, device=w.device)
     inputs = [x.contiguous() for x in (w, importance, scales, zeros)]
-    _grids[triton.cdiv(rows, ROWS), groups](
+    _grids[groups, triton.cdiv(rows, ROWS)](
         *inputs, best, rows, columns, len(scales), 2**bits - 1, CHUNK=CHUNK, ROWS=ROWS, **LAUNCH
     )
     return best
@@ -87,9 +87,9 @@ def _columns(
 def _grids(
     w, importance, scales, zeros, best, rows, columns, candidates, maxq, CHUNK: tl.constexpr, ROWS: tl.constexpr
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    group, groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    group, groups = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     lines, weights = w + group * columns * rows, importance + group * columns
     least = tl.full((ROWS,), float("inf"), dtype=tl.float32)
     chosen = tl.zeros((ROWS,), dtype=tl.int64)

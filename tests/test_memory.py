@@ -300,6 +300,22 @@ def test_a_damaged_tensor_is_found_when_it_is_used_though_it_was_copied_ahead(
     assert not [thread for thread in threading.enumerate() if "gptq-copy-ahead" in thread.name]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_a_copy_that_finds_no_memory_is_no_loss(
+    error: type[Exception], make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_model("llama")
+    quantize(source, tmp_path / "plain", CONFIG, calibration=windows)
+    copying_ahead(monkeypatch)
+
+    def fail(self: CopyAhead, name: str) -> None:
+        raise error("no memory can be pinned")
+
+    monkeypatch.setattr(CopyAhead, "_fetch", fail)
+    quantize(source, tmp_path / "ahead", CONFIG, calibration=windows)
+    assert checksums(tmp_path / "ahead") == checksums(tmp_path / "plain")
+
+
 def test_copies_are_made_ahead_where_a_gpu_has_room_for_two_blocks(make_model: MakeModel) -> None:
     plan, tokens = planned(make_model("llama")), memory.Tokens(8, 32, 1)
     block = sum(info.nbytes for name, info in plan.source.tensors.items() if ".layers.1." in name)

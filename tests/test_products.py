@@ -90,7 +90,7 @@ def test_every_product_is_the_exact_one(
 ) -> None:
     monkeypatch.setattr(products, "has_pairs", lambda: quick_at == "pairs")
     monkeypatch.setattr(products, "has_shorts", lambda: quick_at != "lanes")
-    used = set()
+    used, few_are = set(), set()
     kinds: tuple[Format, ...] = ("gptq", "gptq_v2", "pack-quantized")
     for outputs, inputs, group_size in SHAPES:
         for kind in kinds:
@@ -102,8 +102,10 @@ def test_every_product_is_the_exact_one(
                 x = torch.randn(rows, inputs, generator=rng).to(dtype)
                 used.add(chosen(layer, x))
                 check(layer, x, layer(x))
+                few_are |= {made.few.kind for made in layer._made.values() if isinstance(made, products.Lanes)}
     few = rows <= products.FEW_ROWS
     assert "lanes" in used
+    assert few_are == {"shorts" if quick_at == "shorts" and bits in (2, 3, 4, 8) else "lanes"}
     assert ("pairs" in used) == (quick_at == "pairs")
     assert ("int4pack" in used) == (few and bits == 4 and quick_at == "lanes")
     assert ("int8pack" in used) == (few and bits == 8 and sym and quick_at == "lanes")

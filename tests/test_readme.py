@@ -8,6 +8,7 @@ import pytest
 
 from gptq import cli
 from lenet_baseline import __main__ as lenet
+from tests.test_layering import RANK
 
 ROOT = Path(__file__).parents[1]
 LENET = "python -m lenet_baseline "
@@ -24,6 +25,11 @@ def test_the_tree_is_the_one_on_disk() -> None:
         re.findall(r"^    (\w+(?:\.py)?) ", tree.split("\nscripts/")[1].split("\ntests/")[0], re.MULTILINE)
     )
     assert listed_scripts == {p.name for p in (ROOT / "scripts").iterdir() if p.is_file()}
+
+
+def test_the_package_is_listed_lowest_rank_first() -> None:
+    listed = re.findall(r"^    (\w+)\.py", README.split("\ngptq/")[1].split("\nlenet_baseline/")[0], re.MULTILINE)
+    assert [RANK[name] for name in listed] == sorted(RANK.values())
 
 
 def commands() -> list[str]:

@@ -93,4 +93,4 @@ def test_memory_does_not_grow_with_the_number_of_blocks(make_model: MakeModel, t
     # 24 blocks are 210 MB. What the allocator keeps differs by 20 MB from run to run and more between machines. It
     # grows over the first blocks (with MKL by 66 to 86 MB from 6 to 24), so the law is about later ones.
     assert peaks[48] - peaks[24] < 60e6, peaks
-    assert comparing[48] - comparing[24] < 100e6, comparing  # of which the quantized blocks, held whole, are 31 MB
+    assert comparing[48] - comparing[24] < 80e6, comparing  # of which the quantized blocks, held whole, are 31 MB
