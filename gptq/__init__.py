@@ -37,4 +37,8 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"gptq.{_HOMES[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 register()

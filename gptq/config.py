@@ -234,3 +234,12 @@ class QuantConfig:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise InputError(message)
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from 3.5GB or 900MiB; raises InputError."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kKMGT]?)(i?)B?", text)
+    if not found:
+        raise InputError(f"{text!r} is not a size such as 3.5GB or 900MiB")
+    power = "kMGT".find(found[2].replace("K", "k")) + 1 if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

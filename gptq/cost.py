@@ -27,6 +27,7 @@ from gptq.matmul import exact_float32, product
 from gptq.memory import Tokens
 from gptq.plan import LayerPlan, Plan
 from gptq.refine import refine
+from gptq.tune import BATCH as TUNED
 
 SAMPLE = (512, 1024)  # rows and columns of the small layer
 UNCOUNTED = 2.0  # what a run takes above the counted work at the measured rates, as scripts/bench_memory.py found
@@ -65,7 +66,11 @@ def count(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
     streams = config.streams
     everything = tokens.windows * tokens.per_window
     heads = [linear.name for linear in layers[-1:] if config.lm_head]
-    forward = sum(2.0 * everything * p.outputs * p.inputs * streams for p in layers if p.name not in heads)
+    step = (
+        min(TUNED, tokens.windows - tokens.held_out) * tokens.per_window
+    )  # tokens that go forth and, twice that, back
+    passes = streams * everything + 3 * (config.tune_steps or 0) * step
+    forward = sum(2.0 * passes * p.outputs * p.inputs for p in layers if p.name not in heads)
     together = [[plan.layers[n] for n in names] for block in plan.blocks for names in fused_siblings(block.linears)]
     inputs = sum(_of_input(g[0].inputs, sum(p.outputs for p in g), tokens.seen, streams) for g in together)
     return Work(forward, inputs + sum(_of_layer(p, config) for p in layers), weights)

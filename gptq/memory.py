@@ -15,7 +15,6 @@ where there is room for them. Logits are never computed.
 """
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -66,15 +65,6 @@ class Choice:
     peak: int  # bytes, estimated
     frugal: bool = False  # whether freed memory goes back to the system after each layer, which takes time
     ahead: bool = False  # whether the next block's weights are copied to the GPU while it works on one
-
-
-def parse_size(text: str) -> int:
-    """Bytes, from 3.5GB or 900MiB; raises InputError."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kKMGT]?)(i?)B?", text)
-    if not found:
-        raise InputError(f"{text!r} is not a size such as 3.5GB or 900MiB")
-    power = "kMGT".find(found[2].replace("K", "k")) + 1 if found[2] else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def resident() -> int:

@@ -196,13 +196,15 @@ def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
         wanted = ["gptq"] if sym and widths in ({4}, {8}) else ["pack-quantized", plain]
         if not sym and not widths <= {4, 8}:
             wanted.reverse()
+    refused = []
     for candidate in wanted:
-        reasons = [_refusal(plan, candidate) for plan in plans]
+        reasons = (_refusal(plan, candidate) for plan in plans)
         found = next((reason for reason in reasons if reason), None)
         if found is None:
             return candidate
-    hint = "choose another --format, width or group size, or let --override skip the layer"
-    raise InputError(f"{found}, so it cannot be written as {wanted[-1]!r}; {hint}")
+        refused.append(f"{found}, so it cannot be written as {candidate!r}")
+    other = "another --format, width" if config.format != "auto" else "another width"
+    raise InputError(f"{'; '.join(refused)}; choose {other} or group size, or let --override skip the layer")
 
 
 def _refusal(plan: LayerPlan, candidate: Format) -> str | None:

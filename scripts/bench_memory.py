@@ -28,7 +28,7 @@ from transformers import LlamaConfig
 from gptq import cost, memory
 from gptq.__main__ import ENVIRONMENT
 from gptq.checkpoint import ShardWriter, TensorInfo
-from gptq.config import QuantConfig
+from gptq.config import QuantConfig, parse_size
 from gptq.engine import quantize
 from gptq.layer import Observer, is_held_out
 from gptq.plan import plan_checkpoint
@@ -91,7 +91,7 @@ def child(folder: Path, limit: str, config: QuantConfig) -> None:
     began, observer = time.perf_counter(), FirstBlock()
     result = quantize(
         folder / "model", folder / "quantized", config, calibration=random_windows(),
-        device="cpu", memory_limit=memory.parse_size(limit), observer=observer,
+        device="cpu", memory_limit=parse_size(limit), observer=observer,
     )  # fmt: skip
     found = {
         "seconds": time.perf_counter() - began,
@@ -116,7 +116,7 @@ def main() -> None:
     if args.child:
         child(args.folder, args.memory_limit, config)
         return
-    limit = memory.parse_size(args.memory_limit)
+    limit = parse_size(args.memory_limit)
     model = args.folder / "model"
     if not model.exists():
         make_checkpoint(model, args.blocks)

@@ -253,3 +253,20 @@ def test_a_bar_is_drawn_on_a_terminal(
     assert code == 0
     assert "block 2/2 down_proj" in progress
     assert "100%" in progress
+
+
+ARGUMENTS = """
+import sys
+from gptq.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    print("torch" in sys.modules or "transformers" in sys.modules, end.code)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["quantize", "--help"], 0), (["quantize", "MODEL"], 2)])
+def test_arguments_are_read_before_the_libraries(arguments: list[str], code: int) -> None:
+    """Which take seconds."""
+    done = subprocess.run([sys.executable, "-c", ARGUMENTS, *arguments], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"False {code}"

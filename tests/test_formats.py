@@ -141,7 +141,11 @@ def _layout(format_: Any, layer: verify.LayerContent) -> dict[str, Any]:
     [
         ("llama", {"bits": 5, "format": "gptq"}, "GPTQ files hold 2, 3, 4 or 8 bits, not 5"),
         ("llama", {"format": PACKED, "group_size": 48}, "whole groups, and 48 does not divide the 64 inputs"),
-        ("llama", {"bits": 6, "group_size": 48}, "not 6, so it cannot be written as 'gptq'"),
+        (
+            "llama",
+            {"bits": 6, "group_size": 48},
+            "48 does not .* as 'pack-quantized'; .* not 6, .* as 'gptq'; choose another w",
+        ),
         ("gpt2", {"format": PACKED}, "transformer.h.0.attn.c_attn: .* Conv1D"),
         ("llama", {"format": PACKED, "method": "gptq", "desc_act": True, "static_groups": False}, "g_idx"),
         ("llama", {"overrides": [["up_proj", {"bits": 7}]], "format": "gptq_v2"}, "gate_proj: .* not 7"),

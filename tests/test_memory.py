@@ -19,7 +19,7 @@ from gptq import cost, memory
 from gptq.ahead import CopyAhead
 from gptq.blocks import choose_dtype
 from gptq.checkpoint import Source
-from gptq.config import QuantConfig
+from gptq.config import QuantConfig, parse_size
 from gptq.engine import quantize
 from gptq.errors import InputError
 from gptq.layer import Observer
@@ -97,13 +97,13 @@ def test_an_impossible_limit_is_refused_before_work_starts(
 
 @pytest.mark.parametrize(("text", "size"), [("3GiB", 3 * 2**30), ("3.5GB", 3_500_000_000), ("900 MiB", 900 * 2**20)])
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert memory.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "3..5GB", "-1GB", "3 elephants", "."])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="is not a size"):
-        memory.parse_size(text)
+        parse_size(text)
 
 
 def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
@@ -340,5 +340,7 @@ def test_work_is_counted_as_the_formulas_say(make_model: MakeModel) -> None:
     divided = 2 * n**3 + 2 * 3 * n**3 + (2 * n**3 + 2 * f * n**2)  # more rows than columns: q/k/v, fc1
     undivided = 4 * n**3 + 4 * n * f**2
     assert drifted.solver == pytest.approx(work.solver + 2 * 70 * (3 * n**2 + f**2) + divided + undivided)
+    tuned = cost.count(plan, QuantConfig(group_size=32, effort="balanced", tune_steps=5), tokens)
+    assert tuned.forward == pytest.approx(drifted.forward + 5 * 7 * 10 * 6 * work.weights)  # seven windows learn
     assert cost.count(plan, QuantConfig(group_size=32, method="rtn"), tokens).total == 0
     assert work.seconds(cost.Rates(1e9, 1e9, 0.0)) < work.seconds(cost.Rates(1e9, 5e8, 0.0))
