@@ -275,6 +275,7 @@ def _open_journal(working: Unfinished, begun: dict[str, Any], blocks: int, ranks
         copy = Copy(working.root, ranks.told(""))
         return copy, copy.require_same(begun)
     journal = Journal(working.root)
+    damaged = [f"{journal.file} is damaged; what it does not say any more is done again"] if journal.damaged else []
     if not journal.is_worth_keeping():
         working.begin_anew()
         journal = Journal(working.root)
@@ -283,7 +284,7 @@ def _open_journal(working: Unfinished, begun: dict[str, Any], blocks: int, ranks
     notes = journal.require_same(begun)
     working.go_on()
     ranks.told(journal.text())
-    return journal, notes
+    return journal, [*damaged, *notes]
 
 
 def _chosen_widths(

@@ -44,15 +44,18 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         """Read what is there; a folder without a journal has an empty one."""
-        self._file = folder / JOURNAL
-        self._take(self._file.read_bytes() if self._file.is_file() else b"")
+        self.file = folder / JOURNAL
+        self._take(self.file.read_bytes() if self.file.is_file() else b"")
 
     def _take(self, content: bytes) -> None:
         self.entries: list[Entry] = []
         self._ends = [0]  # byte behind each entry
-        for line in content.splitlines(keepends=True):
+        self.damaged = False  # by more than being stopped in the middle of a line
+        lines = content.splitlines(keepends=True)
+        for number, line in enumerate(lines):
             entry = _read_line(line)
             if entry is None:
+                self.damaged = number < len(lines) - 1 or not self.entries
                 break
             self.entries.append(entry)
             self._ends.append(self._ends[-1] + len(line))
@@ -73,21 +76,21 @@ class Journal:
             return ""
         kept = f"{finished} finished of" if finished else f"what was measured in {measured} of"
         return (
-            f"{self._file.parent} keeps {kept} {blocks} blocks, and the same command goes on from there; remove it to "
+            f"{self.file.parent} keeps {kept} {blocks} blocks, and the same command goes on from there; remove it to "
             "start anew"
         )
 
     def append(self, kind: str, content: dict[str, Any]) -> None:
         """Write an entry so that it survives a power cut."""
         line = _line({kind: content}).encode()
-        with self._file.open("r+b" if self._file.exists() else "w+b") as file:
+        with self.file.open("r+b" if self.file.exists() else "w+b") as file:
             file.truncate(self._ends[-1])  # a torn line, if any
             file.seek(self._ends[-1])
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
         if len(self._ends) == 1:
-            sync_path(self._file.parent)
+            sync_path(self.file.parent)
         self.entries.append((kind, content))
         self._ends.append(self._ends[-1] + len(line))
 
@@ -95,7 +98,7 @@ class Journal:
         """The block called `name`, and what came after it, have to be done again."""
         first = self._first(name)
         del self.entries[first:], self._ends[first + 1 :]
-        os.truncate(self._file, self._ends[-1])
+        os.truncate(self.file, self._ends[-1])
 
     def _first(self, name: str) -> int:
         return next(i for i, (kind, content) in enumerate(self.entries) if kind == "block" and content["name"] == name)
@@ -109,7 +112,7 @@ class Journal:
         begun = self.find("begun")[0]
         changed = _differences(begun, now)
         if changed:
-            raise InputError(f"{self._file.parent} was begun with {' and '.join(changed)}; give what it was begun with")
+            raise InputError(f"{self.file.parent} was begun with {' and '.join(changed)}; give what it was begun with")
         machine = _changes(begun["machine"], now["machine"])
         if not machine:
             return []
@@ -125,7 +128,7 @@ class Journal:
             self.append("windows", now)
         elif (before[0]["count"], before[0]["sha256"]) != (now["count"], now["sha256"]):
             raise InputError(
-                f"{self._file.parent} was begun with other calibration windows; give the data it was begun with"
+                f"{self.file.parent} was begun with other calibration windows; give the data it was begun with"
             )
 
 
@@ -133,7 +136,7 @@ class Copy(Journal):
     """Another process's journal, which alone writes it."""
 
     def __init__(self, folder: Path, text: str) -> None:
-        self._file = folder / JOURNAL
+        self.file = folder / JOURNAL
         self._take(text.encode())
 
     def append(self, kind: str, content: dict[str, Any]) -> None:

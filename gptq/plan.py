@@ -233,7 +233,8 @@ def layer_options(layers: Iterable[str], config: QuantConfig) -> tuple[dict[str,
         unused = [override for override in unused if override not in matched]
     if unused:
         raise InputError(f"the override '{unused[0]}' names no layer; a layer is called {layers[0]}, for example")
-    return options, [_extension(override, names) for override, names in extended.items() if names]
+    reached = {o: [n for n in names if o.skip or not options[n]["skip"]] for o, names in extended.items()}
+    return options, [_extension(override, names) for override, names in reached.items() if names]
 
 
 def _refuse_contradictions(partial: dict[Override, list[str]]) -> None:

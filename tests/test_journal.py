@@ -303,7 +303,7 @@ def test_another_machine_is_noted(
 
 
 def test_damage_is_done_again(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
-    """A flipped bit in a finished block, a torn line, a damaged line, a shard cut short or gone."""
+    """A flipped bit in a finished block, a torn line, a damaged line, a journal or a shard cut short, or gone."""
     source = make_model("llama", num_hidden_layers=4)
     quantize(source, tmp_path / "whole", CONFIG, calibration=windows)
 
@@ -325,21 +325,25 @@ def test_damage_is_done_again(make_model: MakeModel, windows: Tensor, tmp_path: 
         lines = (folder / JOURNAL).read_bytes().splitlines(keepends=True)
         flip(folder / JOURNAL, sum(map(len, lines[:4])) - 500)
 
+    def cut_short(folder: Path) -> None:
+        os.truncate(folder / JOURNAL, 100)
+
     def shorter(folder: Path) -> None:
         os.truncate(folder / CONTENT / "model.safetensors", 30_000)
 
     def gone(folder: Path) -> None:
         (folder / CONTENT / "model.safetensors").unlink()
 
-    for number, (damage, left) in enumerate(((in_block_1, 1), (torn, 2), (damaged_line, 1), (shorter, 0), (gone, 0))):
+    ways = ((in_block_1, 1), (torn, 2), (damaged_line, 1), (cut_short, 0), (shorter, 0), (gone, 0))
+    for number, (damage, left) in enumerate(ways):
         out, observer = tmp_path / f"out{number}", Stops()
         stop(source, out, after=3, calibration=windows)
         damage(partial_of(out))
         quantize(source, out, CONFIG, calibration=windows, observer=observer)
         assert observer.went_on_after == ([left] if left else []), damage.__name__
-        assert any("damaged in the unfinished folder" in note for note in observer.notes) == (damage.__name__ not in (
-            "torn", "damaged_line"
-        ))  # fmt: skip
+        said = " ".join(observer.notes)
+        assert ("damaged in the unfinished folder" in said) == (damage in (in_block_1, shorter, gone))
+        assert (f"{JOURNAL} is damaged" in said) == (damage in (damaged_line, cut_short))
         assert all_bytes(out) == all_bytes(tmp_path / "whole"), damage.__name__
 
 

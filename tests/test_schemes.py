@@ -62,6 +62,8 @@ def test_later_overrides_win_and_siblings_stay_together() -> None:
     options, notes = resolved("proj:bits=3", "q_proj:bits=8")  # the general and the special
     assert {options[f"model.layers.2.self_attn.{x}_proj"]["bits"] for x in "qkv"} == {8}
     assert options["model.layers.2.self_attn.o_proj"]["bits"] == 3
+    _, notes = resolved(r"layers\.0\.:skip", "q_proj:bits=3")
+    assert "k_proj, v_proj in 22 layers (model.layers.1.self_attn.k_proj ...)" in notes[0]  # not in block 0
 
 
 def test_contradictions_and_typos_are_refused() -> None:
