@@ -66,10 +66,8 @@ def count(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
     streams = config.streams
     everything = tokens.windows * tokens.per_window
     heads = [linear.name for linear in layers[-1:] if config.lm_head]
-    step = (
-        min(TUNED, tokens.windows - tokens.held_out) * tokens.per_window
-    )  # tokens that go forth and, twice that, back
-    passes = streams * everything + 3 * (config.tune_steps or 0) * step
+    step = min(TUNED, tokens.windows - tokens.held_out) * tokens.per_window  # tokens that a step of tuning sees
+    passes = streams * everything + 3 * (config.tune_steps or 0) * step  # going back is twice as much as forth
     forward = sum(2.0 * passes * p.outputs * p.inputs for p in layers if p.name not in heads)
     together = [[plan.layers[n] for n in names] for block in plan.blocks for names in fused_siblings(block.linears)]
     inputs = sum(_of_input(g[0].inputs, sum(p.outputs for p in g), tokens.seen, streams) for g in together)
