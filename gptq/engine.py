@@ -21,14 +21,13 @@ from gptq.checkpoint import ShardWriter, TensorInfo, file_bytes, sha256
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.heap import return_freed_memory
-from gptq.journal import Copy, Journal, beginning
+from gptq.journal import Journal, beginning
 from gptq.layer import Job, Observer, finish_layer, is_held_out
 from gptq.matmul import exact_float32
 from gptq.plan import Plan, plan_checkpoint
 from gptq.ranks import Ranks, joined
 from gptq.record import (
     BlockError,
-    Coverage,
     LayerResult,
     code_histogram,
     layer_entries,
@@ -37,7 +36,8 @@ from gptq.record import (
     public_name,
     write_files,
 )
-from gptq.sequence import Fresh, run_as_original, solve_head, walk_block, walk_blocks
+from gptq.resume import open_journal, restore, run_finished, written_by
+from gptq.sequence import Fresh, solve_head, walk_block, walk_blocks
 from gptq.shelf import Shelf
 from gptq.stream import WeightStream, drop
 from gptq.trials import choose_widths, enough_windows, notes_on_samples
@@ -134,7 +134,7 @@ def quantize(
 
     with unfinished_folder(Path(out)) if ranks.rank == 0 else nullcontext(working_folder(Path(out))) as working:
         begun = beginning(config, plan.source, where, compute, trust_remote_code)
-        journal, notes = _open_journal(working, begun, len(plan.blocks), ranks)
+        journal, notes = open_journal(working, begun, len(plan.blocks), ranks)
         plan, stream, windows, noted = _prepare(task, plan, config, where, compute, journal)
         notes = [*plan.notes, *notes, *noted]
         for note in notes:
@@ -146,7 +146,7 @@ def quantize(
             own = _own(windows, ranks)
             limits = memory_limit, gpu_memory_limit
             in_flight = _settle_memory(plan, own, working.root, batch_size, limits, job)
-            finished = _restore(plan.blocks, job)
+            finished = restore(plan.blocks, job)
             ranks.wait()  # before one of them writes what another still looks at
             with torch.no_grad(), exact_float32(where):
                 _quantize_blocks(plan, own, in_flight, finished, job)
@@ -200,7 +200,7 @@ def _copy_the_rest(plan: Plan, job: Job) -> None:
     Raises:
         ValueError: an announced tensor never came.
     """
-    _, writer = _written_by(job)
+    _, writer = written_by(job)
     job.observer.stage("copying what is not quantized")
     if job.ranks.rank == 0:
         for name in plan.source.tensors:
@@ -269,24 +269,6 @@ def _writer(working: Unfinished, tensors: dict[str, TensorInfo], ranks: Ranks) -
     return ShardWriter(working.content, tensors, going_on=True, muted=True)
 
 
-def _open_journal(working: Unfinished, begun: dict[str, Any], blocks: int, ranks: Ranks) -> tuple[Journal, list[str]]:
-    """The journal of an earlier run where it has finished something, otherwise a new one; and notes."""
-    if ranks.rank:
-        copy = Copy(working.root, ranks.told(""))
-        return copy, copy.require_same(begun)
-    journal = Journal(working.root)
-    damaged = [f"{journal.file} is damaged; what it does not say any more is done again"] if journal.damaged else []
-    if not journal.is_worth_keeping():
-        working.begin_anew()
-        journal = Journal(working.root)
-        journal.append("begun", begun)
-    working.promise = partial(journal.promise, blocks)
-    notes = journal.require_same(begun)
-    working.go_on()
-    ranks.told(journal.text())
-    return journal, [*damaged, *notes]
-
-
 def _chosen_widths(
     plan: Plan, config: QuantConfig, windows: list[Inputs], in_flight: int, stream: WeightStream, observer: Observer,
     journal: Journal,
@@ -297,40 +279,6 @@ def _chosen_widths(
     found = choose_widths(plan, config, windows, in_flight, stream, observer, journal)
     journal.append("widths", found.to_dict())
     return found
-
-
-def _restore(blocks: list[Block], job: Job) -> dict[str, dict[str, Any]]:
-    """Take over the finished blocks of an earlier run; returns their entries in the journal, by name.
-
-    From a block whose tensors are not what was written, all are done again.
-    """
-    journal, writer = _written_by(job)
-    finished: dict[str, dict[str, Any]] = {}
-    for entry in journal.find("block"):
-        if not writer.adopt(entry["tensors"]):
-            job.note(f"{entry['name']} is damaged in the unfinished folder, so it and what follows is done again")
-            journal.forget_blocks_from(entry["name"])
-            break
-        finished[entry["name"]] = entry
-    for entry in finished.values():
-        job.results += [LayerResult(**result) for result in entry["layers"]]
-        job.weight_checksums |= entry["weights"]
-        job.spreads |= entry["spreads"]
-        job.block_errors += [BlockError(**error) for error in entry["errors"]]
-        job.coverage += [Coverage(**seen) for seen in entry["coverage"]]
-        for note in entry["notes"]:
-            job.note(note)
-    job.notes_kept = len(job.notes)
-    if finished:
-        layers = (job.plans[name] for block in blocks if block.name in finished for name in block.linears)
-        job.observer.going_on(len(finished), sum(layer.outputs * layer.inputs for layer in layers))
-    return finished
-
-
-def _written_by(job: Job) -> tuple[Journal, ShardWriter]:
-    if job.writer is None or job.journal is None:
-        raise RuntimeError("a job that measures has nothing to write")
-    return job.journal, job.writer
 
 
 def _quantize_blocks(
@@ -344,7 +292,7 @@ def _quantize_blocks(
         def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:
             if block.name in finished:
                 job.observer.stage(f"{block.name} is finished; taking the windows through it")
-                return _run_finished(block, fresh, finished[block.name], job)
+                return run_finished(block, fresh, finished[block.name], job)
             return _quantize_block(index, block, fresh, in_flight, job)
 
         not_reached = walk_blocks(plan.network, blocks, windows, job.config.streams, job.stream, visit, job.shelf)
@@ -353,32 +301,6 @@ def _quantize_blocks(
         if windows is not None:
             job.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
         _round_block(index_of[block.name], block, job)
-
-
-def _run_finished(block: Block, fresh: Fresh, entry: dict[str, Any], job: Job) -> list[list[Any]]:
-    """The outputs of a finished block for every stream and window, with the weights that lie on disk."""
-    if block.is_head():
-        return []
-    _, writer = _written_by(job)
-    originals = run_as_original(block, fresh[1], job) if len(fresh) > 1 else []
-    for name, linear in block.linears.items():
-        plan = job.plans[name]
-        packed = {
-            suffix: writer.read(f"{plan.stored}.{suffix}").to(job.stream.device)
-            for suffix in formats.layout(plan.scheme, plan.outputs, plan.inputs)
-        }
-        job.stream.set_weight(linear, formats.decode(packed, plan.scheme).weight())
-    for name, stored in entry["tuned"].items():
-        module, key = _owner(block, name)
-        tensor = writer.read(stored).to(module._parameters[key])
-        module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-    return [[job.shelf.put(run_through(call)) for call in fresh[0]], *originals]
-
-
-def _owner(block: Block, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a block's parameter called `name` in the model, and the parameter's name there."""
-    path, _, key = name.removeprefix(f"{block.name}.").rpartition(".")
-    return block.module.get_submodule(path), key
 
 
 def _round_block(index: int, block: Block, job: Job) -> None:
@@ -428,7 +350,7 @@ def _tune_block(block: Block, fresh: list[partial[Any]], outputs: list[list[Any]
 
 def _write_block(block: Block, job: Job) -> None:
     """Write a block's tensors, and when they are on disk the journal's entry."""
-    journal, writer = _written_by(job)
+    journal, writer = written_by(job)
     tensors: dict[str, Tensor] = {}
     for name in block.linears:
         solved, plan = job.solved.pop(name), job.plans[name]

@@ -34,7 +34,7 @@ RANKS = [
     {"hf_quantizer", "layer"},
     {"routed", "memory", "progress"},
     {"sequence", "cost"},
-    {"trials"},
+    {"trials", "resume"},
     {"engine", "verify", "conversion", "integration", "evaluate"},
     {"demo", "report"},
     {"commands"},
