@@ -24,6 +24,7 @@ from gptq.vectors import (
     compiled,
     constants,
     data,
+    load,
     load_bytes,
     load_scales,
     multiply_add,
@@ -94,22 +95,39 @@ def _writing_unit(context, words, at, scale, zero, grid_at, weight, weight_at, w
     return types.void(words, intp, scale, zero, intp, weight, intp, width), emit
 
 
+def _scaling_unit(context, x, at, units, units_at, sums, width):  # type: ignore[no-untyped-def]
+    """A unit's 32 numbers of x, from `at` on, prescaled, from units_at on; LANES parts of their sum join sums."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        _, at, _, units_at, _, _ = arguments
+        x, units, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 4))
+        nowhere, factors = ir.Constant(at.type, 0), prescale(len(width))
+        total = load(builder, sums, nowhere, FLOATS)
+        for i in range(0, 32, LANES):
+            part, by = load(builder, x, builder.add(at, ir.Constant(at.type, i)), FLOATS), factors[i : i + LANES]
+            total = builder.fadd(total, part)
+            scaled = builder.fmul(part, ir.Constant(FLOATS, [ir.Constant(FLOAT, factor) for factor in by]))
+            store(builder, scaled, units, builder.add(units_at, ir.Constant(at.type, i)))
+        store(builder, total, sums, nowhere)
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(x, intp, units, intp, sums, width), emit
+
+
 _write_unit: Any = intrinsic(_writing_unit)
+_scale_unit: Any = intrinsic(_scaling_unit)
 
 
 @compiled
-def in_order(x, row, factors, units, to, x_sums, columns):  # type: ignore[no-untyped-def]
+def in_order(x, row, units, to, x_sums, columns, width):  # type: ignore[no-untyped-def]
     """Line `to` of units (lines, inputs / 32, 32) float32 is line `row` of x, prescaled, x_sums its groups' sums."""
-    inputs = x.shape[1]
+    inputs, sums = x.shape[1], np.empty(LANES, np.float32)
     for group in range(x_sums.shape[1]):
-        total = np.float32(0)
+        sums[:] = np.float32(0)
         for k in range(group * columns, min((group + 1) * columns, inputs), 32):
-            added = np.float32(0)
-            for i in range(32):
-                added += x[row, k + i]
-                units[to, k // 32, i] = x[row, k + i] * factors[i]
-            total += added
-        x_sums[to, group] = total
+            _scale_unit(x, row * inputs + k, units, to * inputs + k, sums, width)
+        x_sums[to, group] = sums.sum()
 
 
 @compiled

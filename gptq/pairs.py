@@ -27,6 +27,7 @@ from gptq.vectors import (
     SHORTS,
     TALL,
     WIDE,
+    chosen,
     compiled,
     constants,
     data,
@@ -38,7 +39,6 @@ from gptq.vectors import (
     look_up,
     multiply_add,
     paired,
-    permute,
     place_of,
     splat,
     store,
@@ -110,20 +110,20 @@ def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
     return builder.fadd(*totals)
 
 
-def _ordering_unit(context, x, at, ordered, pairs, pairs_at, sums):  # type: ignore[no-untyped-def]
+def _ordering_unit(context, x, at, pairs, pairs_at, sums, width):  # type: ignore[no-untyped-def]
     """A unit's 32 numbers of x, from `at` on, as 16 pairs from pairs_at on; LANES parts of their sum join sums."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        x, ordered, pairs, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 3, 5))
-        nowhere = ir.Constant(arguments[1].type, 0)
-        places = load(builder, ordered, nowhere, SHORTS)
-        unit = builder.bitcast(permute(builder, load(builder, x, arguments[1], SHORTS), places), INTS)
-        store(builder, unit, pairs, arguments[4])
+        _, at, _, pairs_at, _, _ = arguments
+        x, pairs, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 4))
+        nowhere, numbers = ir.Constant(at.type, 0), load(builder, x, at, SHORTS)
+        unit = builder.bitcast(chosen(builder, numbers, numbers, order(len(width))), INTS)
+        store(builder, unit, pairs, pairs_at)
         store(builder, dot_pairs(builder, unit, constants(ONES), load(builder, sums, nowhere, FLOATS)), sums, nowhere)
         return context.get_dummy_value()
 
     intp = types.intp
-    return types.void(x, intp, ordered, pairs, intp, sums), emit
+    return types.void(x, intp, pairs, intp, sums, width), emit
 
 
 def _writing_unit(context, words, at, weight, weight_at, width):  # type: ignore[no-untyped-def]
@@ -181,18 +181,18 @@ _add_tile: Any = intrinsic(_adding_tile)
 
 
 @compiled
-def in_order(x, row, ordered, pairs, to, x_sums, columns):  # type: ignore[no-untyped-def]
+def in_order(x, row, pairs, to, x_sums, columns, width):  # type: ignore[no-untyped-def]
     """Line `to` of pairs (lines, inputs / 2) is line `row` of x in the order of the words, x_sums its groups' sums."""
     inputs, sums = x.shape[1], np.empty(LANES, np.float32)
     for group in range(x_sums.shape[1]):
         sums[:] = np.float32(0)
         for k in range(group * columns, min((group + 1) * columns, inputs), 32):
-            _order_unit(x, row * inputs + k, ordered, pairs, (to * inputs + k) // 2, sums)
+            _order_unit(x, row * inputs + k, pairs, (to * inputs + k) // 2, sums, width)
         x_sums[to, group] = sums.sum()
 
 
 @compiled
-def arrange(x, ordered, tiles, x_sums, columns, start, stop) -> None:  # type: ignore[no-untyped-def]
+def arrange(x, tiles, x_sums, columns, width, start, stop) -> None:  # type: ignore[no-untyped-def]
     """x as `multiply_many` wants it, some of its tiles of TALL rows; rows beyond x's are zero.
 
     Args:
@@ -206,7 +206,7 @@ def arrange(x, ordered, tiles, x_sums, columns, start, stop) -> None:  # type: i
         for i in range(TALL):
             row = tile * TALL + i
             if row < rows:
-                in_order(x, row, ordered, line, 0, sums, columns)
+                in_order(x, row, line, 0, sums, columns, width)
                 x_sums[:, row], tiles[tile, :, i] = sums[0], line[0]
             else:
                 x_sums[:, row], tiles[tile, :, i] = np.float32(0), 0

@@ -197,7 +197,6 @@ class FewRows:
     """The compiled loop of `rows` on a layout, x being made of "pairs", "shorts" or "lanes"."""
 
     kind: str
-    table: Any  # the kind's, an array that is kept alive here
     address: int  # of the worker
     given: tuple[int, ...]  # of its arguments, what no call changes: sizes and, without x and y, addresses
 
@@ -205,17 +204,16 @@ class FewRows:
     def of(cls, layout: Layout, kind: str) -> "FewRows":
         from gptq import rows
 
-        table = rows.KINDS[kind].table(layout.bits)
         held = [tensor.data_ptr() for tensor in (layout.words, layout.scale, layout.zero)]
-        given = layout.inputs, layout.width, layout.groups, layout.columns, *held, table.ctypes.data
+        given = layout.inputs, layout.width, layout.groups, layout.columns, *held
         worker = rows.worker(kind, layout.bits, layout.scale.dtype == torch.int16)
-        return cls(kind, table, worker.address, given)
+        return cls(kind, worker.address, given)
 
     def multiply(self, x: Tensor, y: Tensor) -> None:
         """y (rows, padded outputs) becomes x W^T, both contiguous and of the kind's dtype."""
-        *sizes, words, scale, zero, table = self.given
+        *sizes, words, scale, zero = self.given
         share = _up(-(-y.shape[1] // torch.get_num_threads()), SHARE)
-        run_compiled(self.address, (0, share, len(x), *sizes, words, x.data_ptr(), scale, zero, y.data_ptr(), table))
+        run_compiled(self.address, (0, share, len(x), *sizes, words, x.data_ptr(), scale, zero, y.data_ptr()))
 
 
 @dataclass(frozen=True)
@@ -288,8 +286,8 @@ class Pairs:
         count = -(-rows // vectors.TALL)
         tiles = torch.empty(count, inputs // 2, vectors.TALL, dtype=torch.int32, device="cpu")
         sums = torch.empty(own.groups, count * vectors.TALL, dtype=torch.float32, device="cpu")
-        arrays = [*_arrays(x.view(torch.int16)), self.few.table, *_arrays(tiles, sums)]
-        run_shares(pairs.arrange, (*arrays, own.columns), shares_of(count, 1))
+        arrays = _arrays(x.view(torch.int16), tiles, sums)
+        run_shares(pairs.arrange, (*arrays, own.columns, (0,) * own.bits), shares_of(count, 1))
         arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y.view(torch.int16))
         run_shares(pairs.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, vectors.WIDE))
 

@@ -8,7 +8,6 @@ numbers of x depends on what the CPU is quick at, and the type of these numbers 
     lanes     float32 (`gptq.lanes`)
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -35,7 +34,7 @@ from gptq.vectors import (
     unit_lines,
 )
 
-ARGUMENTS = 13  # of a `worker`
+ARGUMENTS = 12  # of a `worker`
 ADDING = {types.int32: pairs.add_unit, types.int16: shorts.add_unit, types.float32: lanes.add_unit}
 ORDERING = {types.int32: pairs.in_order, types.int16: shorts.in_order, types.float32: lanes.in_order}
 
@@ -47,13 +46,12 @@ class Kind:
     number: Any  # one of x, as of y, for its type
     unit: Any  # type of the numbers of a unit
     size: int  # how many there are
-    table: Callable[[int], Any]  # for so many bits what `in_order` wants to know
 
 
 KINDS = {
-    "pairs": Kind(np.int16(0), np.int32, 16, lambda bits: np.array(pairs.order(bits), np.int16)),
-    "shorts": Kind(np.float32(0), np.int16, shorts.UNIT, lambda bits: np.array(shorts.table(bits), np.int32)),
-    "lanes": Kind(np.float32(0), np.float32, 32, lambda bits: np.array(lanes.prescale(bits), np.float32)),
+    "pairs": Kind(np.int16(0), np.int32, 16),
+    "shorts": Kind(np.float32(0), np.int16, shorts.UNIT),
+    "lanes": Kind(np.float32(0), np.float32, 32),
 }
 
 
@@ -80,14 +78,14 @@ def _adding_unit(context, words, at, x, x_at, sums, sums_at, width):  # type: ig
 _add_unit: Any = intrinsic(_adding_unit)
 
 
-def _in_order(x: Any, row: int, table: Any, units: Any, x_sums: Any, columns: int) -> None:
+def _in_order(x: Any, row: int, units: Any, x_sums: Any, columns: int, width: tuple[int, ...]) -> None:
     """Row `row` of x as the numbers of its units, and the sums of its groups."""
 
 
 @overload(_in_order)
-def _typed_in_order(x, row, table, units, x_sums, columns):  # type: ignore[no-untyped-def]
+def _typed_in_order(x, row, units, x_sums, columns, width):  # type: ignore[no-untyped-def]
     in_order = ORDERING[units.dtype]
-    return lambda x, row, table, units, x_sums, columns: in_order(x, row, table, units, row, x_sums, columns)
+    return lambda x, row, units, x_sums, columns, width: in_order(x, row, units, row, x_sums, columns, width)
 
 
 @compiled
@@ -136,12 +134,10 @@ def worker(kind: str, bits: int, halves: bool) -> Any:
     """`multiply` as a function for `threads.run_compiled`, which claims some of the outputs until there are none left.
 
     Its arguments: 0, outputs in a share, rows, inputs, outputs, groups, columns of a group, and the addresses of words,
-    x (rows, inputs), scale, zero, y (rows, outputs) and the kind's table. For pairs x and y are bfloat16, otherwise
-    float32. Scales are float32, or if `halves` float16.
+    x (rows, inputs), scale, zero and y (rows, outputs). For pairs x and y are bfloat16, otherwise float32. Scales are
+    float32, or if `halves` float16.
     """
-    own, table_of_kind = KINDS[kind], KINDS[kind].table(bits)
-    of_x, unit_type, size = own.number, own.unit, own.size
-    entry, entries = table_of_kind[0], len(table_of_kind)
+    of_x, unit_type, size = KINDS[kind].number, KINDS[kind].unit, KINDS[kind].size
     width, number = (SOURCES,) * bits, np.int16(0) if halves else np.float32(0)  # compiled anew for other sources
     less = np.float32(2 ** (bits - 1) if kind == "pairs" else 0)
 
@@ -154,10 +150,9 @@ def worker(kind: str, bits: int, halves: bool) -> Any:
         scale = carray(pointer(at[2], number), (groups * outputs,))
         zero = carray(pointer(at[3], np.uint8(0)), (groups * outputs,))
         y = carray(pointer(at[4], of_x), (rows, outputs))
-        ordered = carray(pointer(at[5], entry), (entries,))
         units, x_sums = np.empty((rows, inputs // 32, size), unit_type), np.empty((rows, groups), np.float32)
         for row in range(rows):
-            _in_order(x, row, ordered, units, x_sums, columns)
+            _in_order(x, row, units, x_sums, columns, width)
         start = claim(table) * share
         while start < outputs:
             stop = min(start + share, outputs)

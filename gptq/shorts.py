@@ -12,22 +12,33 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from gptq.vectors import (
     FLOAT,
     FLOATS,
     INT,
+    INTS,
+    LANES,
+    chosen,
     compiled,
     constants,
+    data,
     dot_shorts,
+    largest_of,
+    load,
     multiply_add,
     paired,
     splat,
+    store,
+    sum_of,
     tens_of_three,
+    to_nearest,
 )
 
 WIDTHS = 2, 3, 4, 8
-SMALLEST = np.float32(1e-30)  # a unit whose numbers are all smaller counts as zero
+SMALLEST = 1e-30  # a unit whose numbers are all smaller counts as zero
 UNIT = 34  # numbers of 16 bits: 32 of x, and the 32 bits of their scale
 
 
@@ -46,7 +57,7 @@ def _pairs(builder: Any, lines: list[Any]) -> Iterator[tuple[int, Any]]:
 
 
 def _pairs_of_three(builder: Any, lines: list[Any]) -> Iterator[tuple[int, Any]]:
-    """Of those in a low half everything is one bit higher; see `table`."""
+    """Of those in a low half everything is one bit higher; see `_rounding_unit`."""
     mask = 7 << 16 | 7 << 1
     for window in tens_of_three(builder, lines):
         for i in range(5):
@@ -79,38 +90,49 @@ def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
     return multiply_add(builder, builder.sitofp(whole, FLOATS), splat(builder, scale), total)
 
 
-def table(bits: int) -> list[int]:
-    """For `in_order`: where each of a unit's numbers is in x, and then what it is multiplied by.
+def _rounding_unit(context, x, at, units, units_at, width):  # type: ignore[no-untyped-def]
+    """A unit's 32 numbers of x, from `at` on, rounded, and their scale, from units_at on; returns their sum.
 
-    Of 3 bits, codes in a word's low half lie one bit higher than those in its high half.
+    That of what x is rounded to, which W is multiplied by exactly. If a number is not finite, neither is the scale. Of
+    3 bits, codes in a word's low half lie one bit higher than those in its high half, so what these meet is doubled.
     """
-    return [*paired(bits), *([1, 2] if bits == 3 else [1, 1]) * 16]
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        _, at, _, units_at, _ = arguments
+        x, units = (data(context, builder, signature, arguments, i) for i in (0, 2))
+        twice, order = len(width) == 3, paired(len(width))
+        parts = [load(builder, x, builder.add(at, ir.Constant(at.type, i)), FLOATS) for i in (0, LANES)]
+        high, other = (builder.and_(builder.bitcast(part, INTS), constants(0x7FFFFFFF)) for part in parts)
+        high = builder.select(builder.icmp_signed(">", high, other), high, other)  # bits of |x| are in its order
+        largest, most = builder.bitcast(largest_of(builder, high), FLOAT), ir.Constant(FLOAT, 32767 >> twice)
+        seen = builder.fcmp_ordered(">", largest, ir.Constant(FLOAT, SMALLEST))
+        inverse = splat(builder, builder.select(seen, builder.fdiv(most, largest), ir.Constant(FLOAT, 0)))
+        step = builder.fdiv(largest, most)
+        first, second = (builder.fptosi(to_nearest(builder, builder.fmul(part, inverse)), INTS) for part in parts)
+        low, high = (builder.and_(chosen(builder, first, second, order[i::2]), constants(0xFFFF)) for i in (0, 1))
+        unit = builder.bitcast(builder.gep(units, [units_at]), INT.as_pointer())
+        nowhere = ir.Constant(at.type, 0)
+        store(builder, builder.or_(low, builder.shl(high, constants(16 + twice))), unit, nowhere)
+        scale = builder.fmul(step, ir.Constant(FLOAT, 0.5)) if twice else step
+        builder.store(builder.bitcast(scale, INT), builder.gep(unit, [ir.Constant(at.type, LANES)])).align = 2
+        return builder.fmul(builder.sitofp(sum_of(builder, builder.add(first, second)), FLOAT), step)
+
+    intp = types.intp
+    return types.float32(x, intp, units, intp, width), emit
+
+
+_round_unit: Any = intrinsic(_rounding_unit)
 
 
 @compiled
-def in_order(x, row, ordered, units, to, x_sums, columns):  # type: ignore[no-untyped-def]
+def in_order(x, row, units, to, x_sums, columns, width):  # type: ignore[no-untyped-def]
     """Line `to` of units (lines, inputs / 32, UNIT) is line `row` of x (rows, inputs), rounded.
 
-    x_sums (lines, groups) are of what x is rounded to as well: so much is multiplied by W exactly. Where x is not
-    finite, neither is the unit's scale.
+    x_sums (lines, groups) are of what x is rounded to as well.
     """
-    inputs, numbers, scale = x.shape[1], np.empty(32, np.int32), np.empty(1, np.float32)
-    halves, times, nil = scale.view(np.int16), ordered[33], np.float32(0)
-    most = np.float32(32767 // times)
+    inputs = x.shape[1]
     for group in range(x_sums.shape[1]):
-        total = nil
+        total = np.float32(0)
         for k in range(group * columns, min((group + 1) * columns, inputs), 32):
-            unit, largest, undefined = units[to, k // 32], nil, nil
-            for i in range(32):
-                largest = max(largest, abs(x[row, k + i]))
-                undefined += x[row, k + i] * nil
-            step = largest / most + undefined
-            inverse = most / largest if largest > SMALLEST else nil
-            for i in range(32):
-                numbers[i] = np.int32(np.rint(x[row, k + i] * inverse))
-            for i in range(32):
-                unit[i] = np.int16(numbers[ordered[i]] * ordered[32 + i])
-            total += np.float32(numbers.sum()) * step
-            scale[0] = step / np.float32(times)
-            unit[32], unit[33] = halves[0], halves[1]
+            total += _round_unit(x, row * inputs + k, units, (to * inputs + k) // 32 * UNIT, width)
         x_sums[to, group] = total

@@ -125,6 +125,12 @@ def splat(builder: Any, number: Any) -> Any:
     return builder.shuffle_vector(one, undefined, constants(0))
 
 
+def chosen(builder: Any, a: Any, b: Any, places: list[int]) -> Any:
+    """Those at `places` of the numbers of a and then of b, two vectors of the same type."""
+    mask = ir.Constant(ir.VectorType(INT, len(places)), [ir.Constant(INT, place) for place in places])
+    return builder.shuffle_vector(a, b, mask)
+
+
 def unit_lines(builder: Any, words: Any, at: Any, bits: int, ahead: bool = False) -> list[Any]:
     """The `bits` vectors of words that hold 32 codes of LANES outputs; `ahead` sends for those that are read later."""
     steps = [ir.Constant(at.type, j * LANES) for j in range(bits)]
@@ -159,6 +165,22 @@ def multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
 def to_nearest(builder: Any, x: Any) -> Any:
     """x rounded to integers, ties to even."""
     return _call(builder, "nearbyint", [x])
+
+
+def largest_of(builder: Any, numbers: Any) -> Any:
+    """The largest of LANES signed integers."""
+    return _reduced(builder, "smax", numbers)
+
+
+def sum_of(builder: Any, numbers: Any) -> Any:
+    """The sum of LANES integers."""
+    return _reduced(builder, "add", numbers)
+
+
+def _reduced(builder: Any, name: str, numbers: Any) -> Any:
+    kind = ir.FunctionType(INT, [INTS])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{name}.v{LANES}i32")
+    return builder.call(function, [numbers])
 
 
 def _call(builder: Any, name: str, arguments: list[Any]) -> Any:
