@@ -94,8 +94,8 @@ class QuantLinear(nn.Module):
         product = None if traced else self._product(x)
         if product is None:
             return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-        y = product.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        y, bias = product.multiply(x), self._buffers["bias"]  # looking up an attribute that is None takes microseconds
+        return y if bias is None else y + bias
 
     def _product(self, x: Tensor) -> products.Product | None:
         """The kernel for this input; None to unpack, as where autograd has to see what is computed."""

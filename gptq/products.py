@@ -1,6 +1,6 @@
 """x W^T for a packed W: which kernel computes it, and the layout that kernel reads.
 
-Every kernel keeps to one contract: `Product.multiply(x)` is x W^T for x (rows, inputs), within the rounding of x's
+Every kernel keeps to one contract: `Product.multiply(x)` is x W^T for x (..., inputs), within the rounding of x's
 dtype, or where a CPU is quick at them, of 16-bit integers. `choose` picks by width, groups, dtype, device and number of
 rows; None stands for unpacking the weight and multiplying, which is always right. A layout is made from the stored
 tensors when a kernel is first used. Beside them it takes, per weight:
@@ -38,7 +38,7 @@ DECODED = 2**22  # weights that are written out at a time, 16 MB in float32
 
 
 class Product(Protocol):
-    def multiply(self, x: Tensor) -> Tensor: ...  # (rows, inputs) -> (rows, outputs), both in x's dtype
+    def multiply(self, x: Tensor) -> Tensor: ...  # (..., inputs) -> (..., outputs), both in x's dtype
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,15 @@ class Layout:
         return self.scale.numel() // self.width
 
     def arranged(self, x: Tensor) -> Tensor:
-        """x (rows, inputs) in the order of the words, padded with zeros."""
+        """x (..., inputs) in the order of the words, padded with zeros, contiguous."""
         if self.perm is not None:
-            x = x[:, self.perm]
-        return x if x.shape[1] == self.inputs else torch.nn.functional.pad(x, (0, self.inputs - x.shape[1]))
+            x = x[..., self.perm]
+        missing = self.inputs - x.shape[-1]
+        return (torch.nn.functional.pad(x, (0, missing)) if missing else x).contiguous()
+
+    def left_of(self, y: Tensor) -> Tensor:
+        """y (..., width) without the padding of outputs."""
+        return y if self.width == self.outputs else y[..., : self.outputs]
 
     def stored_words(self) -> Tensor:
         """The words as they were stored, (units * bits, outputs), where these are the `whole`."""
@@ -209,11 +214,17 @@ class FewRows:
         worker = rows.worker(kind, layout.bits, layout.scale.dtype == torch.int16)
         return cls(kind, worker.address, given)
 
-    def multiply(self, x: Tensor, y: Tensor) -> None:
-        """y (rows, padded outputs) becomes x W^T, both contiguous and of the kind's dtype."""
-        *sizes, words, scale, zero = self.given
-        share = _up(-(-y.shape[1] // torch.get_num_threads()), SHARE)
-        run_compiled(self.address, (0, share, len(x), *sizes, words, x.data_ptr(), scale, zero, y.data_ptr()))
+    def multiply(self, x: Tensor) -> Tensor:
+        """x W^T (..., padded outputs) for a contiguous x (..., padded inputs), both of the kind's dtype.
+
+        For one row a token's products are of microseconds, so this reshapes nothing.
+        """
+        inputs, width, groups, columns, words, scale, zero = self.given
+        y = x.new_empty((*x.shape[:-1], width))
+        rows, share = x.numel() // inputs, _up(-(-width // torch.get_num_threads()), SHARE)
+        sizes = 0, share, rows, inputs, width, groups, columns
+        run_compiled(self.address, (*sizes, words, x.data_ptr(), scale, zero, y.data_ptr()))
+        return y
 
 
 @dataclass(frozen=True)
@@ -235,15 +246,14 @@ class Lanes:
 
     def multiply(self, x: Tensor) -> Tensor:
         arranged = self.layout.arranged(x)
-        if len(x) <= (FEW_SHORTS if self.few.kind == "shorts" else FEW_ROWS):
-            y = torch.empty(len(x), self.layout.width, dtype=torch.float32, device="cpu")
-            self.few.multiply(arranged.float().contiguous(), y)
+        if arranged.numel() <= self.layout.inputs * (FEW_SHORTS if self.few.kind == "shorts" else FEW_ROWS):
+            y = self.few.multiply(arranged.float())
         else:
-            y = self._many(arranged)
-        y = y if self.layout.width == self.layout.outputs else y[:, : self.layout.outputs]
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+            y = self._many(arranged.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.layout.left_of(y).to(x.dtype)
 
     def _many(self, x: Tensor) -> Tensor:
+        """x W^T (rows, padded outputs) for x (rows, padded inputs)."""
         from gptq import lanes, vectors
 
         dtype = x.dtype if x.dtype == torch.bfloat16 and native_bfloat16() else torch.float32
@@ -274,15 +284,19 @@ class Pairs:
         return None if layout is None else cls(layout, FewRows.of(layout, "pairs"))
 
     def multiply(self, x: Tensor) -> Tensor:
-        x = self.layout.arranged(x).contiguous()
-        y = torch.empty(len(x), self.layout.width, dtype=torch.bfloat16, device="cpu")
-        (self.few.multiply if len(x) <= FEW_ROWS else self._many)(x, y)
-        return y if self.layout.width == self.layout.outputs else y[:, : self.layout.outputs]
+        arranged = self.layout.arranged(x)
+        if arranged.numel() <= self.layout.inputs * FEW_ROWS:
+            y = self.few.multiply(arranged)
+        else:
+            y = self._many(arranged.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.layout.left_of(y)
 
-    def _many(self, x: Tensor, y: Tensor) -> None:
+    def _many(self, x: Tensor) -> Tensor:
+        """x W^T (rows, padded outputs) for x (rows, padded inputs)."""
         from gptq import pairs, vectors
 
         own, (rows, inputs) = self.layout, x.shape
+        y = torch.empty(rows, own.width, dtype=torch.bfloat16, device="cpu")
         count = -(-rows // vectors.TALL)
         tiles = torch.empty(count, inputs // 2, vectors.TALL, dtype=torch.int32, device="cpu")
         sums = torch.empty(own.groups, count * vectors.TALL, dtype=torch.float32, device="cpu")
@@ -290,6 +304,7 @@ class Pairs:
         run_shares(pairs.arrange, (*arrays, own.columns, (0,) * own.bits), shares_of(count, 1))
         arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y.view(torch.int16))
         run_shares(pairs.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, vectors.WIDE))
+        return y
 
 
 @dataclass(frozen=True)
@@ -310,9 +325,9 @@ class Int4Pack:
 
     def multiply(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), self.words, self.columns, self.scale_and_offset
+            _rows_of(x), self.words, self.columns, self.scale_and_offset
         )
-        return y
+        return y.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -329,8 +344,8 @@ class Int8Pack:
         return cls(signed, integers.scale[:, 0].to(torch.bfloat16).contiguous())
 
     def multiply(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.codes, self.scale)
-        return y
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(_rows_of(x), self.codes, self.scale)
+        return y.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -349,9 +364,14 @@ class TritonProduct:
         from gptq import triton_product
 
         packed = self.stored.packed
-        return triton_product.multiply(
-            x, packed["qweight"], packed["scales"], self.zero, packed["g_idx"], self.stored.scheme.bits
+        y = triton_product.multiply(
+            _rows_of(x), packed["qweight"], packed["scales"], self.zero, packed["g_idx"], self.stored.scheme.bits
         )
+        return y.view(*x.shape[:-1], -1)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _up(number: int, unit: int) -> int:

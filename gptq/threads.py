@@ -1,6 +1,7 @@
 """Compiled loops on several threads of this process, as many as torch uses."""
 
 import ctypes
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -51,14 +52,15 @@ def run_compiled(address: int, arguments: tuple[int, ...]) -> None:
         address: of a void(int64 *), which claims its share of the work by itself (see `gptq.vectors.claim`).
         arguments: what it is given, all threads the same; addresses and sizes.
     """
-    table = (ctypes.c_int64 * len(arguments))(*arguments)
+    held = array("q", arguments)  # quicker made than an array of ctypes
+    table, _ = held.buffer_info()
     threads, library = torch.get_num_threads(), _openmp()
     if threads > 1 and library is not None:
         library.GOMP_parallel(address, table, threads, 0)
         return
     function = _BODY(address)
-    waiting = [_pool(threads).submit(function, ctypes.addressof(table)) for _ in range(threads - 1)]
-    function(ctypes.addressof(table))
+    waiting = [_pool(threads).submit(function, table) for _ in range(threads - 1)]
+    function(table)
     for task in waiting:
         task.result()
 

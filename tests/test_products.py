@@ -111,6 +111,20 @@ def test_every_product_is_the_exact_one(
     assert ("int8pack" in used) == (few and bits == 8 and sym and quick_at == "lanes")
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_rows_may_lie_in_any_shape(bits: int, rng: torch.Generator) -> None:
+    for scheme in (Scheme(bits, 64, True), Scheme(bits, -1, True, "pack-quantized")):
+        for dtype in DTYPES:
+            layer = random_layer(rng, scheme, 300, 256, True, dtype)
+            for shape in ((256,), (1, 1, 256), (2, 1, 256), (2, 3, 7, 256)):
+                x = torch.randn(shape, generator=rng).to(dtype)
+                there = torch.stack([x, x], -1)[..., 0]  # its numbers are not side by side
+                y = layer(there)
+                assert not there.is_contiguous()
+                assert y.shape == (*shape[:-1], 300)
+                assert torch.equal(y.reshape(-1, 300), layer(x.reshape(-1, 256)))
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_is_of_no_concern(default: torch.dtype, rng: torch.Generator) -> None:
     """Compiled loops are given addresses."""
