@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptq.config import EFFORTS, FORMATS, parse_size
+from gptq.config import EFFORTS, FORMATS, QuantConfig, parse_size
 from gptq.errors import InputError
 from gptq.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 `verify` found a difference, 2 bad input or interrupted."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if "bits" in args and (args.target_bits is not None or args.target_size is not None):
+        parser.error("--bits is the width of all layers, and --target-bits and --target-size choose each layer's")
     from gptq.commands import run  # imports everything
 
     return run(args)
@@ -88,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False or action.required
+        silent = action.default is None or action.default is False or action.default == [] or action.required
         return action.help if silent else super()._get_help_string(action)
 
 
@@ -105,7 +108,9 @@ def _size(text: str) -> int:
 
 def _add_options(parser: argparse.ArgumentParser, source_help: str) -> None:
     """The options that QuantConfig is made of, and the calibration text."""
-    parser.add_argument("--bits", type=int, default=4, metavar="N", help="2 to 8")
+    parser.add_argument(
+        "--bits", type=int, default=argparse.SUPPRESS, metavar="N", help=f"2 to 8 (default: {QuantConfig.bits})"
+    )
     parser.add_argument("--group-size", type=int, default=128, metavar="N", help="inputs per scale; -1: one per row")
     parser.add_argument("--asym", action="store_true", help="give every group a zero point of its own")
     parser.add_argument(
@@ -143,8 +148,9 @@ def _add_options(parser: argparse.ArgumentParser, source_help: str) -> None:
         help="fit scales as columns are reached; with --desc-act this needs g_idx",
     )
     parser.add_argument(
-        "--method", choices=("gptq", "rtn"), default="gptq", help="rtn: round to nearest, no calibration"
-    )
+        "--method", choices=("gptq", "rtn"), default="gptq",
+        help="rtn: round to nearest, without calibration, so that --effort and what follows from it mean nothing",
+    )  # fmt: skip
     parser.add_argument(
         "--calibration", default="c4", metavar="SRC",
         help=f"{source_help}; for other models than text's, a .npz or .safetensors file (or a folder of them) of what "

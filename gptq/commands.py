@@ -61,7 +61,7 @@ def _kept(error: BaseException) -> str:
 def _config(args: argparse.Namespace) -> QuantConfig:
     method: Method = args.method
     return QuantConfig(
-        bits=args.bits,
+        bits=getattr(args, "bits", QuantConfig.bits),
         group_size=args.group_size,
         sym=not args.asym,
         effort=args.effort,

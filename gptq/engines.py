@@ -52,7 +52,8 @@ def _uneven(layers: Layers) -> str | None:
 def _transformers(layers: Layers) -> tuple[bool, str]:
     if not _is_packed(layers):  # transformers/quantizers/quantizer_gptq.py
         alike = len({on(*layer) for layer in layers.values()}) == 1  # optimum does not know `dynamic`
-        return True, "with `import gptq`" + ("; or with optimum and gptqmodel" if alike else "")
+        other = "; or with optimum and gptqmodel" if alike and _beyond_gptqmodel(layers) is None else ""
+        return True, f"with `import gptq`{other}"
     if any(scheme.scattered for scheme, _ in layers.values()):
         return False, "compressed-tensors has dropped act-order by groups (quantization/quant_args.py, actorder)"
     uneven = _uneven(layers)
@@ -110,14 +111,22 @@ def _sglang(layers: Layers) -> tuple[bool, str]:
 def _gptqmodel(layers: Layers) -> tuple[bool, str]:
     if _is_packed(layers):
         return False, "it reads GPTQ files; `gptq convert --format gptq` makes one"
-    for name, (scheme, inputs) in layers.items():
-        if scheme.bits not in GPTQ_BITS:
-            return False, f"{name} has {scheme.bits} bits"
-        if scheme.bits == 3 and inputs % 32:  # nn_modules/qlinear/__init__.py, dequantize_weight: words in threes
-            return False, f"at 3 bits it wants multiples of 32 inputs, and {name} has {inputs}"
+    beyond = _beyond_gptqmodel(layers)
+    if beyond:
+        return False, beyond
     if any(_is_own_v1(scheme) for scheme, _ in layers.values()):
         return False, "asymmetric v1 it takes from itself only (models/loader.py); convert to gptq_v2"
     return True, "any kernel that fits, its torch one always"
+
+
+def _beyond_gptqmodel(layers: Layers) -> str | None:
+    """What no kernel of it computes."""
+    for name, (scheme, inputs) in layers.items():
+        if scheme.bits not in GPTQ_BITS:
+            return f"{name} has {scheme.bits} bits"
+        if scheme.bits == 3 and inputs % 32:  # nn_modules/qlinear/__init__.py, dequantize_weight: words in threes
+            return f"at 3 bits it wants multiples of 32 inputs, and {name} has {inputs}"
+    return None
 
 
 def _is_own_v1(scheme: Scheme) -> bool:

@@ -252,20 +252,24 @@ def _refuse_contradictions(partial: dict[Override, list[str]]) -> None:
 
 
 def _extension(override: Override, names: list[str]) -> str:
+    also = _in_short(names)
+    return f"the override '{override}' holds for {also} as well, because engines fuse them with the layers it names"
+
+
+def _in_short(names: list[str]) -> str:
+    """Layers of many blocks by what they are called there, and how many they are."""
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    which = f"{kinds} in {len(names)} layers ({names[0]} ...)" if len(names) > 1 else names[0]
-    return f"the override '{override}' holds for {which} as well, because engines fuse them with the layers it names"
+    return f"{kinds} in {len(names)} layers ({names[0]} ...)" if len(names) > 1 else names[0]
 
 
 def notes_on_shapes(plans: Iterable[LayerPlan], config: QuantConfig) -> Iterator[str]:
-    """What a user should know of shapes that do not divide, once for the like layers of all blocks."""
-    alike: dict[tuple[str, str], list[str]] = {}
+    """What a user should know of shapes that do not divide, once for all layers of which the same is true."""
+    alike: dict[str, list[str]] = {}
     for plan in plans:
         for remark in _remarks(plan, config):
-            alike.setdefault((plan.name.rpartition(".")[2], remark), []).append(plan.name)
-    for (kind, remark), names in alike.items():
-        which = f"{kind} in {len(names)} layers ({names[0]} ...)" if len(names) > 1 else names[0]
-        yield f"{which}: {remark}"
+            alike.setdefault(remark, []).append(plan.name)
+    for remark, names in alike.items():
+        yield f"{_in_short(names)}: {remark}"
 
 
 def _remarks(plan: LayerPlan, config: QuantConfig) -> Iterator[str]:

@@ -265,6 +265,14 @@ except SystemExit as end:
 """
 
 
+def test_a_width_for_all_and_widths_for_each_are_a_contradiction(capsys: pytest.CaptureFixture[str]) -> None:
+    for target in (["--target-bits", "3.5"], ["--target-size", "1GB"]):
+        with pytest.raises(SystemExit) as end:
+            run(capsys, "quantize", "MODEL", "OUT", "--bits", "3", *target)
+        assert end.value.code == 2
+        assert "--bits is the width of all layers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "code"), [(["quantize", "--help"], 0), (["quantize", "MODEL"], 2)])
 def test_arguments_are_read_before_the_libraries(arguments: list[str], code: int) -> None:
     """Which take seconds."""

@@ -144,6 +144,13 @@ def test_who_takes_what() -> None:
         assert {name for name, taken in found.items() if taken} == takes, (scheme, inputs)
 
 
+@pytest.mark.parametrize(("inputs", "offered"), [(4096, True), (172, False)])
+def test_what_gptqmodel_does_not_compute_is_not_offered_for_transformers_either(inputs: int, offered: bool) -> None:
+    _, transformers, *_ = engines({"model.layers.0.mlp.down_proj": (Scheme(3, -1, True, "gptq"), inputs)})
+    assert transformers.takes
+    assert ("gptqmodel" in transformers.why) == offered
+
+
 def test_siblings_stored_apart_are_told() -> None:
     layers = {f"model.layers.0.mlp.{x}_proj": (Scheme(b, 128, True), 4096) for x, b in (("gate", 4), ("up", 8))}
     vllm = next(engine for engine in engines(layers) if engine.name == "vLLM")

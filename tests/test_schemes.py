@@ -14,7 +14,7 @@ from gptq import InputError, QuantConfig, load, quantize, verify
 from gptq.config import Override
 from gptq.formats import Scheme
 from gptq.linear import QuantLinear
-from gptq.plan import layer_options
+from gptq.plan import LayerPlan, layer_options, notes_on_shapes
 from gptq.schemes import dynamic_rules, patterns
 from tests import oracle
 from tests.conftest import VOCAB, MakeModel
@@ -50,6 +50,15 @@ def test_overrides_are_text_pairs_and_json() -> None:
 def test_a_bad_override_is_a_sentence(text: str, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         Override.parse(text)
+
+
+def test_a_remark_on_shapes_is_made_once() -> None:
+    names = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(3) for x in "qk"]
+    plans = [LayerPlan(n, n, f"{n}.weight", 64, 64, bits=4, group_size=64, sym=True) for n in names]
+    assert [*notes_on_shapes(plans, QuantConfig())] == [
+        "q_proj, k_proj in 6 layers (model.layers.0.self_attn.q_proj ...): "
+        "64 inputs are one group, smaller than the group size of 128"
+    ]
 
 
 def test_later_overrides_win_and_siblings_stay_together() -> None:
