@@ -154,7 +154,11 @@ def verify(folder: str | Path) -> Verification:
     if not (folder / RECORD).is_file():
         source, quantization = _open(folder)
         packed = packed_layers(source, quantization)
-        lost = [f"{RECORD} is missing, though the folder says that gptq wrote it"] if is_claimed(folder) else []
+        lost = (
+            [f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it"]
+            if is_claimed(folder)
+            else []
+        )
         problems = [*lost, *_inconsistent(folder, source, packed)]
         return Verification(False, len(packed), len(source.tensors), 0, problems)
     check_folder(folder)
