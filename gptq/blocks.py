@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import transformers
@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from gptq.checkpoint import Source
@@ -39,6 +40,7 @@ from gptq.folder import read_json
 from gptq.names import Names
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is stored as (inputs, outputs)
+PLAIN = [kind.forward for kind in LINEAR]
 FUSED = (  # what engines make one layer of, and its name there (`packed_modules_mapping` in vLLM's models)
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     ("qkv_proj", ("query", "key", "value")),
@@ -65,7 +67,7 @@ class Block:
     linears: dict[str, nn.Module]
 
     def is_head(self) -> bool:
-        return isinstance(self.module, LINEAR)
+        return is_linear(self.module)
 
     def stops(self) -> dict[nn.Module, str]:
         """Where a forward is stopped, with names: the layers, but lists of experts as one."""
@@ -256,10 +258,7 @@ def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tupl
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(child) for child in module}) == 1
-        and not isinstance(module[0], LINEAR)
-        and _linears(module, name)
+        if isinstance(module, nn.ModuleList) and _repeats(module) and _linears(module, name)
     }
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
     if not outermost:
@@ -284,11 +283,17 @@ def _takes(model: nn.Module, name: str, inputs: Collection[str]) -> bool:
     return all(any(given.endswith(want) for given in inputs) for want in wanted)
 
 
+def _repeats(modules: nn.ModuleList) -> bool:
+    """Whether these are blocks: alike, or such as transformers makes of several kinds, with attention and without."""
+    alike = len({type(child) for child in modules}) == 1 and not is_linear(modules[0])
+    return alike or (len(modules) > 0 and all(isinstance(child, GradientCheckpointingLayer) for child in modules))
+
+
 def find_head(model: PreTrainedModel) -> Block:
     """The layer that turns hidden states into scores of tokens; raises InputError where the model has none."""
     head = model.get_output_embeddings()
     name = next((n for n, m in model.named_modules() if m is head), None)
-    if name is None or not isinstance(head, LINEAR):
+    if name is None or not is_linear(head):
         raise InputError(f"{type(model).__name__} has no linear output head to quantize")
     return Block(name, head, {name: head})
 
@@ -307,8 +312,13 @@ def check_untied(config: PreTrainedConfig, head: Block, names: Names, trust_remo
         raise InputError(f"a {config.model_type} model cannot have an output head of its own; leave out --lm-head")
 
 
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether x W^T + b is all that it computes: some routers are linear layers that go on from there."""
+    return isinstance(module, LINEAR) and type(module).forward in PLAIN
+
+
 def _linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    return {f"{prefix}.{n}": m for n, m in module.named_modules() if isinstance(m, LINEAR)}
+    return {f"{prefix}.{n}": m for n, m in module.named_modules() if is_linear(m)}
 
 
 def fused_siblings(layers: Iterable[str]) -> list[list[str]]:

@@ -12,26 +12,32 @@ from transformers import PreTrainedConfig
 
 from gptq.hessian import HessianAccumulator
 
+PARTS = {  # of a fused parameter, in order
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
 TOKENS_PER_INPUT = 2  # below so many tokens for each input, an expert's own Hessian is too poor to stand alone
 
 
 class Expert(nn.Module):
-    """down(act(gate(x)) * up(x)) on x (tokens, hidden)."""
+    """down(act(gate(x)) * up(x)) on x (tokens, hidden), or down(act(up(x))) without a gate."""
 
-    gate_proj: nn.Linear
+    gate_proj: nn.Linear | None
     up_proj: nn.Linear
     down_proj: nn.Linear
 
-    def __init__(self, hidden: int, intermediate: int, act: nn.Module) -> None:
+    def __init__(self, hidden: int, intermediate: int, act: nn.Module, gated: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, device="meta")
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, device="meta") if gated else None
         self.up_proj = nn.Linear(hidden, intermediate, bias=False, device="meta")
         self.down_proj = nn.Linear(intermediate, hidden, bias=False, device="meta")
         self.act = act
 
     def intermediate(self, x: Tensor) -> Tensor:
         """What down_proj gets, (tokens, intermediate)."""
-        inner: Tensor = self.act(self.gate_proj(x)) * self.up_proj(x)
+        up = self.up_proj(x)
+        inner: Tensor = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
         return inner
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,37 +62,41 @@ class Experts(nn.ModuleList):
 def take_apart(fused: nn.Module) -> Experts | None:
     """Single experts, without weights, that compute what `fused` computes; None where it is no such module.
 
-    Its parameters have to be gate_up_proj (experts, 2 intermediate, hidden) and down_proj (experts, hidden,
-    intermediate), and on small random numbers its forward has to give what the single experts give.
+    Its parameters have to be gate_up_proj (experts, 2 intermediate, hidden) or up_proj (experts, intermediate, hidden),
+    and down_proj (experts, hidden, intermediate), and on small random numbers its forward has to give what the single
+    experts give.
     """
     parameters = {name: tuple(p.shape) for name, p in fused.named_parameters()}
-    if set(parameters) != {"gate_up_proj", "down_proj"} or any(len(shape) != 3 for shape in parameters.values()):
+    first = "gate_up_proj" if "gate_up_proj" in parameters else "up_proj"
+    if set(parameters) != {first, "down_proj"} or any(len(shape) != 3 for shape in parameters.values()):
         return None
-    gate_up, down, act = parameters["gate_up_proj"], parameters["down_proj"], getattr(fused, "act_fn", None)
-    if (gate_up[1], gate_up[2]) != (2 * down[2], down[1]) or not isinstance(act, nn.Module):
+    (count, rows, hidden), down, act = parameters[first], parameters["down_proj"], getattr(fused, "act_fn", None)
+    if (rows, hidden) != (len(PARTS[first]) * down[2], down[1]) or not isinstance(act, nn.Module):
         return None
-    if not _computes_alike(fused, gate_up[0], act):
+    if not _computes_alike(fused, first, count, act):
         return None
-    return Experts(Expert(gate_up[2], down[2], act) for _ in range(gate_up[0]))
+    return _single(first, count, hidden, down[2], act)
 
 
-def _computes_alike(fused: nn.Module, count: int, act: nn.Module) -> bool:
+def _single(first: str, count: int, hidden: int, intermediate: int, act: nn.Module) -> Experts:
+    return Experts(Expert(hidden, intermediate, act, gated="gate_proj" in PARTS[first]) for _ in range(count))
+
+
+def _computes_alike(fused: nn.Module, first: str, count: int, act: nn.Module) -> bool:
     draw = torch.Generator().manual_seed(0)
-    hidden, intermediate, tokens = 8, 12, 16
-    gate_up = torch.randn(count, 2 * intermediate, hidden, generator=draw)
+    hidden, intermediate, tokens, parts = 8, 12, 16, PARTS[first]
+    stacked = torch.randn(count, len(parts) * intermediate, hidden, generator=draw)
     down = torch.randn(count, hidden, intermediate, generator=draw)
     small = copy.copy(fused)
-    object.__setattr__(small, "_parameters", {"gate_up_proj": nn.Parameter(gate_up), "down_proj": nn.Parameter(down)})
+    object.__setattr__(small, "_parameters", {first: nn.Parameter(stacked), "down_proj": nn.Parameter(down)})
     if isinstance(config := getattr(small, "config", None), PreTrainedConfig):
         plain = copy.copy(config)
         plain._experts_implementation = "eager"  # a loop over experts, whatever kernel the model runs with
         object.__setattr__(small, "config", plain)
-    single = Experts(Expert(hidden, intermediate, act) for _ in range(count))
-    for expert, pair, out in zip(single, gate_up, down, strict=True):
-        gate, up = pair.chunk(2)
-        expert.load_state_dict(
-            {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": out}, strict=False, assign=True
-        )
+    single = _single(first, count, hidden, intermediate, act)
+    for expert, weights, out in zip(single, stacked, down, strict=True):
+        own = {f"{part}.weight": weight for part, weight in zip(parts, weights.chunk(len(parts)), strict=True)}
+        expert.load_state_dict({**own, "down_proj.weight": out}, strict=False, assign=True)
     k = min(2, count)
     routes = torch.rand(tokens, count, generator=draw).topk(k).indices
     arguments = torch.randn(tokens, hidden, generator=draw), routes, torch.rand(tokens, k, generator=draw)

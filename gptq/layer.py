@@ -210,12 +210,15 @@ def finish_layer(index: int, block: Block, name: str, known: LayerInputs | None,
 def _siblings(name: str, block: Block, job: Job) -> list[str]:
     """A layer and those that engines fuse with it, which so have its options, as far as none of them is solved.
 
+    RWKV calls layers key and value that have other inputs.
+
     They get the same input in every architecture that is known. Where one does not, it is not found in `ahead` of what
     is known of its own input, and is solved for that.
     """
     together = next(names for names in fused_siblings(block.linears) if name in names)
-    alike = job.plans[name].scheme
-    return [name] + [n for n in together if n != name and n not in job.solved and job.plans[n].scheme == alike]
+    own = job.plans[name]
+    alike = {n for n in together if (job.plans[n].scheme, job.plans[n].inputs) == (own.scheme, own.inputs)}
+    return [name] + [n for n in together if n != name and n not in job.solved and n in alike]
 
 
 def _last_on_input(name: str, block: Block, job: Job) -> str | None:

@@ -13,10 +13,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from gptq import formats, products
 from gptq.blocks import (
-    LINEAR,
     choose_device,
     choose_dtype,
     empty_model,
+    is_linear,
     model_class,
     read_config,
     shape,
@@ -302,7 +302,7 @@ def match_layers(
     """
     stored: dict[str, str] = {}
     for name, module in network.named_modules():
-        own = names.find_packed(name) if isinstance(module, LINEAR) else None
+        own = names.find_packed(name) if is_linear(module) else None
         if own in layers:
             stored[name] = own
             found = layers[own].outputs, layers[own].inputs

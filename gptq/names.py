@@ -11,6 +11,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from gptq.checkpoint import TensorInfo
 from gptq.errors import InputError
+from gptq.experts import PARTS
 
 
 class Names:
@@ -62,7 +63,6 @@ PACKED_WEIGHTS = ("qweight", "weight_packed")
 PACKED = re.compile(  # stands where a linear layer's `weight` was
     r"(?<=\.)(qweight|qzeros|scales|g_idx|weight_(?:packed|scale|zero_point|shape|g_idx))$"
 )
-PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # of a fused parameter, in order
 STACKING = {"MergeModulelist", "Concatenate", "Force16BytesAlignment"}  # what makes fused experts of single ones
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,7 +17,7 @@ from gptq.layer import Job, LayerInputs, look_at_inputs, original_weights, swapp
 from gptq.matmul import quick_linears
 from gptq.routed import everywhere, routed, solve_experts
 from gptq.shelf import Shelf
-from gptq.stream import WeightStream, drop
+from gptq.stream import Unread, WeightStream, drop
 from gptq.walk import (
     PausableForward,
     Pause,
@@ -122,6 +121,7 @@ def walk_block(index: int, block: Block, fresh: Fresh, in_flight: int, job: Job)
     `fresh` and what is returned are for each stream one entry per window. The first `in_flight` windows run once,
     standing still before each layer until it is quantized.
     """
+    _forget_weights(block.module, block)
     flights = [[PausableForward(function) for function in stream[:in_flight]] for stream in fresh]
     waiting = [stream[in_flight:] for stream in fresh]
     try:
@@ -203,10 +203,9 @@ def _ensure_weights(stop: nn.Module, block: Block, job: Job) -> None:
 
 def _forget_weights(stop: nn.Module, block: Block) -> None:
     inside = set(stop.modules())
-    for linear in block.linears.values():
+    for name, linear in block.linears.items():
         if linear in inside:
-            empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
-            linear._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+            linear._parameters["weight"] = Unread.of(linear, name)
 
 
 def _standing(flights: list[list[PausableForward]]) -> list[nn.Module]:

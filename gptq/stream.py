@@ -5,6 +5,7 @@ A module's tensors are read when it is about to run, and dropped when it is done
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from gptq.ahead import CopyAhead, ReadAhead
 from gptq.blocks import Block, is_transposed
 from gptq.checkpoint import Source
+from gptq.errors import InputError
 from gptq.names import Names
+
+LOOKS = {"__get__", "empty_like", "size", "dim", "numel", "nelement", "is_floating_point"}  # at a weight's outside
 
 
 class WeightStream:
@@ -112,6 +116,34 @@ class WeightStream:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class Unread(nn.Parameter):
+    """The weight of a layer that is still to be solved; it has a shape, and nothing computes with it.
+
+    torch would: a product with a tensor on the meta device is made of whatever lies in memory. So a model that reads a
+    weight itself, where others call the layer, is stopped.
+    """
+
+    layer: str
+
+    @classmethod
+    def of(cls, linear: nn.Module, name: str) -> "Unread":
+        empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
+        unread = cls(empty, requires_grad=False)
+        unread.layer = name
+        return unread
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in LOOKS:
+            name = next(x.layer for x in [*args, *(kwargs or {}).values()] if isinstance(x, Unread))
+            raise InputError(
+                f"the model computes with the weight of {name} without calling the layer, so what the layer gets is "
+                f"not known; leave it as it is: --override '{name.rpartition('.')[2]}:skip'"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 def drop(module: nn.Module) -> None:

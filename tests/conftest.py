@@ -57,6 +57,22 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
     },
 }  # fmt: skip
+MIXED: dict[str, dict[str, Any]] = {  # blocks that are not all attention and gated layers
+    "mamba": {"hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 8, "vocab_size": VOCAB},
+    "jamba": {
+        **MOE, "num_experts": 4, "mamba_d_state": 8, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "attn_layer_period": 2, "attn_layer_offset": 1,
+    },
+    "rwkv": {"hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": VOCAB,
+             "context_length": 64},
+    "phimoe": {**MOE, "num_local_experts": 4},
+    "nemotron_h": {
+        **MOE, "head_dim": 16, "layers_block_type": ["mamba", "moe", "attention"], "num_hidden_layers": 3,
+        "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1, "ssm_state_size": 8,
+        "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1,
+    },
+}  # fmt: skip
 BERT = {**SMALL, "intermediate_size": 96}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # with the class of their head
     "bert": ("BertForMaskedLM", BERT),
@@ -128,7 +144,7 @@ def make_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> MakeModel:
     def make(
         kind: str = "llama", dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **options: Any
     ) -> Path:
-        name, own = OTHERS.get(kind) or ("", ARCHITECTURES.get(kind) or EXPERTS[kind])
+        name, own = OTHERS.get(kind) or ("", ARCHITECTURES.get(kind) or EXPERTS.get(kind) or MIXED[kind])
         settings = {**own, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **options}
         config = transformers.AutoConfig.for_model(kind, **settings)
         with torch.random.fork_rng():

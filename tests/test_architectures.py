@@ -20,13 +20,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from gptq import InputError, QuantConfig, calibration, load, perplexity, quantize, verify
 from gptq.calibration import frame_of
-from gptq.config import Format
+from gptq.config import Format, Override
 from gptq.conversion import convert
 from gptq.experts import Experts, blend, pseudo_tokens, take_apart
 from gptq.hessian import HessianAccumulator
 from gptq.record import RECORD
 from tests import oracle
-from tests.conftest import EXPERTS, OTHERS, VOCAB, MakeModel
+from tests.conftest import EXPERTS, MIXED, OTHERS, VOCAB, MakeModel
 
 CONFIG = QuantConfig(bits=4, group_size=32, num_samples=8, seq_len=32, format="gptq")
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -145,6 +145,43 @@ def test_a_starved_experts_hessian_is_the_blend_that_is_promised(rng: torch.Gene
         of_own, of_all = left.T.double() @ own_x.double(), right.T.double() @ all_x.double()
         torch.testing.assert_close(found.double(), (of_own + k * of_all / 40) / (5 + k), atol=1e-5, rtol=1e-5)
     assert torch.equal(blend(own, everyone, 1.0)[0], own.mean())
+
+
+LEFT_OUT = {"mamba": "dt_proj", "jamba": "dt_proj"}  # layers that are not called, but whose weight is computed with
+QUANTIZED = {  # endings of names, and how many there are of each
+    "mamba": {"in_proj": 2, "x_proj": 2, "out_proj": 2},
+    "jamba": {"in_proj": 1, "x_proj": 1, "out_proj": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1,
+              "gate_proj": 5, "up_proj": 5, "down_proj": 5},
+    "rwkv": {"key": 4, "value": 4, "receptance": 4, "output": 2},
+    "phimoe": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 8, "up_proj": 8, "down_proj": 8},
+    "nemotron_h": {"in_proj": 1, "out_proj": 1, "up_proj": 5, "down_proj": 5, "q_proj": 1, "k_proj": 1, "v_proj": 1,
+                   "o_proj": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_blocks_of_other_kinds(kind: str, make_model: MakeModel, rng: torch.Generator, tmp_path: Path) -> None:
+    """Blocks that differ, routers that are more than linear, experts without a gate, siblings of other widths."""
+    source, out, ids = make_model(kind), tmp_path / "out", torch.randint(2, VOCAB, (8, 32), generator=rng)
+    rules = (Override(f"{LEFT_OUT[kind]}$", skip=True),) if kind in LEFT_OUT else ()
+    config = QuantConfig(bits=8, group_size=16, overrides=rules)
+    result = quantize(source, out, config, calibration=ids)
+    names = [layer.name.rpartition(".")[2] for layer in result.layers]
+    assert {name: names.count(name) for name in names} == QUANTIZED[kind]
+    assert all(layer.error < layer.rtn_error < 0.01 for layer in result.layers)
+    assert not [note for note in result.notes if "rounded to nearest" in note or "not use" in note]
+    assert verify.verify(out).problems == []
+    with torch.no_grad():
+        found, expected = (load(folder, dtype="float32")(input_ids=ids).logits for folder in (out, source))
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_weight_that_is_computed_with_elsewhere_is_not_guessed(
+    make_model: MakeModel, rng: torch.Generator, tmp_path: Path
+) -> None:
+    ids = torch.randint(2, VOCAB, (8, 32), generator=rng)
+    with pytest.raises(InputError, match=r"layers.0.mixer.dt_proj without calling .* --override 'dt_proj:skip'"):
+        quantize(make_model("mamba"), tmp_path / "out", CONFIG, calibration=ids)
 
 
 @pytest.mark.parametrize("options", [{}, {"two_streams": False}, {"tune_steps": 2}])
