@@ -241,9 +241,8 @@ def take_experts_apart(model: nn.Module, names: Names) -> list[str]:
             setattr(model.get_submodule(parent), child, experts.eval())
     if not fused:
         return []
-    return [
-        f"fused tensors of {len(fused)} modules ({fused[0]} ...) stay as they are: the checkpoint has no single ones"
-    ]
+    why = "the checkpoint does not hold experts one by one, or the model computes with them in another way"
+    return [f"fused tensors of {len(fused)} modules ({fused[0]} ...) stay as they are: {why}"]
 
 
 def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tuple[list[Block], list[str]]:

@@ -219,8 +219,8 @@ def _at_layers(group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtyp
 
 def _stored_bytes(block: Block, plan: Plan) -> int:
     """Of a block's tensors as the checkpoint has them."""
-    names = (plan.names.find(f"{block.name}.{name}") for name, _ in block.module.named_parameters())
-    return sum(plan.source.tensors[name].nbytes for name in names if name)
+    names = (plan.names.all_of(f"{block.name}.{name}") for name, _ in block.module.named_parameters())
+    return sum(plan.source.tensors[stored].nbytes for own in names for stored in own)
 
 
 def describe(choice: Choice, tokens: Tokens, limit: int, given: bool) -> str:

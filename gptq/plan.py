@@ -165,6 +165,9 @@ def plan_layers(
         outputs, inputs = shape(linears[name])
         group_size = inputs if own["group_size"] == -1 else min(own["group_size"], inputs)
         source = names.stored(f"{name}.weight")
+        if not source.endswith(".weight"):  # `qweight` in the place of something else would not be found again
+            notes.append(f"{name} stays as it is: the checkpoint calls its weight {source}")
+            continue
         stored = name if name == apart else source.removesuffix(".weight")
         plans[name] = LayerPlan(
             name, stored, source, outputs, inputs, own["bits"], group_size, own["sym"], is_transposed(linears[name]),

@@ -74,12 +74,16 @@ class WeightStream:
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have these tensors fetched, by their names in the model, while something else is done."""
-        stored = [self._names.find(name) for name in names]
-        self.ahead.start([name for name in stored if name])
+        self.ahead.start([stored for name in names for stored in self._names.all_of(name)])
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor called `name` in the model, which `check_tensors` has compared with it."""
-        stored, dtype = self._names.stored(name), dtype or self.dtype
+        parted, dtype = self._names.parted(name), dtype or self.dtype
+        if parted is not None:
+            return parted.whole(lambda stored: self._read(stored, dtype))
+        return self._read(self._names.stored(name), dtype)
+
+    def _read(self, stored: str, dtype: torch.dtype) -> Tensor:
         found = self.ahead.take(stored)
         if found is None:
             return self._source.read(stored, dtype).to(self.device)

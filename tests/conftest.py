@@ -66,6 +66,19 @@ MIXED: dict[str, dict[str, Any]] = {  # blocks that are not all attention and ga
     "rwkv": {"hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": VOCAB,
              "context_length": 64},
     "phimoe": {**MOE, "num_local_experts": 4},
+    "olmo_hybrid": {  # its checkpoint holds one convolution as three
+        **LLAMA_LIKE, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "longcat_flash": {  # its experts are stored one by one, but some of what the router chooses from are none
+        **LLAMA_LIKE, "num_key_value_heads": 4, "num_layers": 1, "num_hidden_layers": 2, "n_routed_experts": 4,
+        "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 96, "head_dim": 8,
+        "kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    },
+    "inkling2_text": {  # calls the weight of a layer by another name than one that ends in weight
+        **MOE, "head_dim": 16, "num_local_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 32,
+        "sliding_window": 16, "layer_types": ["hybrid_sliding", "hybrid"],
+    },
     "nemotron_h": {
         **MOE, "head_dim": 16, "layers_block_type": ["mamba", "moe", "attention"], "num_hidden_layers": 3,
         "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32,

@@ -147,13 +147,22 @@ def test_a_starved_experts_hessian_is_the_blend_that_is_promised(rng: torch.Gene
     assert torch.equal(blend(own, everyone, 1.0)[0], own.mean())
 
 
-LEFT_OUT = {"mamba": "dt_proj", "jamba": "dt_proj"}  # layers that are not called, but whose weight is computed with
+LEFT_OUT = {
+    "mamba": "dt_proj",
+    "jamba": "dt_proj",
+    "longcat_flash": "classifier",
+}  # layers that are not called, but whose weight is computed with
 QUANTIZED = {  # endings of names, and how many there are of each
     "mamba": {"in_proj": 2, "x_proj": 2, "out_proj": 2},
     "jamba": {"in_proj": 1, "x_proj": 1, "out_proj": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1,
               "gate_proj": 5, "up_proj": 5, "down_proj": 5},
     "rwkv": {"key": 4, "value": 4, "receptance": 4, "output": 2},
     "phimoe": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 8, "up_proj": 8, "down_proj": 8},
+    "olmo_hybrid": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "b_proj": 1, "a_proj": 1, "g_proj": 1, "o_proj": 2,
+                    "gate_proj": 2, "up_proj": 2, "down_proj": 2},
+    "longcat_flash": {"q_a_proj": 2, "q_b_proj": 2, "kv_a_proj_with_mqa": 2, "kv_b_proj": 2, "o_proj": 2,
+                      "gate_proj": 2, "up_proj": 2, "down_proj": 2},
+    "inkling2_text": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "r_proj": 2, "gate_proj": 2, "sink_proj": 2, "o_proj": 2},
     "nemotron_h": {"in_proj": 1, "out_proj": 1, "up_proj": 5, "down_proj": 5, "q_proj": 1, "k_proj": 1, "v_proj": 1,
                    "o_proj": 1},
 }  # fmt: skip
@@ -161,7 +170,7 @@ QUANTIZED = {  # endings of names, and how many there are of each
 
 @pytest.mark.parametrize("kind", MIXED)
 def test_blocks_of_other_kinds(kind: str, make_model: MakeModel, rng: torch.Generator, tmp_path: Path) -> None:
-    """Blocks that differ, routers that are more than linear, experts without a gate, siblings of other widths."""
+    """Blocks that differ, routers that are more than linear, experts without a gate, other widths, parts."""
     source, out, ids = make_model(kind), tmp_path / "out", torch.randint(2, VOCAB, (8, 32), generator=rng)
     rules = (Override(f"{LEFT_OUT[kind]}$", skip=True),) if kind in LEFT_OUT else ()
     config = QuantConfig(bits=8, group_size=16, overrides=rules)
@@ -173,7 +182,9 @@ def test_blocks_of_other_kinds(kind: str, make_model: MakeModel, rng: torch.Gene
     assert verify.verify(out).problems == []
     with torch.no_grad():
         found, expected = (load(folder, dtype="float32")(input_ids=ids).logits for folder in (out, source))
-    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert (found - expected).norm() < 0.1 * expected.norm()  # a wrong weight anywhere makes it about 1
+    stay = [note for note in result.notes if "stays as it is" in note]
+    assert len(stay) == (2 if kind == "inkling2_text" else 0)
 
 
 def test_a_weight_that_is_computed_with_elsewhere_is_not_guessed(
