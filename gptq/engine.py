@@ -327,10 +327,13 @@ def _tune_block(block: Block, fresh: list[partial[Any]], outputs: list[list[Any]
     """Bring a solved block closer to the original one's outputs, and renew the quantized stream's outputs."""
     layers = {block.linears[name]: solved for name, solved in job.solved.items()}
     held_out = [i for i in range(len(fresh)) if is_held_out(i, len(fresh))]
+    full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
+    named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
+    kept = {key for key, name in named.items() if not job.stream.has_own(name)}
     tuned = tune(
         block.module, fresh, [first_tensor(out) for out in outputs[1]], held_out, layers, job.stream.computed_with,
         {linear: job.plans[name].bits for name, linear in block.linears.items()}, job.config.tune_steps or 0,
-        job.config.seed,
+        job.config.seed, kept,
     )  # fmt: skip
     job.block_errors.append(BlockError(block.name, tuned.error_before, tuned.error_after))
     if tuned.layers is layers:
@@ -339,9 +342,8 @@ def _tune_block(block: Block, fresh: list[partial[Any]], outputs: list[list[Any]
     for name, linear in block.linears.items():
         job.solved[name] = tuned.layers[linear]
         job.stream.set_weight(linear, job.solved[name].weight())
-    full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
     for (module, key), tensor in tuned.parameters.items():
-        name = f"{full_names[module]}.{key}"
+        name = named[module, key]
         _, rounded = job.stream.as_stored(name, tensor)
         job.tuned[name] = rounded
         module._parameters[key] = nn.Parameter(rounded.to(tensor), requires_grad=False)

@@ -62,6 +62,10 @@ class WeightStream:
         """What a model is called on, numbers that are not whole in the forward's dtype."""
         return {name: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 
+    def has_own(self, name: str) -> bool:
+        """Whether the checkpoint holds the tensor called `name` in the model as one."""
+        return self._names.find(name) is not None
+
     def as_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         """The checkpoint's name of the tensor called `name` in the model, and new values for it in the stored dtype."""
         stored = self._names.stored(name)

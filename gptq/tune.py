@@ -6,7 +6,7 @@ on the calibration windows is brought down by Adam: scales and small parameters 
 is rounded with a straight-through gradient (AutoRound, arXiv 2309.05516; EfficientQAT, arXiv 2407.11062).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +42,7 @@ def tune(
     bits: dict[nn.Module, int],
     steps: int,
     seed: int,
+    kept: Collection[tuple[nn.Module, str]] = (),
 ) -> Tuned:
     """Tune a block; nothing of it is changed where that does not bring it closer on the windows held out.
 
@@ -52,11 +53,11 @@ def tune(
         layers: the block's quantized layers.
         weigh: turns a weight (outputs, inputs) into the tensor that a layer computes with.
         bits: of each layer.
+        kept: parameters, by module and name in it, that stay as they are.
     """
     draw = torch.Generator().manual_seed(seed)
-    small = {
-        (m, n): p.detach() for m in block.modules() for n, p in m._parameters.items() if p is not None and _is_small(p)
-    }
+    found = {(m, n): p.detach() for m in block.modules() for n, p in m._parameters.items() if p is not None}
+    small = {key: p for key, p in found.items() if _is_small(p) and key not in kept}
     scales = {linear: torch.zeros_like(s.scale, requires_grad=True) for linear, s in layers.items()}  # relative
     offsets = {linear: torch.zeros(s.codes.shape, device=s.codes.device, requires_grad=True)
                for linear, s in layers.items()}  # fmt: skip
