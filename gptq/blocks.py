@@ -313,7 +313,23 @@ def check_untied(config: PreTrainedConfig, head: Block, names: Names, trust_remo
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     """Whether x W^T + b is all that it computes: some routers are linear layers that go on from there."""
-    return isinstance(module, LINEAR) and type(module).forward in PLAIN
+    return isinstance(module, LINEAR) and (type(module).forward in PLAIN or _computes_product(module))
+
+
+def _computes_product(module: nn.Module) -> bool:
+    """Whether a linear layer with a forward of its own gives x W^T + b for a small W; Falcon's does."""
+    draw = torch.Generator().manual_seed(0)
+    W, x = torch.randn(3, 4, generator=draw), torch.randn(2, 4, generator=draw)
+    bias = None if module._parameters["bias"] is None else nn.Parameter(torch.randn(3, generator=draw))
+    small = copy.copy(module)
+    weight = nn.Parameter(W.T.contiguous() if is_transposed(module) else W)
+    object.__setattr__(small, "_parameters", {"weight": weight, "bias": bias})
+    with torch.no_grad():
+        try:
+            found: Any = type(small).forward(small, x)  # past the hooks
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            return False
+        return isinstance(found, Tensor) and torch.allclose(found, nn.functional.linear(x, W, bias), atol=1e-5)
 
 
 def _linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
