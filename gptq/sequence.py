@@ -5,6 +5,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -121,7 +122,7 @@ def walk_block(index: int, block: Block, fresh: Fresh, in_flight: int, job: Job)
     `fresh` and what is returned are for each stream one entry per window. The first `in_flight` windows run once,
     standing still before each layer until it is quantized.
     """
-    _forget_weights(block.module, block)
+    _forget_weights(block.module, block, job.stream.device)
     flights = [[PausableForward(function) for function in stream[:in_flight]] for stream in fresh]
     waiting = [stream[in_flight:] for stream in fresh]
     try:
@@ -190,7 +191,7 @@ def _solve_as_reached(
         _ensure_weights(linear, block, job)
         _go_on(linear, here, flights, originals if any(waiting) else {}, block, job)
         if not any(waiting) and not job.keeps_weights:
-            _forget_weights(linear, block)
+            _forget_weights(linear, block, job.stream.device)
     return solved, originals
 
 
@@ -201,11 +202,11 @@ def _ensure_weights(stop: nn.Module, block: Block, job: Job) -> None:
             job.stream.set_weight(linear, job.solved[name].weight())
 
 
-def _forget_weights(stop: nn.Module, block: Block) -> None:
+def _forget_weights(stop: nn.Module, block: Block, device: torch.device) -> None:
     inside = set(stop.modules())
     for name, linear in block.linears.items():
         if linear in inside:
-            linear._parameters["weight"] = Unread.of(linear, name)
+            linear._parameters["weight"] = Unread.of(linear, name, device)
 
 
 def _standing(flights: list[list[PausableForward]]) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gptq.ahead import CopyAhead, ReadAhead
 from gptq.blocks import Block, is_transposed
@@ -16,6 +17,7 @@ from gptq.checkpoint import Source
 from gptq.errors import InputError
 from gptq.names import Names
 
+DEVICE = torch.Tensor.device.__get__
 LOOKS = {"__get__", "empty_like", "size", "dim", "numel", "nelement", "is_floating_point"}  # at a weight's outside
 
 
@@ -94,17 +96,24 @@ class WeightStream:
         return found.to(dtype) if found.is_floating_point() else found
 
     @contextmanager
-    def on_demand(self, model: nn.Module, blocks: list[Block]) -> Iterator[Callable[[], None]]:
+    def on_demand(self, model: PreTrainedModel, blocks: list[Block]) -> Iterator[Callable[[], None]]:
         """Inside, modules outside the blocks read their own tensors when they are called.
 
         Yields a function that drops what was read so far.
         """
         in_blocks = {module for block in blocks for module in block.module.modules()}
+        outside = {
+            name: module
+            for name, module in model.named_modules()
+            if module not in in_blocks and (module._parameters or module._buffers)
+        }
+        embedding = _embedding_of(model)
         filled: set[nn.Module] = set()
         handles = []
 
         def hook_for(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, _: object) -> None:
+            def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                _refuse_nothing(name, inputs)
                 if module not in filled:
                     self.fill(module, name, recurse=False)
                     filled.add(module)
@@ -116,14 +125,30 @@ class WeightStream:
                 drop(module)
             filled.clear()
 
-        for name, module in model.named_modules():
-            if module not in in_blocks and (module._parameters or module._buffers):
-                handles.append(module.register_forward_pre_hook(hook_for(name)))
+        for name, module in outside.items():
+            handles.append(module.register_forward_pre_hook(hook_for(name)))
+        for name in [name for name, module in outside.items() if module is embedding]:
+            self.fill(outside[name], name, recurse=False)  # Llama 4 sends tokens to where it is
+            filled.add(outside[name])
         try:
             yield drop_all
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _embedding_of(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        found: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
+
+
+def _refuse_nothing(name: str, inputs: tuple[Any, ...]) -> None:
+    """Raises InputError where a module is given tensors without numbers, out of which torch would make some."""
+    if any(isinstance(x, Tensor) and x.is_meta for x in inputs):
+        raise InputError(f"the model sends what {name} gets to where its weights are, before they are read")
 
 
 class Unread(nn.Parameter):
@@ -134,16 +159,19 @@ class Unread(nn.Parameter):
     """
 
     layer: str
+    home: torch.device  # where it will be
 
     @classmethod
-    def of(cls, linear: nn.Module, name: str) -> "Unread":
+    def of(cls, linear: nn.Module, name: str, device: torch.device) -> "Unread":
         empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
         unread = cls(empty, requires_grad=False)
-        unread.layer = name
+        unread.layer, unread.home = name, device
         return unread
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == DEVICE:  # models send there what the layer gets
+            return args[0].home
         if getattr(func, "__name__", "") not in LOOKS:
             name = next(x.layer for x in [*args, *(kwargs or {}).values()] if isinstance(x, Unread))
             raise InputError(

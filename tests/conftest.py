@@ -66,6 +66,7 @@ MIXED: dict[str, dict[str, Any]] = {  # blocks that are not all attention and ga
     "rwkv": {"hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": VOCAB,
              "context_length": 64},
     "phimoe": {**MOE, "num_local_experts": 4},
+    "llama4_text": {**MOE, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 96},
     "olmo_hybrid": {  # its checkpoint holds one convolution as three
         **LLAMA_LIKE, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
         "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"],

@@ -158,6 +158,7 @@ QUANTIZED = {  # endings of names, and how many there are of each
               "gate_proj": 5, "up_proj": 5, "down_proj": 5},
     "rwkv": {"key": 4, "value": 4, "receptance": 4, "output": 2},
     "phimoe": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 8, "up_proj": 8, "down_proj": 8},
+    "llama4_text": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 2, "up_proj": 2, "down_proj": 2},
     "olmo_hybrid": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "b_proj": 1, "a_proj": 1, "g_proj": 1, "o_proj": 2,
                     "gate_proj": 2, "up_proj": 2, "down_proj": 2},
     "longcat_flash": {"q_a_proj": 2, "q_b_proj": 2, "kv_a_proj_with_mqa": 2, "kv_b_proj": 2, "o_proj": 2,
