@@ -155,8 +155,7 @@ def quantize(
             stream.ahead.join(at_once=True)
             writer.abandon()
         chosen, after = next(iter(plan.layers.values())).format, file_bytes(plan.tensors)
-        calibrated_on = None if windows is None else public_name(describe(task.given))
-        record = _record(model_name(model), calibrated_on, windows, plan, after, job)
+        record = _record(task, windows, plan, after, job)
         if ranks.rank == 0:
             write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
     ranks.wait()  # until OUT is there
@@ -209,16 +208,14 @@ def _copy_the_rest(plan: Plan, job: Job) -> None:
         writer.close()
 
 
-def _record(
-    model: str, calibration: str | None, windows: list[Inputs] | None, plan: Plan, after: int, job: Job
-) -> dict[str, Any]:
+def _record(task: Task, windows: list[Inputs] | None, plan: Plan, after: int, job: Job) -> dict[str, Any]:
     """What is written about the run beside the tensors."""
     source, layers = plan.source, plan.layers
     replaced = (layer.source for layer in layers.values() if layer.source not in plan.tensors)
     return {
-        "model": model,
+        "model": model_name(task.model),
         "config": job.config.to_dict(),
-        "calibration": calibration,
+        "calibration": None if windows is None else public_name(describe(task.given)),
         "sizes": {
             "bits_per_weight": plan.bits_per_weight,
             "quantized_bytes_before": sum(source.tensors[name].nbytes for name in replaced),

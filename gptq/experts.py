@@ -82,17 +82,27 @@ def _single(first: str, count: int, hidden: int, intermediate: int, act: nn.Modu
     return Experts(Expert(hidden, intermediate, act, gated="gate_proj" in PARTS[first]) for _ in range(count))
 
 
+def tried(module: nn.Module, parameters: dict[str, nn.Parameter | None], *arguments: Tensor) -> Tensor | None:
+    """What a module gives with other parameters in the place of its own; None where it is called in another way."""
+    small = copy.copy(module)
+    object.__setattr__(small, "_parameters", parameters)
+    if isinstance(config := getattr(small, "config", None), PreTrainedConfig):
+        plain = copy.copy(config)
+        plain._experts_implementation = "eager"  # a loop over experts, whatever kernel the model runs with
+        object.__setattr__(small, "config", plain)
+    with torch.no_grad():
+        try:
+            found = type(small).forward(small, *arguments)  # past the hooks
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            return None
+    return found if isinstance(found, Tensor) else None
+
+
 def _computes_alike(fused: nn.Module, first: str, count: int, act: nn.Module) -> bool:
     draw = torch.Generator().manual_seed(0)
     hidden, intermediate, tokens, parts = 8, 12, 16, PARTS[first]
     stacked = torch.randn(count, len(parts) * intermediate, hidden, generator=draw)
     down = torch.randn(count, hidden, intermediate, generator=draw)
-    small = copy.copy(fused)
-    object.__setattr__(small, "_parameters", {first: nn.Parameter(stacked), "down_proj": nn.Parameter(down)})
-    if isinstance(config := getattr(small, "config", None), PreTrainedConfig):
-        plain = copy.copy(config)
-        plain._experts_implementation = "eager"  # a loop over experts, whatever kernel the model runs with
-        object.__setattr__(small, "config", plain)
     single = _single(first, count, hidden, intermediate, act)
     for expert, weights, out in zip(single, stacked, down, strict=True):
         own = {f"{part}.weight": weight for part, weight in zip(parts, weights.chunk(len(parts)), strict=True)}
@@ -100,12 +110,9 @@ def _computes_alike(fused: nn.Module, first: str, count: int, act: nn.Module) ->
     k = min(2, count)
     routes = torch.rand(tokens, count, generator=draw).topk(k).indices
     arguments = torch.randn(tokens, hidden, generator=draw), routes, torch.rand(tokens, k, generator=draw)
+    found = tried(fused, {first: nn.Parameter(stacked), "down_proj": nn.Parameter(down)}, *arguments)
     with torch.no_grad():
-        try:
-            found = small(*arguments)
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-            return False  # it is called in another way, so it is another kind of module
-        return isinstance(found, Tensor) and torch.allclose(found, single(*arguments), rtol=1e-4, atol=1e-5)
+        return found is not None and torch.allclose(found, single(*arguments), rtol=1e-4, atol=1e-5)
 
 
 def pseudo_tokens(tokens: int, inputs: int) -> int:

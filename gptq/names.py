@@ -165,7 +165,7 @@ def check_tensors(
     needed = [(name, tensor) for name, tensor in network.named_parameters() if name not in without]
     for name, tensor in [*needed, *((n, b) for n, b in network.named_buffers() if names.find(n))]:
         parted = names.parted(name)
-        own = names.all_of(name) if parted else [names.stored(name)]
+        own = names.all_of(name) or [names.stored(name)]
         used |= {*own}
         shape = _shape_of(parted, tensors) if parted else tensors[own[0]].shape
         if shape != tuple(tensor.shape):

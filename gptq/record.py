@@ -111,7 +111,8 @@ def beside(
 ) -> tuple[list[str], list[str]]:
     """Of the linear layers that are not in `layers` (by their names in the model), those inside the blocks and others.
 
-    Those inside by their names in the checkpoint; of those outside, no other than the model's is needed.
+    Those inside by their names in the checkpoint; of those outside, no other than the model's is needed. Among these
+    are routers that are linear layers and more, which readers of the file must not take for packed.
     """
     kept = [name for block in blocks for name in block.linears if name not in layers]
     others = [name for name, module in network.named_modules() if isinstance(module, LINEAR)]

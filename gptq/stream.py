@@ -126,10 +126,10 @@ class WeightStream:
             filled.clear()
 
         for name, module in outside.items():
-            handles.append(module.register_forward_pre_hook(hook_for(name)))
-        for name in [name for name, module in outside.items() if module is embedding]:
-            self.fill(outside[name], name, recurse=False)  # Llama 4 sends tokens to where it is
-            filled.add(outside[name])
+            hook = hook_for(name)
+            handles.append(module.register_forward_pre_hook(hook))
+            if module is embedding:
+                hook(module, ())  # before it is called: Llama 4 sends tokens to where its weight is
         try:
             yield drop_all
         finally:

@@ -209,10 +209,11 @@ def dot_shorts(builder: Any, a: Any, b: Any) -> Any:
     )
     found = []
     for start in (0, LANES // 2):
-        places = ir.Constant(eight, [ir.Constant(INT, start + i) for i in range(LANES // 2)])
-        halves = (builder.bitcast(builder.shuffle_vector(x, x, places), sixteen) for x in (a, b))
+        places = [*range(start, start + LANES // 2)]
+        halves = (builder.bitcast(chosen(builder, x, x, places), sixteen) for x in (a, b))
         found.append(builder.call(function, [*halves]))
-    return builder.shuffle_vector(*found, ir.Constant(INTS, [ir.Constant(INT, i) for i in range(LANES)]))
+    low, high = found
+    return chosen(builder, low, high, [*range(LANES)])
 
 
 def sum_pairs(builder: Any, a: Any, a_step: int, b: Any, depth: Any) -> list[list[Any]]:

@@ -154,12 +154,10 @@ def verify(folder: str | Path) -> Verification:
     if not (folder / RECORD).is_file():
         source, quantization = _open(folder)
         packed = packed_layers(source, quantization)
-        lost = (
-            [f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it"]
-            if is_claimed(folder)
-            else []
-        )
-        problems = [*lost, *_inconsistent(folder, source, packed)]
+        problems = [*_inconsistent(folder, source, packed)]
+        if is_claimed(folder):
+            lost = f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it"
+            problems = [lost, *problems]
         return Verification(False, len(packed), len(source.tensors), 0, problems)
     check_folder(folder)
     record = read_record(folder)
