@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from gptq.blocks import Block, with_defaults
@@ -167,7 +167,7 @@ def _solve_as_reached(
     solved: set[nn.Module] = set()
     originals: dict[nn.Module, nn.Parameter | None] = {}
     known: LayerInputs | None = None
-    shared: list[dict[int, tuple[Tensor, object]]] = []  # the inputs that are known, kept alive, and their identities
+    shared: list[dict[int, object]] = []  # identities of the inputs that are known
     while (at := job.ranks.least(min((rank[m] for m in _standing(flights)), default=len(rank)))) < len(rank):
         linear, name = [*names.items()][at]
         here = [_standing_at(linear, flight) for flight in flights]
@@ -178,12 +178,13 @@ def _solve_as_reached(
                 solve_experts(index, block, name, linear, everywhere(routes, own, job), job)
             else:
                 spent = known is not None and known.spent and name not in known.ahead
-                if spent or job.ranks.any(_identities(here) != _identities(shared)):
+                if spent or job.ranks.any(here != shared):
                     known = None  # free the old one first
                     arriving = _arriving(flights, waiting, linear, originals)
                     pairs = ((input_at(pause), input_at(original)) for pause, original in arriving)
                     known = look_at_inputs(name, pairs, len(flights[0]) + len(waiting[0]), job)
-                    job.shelf.put([x for stream in here for x, _ in stream.values()])  # nobody needs them for a while
+                    for flight in flights:  # nobody needs them for a while
+                        job.shelf.put([argument(pause) for pause in _pauses_at(linear, flight).values()])
                     shared = here = [_standing_at(linear, flight) for flight in flights]
                 job.shelf.release()
                 job.finish(index, block, name, known, job)
@@ -215,7 +216,7 @@ def _standing(flights: list[list[PausableForward]]) -> list[nn.Module]:
 
 def _go_on(
     linear: nn.Module,
-    here: list[dict[int, tuple[Tensor, object]]],
+    here: list[dict[int, object]],
     flights: list[list[PausableForward]],
     originals: dict[nn.Module, nn.Parameter | None],
     block: Block,
@@ -232,17 +233,13 @@ def _go_on(
         flights[0][i].advance()
 
 
-def _standing_at(linear: nn.Module, flight: list[PausableForward]) -> dict[int, tuple[Tensor, object]]:
-    """The input that each window has at `linear` if it stands there, and its identity."""
-    return {i: (x := argument(pause), identity(x)) for i, pause in _pauses_at(linear, flight).items()}
+def _standing_at(linear: nn.Module, flight: list[PausableForward]) -> dict[int, object]:
+    """The identity of the input that each window has at `linear` if it stands there."""
+    return {i: identity(argument(pause)) for i, pause in _pauses_at(linear, flight).items()}
 
 
 def _pauses_at(linear: nn.Module, flight: list[PausableForward]) -> dict[int, Pause]:
     return {i: f.standing for i, f in enumerate(flight) if f.standing and f.standing.module is linear}
-
-
-def _identities(inputs: list[dict[int, tuple[Tensor, object]]]) -> list[dict[int, object]]:
-    return [{i: same for i, (_, same) in stream.items()} for stream in inputs]
 
 
 def _arriving(

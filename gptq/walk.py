@@ -13,6 +13,7 @@ from typing import Any
 
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,12 @@ def _pausing_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def identity(x: Tensor) -> tuple[object, ...]:
-    """Equal for two tensors, as long as both are alive, if they are the same numbers in memory, unchanged in between.
+    """Equal for two tensors if they are the same numbers in memory, unchanged in between. It keeps neither alive.
 
     Layers that get such tensors share a Hessian.
     """
-    return x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), x._version
+    memory = StorageWeakRef(x.untyped_storage())  # no other memory is equal to it as long as this is there
+    return memory, x.storage_offset(), x.dtype, tuple(x.shape), x.stride(), x._version
 
 
 def argument(pause: Pause, number: int = 0) -> Tensor:

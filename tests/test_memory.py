@@ -1,5 +1,6 @@
 """Memory: a limit changes the way and never a byte; the estimate is that of a run; nothing stays on the disk."""
 
+import gc
 import hashlib
 import json
 import signal
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,6 +67,30 @@ def test_the_same_bytes_with_any_limit(
         assert ("in files" in ways.said) == on_disk
         found.append(checksums(out))
     assert all(sums == found[0] for sums in found)
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_what_is_used_up_is_freed_at_once(make_model: MakeModel, windows: Tensor, tmp_path: Path, effort: str) -> None:
+    """Tensors that hold each other would stay until the garbage collector comes by, which counts objects, not bytes."""
+    source, config = make_model("llama"), QuantConfig(group_size=32, effort=effort)
+    quantize(source, tmp_path / "first", config, calibration=windows)  # what is made once and kept
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quantize(source, tmp_path / "second", config, calibration=windows)
+        gc.collect()
+        held = gc.get_referents(*gc.garbage)
+        held += gc.get_referents(*(x for x in held if isinstance(x, tuple)))  # which the collector may not look into
+        left = [x.shape for x in held if isinstance(x, Tensor | np.ndarray)]
+    finally:
+        torch.set_num_threads(threads)
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert left == []
 
 
 def test_the_quickest_way_within_the_limit_is_taken(make_model: MakeModel) -> None:

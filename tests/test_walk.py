@@ -1,5 +1,8 @@
 """A paused forward computes what a plain one does, and leaves nothing behind."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -91,6 +94,18 @@ def test_identity_sees_views_and_writes() -> None:
     assert identity(x.view(3, 4)) != before
     x += 1
     assert identity(x) != before
+
+
+def test_what_comes_to_the_same_place_later_is_not_the_same() -> None:
+    memory = bytearray(64)
+    array = np.frombuffer(memory, dtype=np.float32)
+    x, held = torch.from_numpy(array), weakref.ref(array)
+    before = identity(x)
+    del x, array
+    assert held() is None  # an identity keeps nothing alive
+    y = torch.frombuffer(memory, dtype=torch.float32)
+    assert identity(y)[1:] == before[1:]
+    assert identity(y) != before
 
 
 def test_an_ended_forward_cannot_go_on() -> None:
