@@ -6,8 +6,9 @@ Each tool runs in an environment of its own, which the script makes below --envi
 each run in a process of its own, from a safetensors folder to a safetensors folder: 4 bits, symmetric, groups of 128,
 each tool's own default order and grid. The model and its tokens are those of bench_quantize.py. Importing a tool is
 not counted, its largest resident memory (VmHWM) is. Forwards are in bfloat16, or for all tools in float32 where the
-CPU does not multiply bfloat16 (libraries crawl there). A round runs every tool once, the next one in reverse order. The
-code of the paper itself is on no registry and so not here.
+CPU does not multiply bfloat16 (libraries crawl there). Ours has the environment variables that its command sets. A
+round runs every tool once, the next one in reverse order. The code of the paper itself is on no registry and so not
+here.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from bench_quantize import add_model_options, calibration_tokens, make_model
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from gptq.__main__ import ENVIRONMENT
 from gptq.blocks import choose_dtype
 
 TELL = """
@@ -101,7 +103,9 @@ def run(tool: str, python: str, model: Path, tokens: Path, out: Path) -> dict[st
     command = [python, "-c", BEGIN + CODE[tool] + TELL, str(model), str(tokens), str(out)]
     command.append(str(choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))).partition(".")[2])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    if tool != OURS:
+    if tool == OURS:
+        environment = ENVIRONMENT | environment
+    else:
         environment.pop("PYTHONPATH", None)
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out.parent)
     lines = [line for line in found.stdout.splitlines() if line.startswith("MEASURED ")]

@@ -182,6 +182,7 @@ def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any
     from transformers import AutoConfig
 
     from gptq import cost
+    from gptq.__main__ import ENVIRONMENT
     from gptq.blocks import choose_dtype
 
     dtype = choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))
@@ -193,7 +194,8 @@ def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any
         for kind in {dtype, torch.float32}:
             rates[kind] = max(rates.get(kind, 0.0), cost.product_rate(torch.device("cpu"), kind, 1.0))
         if not turn:
-            printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            environment = ENVIRONMENT | os.environ  # as the command has it
+            printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     flops = work({name: tuple(shape) for name, shape in found.pop("shapes").items()}, args.windows * args.tokens)
     rate_of = {"forward": rates[dtype], "Hessian": rates[dtype]}

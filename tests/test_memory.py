@@ -69,10 +69,12 @@ def test_the_same_bytes_with_any_limit(
     assert all(sums == found[0] for sums in found)
 
 
-@pytest.mark.parametrize("effort", ["fast", "best"])
-def test_what_is_used_up_is_freed_at_once(make_model: MakeModel, windows: Tensor, tmp_path: Path, effort: str) -> None:
+@pytest.mark.parametrize("options", [{"effort": "fast"}, {"tune_steps": 2}])
+def test_what_is_used_up_is_freed_at_once(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path, options: dict[str, Any]
+) -> None:
     """Tensors that hold each other would stay until the garbage collector comes by, which counts objects, not bytes."""
-    source, config = make_model("llama"), QuantConfig(group_size=32, effort=effort)
+    source, config = make_model("llama"), QuantConfig(group_size=32, **options)
     quantize(source, tmp_path / "first", config, calibration=windows)  # what is made once and kept
     gc.collect()
     gc.disable()
@@ -293,7 +295,7 @@ def copying_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_copies_made_ahead_change_no_byte(
     effort: str, make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, config = make_model("llama", num_hidden_layers=3), QuantConfig(group_size=32, effort=effort)
+    source, config = make_model("llama", num_hidden_layers=3), QuantConfig(group_size=32, **options)
     quantize(source, tmp_path / "plain", config, calibration=windows)
     copying_ahead(monkeypatch)
     taken: list[str] = []
