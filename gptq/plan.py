@@ -1,11 +1,12 @@
 """What will be done with every tensor of a checkpoint, decided before the first weight is read."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -29,6 +30,9 @@ from gptq.errors import InputError
 from gptq.formats import Scheme
 from gptq.names import Names, check_tensors, note_on_left_over
 from gptq.schemes import Layers, quantization_of
+from gptq.unread import not_called
+
+TOKENS = 8  # of text that tries out which layers are called
 
 
 @dataclass(frozen=True)
@@ -115,23 +119,36 @@ def plan_checkpoint(
     names = Names(network, set(source.tensors))
     fused = take_experts_apart(network, names)
     left_over = check_tensors(network, names, source.tensors)
-    all_blocks, left_out = find_blocks(network, _input_names(sample, network, config))
+    inputs = _inputs(sample, network, config)
+    all_blocks, left_out = find_blocks(network, None if inputs is None else set(inputs))
+    uncalled = not_called(network, all_blocks, inputs or {})
     if config.lm_head:
         all_blocks.append(find_head(network))
     apart, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
-    blocks, layers, extended = plan_layers(all_blocks, names, config, apart)
+    blocks, layers, extended = plan_layers(all_blocks, names, config, apart, uncalled)
     changes = changes if apart in layers else {}
-    notes = [*fused, *left_out, *extended, *notes_on_shapes(layers.values(), config), *note_on_left_over(left_over)]
+    notes = [*fused, *left_out, *_note_on(uncalled), *extended]
+    notes += [*notes_on_shapes(layers.values(), config), *note_on_left_over(left_over)]
     tensors = announce(source, layers)
     return Plan(folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, changes, notes)
 
 
-def _input_names(sample: Mapping[str, Tensor] | None, network: PreTrainedModel, config: QuantConfig) -> set[str] | None:
-    """Names of what the model will be called on; None where it is not called at all and takes more than text."""
+def _inputs(
+    sample: Mapping[str, Tensor] | None, network: PreTrainedModel, config: QuantConfig
+) -> Mapping[str, Tensor] | None:
+    """What the model will be called on, of some length; None where it is not called at all and takes more than text."""
     if sample is not None:
         check_inputs(sample, network)
-        return set(sample)
-    return None if config.method == "rtn" and network.main_input_name != "input_ids" else {"input_ids"}
+        return sample
+    if config.method == "rtn" and network.main_input_name != "input_ids":
+        return None
+    return {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long)}
+
+
+def _note_on(uncalled: list[str]) -> list[str]:
+    many = f" and {len(uncalled) - 1} more stay as they are" if len(uncalled) > 1 else " stays as it is"
+    why = "the model computes with the weight itself and does not call the layer"
+    return [f"{uncalled[0]}{many}: {why}"] if uncalled else []
 
 
 def _untie(
@@ -145,11 +162,12 @@ def _untie(
 
 
 def plan_layers(
-    blocks: list[Block], names: Names, config: QuantConfig, apart: str = ""
+    blocks: list[Block], names: Names, config: QuantConfig, apart: str = "", uncalled: Collection[str] = ()
 ) -> tuple[list[Block], dict[str, LayerPlan], list[str]]:
     """The blocks without the layers that are skipped, a plan for each other layer, and notes on extended overrides.
 
-    `apart` is the layer, if any, that shares its weight with the embedding in the checkpoint, but not in the result.
+    `apart` is the layer, if any, that shares its weight with the embedding in the checkpoint, but not in the result;
+    `uncalled` are skipped in any case.
 
     Raises:
         InputError: an override names no layer, or overrides want different things of layers that engines fuse, or the
@@ -160,7 +178,7 @@ def plan_layers(
     plans: dict[str, LayerPlan] = {}
     shuffles = config.method == "gptq" and bool(config.desc_act) and not config.static_groups
     for name, own in options.items():
-        if own["skip"]:
+        if own["skip"] or name in uncalled:
             continue
         outputs, inputs = shape(linears[name])
         group_size = inputs if own["group_size"] == -1 else min(own["group_size"], inputs)

@@ -18,7 +18,8 @@ from gptq.layer import Job, LayerInputs, look_at_inputs, original_weights, swapp
 from gptq.matmul import quick_linears
 from gptq.routed import everywhere, routed, solve_experts
 from gptq.shelf import Shelf
-from gptq.stream import Unread, WeightStream, drop
+from gptq.stream import WeightStream, drop
+from gptq.unread import Unread
 from gptq.walk import (
     PausableForward,
     Pause,

@@ -17,9 +17,6 @@ from gptq.checkpoint import Source
 from gptq.errors import InputError
 from gptq.names import Names
 
-DEVICE = torch.Tensor.device.__get__
-LOOKS = {"__get__", "empty_like", "size", "dim", "numel", "nelement", "is_floating_point"}  # at a weight's outside
-
 
 class WeightStream:
     """Moves tensors of a checkpoint into a model that was built without, and out again."""
@@ -149,37 +146,6 @@ def _refuse_nothing(name: str, inputs: tuple[Any, ...]) -> None:
     """Raises InputError where a module is given tensors without numbers, out of which torch would make some."""
     if any(isinstance(x, Tensor) and x.is_meta for x in inputs):
         raise InputError(f"the model sends what {name} gets to where its weights are, before they are read")
-
-
-class Unread(nn.Parameter):
-    """The weight of a layer that is still to be solved; it has a shape, and nothing computes with it.
-
-    torch would: a product with a tensor on the meta device is made of whatever lies in memory. So a model that reads a
-    weight itself, where others call the layer, is stopped.
-    """
-
-    layer: str
-    home: torch.device  # where it will be
-
-    @classmethod
-    def of(cls, linear: nn.Module, name: str, device: torch.device) -> "Unread":
-        empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
-        unread = cls(empty, requires_grad=False)
-        unread.layer, unread.home = name, device
-        return unread
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == DEVICE:  # models send there what the layer gets
-            return args[0].home
-        if getattr(func, "__name__", "") not in LOOKS:
-            name = next(x.layer for x in [*args, *(kwargs or {}).values()] if isinstance(x, Unread))
-            raise InputError(
-                f"the model computes with the weight of {name} without calling the layer, so what the layer gets is "
-                f"not known; leave it as it is: --override '{name.rpartition('.')[2]}:skip'"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
 
 
 def drop(module: nn.Module) -> None:

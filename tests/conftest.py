@@ -64,7 +64,7 @@ MIXED: dict[str, dict[str, Any]] = {  # blocks that are not all attention and ga
         "attn_layer_period": 2, "attn_layer_offset": 1,
     },
     "rwkv": {"hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": VOCAB,
-             "context_length": 64},
+             "context_length": 64, "rescale_every": 1},
     "phimoe": {**MOE, "num_local_experts": 4},
     "llama4_text": {**MOE, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 96},
     "olmo_hybrid": {  # its checkpoint holds one convolution as three

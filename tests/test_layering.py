@@ -28,7 +28,7 @@ RANKS = [
     {"config", "calibration", "solver", "checkpoint"},
     {"ahead", "formats", "names", "hub", "refine", "drift", "journal"},
     {"blocks"},
-    {"schemes", "stream"},
+    {"schemes", "stream", "unread"},
     {"packed", "plan", "engines", "products"},
     {"linear", "record", "tune", "budget", "windows"},
     {"hf_quantizer", "layer"},

@@ -295,7 +295,7 @@ def copying_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_copies_made_ahead_change_no_byte(
     effort: str, make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, config = make_model("llama", num_hidden_layers=3), QuantConfig(group_size=32, **options)
+    source, config = make_model("llama", num_hidden_layers=3), QuantConfig(group_size=32, effort=effort)
     quantize(source, tmp_path / "plain", config, calibration=windows)
     copying_ahead(monkeypatch)
     taken: list[str] = []

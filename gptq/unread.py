@@ -1,0 +1,128 @@
+"""Weights that a model computes with itself, where others call the layer: Mamba's `dt_proj`, some routers.
+
+What such a layer gets is never seen, so it cannot be quantized. A forward without numbers finds most of them before a
+run, and the layers stay as they are; any other ends the run when its weight is asked for.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from gptq.blocks import Block, with_defaults
+from gptq.errors import InputError
+from gptq.experts import Experts
+
+DEVICE = torch.Tensor.device.__get__
+LOOKS = {"__get__", "empty_like", "size", "dim", "numel", "nelement", "is_floating_point"}  # at a weight's outside
+
+
+class _Watch(TorchFunctionMode):
+    """Takes down which of some layers' weights are computed with before the layer is called."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self._weights = {id(linear.weight): name for name, linear in linears.items()}
+        for linear in linears.values():
+            linear.register_forward_pre_hook(self._let)
+
+    def _let(self, linear: nn.Module, _: Any) -> None:
+        self._weights.pop(id(linear.weight), None)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if name not in LOOKS:
+            self.found |= {self._weights[id(x)] for x in (*args, *kwargs.values()) if id(x) in self._weights}
+        if name == "__bool__" and args[0].is_meta:
+            return False  # whichever way it goes, the forward goes on
+        return function(*args, **kwargs)
+
+
+def not_called(network: PreTrainedModel, blocks: Iterable[Block], inputs: Mapping[str, Tensor]) -> list[str]:
+    """Names of linear layers with whose weights a model on the meta device computes without calling them.
+
+    Found are those that a forward comes by before it wants to know a number, and those of the same name in modules of
+    the same class. Only models run whose code mentions such a weight.
+
+    Args:
+        inputs: what the model is called on, of any device.
+    """
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    homes = {name: _home(name, network) for name in linears}
+    if not any(_mentions(kind, own) for kind, own in set(homes.values())):
+        return []
+    tried = copy.deepcopy(network)  # models keep things
+    for module in tried.modules():
+        if isinstance(module, Experts):
+            vars(module)["forward"] = _past_experts  # who is sent to which depends on numbers
+    watch = _Watch({name: tried.get_submodule(name) for name in linears})
+    with torch.no_grad(), watch, suppress(InputError):  # it may want a number; of the rest the run will tell
+        with_defaults(tried)(**{name: torch.empty_like(x, device="meta") for name, x in inputs.items()})
+    found = {homes[name] for name in watch.found}
+    return [name for name, home in homes.items() if home in found]
+
+
+def _past_experts(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _home(name: str, network: nn.Module) -> tuple[type[nn.Module], str]:
+    """The class of the module around a layer, and what it calls the layer."""
+    parent, _, own = name.rpartition(".")
+    return type(network.get_submodule(parent)), own
+
+
+def _mentions(kind: type[nn.Module], layer: str) -> bool:
+    """Whether the file that holds the class of a module speaks of the weight of what it calls `layer`."""
+    try:
+        code = _text_of(inspect.getfile(kind))
+    except (OSError, TypeError):
+        return True  # it cannot be looked at
+    return re.search(rf"\.{re.escape(layer)}\.weight\b", code) is not None
+
+
+@cache
+def _text_of(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8")
+
+
+class Unread(nn.Parameter):
+    """The weight of a layer that is still to be solved; it has a shape, and nothing computes with it.
+
+    torch would: a product with a tensor on the meta device is made of whatever lies in memory. So the model is stopped.
+    """
+
+    layer: str
+    home: torch.device  # where it will be
+
+    @classmethod
+    def of(cls, linear: nn.Module, name: str, device: torch.device) -> "Unread":
+        empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
+        unread = cls(empty, requires_grad=False)
+        unread.layer, unread.home = name, device
+        return unread
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == DEVICE:  # models send there what the layer gets
+            return args[0].home
+        if getattr(func, "__name__", "") not in LOOKS:
+            name = next(x.layer for x in [*args, *(kwargs or {}).values()] if isinstance(x, Unread))
+            raise InputError(
+                f"the model computes with the weight of {name} without calling the layer, so what the layer gets is "
+                f"not known; leave it as it is: --override '{name.rpartition('.')[2]}:skip'"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
