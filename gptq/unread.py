@@ -7,7 +7,7 @@ run, and the layers stay as they are; any other ends the run when its weight is 
 import copy
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,12 @@ from gptq.experts import Experts
 
 DEVICE = torch.Tensor.device.__get__
 LOOKS = {"__get__", "empty_like", "size", "dim", "numel", "nelement", "is_floating_point"}  # at a weight's outside
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """What a function of torch is called on, and what lists of its arguments hold."""
+    for x in (*args, *kwargs.values()):
+        yield from x if isinstance(x, list | tuple) else (x,)
 
 
 class _Watch(TorchFunctionMode):
@@ -44,7 +50,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
         if name not in LOOKS:
-            self.found |= {self._weights[id(x)] for x in (*args, *kwargs.values()) if id(x) in self._weights}
+            self.found |= {self._weights[id(x)] for x in _given(args, kwargs) if id(x) in self._weights}
         if name == "__bool__" and args[0].is_meta:
             return False  # whichever way it goes, the forward goes on
         return function(*args, **kwargs)
@@ -119,7 +125,7 @@ class Unread(nn.Parameter):
         if func == DEVICE:  # models send there what the layer gets
             return args[0].home
         if getattr(func, "__name__", "") not in LOOKS:
-            name = next(x.layer for x in [*args, *(kwargs or {}).values()] if isinstance(x, Unread))
+            name = next(x.layer for x in _given(args, kwargs or {}) if isinstance(x, Unread))
             raise InputError(
                 f"the model computes with the weight of {name} without calling the layer, so what the layer gets is "
                 f"not known; leave it as it is: --override '{name.rpartition('.')[2]}:skip'"

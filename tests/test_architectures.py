@@ -14,17 +14,19 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from gptq import InputError, QuantConfig, calibration, load, perplexity, quantize, verify
+from gptq.blocks import Block
 from gptq.calibration import frame_of
 from gptq.config import Format
 from gptq.conversion import convert
 from gptq.experts import Experts, blend, pseudo_tokens, take_apart
 from gptq.hessian import HessianAccumulator
 from gptq.record import RECORD
+from gptq.unread import Unread, not_called
 from tests import oracle
 from tests.conftest import EXPERTS, MIXED, OTHERS, VOCAB, MakeModel
 
@@ -193,6 +195,29 @@ def test_a_weight_that_is_computed_with_elsewhere_is_not_guessed(
     monkeypatch.setattr("gptq.plan.not_called", lambda *_: [])
     with pytest.raises(InputError, match=r"layers.0.mixer.dt_proj without calling .* --override 'dt_proj:skip'"):
         quantize(make_model("mamba"), tmp_path / "out", CONFIG, calibration=ids)
+
+
+def test_weights_in_a_list_are_computed_with_too() -> None:
+    """As where queries, keys and values are computed at once."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.o_proj = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.o_proj(x @ torch.cat([self.q_proj.weight, self.k_proj.weight]).T)
+            return found if bool((found > 0).all()) else found + self.o_proj.weight.dtype.itemsize
+
+    network: Any = nn.Sequential(Attention(), Attention()).to("meta")
+    linears: dict[str, nn.Module] = {
+        name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)
+    }
+    blocks, inputs = [Block("", network, linears)], {"input": torch.zeros(2, 4)}
+    assert not_called(network, blocks, inputs) == ["0.q_proj", "0.k_proj", "1.q_proj", "1.k_proj"]
+    network[0].q_proj._parameters["weight"] = Unread.of(linears["0.q_proj"], "0.q_proj", torch.device("cpu"))
+    with pytest.raises(InputError, match=r"weight of 0\.q_proj without calling"):
+        network(torch.zeros(2, 4, device="meta"))
 
 
 @pytest.mark.parametrize("options", [{}, {"two_streams": False}, {"tune_steps": 2}])
