@@ -147,7 +147,7 @@ def _inputs(
 
 def _note_on(uncalled: list[str]) -> list[str]:
     many = f" and {len(uncalled) - 1} more stay as they are" if len(uncalled) > 1 else " stays as it is"
-    why = "the model computes with the weight itself and does not call the layer"
+    why = "the model computes with the weight before it calls the layer, if it does"
     return [f"{uncalled[0]}{many}: {why}"] if uncalled else []
 
 
@@ -192,7 +192,7 @@ def plan_layers(
             scattered=shuffles and group_size < inputs,
         )  # fmt: skip
     if not plans:
-        raise InputError("the overrides skip every layer, so there is nothing to quantize")
+        raise InputError("every layer is skipped, so there is nothing to quantize")
     chosen = choose_format(list(plans.values()), config)
     plans = {name: replace(plan, format=chosen) for name, plan in plans.items()}
     kept = [replace(block, linears={n: m for n, m in block.linears.items() if n in plans}) for block in blocks]

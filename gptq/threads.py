@@ -35,7 +35,7 @@ def run_shares(function: Callable[..., None], arguments: tuple[Any, ...], shares
         work()
     elif library is not None:
         body = _BODY(work)  # kept until all are done; ctypes.cast would tie it to itself, with all the arguments
-        library.GOMP_parallel(ctypes.c_void_p.from_buffer(body), None, threads, 0)
+        library.GOMP_parallel(body, None, threads, 0)
     else:
         waiting = [_pool(threads).submit(work) for _ in range(threads - 1)]
         work()

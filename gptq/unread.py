@@ -18,12 +18,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from gptq.blocks import Block, with_defaults
+from gptq.blocks import Block, fused_siblings, shape, with_defaults
 from gptq.errors import InputError
 from gptq.experts import Experts
 
 DEVICE = torch.Tensor.device.__get__
-LOOKS = {"__get__", "empty_like", "size", "dim", "numel", "nelement", "is_floating_point"}  # at a weight's outside
+LOOKS = {  # at a weight's outside
+    "device", "dim", "dtype", "element_size", "empty_like", "is_complex", "is_contiguous", "is_cpu", "is_cuda",
+    "is_floating_point", "is_meta", "is_quantized", "is_sparse", "itemsize", "layout", "nbytes", "ndim", "nelement",
+    "numel", "requires_grad", "shape", "size", "stride",
+}  # fmt: skip
+ANSWERS = 10_000  # that a forward without numbers is given when it asks for one; some ask until they like it
+
+
+def _name_of(function: Any) -> str:
+    """Of a function of torch, a method or a property of tensors."""
+    name = getattr(function, "__name__", "")
+    return getattr(function.__self__, "__name__", "") if name == "__get__" else name
 
 
 def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -38,6 +49,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, linears: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.found: set[str] = set()
+        self._answers = 0
         self._weights = {id(linear.weight): name for name, linear in linears.items()}
         for linear in linears.values():
             linear.register_forward_pre_hook(self._let)
@@ -48,19 +60,20 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        kwargs, name = kwargs or {}, _name_of(function)
         if name not in LOOKS:
             self.found |= {self._weights[id(x)] for x in _given(args, kwargs) if id(x) in self._weights}
-        if name == "__bool__" and args[0].is_meta:
+        if name == "__bool__" and args[0].is_meta and self._answers < ANSWERS:
+            self._answers += 1
             return False  # whichever way it goes, the forward goes on
         return function(*args, **kwargs)
 
 
 def not_called(network: PreTrainedModel, blocks: Iterable[Block], inputs: Mapping[str, Tensor]) -> list[str]:
-    """Names of linear layers with whose weights a model on the meta device computes without calling them.
+    """Names of linear layers with whose weights a model on the meta device computes before it calls them, if it does.
 
-    Found are those that a forward comes by before it wants to know a number, and those of the same name in modules of
-    the same class. Only models run whose code mentions such a weight.
+    Found are those that a forward comes by before it wants to know a number, those of the same name in modules of the
+    same class, and what engines fuse with them. Only models run whose code mentions such a weight.
 
     Args:
         inputs: what the model is called on, of any device.
@@ -69,19 +82,39 @@ def not_called(network: PreTrainedModel, blocks: Iterable[Block], inputs: Mappin
     homes = {name: _home(name, network) for name in linears}
     if not any(_mentions(kind, own) for kind, own in set(homes.values())):
         return []
-    tried = copy.deepcopy(network)  # models keep things
-    for module in tried.modules():
-        if isinstance(module, Experts):
-            vars(module)["forward"] = _past_experts  # who is sent to which depends on numbers
-    watch = _Watch({name: tried.get_submodule(name) for name in linears})
+    tried = _copied(network)
+    if tried is None:
+        return []
+    watch = _Watch({name: module for name, module in tried.named_modules() if name in linears})
+    dtype = next(tried.parameters()).dtype
+    shapes = {name: torch.empty_like(x, device="meta") for name, x in inputs.items()}
     with torch.no_grad(), watch, suppress(InputError):  # it may want a number; of the rest the run will tell
-        with_defaults(tried)(**{name: torch.empty_like(x, device="meta") for name, x in inputs.items()})
+        with_defaults(tried)(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in shapes.items()})
     found = {homes[name] for name in watch.found}
-    return [name for name, home in homes.items() if home in found]
+    alone = []
+    for names in fused_siblings(linears):  # by name: RWKV calls layers key and value that have other inputs
+        widths = {shape(linears[name])[1] for name in names if homes[name] in found}
+        alone += [name for name in names if shape(linears[name])[1] in widths]
+    return alone
 
 
-def _past_experts(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(x)
+def _copied(network: PreTrainedModel) -> PreTrainedModel | None:
+    """A copy to try things with, as models keep some; its lists of experts are empty and give back what they get.
+
+    None where there is no copy of something that the model holds.
+    """
+    stubs = {id(module): _without_experts(module) for module in network.modules() if isinstance(module, Experts)}
+    try:
+        tried: PreTrainedModel = copy.deepcopy(network, stubs).to("meta")  # type: ignore[arg-type]
+    except Exception:  # of any type, depending on the model's code
+        return None
+    return tried
+
+
+def _without_experts(experts: Experts) -> Experts:
+    stub = copy.copy(experts)  # who is sent to which depends on numbers
+    vars(stub).update(_modules={}, forward=lambda x, *_, **__: torch.empty_like(x))
+    return stub
 
 
 def _home(name: str, network: nn.Module) -> tuple[type[nn.Module], str]:
@@ -91,17 +124,21 @@ def _home(name: str, network: nn.Module) -> tuple[type[nn.Module], str]:
 
 
 def _mentions(kind: type[nn.Module], layer: str) -> bool:
-    """Whether the file that holds the class of a module speaks of the weight of what it calls `layer`."""
-    try:
-        code = _text_of(inspect.getfile(kind))
-    except (OSError, TypeError):
-        return True  # it cannot be looked at
-    return re.search(rf"\.{re.escape(layer)}\.weight\b", code) is not None
+    """Whether a file that has a part in the class of a module speaks of the weight of what it calls `layer`."""
+    for base in kind.__mro__:
+        if base not in (nn.Module, object):
+            try:
+                code = _text_of(inspect.getfile(base))
+            except (OSError, TypeError):
+                return True  # it cannot be looked at
+            if re.search(rf"\.{re.escape(layer)}\.weight\b", code):
+                return True
+    return False
 
 
 @cache
 def _text_of(file: str) -> str:
-    return Path(file).read_text(encoding="utf-8")
+    return Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 class Unread(nn.Parameter):
@@ -124,7 +161,7 @@ class Unread(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == DEVICE:  # models send there what the layer gets
             return args[0].home
-        if getattr(func, "__name__", "") not in LOOKS:
+        if _name_of(func) not in LOOKS:
             name = next(x.layer for x in _given(args, kwargs or {}) if isinstance(x, Unread))
             raise InputError(
                 f"the model computes with the weight of {name} without calling the layer, so what the layer gets is "

@@ -1,7 +1,7 @@
 """Every causal language model that transformers knows, tiny and random, from file to file.
 
     python scripts/sweep_architectures.py
-    python scripts/sweep_architectures.py mamba qwen3_moe --override 'dt_proj$:skip'
+    python scripts/sweep_architectures.py mamba qwen3_moe
 
 Each is built with small numbers in the place of its configuration's own, saved, quantized to 8 bits, verified, loaded
 and run beside the original. Prints a line for each and counts what became of them:
@@ -27,7 +27,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gptq import InputError, QuantConfig, load, quantize, verify
-from gptq.config import Override
 
 LARGEST = 30_000_000  # numbers in a model
 TOKENS = 200
@@ -112,7 +111,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return found
 
 
-def outcome(kind: str, overrides: tuple[Override, ...], folder: Path) -> tuple[str, str]:
+def outcome(kind: str, folder: Path) -> tuple[str, str]:
     """What became of an architecture, and what there is to say of it."""
     try:
         model = small_model(kind)
@@ -121,8 +120,7 @@ def outcome(kind: str, overrides: tuple[Override, ...], folder: Path) -> tuple[s
         return "unbuilt", f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     windows = torch.randint(3, TOKENS, (8, 24), generator=torch.Generator().manual_seed(0))
     try:
-        config = QuantConfig(bits=8, group_size=16, overrides=overrides)
-        result = quantize(folder / "model", folder / "out", config, calibration=windows)
+        result = quantize(folder / "model", folder / "out", QuantConfig(bits=8, group_size=16), calibration=windows)
         problems = verify.verify(folder / "out").problems
         if problems:
             return "failed", problems[0]
@@ -142,17 +140,15 @@ def outcome(kind: str, overrides: tuple[Override, ...], folder: Path) -> tuple[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types; all if none is given")
-    parser.add_argument("--override", action="append", default=[], metavar="RE:OPTS", help="as for gptq quantize")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the models are tiny
-    overrides = tuple(Override.parse(text) for text in args.override)
     counts: Counter[str] = Counter()
     for kind in args.kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         with tempfile.TemporaryDirectory() as folder:
-            became, words = outcome(kind, overrides, Path(folder))
+            became, words = outcome(kind, Path(folder))
         counts[became] += 1
         print(f"{kind:26} {became:8} {words}", flush=True)
     built = sum(counts.values()) - counts["unbuilt"]

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_blocks_of_other_kinds(kind: str, make_model: MakeModel, rng: torch.Gene
     with torch.no_grad():
         found, expected = (load(folder, dtype="float32")(input_ids=ids).logits for folder in (out, source))
     assert (found - expected).norm() < 0.1 * expected.norm()  # a wrong weight anywhere makes it about 1
-    uncalled = [note for note in result.notes if "does not call the layer" in note]
+    uncalled = [note for note in result.notes if "computes with the weight" in note]
     stay = [note for note in result.notes if "stays as it is" in note and note not in uncalled]
     assert len(stay) == (2 if kind == "inkling2_text" else 0)
     count = UNCALLED.get(kind, 0)
@@ -197,27 +198,36 @@ def test_a_weight_that_is_computed_with_elsewhere_is_not_guessed(
         quantize(make_model("mamba"), tmp_path / "out", CONFIG, calibration=ids)
 
 
-def test_weights_in_a_list_are_computed_with_too() -> None:
-    """As where queries, keys and values are computed at once."""
+def test_weights_that_are_computed_with_in_lists_and_transposed() -> None:
 
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q_proj, self.k_proj, self.o_proj = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 4)
+            self.q_proj, self.k_proj, self.v_proj = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.o_proj, self.last, self.lock = nn.Linear(8, 4), nn.Linear(4, 4), None
 
         def forward(self, x: Tensor) -> Tensor:
+            x = x.reshape(-1, self.o_proj.weight.shape[0]).to(self.o_proj.weight.dtype)
             found: Tensor = self.o_proj(x @ torch.cat([self.q_proj.weight, self.k_proj.weight]).T)
-            return found if bool((found > 0).all()) else found + self.o_proj.weight.dtype.itemsize
+            return found if bool((found > 0).all()) else found + x @ self.last.weight.T
 
     network: Any = nn.Sequential(Attention(), Attention()).to("meta")
     linears: dict[str, nn.Module] = {
         name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)
     }
     blocks, inputs = [Block("", network, linears)], {"input": torch.zeros(2, 4)}
-    assert not_called(network, blocks, inputs) == ["0.q_proj", "0.k_proj", "1.q_proj", "1.k_proj"]
+    own = ["q_proj", "k_proj", "v_proj", "last"]  # engines fuse the first three
+    assert not_called(network, blocks, inputs) == [f"{i}.{name}" for i in (0, 1) for name in own]
     network[0].q_proj._parameters["weight"] = Unread.of(linears["0.q_proj"], "0.q_proj", torch.device("cpu"))
     with pytest.raises(InputError, match=r"weight of 0\.q_proj without calling"):
         network(torch.zeros(2, 4, device="meta"))
+    unread = network[0].q_proj.weight
+    for look in (lambda: unread.T, lambda: unread.data, lambda: torch.zeros(2, 4) @ unread.mT):
+        with pytest.raises(InputError, match="without calling"):
+            look()
+    assert (unread.shape, unread.device.type, unread.stride()) == ((4, 4), "cpu", (4, 1))
+    network[0].lock = threading.Lock()  # of which there is no copy
+    assert not_called(network, blocks, inputs) == []
 
 
 @pytest.mark.parametrize("options", [{}, {"two_streams": False}, {"tune_steps": 2}])
