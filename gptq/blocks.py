@@ -369,6 +369,11 @@ def check_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> None:
         raise InputError(f"{type(model).__name__} takes no {unknown[0]}; it takes {', '.join(known)}")
 
 
+def sent(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a model is called on, on a device, numbers that are not whole in the forward's dtype."""
+    return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
+
+
 def with_defaults(model: PreTrainedModel) -> Callable[..., Any]:
     """The model's forward without a cache of keys and values, where it has one."""
     cached = "use_cache" in inspect.signature(model.forward).parameters

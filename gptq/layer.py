@@ -210,10 +210,9 @@ def finish_layer(index: int, block: Block, name: str, known: LayerInputs | None,
 def _siblings(name: str, block: Block, job: Job) -> list[str]:
     """A layer and those that engines fuse with it, which so have its options, as far as none of them is solved.
 
-    RWKV calls layers key and value that have other inputs.
-
-    They get the same input in every architecture that is known. Where one does not, it is not found in `ahead` of what
-    is known of its own input, and is solved for that.
+    They get the same input in every architecture that is known, unless it is of another width, as RWKV's key and value
+    do. Where one of the same width does not, it is not found in `ahead` of what is known of its own input, and is
+    solved for that.
     """
     together = next(names for names in fused_siblings(block.linears) if name in names)
     own = job.plans[name]

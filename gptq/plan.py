@@ -120,7 +120,7 @@ def plan_checkpoint(
     fused = take_experts_apart(network, names)
     left_over = check_tensors(network, names, source.tensors)
     inputs = _inputs(sample, network, config)
-    all_blocks, left_out = find_blocks(network, None if inputs is None else set(inputs))
+    all_blocks, left_out = find_blocks(network, inputs)
     uncalled = not_called(network, all_blocks, inputs or {})
     if config.lm_head:
         all_blocks.append(find_head(network))

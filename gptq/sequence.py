@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gptq.blocks import Block, with_defaults
+from gptq.blocks import Block, sent, with_defaults
 from gptq.calibration import Inputs
 from gptq.errors import InputError
 from gptq.experts import Experts
@@ -56,7 +56,8 @@ def walk_blocks(
     left = {block.module: block for block in blocks}
     whole = with_defaults(network)
     streams = [
-        [PausableForward(partial(whole, **weights.to_device(inputs))) for inputs in windows] for _ in range(num_streams)
+        [PausableForward(partial(whole, **sent(inputs, weights.device, weights.dtype))) for inputs in windows]
+        for _ in range(num_streams)
     ]
     try:
         with weights.on_demand(network, blocks) as drop_others, pause_instead(left) as block_forward:

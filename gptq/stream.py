@@ -3,7 +3,7 @@
 A module's tensors are read when it is about to run, and dropped when it is done.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,10 +56,6 @@ class WeightStream:
     def computed_with(self, linear: nn.Module, W: Tensor) -> Tensor:
         """W (outputs, inputs) as the linear layer holds it, in its own order and the forward's dtype."""
         return (W.T if is_transposed(linear) else W).to(self.dtype).contiguous()
-
-    def to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a model is called on, numbers that are not whole in the forward's dtype."""
-        return {name: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 
     def has_own(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor called `name` in the model as one."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from gptq.blocks import Block, fused_siblings, shape, with_defaults
+from gptq.blocks import Block, fused_siblings, sent, shape, with_defaults
 from gptq.errors import InputError
 from gptq.experts import Experts
 
@@ -79,17 +79,17 @@ def not_called(network: PreTrainedModel, blocks: Iterable[Block], inputs: Mappin
         inputs: what the model is called on, of any device.
     """
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
-    homes = {name: _home(name, network) for name in linears}
+    modules = dict(network.named_modules())
+    homes = {name: _home(name, modules) for name in linears}
     if not any(_mentions(kind, own) for kind, own in set(homes.values())):
         return []
     tried = _copied(network)
     if tried is None:
         return []
     watch = _Watch({name: module for name, module in tried.named_modules() if name in linears})
-    dtype = next(tried.parameters()).dtype
-    shapes = {name: torch.empty_like(x, device="meta") for name, x in inputs.items()}
+    shapes = sent(inputs, torch.device("meta"), next(tried.parameters()).dtype)
     with torch.no_grad(), watch, suppress(InputError):  # it may want a number; of the rest the run will tell
-        with_defaults(tried)(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in shapes.items()})
+        with_defaults(tried)(**shapes)
     found = {homes[name] for name in watch.found}
     alone = []
     for names in fused_siblings(linears):  # by name: RWKV calls layers key and value that have other inputs
@@ -117,10 +117,10 @@ def _without_experts(experts: Experts) -> Experts:
     return stub
 
 
-def _home(name: str, network: nn.Module) -> tuple[type[nn.Module], str]:
+def _home(name: str, modules: Mapping[str, nn.Module]) -> tuple[type[nn.Module], str]:
     """The class of the module around a layer, and what it calls the layer."""
     parent, _, own = name.rpartition(".")
-    return type(network.get_submodule(parent)), own
+    return type(modules[parent]), own
 
 
 def _mentions(kind: type[nn.Module], layer: str) -> bool:

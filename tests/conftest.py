@@ -10,7 +10,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is: its kernels are tested
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,17 @@ def tokenizer(text: str) -> PreTrainedTokenizerFast:
         [text], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<s>"], initial_alphabet=alphabet)
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, torch and compiled loops work on so many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_script(name: str) -> Any:

@@ -199,7 +199,6 @@ def test_a_weight_that_is_computed_with_elsewhere_is_not_guessed(
 
 
 def test_weights_that_are_computed_with_in_lists_and_transposed() -> None:
-
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()

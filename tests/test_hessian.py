@@ -9,6 +9,7 @@ from gptq import hessian as hessian_module
 from gptq import matmul, solver
 from gptq.hessian import HeldOut, HessianAccumulator, output_power
 from gptq.matmul import exact_float32, product, quick_linears
+from tests.conftest import threads
 
 
 def hessian(*parts: torch.Tensor) -> torch.Tensor:
@@ -105,11 +106,8 @@ def test_every_way_of_adding_up_is_the_exact_one(
 def test_threads_change_no_bit(rng: torch.Generator) -> None:
     x = torch.randn(100, 320, generator=rng).bfloat16()
     alone = hessian(x)
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert torch.equal(hessian(x), alone)
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -27,7 +27,7 @@ from gptq.errors import InputError
 from gptq.layer import Observer
 from gptq.plan import Plan, plan_checkpoint
 from gptq.shelf import LEAST, Shelf
-from tests.conftest import MakeModel
+from tests.conftest import MakeModel, threads
 
 CONFIG = QuantConfig(group_size=32)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resident pages are counted in Linux's /proc")
@@ -79,16 +79,14 @@ def test_what_is_used_up_is_freed_at_once(
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     try:
-        quantize(source, tmp_path / "second", config, calibration=windows)
+        with threads(2):
+            quantize(source, tmp_path / "second", config, calibration=windows)
         gc.collect()
         held = gc.get_referents(*gc.garbage)
         held += gc.get_referents(*(x for x in held if isinstance(x, tuple)))  # which the collector may not look into
         left = [x.shape for x in held if isinstance(x, Tensor | np.ndarray)]
     finally:
-        torch.set_num_threads(threads)
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()

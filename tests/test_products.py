@@ -19,7 +19,7 @@ from gptq.config import Format
 from gptq.formats import Codes, Scheme
 from gptq.linear import QuantLinear
 from gptq.matmul import has_pairs, has_shorts
-from tests.conftest import VOCAB, MakeModel
+from tests.conftest import VOCAB, MakeModel, threads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -222,11 +222,8 @@ def test_threads_share_the_outputs(rng: torch.Generator) -> None:
     for rows, dtype in itertools.product((1, 7, 40), (torch.float32, torch.bfloat16)):
         x = torch.randn(rows, 128, generator=rng).to(dtype)
         alone = layer(x)
-        torch.set_num_threads(3)
-        try:
+        with threads(3):
             assert torch.equal(layer(x), alone)
-        finally:
-            torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("outputs", [32, 256, 544])

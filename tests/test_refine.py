@@ -9,6 +9,7 @@ from torch import Tensor
 from gptq import grid, kernels, solver
 from gptq.refine import refine
 from tests import oracle
+from tests.conftest import threads
 from tests.test_solver import factor_of, problem
 
 
@@ -111,12 +112,8 @@ def test_compiled_loops_compute_what_whole_tensor_operations_do(
 
 def test_rows_are_the_same_whatever_the_number_of_threads(rng: torch.Generator) -> None:
     W, H = problem(rng, rows=200, dtype=torch.float32)
-    before = torch.get_num_threads()
     solved = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        with threads(count):
             solved.append(solver.solve(W, factor_of(H), 3, 8, True, search=True))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(s.codes, solved[0].codes) and torch.equal(s.scale, solved[0].scale) for s in solved)
