@@ -1,22 +1,35 @@
 # make demo   make an environment, install, quantize and measure the model that ships with the package
 # make test   make an environment, install, and run every check
+# make smoke  make an environment, install, import, run the demo and the fast tests
+#
+# TORCH_INDEX=URL   take torch from this index: https://download.pytorch.org/whl/cpu has the build without CUDA
+# PYTHON=python3.13 the interpreter of the environment
+# ALSO="python3.10 python3.13"   `make test` also runs `make smoke` with these interpreters
 
 VENV ?= .venv
 PYTHON ?= python3
+TORCH_INDEX ?=
+ALSO ?=
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test smoke clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/gptq demo
 
 test: $(VENV)/installed-dev
 	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
+	for python in $(ALSO); do $(MAKE) smoke PYTHON=$$python VENV=$(VENV)-$$python || exit; done
+
+smoke: $(VENV)/installed-dev
+	$(VENV)/bin/python -c 'import gptq; print(gptq.__version__, gptq.quantize)'
+	$(VENV)/bin/gptq demo
+	$(VENV)/bin/pytest -n 2 -m 'not slow'
 
 # First and by itself, so that no other requirement chooses another torch.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
