@@ -3,16 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gptq.integration import register
+from gptq.inference.hf_registration import register
 from gptq.version import __version__
 
 if TYPE_CHECKING:
     from gptq.config import Override, QuantConfig
-    from gptq.conversion import convert
-    from gptq.engine import quantize
     from gptq.errors import InputError
-    from gptq.evaluate import compare, perplexity
-    from gptq.linear import load
+    from gptq.evaluation.evaluate import compare, perplexity
+    from gptq.inference.quant_linear import load
+    from gptq.output.convert import convert
+    from gptq.pipeline.quantize import quantize
 
 __all__ = [
     "InputError", "Override", "QuantConfig", "__version__", "compare", "convert", "load", "perplexity", "quantize",
@@ -21,12 +21,12 @@ __all__ = [
 _HOMES = {
     "InputError": "errors",
     "Override": "config",
-    "convert": "conversion",
+    "convert": "output.convert",
     "QuantConfig": "config",
-    "compare": "evaluate",
-    "load": "linear",
-    "perplexity": "evaluate",
-    "quantize": "engine",
+    "compare": "evaluation.evaluate",
+    "load": "inference.quant_linear",
+    "perplexity": "evaluation.evaluate",
+    "quantize": "pipeline.quantize",
 }
 
 

@@ -13,7 +13,7 @@ def main() -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        from gptq.cli import main as run
+        from gptq.cli.arguments import main as run
 
         return run()
     except KeyboardInterrupt:

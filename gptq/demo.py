@@ -11,12 +11,12 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from gptq import calibration
-from gptq.blocks import read_tokenizer
 from gptq.config import Method, QuantConfig
-from gptq.engine import quantize
-from gptq.evaluate import perplexity_of
-from gptq.layer import Observer
-from gptq.linear import load
+from gptq.evaluation.evaluate import perplexity_of
+from gptq.inference.quant_linear import load
+from gptq.models.blocks import read_tokenizer
+from gptq.pipeline.layer import Observer
+from gptq.pipeline.quantize import quantize
 
 MODEL = Path(__file__).parent / "demo_model"
 SEQ_LEN, WINDOWS, GROUP_SIZE = 512, 64, 128

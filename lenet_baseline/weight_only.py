@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gptq.hessian import HessianAccumulator, output_power
-from gptq.matmul import exact_float32
-from gptq.solver import act_order, factorize, round_to_nearest, solve
+from gptq.compute.matmul import exact_float32
+from gptq.solver.hessian import HessianAccumulator, output_power
+from gptq.solver.solve import act_order, factorize, round_to_nearest, solve
 from lenet_baseline.maxabs import dequantize_weights, quantize_weights
 from lenet_baseline.model import LeNet, unfold, walk
 

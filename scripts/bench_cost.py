@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from gptq import grid, solver
+from gptq import solver
+from gptq.solver import grid
 
 BITS, SEED = 4, 0
 WARM_UPS, RUNS, NAIVE_ROWS = 1, 3, 4

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq import QuantConfig, load, quantize
-from gptq.linear import QuantLinear
+from gptq.inference.quant_linear import QuantLinear
 
 SEED = 0
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")

@@ -7,7 +7,7 @@ The checkpoint is made in FOLDER/model, tensor by tensor and sharded, unless it 
 quantizes it at 4 bits with group size 128 on 8 x 256 random tokens, all else by default, and reports what the kernel
 counted as its peak resident memory (VmHWM). Before and after, the rate of a float32 matrix product is measured with as
 many threads, torch's `@` and the package's own; the floor is the number of floating-point operations that the run
-cannot do without (counted in gptq/cost.py) over the better of a product's two rates. Random weights change no cost.
+cannot do without (see gptq/planning/cost.py) over the better of a product's two rates. Random weights change no cost.
 
 Set OMP_NUM_THREADS to the number of cores that are free.
 """
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from gptq import cost, memory
 from gptq.__main__ import ENVIRONMENT
-from gptq.checkpoint import ShardWriter, TensorInfo
+from gptq.checkpoint.reader import ShardWriter, TensorInfo
 from gptq.config import QuantConfig, parse_size
-from gptq.engine import quantize
-from gptq.layer import Observer, is_held_out
-from gptq.plan import plan_checkpoint
+from gptq.pipeline.layer import Observer, is_held_out
+from gptq.pipeline.quantize import quantize
+from gptq.planning import cost, memory
+from gptq.planning.plan import plan_checkpoint
 
 WINDOWS, TOKENS, SEED = 8, 256, 0
 SHARD_BYTES = 2_000_000_000

@@ -44,12 +44,17 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 STAGES = ("start", "read", "forward", "Hessian", "factorize", "solve", "pack", "write", "other")
 TIMED = {  # which functions make up a stage, by module; a class's methods as Class.method
-    "gptq.stream": {"WeightStream.read": "read", "WeightStream.weight": "read"},
-    "gptq.walk": {"PausableForward.advance": "forward"},
-    "gptq.hessian": {"HessianAccumulator.take": "Hessian"},  # adds the windows that still wait
-    "gptq.layer": {"accumulated": "Hessian", "blend": "Hessian", "_factorize": "factorize", "solve_rows": "solve"},
+    "gptq.models.weights": {"WeightStream.read": "read", "WeightStream.weight": "read"},
+    "gptq.models.forward": {"PausableForward.advance": "forward"},
+    "gptq.solver.hessian": {"HessianAccumulator.take": "Hessian"},  # adds the windows that still wait
+    "gptq.pipeline.layer": {
+        "accumulated": "Hessian",
+        "blend": "Hessian",
+        "_factorize": "factorize",
+        "solve_rows": "solve",
+    },
     "gptq.formats": {"encode": "pack"},
-    "gptq.engine": {"sha256": "write", "write_files": "write"},
+    "gptq.pipeline.quantize": {"sha256": "write", "write_files": "write"},
     "gptq.checkpoint": {"ShardWriter.write": "write", "ShardWriter.close": "write"},
 }
 WINDOWS, TOKENS, GROUP, BITS, SEED = 32, 512, 128, 4, 0
@@ -144,8 +149,9 @@ def peak_memory() -> float:
 def run_child(model: Path, effort: str, windows: int, tokens: int, batch_size: int | None) -> None:
     """One run in this process; prints what it measured as JSON on its last line."""
     began = time.perf_counter()
-    from gptq import QuantConfig, engine
-    from gptq.checkpoint import Source
+    from gptq import QuantConfig
+    from gptq.checkpoint.reader import Source
+    from gptq.pipeline import quantize as quantize_module
 
     base = peak_memory()
     clock = Clock()
@@ -157,7 +163,9 @@ def run_child(model: Path, effort: str, windows: int, tokens: int, batch_size: i
     with tempfile.TemporaryDirectory() as work_folder:
         clock.wrap_package()
         start = time.perf_counter()
-        result = engine.quantize(model, Path(work_folder) / "out", config, calibration=given, batch_size=batch_size)
+        result = quantize_module.quantize(
+            model, Path(work_folder) / "out", config, calibration=given, batch_size=batch_size
+        )
         seconds = time.perf_counter() - start
         clock.switch()
     layers = [layer.name for layer in result.layers]
@@ -181,9 +189,9 @@ def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any
     """One run in a process of its own, between two measurements of the rate; with its floor."""
     from transformers import AutoConfig
 
-    from gptq import cost
     from gptq.__main__ import ENVIRONMENT
-    from gptq.blocks import choose_dtype
+    from gptq.models.blocks import choose_dtype
+    from gptq.planning import cost
 
     dtype = choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))
     rates: dict[torch.dtype, float] = {}

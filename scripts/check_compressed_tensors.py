@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq import Override, QuantConfig, load, quantize
-from gptq.linear import QuantLinear
+from gptq.inference.quant_linear import QuantLinear
 
 PACKAGES = ("llmcompressor==0.14.0.1",)
 THEIRS = """

@@ -44,11 +44,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gptq import calibration, evaluate
-from gptq.blocks import fitting_seq_len, read_config, read_tokenizer
-from gptq.checkpoint import resolve
+from gptq import calibration
+from gptq.checkpoint.reader import resolve
 from gptq.errors import InputError
-from gptq.linear import load
+from gptq.evaluation import evaluate
+from gptq.inference.quant_linear import load
+from gptq.models.blocks import fitting_seq_len, read_config, read_tokenizer
 
 SEQ_LEN, C4_WINDOWS, C4_DOCUMENTS = 2048, 256, 1100
 

@@ -33,11 +33,12 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from gptq import QuantConfig, __version__, calibration, demo, evaluate, quantize
-from gptq.blocks import fitting_seq_len, read_config, read_tokenizer
-from gptq.checkpoint import resolve
+from gptq import QuantConfig, __version__, calibration, demo, quantize
+from gptq.checkpoint.reader import resolve
 from gptq.errors import InputError
-from gptq.linear import load
+from gptq.evaluation import evaluate
+from gptq.inference.quant_linear import load
+from gptq.models.blocks import fitting_seq_len, read_config, read_tokenizer
 
 # By name, options of QuantConfig; all that matters is written out, so that no default moves a peer's setting.
 PLAIN = "plain GPTQ"

@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gptq import InputError, QuantConfig, load, quantize, verify
+from gptq import InputError, QuantConfig, load, quantize
+from gptq.output import verify
 
 LARGEST = 30_000_000  # numbers in a model
 TOKENS = 200

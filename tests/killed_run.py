@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from gptq import QuantConfig, quantize
-from gptq.checkpoint import ShardWriter
-from gptq.journal import Journal
+from gptq.checkpoint.reader import ShardWriter
+from gptq.pipeline.journal import Journal
 
 KILLS = 20
 CONFIG = QuantConfig(group_size=32, seq_len=32, num_samples=4, effort="balanced", format="gptq")

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gptq import InputError, QuantConfig, hessian, layer, quantize
-from gptq.layer import Observer
+from gptq import InputError, QuantConfig, quantize
+from gptq.pipeline import layer
+from gptq.pipeline.layer import Observer
+from gptq.solver import hessian
 
 torch.set_num_threads(1)
 hessian.PANEL, layer.ROWS = 24, 20  # so that tiny layers are shared as well

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from gptq import InputError, QuantConfig, calibration, load, perplexity, quantize, verify
-from gptq.blocks import Block
-from gptq.calibration import frame_of
+from gptq import InputError, QuantConfig, load, perplexity, quantize
+from gptq.calibration import text as calibration
+from gptq.calibration.text import frame_of
 from gptq.config import Format
-from gptq.conversion import convert
-from gptq.experts import Experts, blend, pseudo_tokens, take_apart
-from gptq.hessian import HessianAccumulator
-from gptq.record import RECORD
-from gptq.unread import Unread, not_called
+from gptq.models.blocks import Block
+from gptq.models.experts import Experts, blend, pseudo_tokens, take_apart
+from gptq.models.uncalled_layers import Unread, not_called
+from gptq.output import verify
+from gptq.output.convert import convert
+from gptq.output.record import RECORD
+from gptq.solver.hessian import HessianAccumulator
 from tests import oracle
 from tests.conftest import EXPERTS, MIXED, OTHERS, VOCAB, MakeModel
 
@@ -193,7 +195,7 @@ def test_a_weight_that_is_computed_with_elsewhere_is_not_guessed(
 ) -> None:
     """Where it is not found beforehand, as when the forward wants to know a number first."""
     ids = torch.randint(2, VOCAB, (8, 32), generator=rng)
-    monkeypatch.setattr("gptq.plan.not_called", lambda *_: [])
+    monkeypatch.setattr("gptq.planning.plan.not_called", lambda *_: [])
     with pytest.raises(InputError, match=r"layers.0.mixer.dt_proj without calling .* --override 'dt_proj:skip'"):
         quantize(make_model("mamba"), tmp_path / "out", CONFIG, calibration=ids)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq import InputError, Override, QuantConfig, quantize, verify
-from gptq.budget import Choice, Unit, allocate
+from gptq import InputError, Override, QuantConfig, quantize
+from gptq.output import verify
+from gptq.planning.bit_allocation import Choice, Unit, allocate
 from tests.conftest import MakeModel
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gptq import InputError, calibration
+from gptq import InputError
+from gptq.calibration import text as calibration
 
 
 def test_windows_are_a_seeded_choice_of_distinct_pieces(text: str, tokenizer: PreTrainedTokenizerFast) -> None:

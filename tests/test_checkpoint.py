@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq import InputError
-from gptq.checkpoint import DTYPES, INDEX, ShardWriter, Source, TensorInfo
-from gptq.unfinished import MARKER, appearing_folder
+from gptq.checkpoint.atomic_folder import MARKER, appearing_folder
+from gptq.checkpoint.reader import DTYPES, INDEX, ShardWriter, Source, TensorInfo
 
 
 def some_tensors(rng: torch.Generator) -> dict[str, torch.Tensor]:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptq import InputError, QuantConfig, convert, engine, load, quantize, verify
-from gptq.checkpoint import ShardWriter, sha256
+from gptq import InputError, QuantConfig, convert, load, quantize
+from gptq.checkpoint.reader import ShardWriter, sha256
 from gptq.config import FORMATS, Format
+from gptq.output import verify
+from gptq.pipeline import quantize as quantize_module
 from tests.conftest import DATA, VOCAB, MakeModel
 
 RTN = {"method": "rtn", "group_size": 32}
@@ -59,7 +61,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def test_shards_stay_where_they_are(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "ShardWriter", partial(ShardWriter, max_shard_bytes=40_000))
+    monkeypatch.setattr(quantize_module, "ShardWriter", partial(ShardWriter, max_shard_bytes=40_000))
     quantize(make_model("llama"), tmp_path / "a", QuantConfig.from_dict(RTN))
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 2
     convert(tmp_path / "a", tmp_path / "b", "pack-quantized")

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from gptq import QuantConfig, calibration, demo, evaluate, quantize, verify
-from gptq.blocks import read_tokenizer
-from gptq.checkpoint import Source
-from gptq.cli import main
-from gptq.linear import load
+from gptq import QuantConfig, calibration, demo, quantize
+from gptq.checkpoint.reader import Source
+from gptq.cli.arguments import main
+from gptq.evaluation import evaluate
+from gptq.inference.quant_linear import load
+from gptq.models.blocks import read_tokenizer
+from gptq.output import verify
 
 
 def test_the_shipped_model_is_small_bf16_and_says_how_it_was_trained() -> None:

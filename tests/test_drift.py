@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gptq import solver
-from gptq.drift import best_share, divide, full_correction
+from gptq.solver.error_propagation import best_share, divide, full_correction
 from tests import oracle
 from tests.test_solver import problem
 

@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
-from gptq import InputError, QuantConfig, engine, load, perplexity, quantize, solver, trials, verify
-from gptq.checkpoint import ShardWriter, sha256
-from gptq.layer import Observer
-from gptq.linear import QuantLinear
-from gptq.record import RECORD
-from gptq.refine import refine
+from gptq import InputError, QuantConfig, load, perplexity, quantize, solver
+from gptq.checkpoint.reader import ShardWriter, sha256
+from gptq.inference.quant_linear import QuantLinear
+from gptq.output import verify
+from gptq.output.record import RECORD
+from gptq.pipeline import quantize as quantize_module
+from gptq.pipeline import search
+from gptq.pipeline.layer import Observer
+from gptq.solver.coordinate_descent import refine
 from tests import oracle
 from tests.conftest import ARCHITECTURES, WIDTH, MakeModel
 
@@ -323,7 +326,7 @@ def test_sharded_in_and_sharded_out(
     whole, pieces = make_model("qwen2"), make_model("qwen2", max_shard_size="60KB")
     assert len(list(pieces.glob("*.safetensors"))) > 2
     quantize(whole, tmp_path / "a", CONFIG, calibration=windows)
-    monkeypatch.setattr(engine, "ShardWriter", partial(ShardWriter, max_shard_bytes=40_000))
+    monkeypatch.setattr(quantize_module, "ShardWriter", partial(ShardWriter, max_shard_bytes=40_000))
     quantize(pieces, tmp_path / "b", CONFIG, calibration=windows)
     files = sorted((tmp_path / "b").glob("*.safetensors"))
     assert len(files) > 2
@@ -549,8 +552,8 @@ def test_samples_auto_stops_when_more_would_not_help(
         def stage(self, text: str) -> None:
             tried.append(text)
 
-    monkeypatch.setattr(trials, "MOST_WINDOWS", 64)
-    monkeypatch.setattr(trials, "ENOUGH", -1.0)  # never enough
+    monkeypatch.setattr(search, "MOST_WINDOWS", 64)
+    monkeypatch.setattr(search, "ENOUGH", -1.0)  # never enough
     made = quantize(source, tmp_path / "most", QuantConfig(**auto), calibration=text_file, observer=Listener())
     assert [text.split()[0] for text in tried if "held-out error" in text] == ["16", "32", "64"]
     assert any("more samples would help" in note for note in made.notes)
@@ -558,7 +561,7 @@ def test_samples_auto_stops_when_more_would_not_help(
     quantize(source, tmp_path / "given", given, calibration=text_file)
     assert weight_bytes(tmp_path / "most") == weight_bytes(tmp_path / "given")
     tried.clear()
-    monkeypatch.setattr(trials, "ENOUGH", 1e9)
+    monkeypatch.setattr(search, "ENOUGH", 1e9)
     made = quantize(source, tmp_path / "few", QuantConfig(**auto), calibration=text_file, observer=Listener())
     assert [text.split()[0] for text in tried if "held-out error" in text] == ["16"]
     assert any("more samples would change little" in note for note in made.notes)

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptq import QuantConfig, cli, quantize, verify
-from gptq.blocks import FUSED
+from gptq import QuantConfig, cli, quantize
 from gptq.config import Format
-from gptq.engines import engines
-from gptq.formats import Scheme
+from gptq.formats.codec import Scheme
+from gptq.formats.compatibility import engines
+from gptq.models.blocks import FUSED
+from gptq.output import verify
 from tests.conftest import MakeModel
 
 RTN = {"method": "rtn", "group_size": 32}

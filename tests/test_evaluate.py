@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq import InputError, QuantConfig, compare, evaluate, load, perplexity, quantize
-from gptq.blocks import read_tokenizer
+from gptq import InputError, QuantConfig, compare, load, perplexity, quantize
+from gptq.evaluation import evaluate
+from gptq.models.blocks import read_tokenizer
 from tests.conftest import MakeModel
 
 

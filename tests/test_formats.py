@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq import InputError, QuantConfig, cli, formats, load, quantize, solver, verify
+from gptq import InputError, QuantConfig, cli, formats, load, quantize, solver
 from gptq.config import BITS, FORMATS, Format
-from gptq.formats import Codes, Scheme
-from gptq.linear import QuantLinear
+from gptq.formats.codec import Codes, Scheme
+from gptq.inference.quant_linear import QuantLinear
+from gptq.output import verify
 from tests import oracle
 from tests.conftest import VOCAB, MakeModel
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gptq import grid, solver
+from gptq import solver
+from gptq.solver import grid
 
 ALL_BITS = [2, 3, 4, 8]
 

@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from gptq import hessian as hessian_module
-from gptq import matmul, solver
-from gptq.hessian import HeldOut, HessianAccumulator, output_power
-from gptq.matmul import exact_float32, product, quick_linears
+from gptq import solver
+from gptq.compute import matmul
+from gptq.compute.matmul import exact_float32, product, quick_linears
+from gptq.solver import hessian as hessian_module
+from gptq.solver.hessian import HeldOut, HessianAccumulator, output_power
 from tests.conftest import threads
 
 

@@ -17,17 +17,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gptq import InputError, QuantConfig, cli, convert, load, quantize, schemes, verify
-from gptq.blocks import empty_model, read_config
-from gptq.calibration import documents, read_arrays
-from gptq.checkpoint import Source, read_index
-from gptq.evaluate import read_quality
-from gptq.folder import MAX_DEPTH, check_folder, read_json
-from gptq.formats import Scheme
-from gptq.record import RECORD, read_record
-from gptq.report import write_report
-from gptq.schemes import Quantization, read_quantization
-from gptq.verify import inspect
+from gptq import InputError, QuantConfig, cli, convert, load, quantize
+from gptq.calibration.text import documents, read_arrays
+from gptq.checkpoint.reader import Source, read_index
+from gptq.checkpoint.untrusted import MAX_DEPTH, check_folder, read_json
+from gptq.evaluation.evaluate import read_quality
+from gptq.evaluation.report import write_report
+from gptq.formats import quantization_config
+from gptq.formats.codec import Scheme
+from gptq.formats.quantization_config import Quantization, read_quantization
+from gptq.models.blocks import empty_model, read_config
+from gptq.output import verify
+from gptq.output.record import RECORD, read_record
+from gptq.output.verify import inspect
 from tests.conftest import MakeModel, load_script
 
 fuzz = load_script("fuzz_readers")
@@ -224,7 +226,7 @@ def test_a_quantization_config_is_an_object(value: Any, folder: Path) -> None:
 
 def test_a_rule_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time exponential in the length of the name, and the name comes from the same file."""
-    monkeypatch.setattr(schemes, "PATIENCE", 0.2)
+    monkeypatch.setattr(quantization_config, "PATIENCE", 0.2)
     read = read_quantization("here", {**GPTQ, "dynamic": {"+:layers": {"bits": 8}, "+:(?:a|a)*$": {}}})
     began = time.process_time()
     with pytest.raises(InputError, match="does not end"):

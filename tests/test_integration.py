@@ -13,9 +13,10 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from gptq import QuantConfig, integration, load, quantize
-from gptq.checkpoint import sha256
-from gptq.linear import QuantLinear
+from gptq import QuantConfig, load, quantize
+from gptq.checkpoint.reader import sha256
+from gptq.inference import hf_registration
+from gptq.inference.quant_linear import QuantLinear
 from tests.conftest import VOCAB, MakeModel
 
 RTN = {"method": "rtn", "group_size": 32}
@@ -109,7 +110,7 @@ network = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(network.model.layers[0].mlp.up_proj).__module__)
 """
     command = [sys.executable, "-c", program, str(tmp_path / "out")]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "gptq.linear\n"
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "gptq.inference.quant_linear\n"
 
 
 def test_where_optimum_and_gptqmodel_are_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,14 +118,14 @@ def test_where_optimum_and_gptqmodel_are_nothing_changes(monkeypatch: pytest.Mon
 
     tables: Any = types.ModuleType("tables")
     tables.AUTO_QUANTIZER_MAPPING, tables.AUTO_QUANTIZATION_CONFIG_MAPPING = {"gptq": Theirs}, {"gptq": Theirs}
-    monkeypatch.setattr(integration, "others_load_gptq", lambda: True)
-    integration._enter(tables)
+    monkeypatch.setattr(hf_registration, "others_load_gptq", lambda: True)
+    hf_registration._enter(tables)
     assert tables.AUTO_QUANTIZER_MAPPING["gptq"] is tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is Theirs
-    monkeypatch.setattr(integration, "others_load_gptq", lambda: False)
-    integration._enter(tables)
+    monkeypatch.setattr(hf_registration, "others_load_gptq", lambda: False)
+    hf_registration._enter(tables)
     entered = tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
     assert issubclass(entered, Theirs)
-    integration._enter(tables)  # a second time changes nothing
+    hf_registration._enter(tables)  # a second time changes nothing
     assert tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is entered
 
 

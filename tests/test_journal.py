@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq import InputError, QuantConfig, engine, journal, quantize, sequence, trials
-from gptq.checkpoint import ShardWriter, Source
-from gptq.journal import JOURNAL, Journal
-from gptq.layer import Observer
-from gptq.unfinished import CONTENT, MARKER
+from gptq import InputError, QuantConfig, quantize
+from gptq.checkpoint.atomic_folder import CONTENT, MARKER
+from gptq.checkpoint.reader import ShardWriter, Source
+from gptq.pipeline import block as block_module
+from gptq.pipeline import journal, search
+from gptq.pipeline import quantize as quantize_module
+from gptq.pipeline.journal import JOURNAL, Journal
+from gptq.pipeline.layer import Observer
 from tests.conftest import MakeModel
 
 OPTIONS: dict[str, Any] = {"group_size": 32, "seq_len": 32}
@@ -140,13 +143,13 @@ def test_blocks_that_nothing_reaches_are_finished_too(
     """Whatever part of the model a walk leaves out is rounded, and that is journaled like the rest."""
     source = make_model("llama", num_hidden_layers=3)
     windows = torch.randint(1, 320, (4, 32), generator=torch.Generator().manual_seed(7))
-    walk = sequence.walk_blocks
+    walk = block_module.walk_blocks
 
     def only_the_first(network: Any, blocks: Any, windows: Any, streams: int, stream: Any, visit: Any, _: Any) -> Any:
         walk(network, blocks, windows, streams, stream, lambda i, b, fresh: visit(i, b, fresh) and [])
         return blocks[1:]
 
-    monkeypatch.setattr(engine, "walk_blocks", only_the_first)
+    monkeypatch.setattr(quantize_module, "walk_blocks", only_the_first)
     whole = quantize(source, tmp_path / "whole", CONFIG, calibration=windows)
     assert sum("no calibration input reached it" in note for note in whole.notes) == 2
     stop(source, tmp_path / "out", after=2, calibration=windows)
@@ -171,7 +174,7 @@ def test_a_target_is_not_measured_twice(
     with pytest.raises(StoppedError):  # among the blocks, for the widths are known
         quantize(source, out, config, calibration=windows, observer=again)
     assert len(Journal(partial_of(out)).find("block")) == 1
-    monkeypatch.delattr(trials, "_measure")
+    monkeypatch.delattr(search, "_measure")
     quantize(source, out, config, calibration=windows)
     assert all_bytes(out) == all_bytes(tmp_path / "whole")
 
@@ -180,10 +183,10 @@ def test_enough_windows_are_not_searched_twice(
     make_model: MakeModel, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, config = make_model("llama"), QuantConfig(num_samples="auto", effort="fast", **OPTIONS)
-    monkeypatch.setattr(trials, "MOST_WINDOWS", 32)
+    monkeypatch.setattr(search, "MOST_WINDOWS", 32)
     quantize(source, tmp_path / "whole", config, calibration=text_file)
     stop(source, tmp_path / "out", config, calibration=text_file)
-    monkeypatch.delattr(trials, "_search_windows")
+    monkeypatch.delattr(search, "_search_windows")
     quantize(source, tmp_path / "out", config, calibration=text_file)
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
 
@@ -229,7 +232,7 @@ def test_too_little_room_for_the_rest_is_said_before_the_work(
     source, out = make_model("llama"), tmp_path / "out"
     stop(source, out, calibration=windows)
     with monkeypatch.context() as patched:
-        patched.setattr("gptq.unfinished.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+        patched.setattr("gptq.checkpoint.atomic_folder.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
         with pytest.raises(InputError, match=r"needs .* MB more and the disk has 0\.0 MB free; .* keeps 1 finished of"):
             quantize(source, out, CONFIG, calibration=windows)
     quantize(source, out, CONFIG, calibration=windows)
@@ -295,7 +298,7 @@ def test_another_machine_is_noted(
 ) -> None:
     source, out = make_model("llama"), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("gptq.journal.transformers.__version__", "0.0")
+        patched.setattr("gptq.pipeline.journal.transformers.__version__", "0.0")
         stop(source, out, calibration=windows)
     observer = Stops()
     quantize(source, out, CONFIG, calibration=windows, observer=observer)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq import layer as layer_module
 from gptq import solver
 from gptq.config import QuantConfig
-from gptq.hessian import HeldOut
-from gptq.layer import LayerInputs, Unseen, _sample, solve_rows
-from gptq.plan import LayerPlan
+from gptq.pipeline import layer as layer_module
+from gptq.pipeline.layer import LayerInputs, Unseen, _sample, solve_rows
+from gptq.planning.plan import LayerPlan
+from gptq.solver.hessian import HeldOut
 
 INPUTS, TOKENS = 64, 400
 

@@ -6,70 +6,75 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gptq"
-RANKS = [
-    {
-        "errors",
-        "version",
-        "grid",
-        "packing",
-        "walk",
-        "threads",
-        "vectors",
-        "matmul",
-        "charts",
-        "shelf",
-        "heap",
-        "triton_solver",
-        "triton_product",
-    },
-    {"folder", "ranks", "lanes", "pairs", "shorts", "gram", "loops", "unfinished"},
-    {"hessian", "rows"},
-    {"kernels", "experts"},
-    {"config", "calibration", "solver", "checkpoint"},
-    {"ahead", "formats", "names", "hub", "refine", "drift", "journal"},
-    {"blocks"},
-    {"schemes", "stream", "unread"},
-    {"packed", "plan", "engines", "products"},
-    {"linear", "record", "tune", "budget", "windows"},
-    {"hf_quantizer", "layer"},
-    {"routed", "memory", "progress"},
-    {"sequence", "cost"},
-    {"trials", "resume"},
-    {"engine", "verify", "conversion", "integration", "evaluate"},
-    {"demo", "report"},
-    {"commands"},
-    {"cli"},
-]
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
+ROOMS = [  # each imports only what stands before it
+    "compute", "checkpoint", "solver", "models", "calibration", "formats", "inference", "planning", "output",
+    "pipeline", "evaluation", "cli",
+]  # fmt: skip
+BELOW = {"errors", "version", "config"}  # may be imported by every room
+ABOVE = {"demo", "__main__", "__init__"}  # import what they like
+MODULES = {
+    str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}  # fmt: skip
 
 
 def imported(tree: ast.AST) -> set[str]:
+    """Modules of the package that a file imports anywhere in it, without `gptq.` in front."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gptq":
-            names |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+            base = node.module.removeprefix("gptq").removeprefix(".")
+            for alias in node.names:
+                whole = f"{base}.{alias.name}".removeprefix(".")
+                names.add(whole if whole in MODULES or f"{whole}.__init__" in MODULES else base)
+        if isinstance(node, ast.Import):
+            names |= {alias.name.removeprefix("gptq.") for alias in node.names if alias.name.startswith("gptq.")}
     return names
 
 
-def test_every_module_has_a_rank() -> None:
-    assert set(MODULES) == set(RANK)
+IMPORTS = {module: imported(ast.parse(path.read_text())) for module, path in MODULES.items()}
+CODE = [module for module in MODULES if not module.endswith("__init__")]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module: str) -> None:
-    for name in imported(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        assert RANK[name] < RANK[module], f"{module} imports {name}"
+def room(module: str) -> str:
+    return module.partition(".")[0]
 
 
-@pytest.mark.parametrize("module", MODULES)
+def test_the_rooms_are_the_folders() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(ROOMS)
+    assert {module for module in MODULES if "." not in module} == BELOW | ABOVE
+
+
+def test_what_every_room_may_import_imports_no_room() -> None:
+    for module in BELOW:
+        assert {room(target) for target in IMPORTS[module]} <= BELOW
+
+
+def test_the_solver_imports_compute_alone() -> None:
+    for module in CODE:
+        if room(module) == "solver":
+            assert {room(target) for target in IMPORTS[module]} <= {"solver", "compute"}, module
+
+
+def test_there_is_no_circle() -> None:
+    left = {module: {target for target in IMPORTS[module] if target in CODE} for module in CODE}
+    while left:
+        free = {module for module, targets in left.items() if not targets & left.keys()}
+        assert free, f"these import each other: {sorted(left)}"
+        left = {module: targets for module, targets in left.items() if module not in free}
+
+
+@pytest.mark.parametrize("module", CODE)
 def test_library_code_never_asserts_prints_unpickles_or_seeds_the_world(module: str) -> None:
     forbidden = {"torch.load", "pickle.load", "pickle.loads", "torch.manual_seed", "random.seed", "os.environ"}
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    if module == "__main__":
+        return
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         assert not isinstance(node, ast.Assert)
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) not in forbidden
-        if isinstance(node, ast.Call) and module != "commands":
+        if isinstance(node, ast.Call) and module != "cli.commands":
             assert ast.unparse(node.func) not in {"print", "hash"}
 
 
@@ -81,14 +86,14 @@ LENET_RANK = {name: rank for rank, names in enumerate(LENET_RANKS) for name in n
 def test_the_lenet_baseline_imports_one_way_and_the_package_never_imports_it() -> None:
     for path in LENET.glob("*.py"):
         tree = ast.parse(path.read_text())
-        assert imported(tree) <= {"errors", "hessian", "matmul", "solver"}
+        assert imported(tree) <= {"errors", "solver.solve", "solver", "solver.hessian", "compute.matmul"}
         if path.stem.startswith("__"):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lenet_baseline."):
                 assert LENET_RANK[node.module.split(".")[1]] < LENET_RANK[path.stem], f"{path.stem}: {node.module}"
     assert set(LENET_RANK) == {path.stem for path in LENET.glob("*.py") if not path.stem.startswith("__")}
-    for path in PACKAGE.glob("*.py"):
+    for path in MODULES.values():
         assert "lenet_baseline" not in path.read_text()
 
 

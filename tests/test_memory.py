@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq import cost, memory
-from gptq.ahead import CopyAhead
-from gptq.blocks import choose_dtype
-from gptq.checkpoint import Source
+from gptq.checkpoint.prefetch import CopyAhead
+from gptq.checkpoint.reader import Source
 from gptq.config import QuantConfig, parse_size
-from gptq.engine import quantize
 from gptq.errors import InputError
-from gptq.layer import Observer
-from gptq.plan import Plan, plan_checkpoint
-from gptq.shelf import LEAST, Shelf
+from gptq.models.blocks import choose_dtype
+from gptq.pipeline.layer import Observer
+from gptq.pipeline.offload import LEAST, Shelf
+from gptq.pipeline.quantize import quantize
+from gptq.planning import cost, memory
+from gptq.planning.plan import Plan, plan_checkpoint
 from tests.conftest import MakeModel, threads
 
 CONFIG = QuantConfig(group_size=32)
@@ -54,7 +54,7 @@ def test_the_same_bytes_with_any_limit(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every way there is: all in memory, activations in files, and fewer windows in flight."""
-    monkeypatch.setattr("gptq.shelf.LEAST", 1)
+    monkeypatch.setattr("gptq.pipeline.offload.LEAST", 1)
     source, many = make_model("llama"), torch.cat([windows, windows.flip(0)])
     tokens, base = memory.Tokens(12, 32, 1), memory.warmed_up()
     found = []
@@ -115,7 +115,7 @@ def test_the_quickest_way_within_the_limit_is_taken(make_model: MakeModel) -> No
 def test_an_impossible_limit_is_refused_before_work_starts(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq.engine.walk_blocks", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr("gptq.pipeline.quantize.walk_blocks", lambda *_: pytest.fail("work was started"))
     with pytest.raises(InputError, match=r"limit of 1 MiB cannot be kept: this run takes at least [\d,]+ MiB"):
         quantize(make_model("llama"), tmp_path / "out", CONFIG, calibration=windows, memory_limit=2**20)
     assert not list(tmp_path.glob("out*"))

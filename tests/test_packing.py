@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptq.packing import num_words, pack, unpack
+from gptq.formats.packing import num_words, pack, unpack
 from tests.oracle import bit_stream
 
 

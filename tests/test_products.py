@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq import QuantConfig, formats, load, products, quantize
+from gptq import QuantConfig, formats, load, quantize
+from gptq.compute.matmul import has_pairs, has_shorts
 from gptq.config import Format
-from gptq.formats import Codes, Scheme
-from gptq.linear import QuantLinear
-from gptq.matmul import has_pairs, has_shorts
+from gptq.formats.codec import Codes, Scheme
+from gptq.inference import products
+from gptq.inference.quant_linear import QuantLinear
 from tests.conftest import VOCAB, MakeModel, threads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -142,17 +143,24 @@ def test_the_default_dtype_is_of_no_concern(default: torch.dtype, rng: torch.Gen
 
 
 def test_compiled_loops_are_those_of_all_sources(tmp_path: Path) -> None:
-    from gptq import loops, rows, vectors
+    from gptq.compute import simd
+    from gptq.inference import gemv
+    from gptq.solver import inner_loops_cpu
 
-    for loop in (loops.columns, rows.multiply):
-        assert loop._cache._cache_file._source_stamp == vectors.SOURCES
-    sources = Path(vectors.__file__).parent
-    assert vectors.digest(sources) == vectors.SOURCES
-    for name in ("vectors", "shorts", "lanes", "pairs", "rows", "gram", "loops"):
-        shutil.copytree(sources, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        with (tmp_path / name / f"{name}.py").open("a") as file:
+    for loop in (inner_loops_cpu.columns, gemv.multiply):
+        assert loop._cache._cache_file._source_stamp == simd.SOURCES
+    sources = Path(simd.__file__).parents[1]
+    assert simd.digest(sources) == simd.SOURCES
+    changed = [
+        "compute/simd", "inference/gemv_int16", "inference/gemv_float32", "inference/gemv_bfloat16", "inference/gemv",
+        "solver/gram_bf16", "solver/inner_loops_cpu",
+    ]  # fmt: skip
+    for number, name in enumerate(changed):
+        folder = tmp_path / str(number)
+        shutil.copytree(sources, folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+        with (folder / f"{name}.py").open("a") as file:
             file.write("# changed\n")
-    assert len({vectors.digest(folder) for folder in [sources, *tmp_path.iterdir()]}) == 8
+    assert len({simd.digest(folder) for folder in [sources, *tmp_path.iterdir()]}) == 8
 
 
 @pytest.mark.skipif(not has_shorts() or has_pairs(), reason="this CPU multiplies bfloat16, or has no AVX2")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from gptq.hessian import HessianAccumulator
-from gptq.ranks import LOST, Ranks
+from gptq.compute.distributed import LOST, Ranks
+from gptq.solver.hessian import HessianAccumulator
 from tests.conftest import MakeModel
 from tests.test_journal import partial_of
 

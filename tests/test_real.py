@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptq import QuantConfig, load, perplexity, quantize, verify
+from gptq import QuantConfig, load, perplexity, quantize
+from gptq.output import verify
 from tests.conftest import DATA, MakeModel
 
 

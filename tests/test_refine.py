@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq import grid, kernels, solver
-from gptq.refine import refine
+from gptq import solver
+from gptq.solver import grid, inner_loops
+from gptq.solver.coordinate_descent import refine
 from tests import oracle
 from tests.conftest import threads
 from tests.test_solver import factor_of, problem
@@ -97,16 +98,16 @@ def test_compiled_loops_compute_what_whole_tensor_operations_do(
     scale = torch.rand(2, rows, generator=rng, dtype=dtype) + 0.1
     zero = torch.full((2, rows), 4.0, dtype=dtype)
     groups = [0] * 20 + [1] * 13
-    codes, Q, t = kernels.choose_columns(base, reference, coupling, scale, zero, groups, 3)
-    plain = kernels.choose_columns_plainly(base, reference, coupling, scale, zero, groups, 3)
+    codes, Q, t = inner_loops.choose_columns(base, reference, coupling, scale, zero, groups, 3)
+    plain = inner_loops.choose_columns_plainly(base, reference, coupling, scale, zero, groups, 3)
     for compiled, whole in zip((codes, Q, t), plain, strict=True):
         assert torch.allclose(compiled.to(dtype), whole.to(dtype), rtol=1e-5, atol=1e-5)
     w = torch.stack([base, reference])  # (groups, columns, rows)
     scales, zeros = grid.candidates(w.mT, 3, sym=False)
     importance = torch.rand(2, 33, generator=rng, dtype=dtype)
-    best = kernels.best_grids(w, importance, scales, zeros, 3)
+    best = inner_loops.best_grids(w, importance, scales, zeros, 3)
     for group in range(2):
-        plain_best = kernels.best_grid_plainly(w[group], importance[group], scales[:, group], zeros[:, group], 3)
+        plain_best = inner_loops.best_grid_plainly(w[group], importance[group], scales[:, group], zeros[:, group], 3)
         assert torch.equal(best[group], plain_best)
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq import InputError, QuantConfig, charts, evaluate, quantize, record, report, verify
-from gptq.charts import Chart, Series
-from gptq.checkpoint import Source
-from gptq.linear import load
+from gptq import InputError, QuantConfig, quantize
+from gptq.checkpoint.reader import Source
+from gptq.evaluation import charts, evaluate, report
+from gptq.evaluation.charts import Chart, Series
+from gptq.inference.quant_linear import load
+from gptq.output import record, verify
 from tests.conftest import MakeModel
 
 FAST = QuantConfig(bits=3, group_size=32, num_samples=4, seq_len=32)

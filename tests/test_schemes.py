@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptq import InputError, QuantConfig, load, quantize, verify
+from gptq import InputError, QuantConfig, load, quantize
 from gptq.config import Override
-from gptq.formats import Scheme
-from gptq.linear import QuantLinear
-from gptq.plan import LayerPlan, layer_options, notes_on_shapes
-from gptq.schemes import dynamic_rules, patterns
+from gptq.formats.codec import Scheme
+from gptq.formats.quantization_config import dynamic_rules, patterns
+from gptq.inference.quant_linear import QuantLinear
+from gptq.output import verify
+from gptq.planning.plan import LayerPlan, layer_options, notes_on_shapes
 from tests import oracle
 from tests.conftest import VOCAB, MakeModel
 

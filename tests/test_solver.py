@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq import grid, solver
-from gptq.hessian import output_power
+from gptq import solver
+from gptq.solver import grid
+from gptq.solver.hessian import output_power
 from tests import oracle
 
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gptq import InputError, QuantConfig, load, quantize, solver, verify
-from gptq.tune import tune
+from gptq import InputError, QuantConfig, load, quantize, solver
+from gptq.output import verify
+from gptq.pipeline.tune import tune
 from tests.conftest import MakeModel
 
 OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 32, "seq_len": 32}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptq.walk import PausableForward, identity, pause_before, pause_instead
+from gptq.models.forward import PausableForward, identity, pause_before, pause_instead
 
 
 def network() -> nn.Sequential:

@@ -1,0 +1,68 @@
+"""What the model is called on in each calibration window: from text, arrays, or ready tokens."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq.calibration.text import Inputs, as_inputs, documents, draw_windows, frame_of, is_arrays, read_arrays
+from gptq.config import QuantConfig
+from gptq.errors import InputError
+from gptq.models.blocks import check_tokens, fitting_seq_len, read_tokenizer
+from gptq.planning.plan import Plan
+
+MOST_WINDOWS = 1024  # that a search for enough windows tries
+
+Given = str | Tensor | list[Inputs]
+
+
+def as_given(calibration: str | Path | Tensor | Iterable[Mapping[str, Any]], config: QuantConfig) -> Given:
+    """What to calibrate on: a source of text, windows of tokens, or what the model is called on in each window."""
+    if isinstance(calibration, Tensor):
+        if calibration.ndim != 2 or calibration.dtype not in (torch.int64, torch.int32) or not calibration.numel():
+            raise InputError("calibration windows are a (windows, tokens) tensor of integer token numbers")
+        return calibration.long()
+    if not isinstance(calibration, str | Path):
+        return as_inputs(calibration)
+    if config.method == "gptq" and is_arrays(str(calibration)):
+        return read_arrays(
+            str(calibration), MOST_WINDOWS if config.num_samples == "auto" else config.num_samples, config.seed
+        )
+    return str(calibration)
+
+
+def windows_of(
+    given: Given, num_samples: int, plan: Plan, config: QuantConfig, trust_remote_code: bool
+) -> tuple[list[Inputs], list[str]]:
+    """What the model is called on in each window, and notes."""
+    if isinstance(given, list):
+        return given, []
+    notes: list[str] = []
+    network = plan.network
+    if isinstance(given, str):
+        tokenizer = read_tokenizer(plan.folder, trust_remote_code)
+        seq_len, notes = fitting_seq_len(config.seq_len, network.config, network)
+        frame = frame_of(tokenizer) if not network.can_generate() else []
+        rows = documents(given, "train")
+        given = draw_windows(rows, tokenizer, num_samples, seq_len, config.seed, frame)
+    check_tokens(given, network)
+    if not network.config.is_encoder_decoder:
+        return [{"input_ids": window[None]} for window in given], notes
+    half = given.shape[1] // 2
+    notes.append("the encoder reads the first half of each window, the decoder the second")
+    return [{"input_ids": w[None, :half], "decoder_input_ids": w[None, half:]} for w in given], notes
+
+
+def describe(given: Given) -> str:
+    if isinstance(given, str):
+        return given
+    if isinstance(given, Tensor):
+        return f"{tuple(given.shape)} given tokens"
+    return f"{len(given)} given windows of {', '.join(given[0])}"
+
+
+def count_tokens(windows: list[Inputs]) -> int:
+    """Of text; 0 for other inputs."""
+    return sum(x.numel() for inputs in windows for name, x in inputs.items() if name.endswith("input_ids"))

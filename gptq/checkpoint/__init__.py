@@ -1,0 +1,5 @@
+"""Bytes on disk, one tensor at a time."""
+
+from gptq.checkpoint.reader import ShardWriter, Source, TensorInfo, resolve
+
+__all__ = ["ShardWriter", "Source", "TensorInfo", "resolve"]

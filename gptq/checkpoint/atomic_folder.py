@@ -1,0 +1,184 @@
+"""A folder that appears whole or not at all: it takes its name only when the last byte is on disk.
+
+Until then it is OUT.partial/checkpoint, and beside it in OUT.partial lies what a later run needs to go on (see
+`gptq.pipeline.journal`).
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptq.errors import InputError
+
+MARKER = ".unfinished"  # says that a working folder is ours to empty
+CONTENT = "checkpoint"  # in the working folder: what becomes OUT
+
+
+@dataclass
+class Unfinished:
+    """The working folder of a run, OUT.partial.
+
+    When the run fails, `promise` says what the folder keeps for a later one; empty: nothing, so it is removed.
+    """
+
+    root: Path
+    content: Path  # becomes OUT
+    promise: Callable[[], str] = str
+
+    def begin_anew(self) -> None:
+        """Remove what an earlier run left."""
+        _empty(self.root)
+        self.content.mkdir()
+        sync_path(self.root)
+
+    def go_on(self) -> None:
+        """Keep the shards of an earlier run, and nothing that makes them look like a checkpoint."""
+        self.content.mkdir(exist_ok=True)
+        for file in self.content.iterdir():
+            if file.suffix != ".safetensors":
+                file.unlink()
+
+    def require_room(self, needed_bytes: int) -> None:
+        """Raises InputError if the disk has less than that beyond what `content` takes."""
+        here = sum(512 * file.stat().st_blocks for file in self.content.iterdir())  # shards have holes
+        free = shutil.disk_usage(self.root).free
+        if free < needed_bytes - here:
+            more = f"{(needed_bytes - here) / 1e6:,.1f} MB{' more' if here else ''}"
+            raise InputError(f"{self.root} needs {more} and the disk has {free / 1e6:,.1f} MB free")
+
+
+def working_folder(out: Path) -> Unfinished:
+    """Where `out` is made; another process may be making it."""
+    root = out.resolve().with_name(out.name + ".partial")
+    return Unfinished(root, root / CONTENT)
+
+
+@contextmanager
+def unfinished_folder(out: Path) -> Iterator[Unfinished]:
+    """A working folder beside `out`, whose content takes that name when the body succeeds.
+
+    When the body fails, the folder is removed, unless there is something to promise; then the error says it.
+
+    Raises:
+        InputError: `out` exists and is not empty, cannot be made, or the disk is or becomes too small.
+    """
+    out = out.resolve()
+    root = working_folder(out).root
+    made = [parent for parent in out.parents if not parent.exists()]
+    try:
+        require_free(out)
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    with _sole_use(root, out):
+        working = working_folder(out)
+        try:
+            require_free(out)  # the run that we waited for may have been writing it
+            (root / MARKER).touch()
+            yield working
+            for file in working.content.iterdir():
+                sync_path(file)
+            sync_path(working.content)
+            working.content.replace(out)
+            sync_path(out.parent)
+        except BaseException as error:
+            promised = working.promise()
+            if not promised:
+                _remove(root)
+                for parent in made:
+                    with suppress(OSError):
+                        parent.rmdir()
+            _explain(error, out, root, promised)
+            raise
+        _remove(root)
+
+
+def _explain(error: BaseException, out: Path, root: Path, promised: str) -> None:
+    """Raise InputError for what the user can mend, and let any other error carry the promise as a note."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        problem = f"writing {out} failed ({where}{error.strerror or error})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = f"writing {out} failed: the disk at {_mount(root)} is full ({error.strerror}); free some of it"
+        raise InputError(f"{problem}; {promised or 'nothing is left there'}") from error
+    if promised and isinstance(error, InputError):
+        raise InputError(f"{error}; {promised}") from error
+    if promised:  # as BaseException.add_note does, which Python 3.10 lacks
+        vars(error)["__notes__"] = [*getattr(error, "__notes__", []), promised]
+
+
+def _mount(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.is_mount() or p == p.parent)
+
+
+def _empty(root: Path) -> None:
+    """Remove all but the marker: a run that is killed on the way leaves a folder that is still known as ours."""
+    for left_over in root.iterdir():
+        if left_over.is_dir() and not left_over.is_symlink():
+            shutil.rmtree(left_over)
+        elif left_over.name != MARKER:
+            left_over.unlink()
+
+
+def _remove(root: Path) -> None:
+    with suppress(OSError):
+        _empty(root)
+        (root / MARKER).unlink(missing_ok=True)
+        root.rmdir()
+
+
+@contextmanager
+def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder that takes the name `out` when the body succeeds, and is removed when it fails.
+
+    Raises:
+        InputError: as `unfinished_folder`.
+    """
+    with unfinished_folder(out) as working:
+        working.begin_anew()
+        working.require_room(needed_bytes)
+        yield working.content
+
+
+def require_free(out: Path) -> None:
+    """Raises InputError if `out` is occupied, or the folder it is made in somebody else's."""
+    partial = out.with_name(out.name + ".partial")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty; choose another name or remove it")
+    if out.is_mount():
+        raise InputError(f"{out} is a mount point, which cannot be replaced; name a folder inside it")
+    if partial.exists() and any(partial.iterdir()) and not (partial / MARKER).is_file():
+        raise InputError(f"{partial} is in the way, and no left-over of an earlier run; rename or remove it")
+
+
+@contextmanager
+def _sole_use(folder: Path, out: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"another run is writing {out}") from error
+    finally:
+        os.close(descriptor)
+
+
+def sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> Iterable[str]:
+    """Copy the plain files of a folder whose name is wanted; returns their names."""
+    names = sorted(p.name for p in source.iterdir() if p.is_file() and wanted(p.name))
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names

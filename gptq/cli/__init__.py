@@ -1,0 +1,5 @@
+"""Arguments, commands, progress: what a person types and sees."""
+
+from gptq.cli.arguments import main
+
+__all__ = ["main"]

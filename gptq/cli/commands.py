@@ -1,0 +1,372 @@
+"""What each command does: arguments -> engine, evaluate, verify or demo; results to stdout, progress to stderr."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import torch
+import transformers
+
+from gptq.calibration.text import is_arrays, read_arrays
+from gptq.checkpoint import hub
+from gptq.checkpoint.reader import file_bytes
+from gptq.cli.progress import Progress
+from gptq.compute.distributed import joined, launched_together
+from gptq.config import Method, Override, QuantConfig
+from gptq.errors import InputError, printable
+from gptq.evaluation import evaluate, report
+from gptq.formats import compatibility
+from gptq.models.blocks import choose_device, choose_dtype, fitting_seq_len
+from gptq.output import verify
+from gptq.output.convert import convert
+from gptq.output.record import public_name, read_record
+from gptq.pipeline.layer import Observer, is_held_out
+from gptq.pipeline.quantize import Result, quantize
+from gptq.pipeline.search import FEWEST_WINDOWS
+from gptq.planning import cost, memory
+from gptq.planning.plan import Plan, plan_checkpoint
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `args.command`; returns the exit code."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        return COMMANDS[args.command](args)
+    except InputError as error:
+        print(f"gptq: {error}", file=sys.stderr)
+    except BrokenPipeError:  # what read our output has gone; Python would complain once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(printable(f"gptq: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"gptq: out of memory ({first}); fewer --samples or a smaller --batch-size need less", file=sys.stderr)
+        print(f"gptq: {_kept(error)}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"gptq: interrupted; {_kept(error)}", file=sys.stderr)
+    return 2
+
+
+def _kept(error: BaseException) -> str:
+    """What an error says is left for a later run."""
+    return "; ".join(getattr(error, "__notes__", [])) or "nothing half-written was left behind"
+
+
+def _config(args: argparse.Namespace) -> QuantConfig:
+    method: Method = args.method
+    return QuantConfig(
+        bits=getattr(args, "bits", QuantConfig.bits),
+        group_size=args.group_size,
+        sym=not args.asym,
+        effort=args.effort,
+        search=args.search,
+        desc_act=args.desc_act,
+        sweeps=args.sweeps,
+        two_streams=args.two_streams,
+        tune_steps=args.tune_steps,
+        static_groups=not args.dynamic_groups,
+        method=method,
+        damp_percent=args.damp_percent,
+        num_samples=args.samples,
+        seq_len=args.seq_len,
+        seed=args.seed,
+        format=args.format,
+        target_bits=args.target_bits,
+        target_size=args.target_size,
+        lm_head=args.lm_head,
+        overrides=tuple(Override.parse(text) for text in args.override),
+    )
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.push:
+        hub.check_access(args.push)
+    with launched_together(args.device), Progress() as progress:
+        first = joined(choose_device(args.device)).rank == 0
+        result = quantize(
+            args.model,
+            args.out,
+            config,
+            calibration=args.calibration,
+            device=args.device,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            memory_limit=args.memory_limit,
+            gpu_memory_limit=args.gpu_memory_limit,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            observer=progress if first else Observer(),
+        )
+    if not first:
+        return 0
+    if args.json:
+        _print_json({**result.to_dict(), "peak_rss_bytes": memory.peak_resident()})
+    else:
+        _print_summary(result)
+    return _push(args)
+
+
+def _push(args: argparse.Namespace) -> int:
+    if args.push:
+        address = hub.push(Path(args.out), args.push, private=args.private)
+        print(f"pushed to {address}", file=sys.stderr)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = _config(args)
+    arrays = config.method == "gptq" and is_arrays(args.calibration)
+    sample = read_arrays(args.calibration, 1, args.seed)[0] if arrays else None
+    plan = plan_checkpoint(args.model, config, args.revision, args.trust_remote_code, sample)
+    found = compatibility.engines(plan.stored_layers)
+    layers = list(plan.layers.values())
+    needs = _needs(args, config, plan)
+    if args.json:
+        _print_json(
+            {
+                "format": layers[0].format,
+                "bits_per_weight": plan.bits_per_weight,
+                "tensor_bytes": sum(info.nbytes for info in plan.tensors.values()),
+                "layers": [vars(layer) for layer in layers],
+                "engines": [vars(engine) for engine in found],
+                "notes": plan.notes,
+                "file_bytes": file_bytes(plan.tensors),
+                **needs,
+            }
+        )
+        return 0
+    width = max(len(layer.name) for layer in layers)
+    print(f"{'layer':{width}}  bits  group   sym  outputs x inputs")
+    for layer in layers:
+        shape = f"{layer.outputs} x {layer.inputs}"
+        print(f"{layer.name:{width}}  {layer.bits:4}  {layer.group_size:5}  {_yes(layer.sym)}  {shape:>16}")
+    total = _megabytes(sum(info.nbytes for info in plan.tensors.values()))
+    print(f"{len(layers)} layers at {plan.bits_per_weight:.2f} bits per weight, {total} in all, as {layers[0].format}")
+    print(needs["memory"])
+    print(
+        f"about {needs['seconds']:,.0f} s: {needs['operations'] / 1e12:,.2f} Tflop, and this machine was measured "
+        f"to do {needs['rate'] / 1e9:,.0f} G a second in float32"
+    )
+    for note in plan.notes:
+        print(f"note: {note}")
+    _print_engines(found)
+    return 0
+
+
+def _needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -> dict[str, Any]:
+    """Memory and time of a run, the time from a few seconds' measurement of this machine."""
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, plan.hf_config, device)
+    windows = FEWEST_WINDOWS if config.num_samples == "auto" else config.num_samples
+    length, _ = fitting_seq_len(config.seq_len, plan.hf_config, plan.network)
+    held_out = sum(is_held_out(i, windows) for i in range(windows))
+    tokens = memory.Tokens(windows, length, held_out)
+    choice, says = memory.settle(
+        plan, config, tokens, device, dtype, args.batch_size, args.memory_limit, args.gpu_memory_limit
+    )
+    work, rates = cost.count(plan, config, tokens), cost.measure(config, device, dtype)
+    return {
+        "memory": says,
+        "peak_bytes": choice.peak,
+        "in_flight": choice.in_flight,
+        "activations_in_files": choice.on_disk,
+        "seconds": work.seconds(rates),
+        "operations": work.total,
+        "rate": rates.solver,
+    }
+
+
+def _yes(value: bool) -> str:
+    return " yes" if value else "  no"
+
+
+def _print_engines(found: list[compatibility.Engine]) -> None:
+    for engine in found:
+        print(f"{engine.name:13} {'yes' if engine.takes else 'no':3}  {engine.why}".replace("`", ""))
+
+
+def _convert(args: argparse.Namespace) -> int:
+    if args.push:
+        hub.check_access(args.push)
+    with Progress() as progress:
+        made = convert(
+            args.model,
+            args.out,
+            args.format,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress.layer_written,
+        )
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.json:
+        _print_json(made.to_dict())
+    else:
+        sizes = f"{_megabytes(made.bytes_before)} -> {_megabytes(made.bytes_after)}"
+        print(f"{made.out}: {made.layers} layers as {made.format}, {sizes}, not requantized")
+    return _push(args)
+
+
+def _print_summary(result: Result) -> None:
+    print(
+        f"{result.out}: {len(result.layers)} layers at {result.bits_per_weight:.2f} bits per weight ({result.format}), "
+        f"{_megabytes(result.bytes_before)} -> {_megabytes(result.bytes_after)}, "
+        f"{result.seconds:.0f} s, {_megabytes(memory.peak_resident())} peak memory"
+    )
+    worst = max(result.layers, key=lambda layer: layer.error)
+    if worst.damp is None:
+        print(f"largest relative weight error {worst.error:.2%} ({worst.name})")
+    else:
+        kept = sum(layer.error for layer in result.layers) / max(sum(layer.rtn_error for layer in result.layers), 1e-30)
+        print(f"layer errors are {kept:.0%} of round-to-nearest's; the largest is {worst.error:.2%} ({worst.name})")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    folder = Path(args.model)
+    if args.save:  # what could go wrong at the end is tried first
+        if not folder.is_dir():
+            raise InputError(f"--save writes beside the model, and {args.model} is not a folder")
+        evaluate.read_quality(folder)
+    if args.card:
+        read_record(Path(args.model))  # before the work
+    with Progress() as progress:
+        measure = partial(evaluate.compare, original=args.against) if args.against else evaluate.perplexity
+        found = measure(
+            args.model,
+            data=args.data,
+            seq_len=args.seq_len,
+            windows=args.windows,
+            device=args.device,
+            dtype=args.dtype,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress.step_done if args.against else progress.window_done,
+        )
+    if found.seq_len != args.seq_len:
+        print(
+            f"note: windows are {found.seq_len} tokens, the model's limit, instead of {args.seq_len}", file=sys.stderr
+        )
+    if args.save:
+        evaluate.save(folder, {"data": args.data, "original": args.against, **found.to_dict()})
+    if args.card:
+        verify.note_perplexity(args.model, {"data": public_name(args.data), **found.to_dict()})
+    if args.json:
+        _print_json(found.to_dict())
+        return 0
+    text = f"{found.tokens} tokens, {found.windows} windows of {found.seq_len}"
+    if isinstance(found, evaluate.Comparison):
+        _print_comparison(found, text)
+    else:
+        print(f"perplexity {found.perplexity:.4f} over {text}")
+    return 0
+
+
+def _print_comparison(found: evaluate.Comparison, text: str) -> None:
+    print(f"over {text}\n{'':35}95 % interval")
+    for name, label, form in (
+        ("perplexity", "perplexity", ".4f"),
+        ("original_perplexity", "original's perplexity", ".4f"),
+        ("gap", "above the original", "+.2%"),
+        ("kl", "KL per token, nats", ".5f"),
+        ("top1_agreement", "top-1 agreement", ".2%"),
+    ):
+        ends = "" if found.intervals is None else " to ".join(f"{end:{form}}" for end in found.intervals[name])
+        print(f"{label:22}{format(getattr(found, name), form):>10}   {ends}".rstrip())
+    if found.intervals is None:
+        print("one window gives no interval")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    content = verify.inspect(args.out)
+    if args.json:
+        _print_json(content.to_dict())
+        return 0
+    width = max(len(layer.name) for layer in content.layers)
+    print(f"{'layer':{width}}  bits  group  outputs x inputs      bytes  error   rtn")
+    for layer in content.layers:
+        shape = f"{layer.outputs} x {layer.inputs}"
+        grid = f"{layer.bits:4}  {layer.group_size:5}"
+        errors = f"{layer.error:6.2%} {layer.rtn_error:6.2%}" if layer.error is not None else "     -      -"
+        scattered = "" if layer.ordered_groups else "  g_idx"
+        print(f"{layer.name:{width}}  {grid}  {shape:>16}  {layer.nbytes:9}  {errors}{scattered}")
+    quantized, others = _megabytes(content.quantized_bytes), _megabytes(content.other_bytes)
+    print(
+        f"{len(content.layers)} layers, {quantized}, {content.bits_per_weight:.2f} bits per weight; "
+        f"{len(content.other_tensors)} tensors kept as they were, {others}; {content.format}"
+    )
+    _print_engines(content.engines)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    found = verify.verify(args.out)
+    if args.json:
+        _print_json(found.to_dict())
+    else:
+        for problem in found.problems:
+            print(printable(problem))
+        fine = "as it was written" if found.recorded else "consistent (another tool wrote it, so there is no record)"
+        verdict = f"{len(found.problems)} differences" if found.problems else fine
+        print(f"{args.out}: {found.layers} layers, {found.tensors} tensors, {found.files} other files: {verdict}")
+    return 1 if found.problems else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    page, pictures = report.write_report(args.out, args.to)
+    if not pictures:
+        print("note: no PNGs without matplotlib; pip install 'gptq[report]'", file=sys.stderr)
+    if args.json:
+        _print_json({"page": str(page), "pictures": [str(picture) for picture in pictures]})
+    else:
+        print(page, *pictures, sep="\n")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from gptq import demo  # reads the standard library's 465 kB of topics
+
+    with Progress() as progress:
+        shown = demo.run(progress)
+    if args.json:
+        _print_json(shown.to_dict())
+        return 0
+    print("bits  method         size  bits/weight  perplexity  above original")
+    for row in shown.rows:
+        above = f"{row.above_original:+.1%}" if row.method != "original" else ""
+        print(
+            f"{row.bits:4}  {row.method:8}  {_megabytes(row.bytes):>9}  {row.bits_per_weight:11.2f}  "
+            f"{row.perplexity:10.3f}  {above:>14}"
+        )
+    print(f"\nThe 4-bit GPTQ model continues {shown.prompt.splitlines()[-1]!r}:\n{' '.join(shown.generated.split())}")
+    return 0
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, ensure_ascii=False))
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "quantize": _quantize,
+    "plan": _plan,
+    "convert": _convert,
+    "eval": _eval,
+    "inspect": _inspect,
+    "verify": _verify,
+    "report": _report,
+    "demo": _demo,
+}

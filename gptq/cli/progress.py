@@ -1,0 +1,96 @@
+"""How far a command is, on stderr."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from gptq.pipeline.layer import Observer
+
+
+class Progress(Observer):
+    """A bar with the time left on a terminal; elsewhere a line per block, and one per tenth of the windows."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._began = time.monotonic()
+        self._blocks = self._weights = self._done = self._before = 0
+        self._block = -1
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finished()
+
+    def note(self, text: str) -> None:
+        _say(f"note: {text}")
+
+    def stage(self, text: str) -> None:
+        if self._bar:
+            self._bar.set_description(text)
+        else:
+            _say(text)
+
+    def started(self, num_blocks: int, weights: int) -> None:
+        self._blocks, self._weights, self._began = num_blocks, weights, time.monotonic()
+        self._done, self._before, self._block = 0, 0, -1
+        self._open_bar(weights)
+
+    def going_on(self, blocks: int, weights: int) -> None:
+        self.stage(f"going on after block {blocks} of {self._blocks}")
+        self._before = self._done = weights
+        if self._bar is not None:
+            self._bar.update(weights)
+
+    def layer_done(self, block: int, name: str, weights: int) -> None:
+        self._done += weights
+        if self._bar is not None:
+            self._bar.set_description(f"block {block + 1}/{self._blocks} {name.rpartition('.')[2]}")
+            self._bar.update(weights)
+        elif block != self._block:
+            share = (self._done - self._before) / (self._weights - self._before)
+            self._line(f"block {block + 1} of {self._blocks}", share)
+            self._block = block
+
+    def window_done(self, done: int, total: int) -> None:
+        self._counted("window", done, total)
+
+    def step_done(self, done: int, total: int) -> None:
+        self._counted("step", done, total)
+
+    def layer_written(self, done: int, total: int) -> None:
+        self._counted("layer", done, total)
+
+    def _counted(self, what: str, done: int, total: int) -> None:
+        if done == 1:
+            self._began, self._done = time.monotonic(), 0
+            self._open_bar(total)
+        if self._bar is not None:
+            self._bar.set_description(f"{what} {done}/{total}")
+            self._bar.update(done - self._done)
+        elif done == total or done * 10 // total != self._done * 10 // total:
+            self._line(f"{what} {done} of {total}", done / total)
+        self._done = done
+
+    def finished(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _open_bar(self, total: int) -> None:
+        if sys.stderr.isatty():
+            form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+            self._bar = tqdm(total=total, bar_format=form, dynamic_ncols=True, file=sys.stderr)
+
+    def _line(self, text: str, fraction: float) -> None:
+        elapsed = time.monotonic() - self._began
+        left = elapsed * (1 - fraction) / fraction
+        _say(f"{text}, {elapsed:.0f} s, about {left:.0f} s left")
+
+
+def _say(text: str) -> None:
+    """A line above the bar, at once."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()

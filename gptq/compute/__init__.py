@@ -1,0 +1,1 @@
+"""What the machine can do: products, threads, SIMD, memory, processes."""

@@ -1,0 +1,1 @@
+"""Perplexity, KL divergence, report, charts: measured and drawn."""

@@ -1,0 +1,332 @@
+"""A quantized checkpoint's record as a page: one HTML file that needs no network, and its charts as PNGs beside it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gptq.checkpoint.untrusted import check_folder
+from gptq.evaluation import charts
+from gptq.evaluation.charts import Chart, Series
+from gptq.evaluation.evaluate import read_quality
+from gptq.output.record import QUALITY, read_record
+
+PAGE = "index.html"
+MAX_TICKS = 12
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #5d656d; --line: #d9dde1; --card: #f4f6f8;
+  --c0: #1f6fc4; --c1: #c2570c; --c2: #2b8a3e }
+@media (prefers-color-scheme: dark) { :root { --paper: #15181b; --ink: #e6e9ec; --soft: #a0a8b0; --line: #363c42;
+  --card: #1f2428; --c0: #6db1f7; --c1: #f29a52; --c2: #66cc7d } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 60rem; padding: 1.2rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .3rem }
+p { margin: .3rem 0 .6rem; overflow-wrap: break-word }
+.soft, figcaption { color: var(--soft); font-size: .9rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; margin: 1.1rem 0 }
+.card { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; font-size: .95rem }
+.card b { display: block; font-size: 1.3rem }
+.wide { overflow-x: auto }
+figure { margin: .4rem 0 }
+svg { display: block; width: 100% }
+.w720 { min-width: 38rem }
+.w440 { max-width: 32rem }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem }
+text { font-size: 12px; fill: var(--soft) }
+.grid { stroke: var(--line) }
+.stem { stroke: var(--line); stroke-width: 2 }
+.c0 { fill: var(--c0) } .c1 { fill: var(--c1) } .c2 { fill: var(--c2) }
+.key span { margin-right: 1.2rem; white-space: nowrap }
+.key svg { display: inline; width: .8rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
+td small { color: var(--soft); white-space: nowrap }
+details { border-bottom: 1px solid var(--line) }
+summary { cursor: pointer; padding: .35rem 0; overflow-wrap: anywhere }
+summary span { color: var(--soft); margin-left: .6rem; font-size: .9rem }
+"""
+
+
+def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]]:
+    """Write the page and, where matplotlib is installed, the PNGs; returns the page, and the PNGs.
+
+    Only what was recorded is shown: quantization_record.json, and quality.json if `gptq eval --save` has made one.
+    What the record of an earlier version lacks is left out.
+
+    Args:
+        to: folder to write into, by default `report` in the checkpoint's own; files of those names are replaced.
+    Raises:
+        InputError: the folder has no record, or a damaged one.
+    """
+    check_folder(folder)
+    record, measurements = read_record(folder), read_quality(folder)
+    figures = {name: draw(record) for name, draw in FIGURES.items()}
+    drawn = {name: chart for name, chart in figures.items() if chart}
+    to = to or folder / "report"
+    to.mkdir(parents=True, exist_ok=True)
+    page = _own_file(to / PAGE)
+    page.write_text(_page(folder.resolve().name, record, measurements, drawn), encoding="utf-8")
+    pictures = []
+    if find_spec("matplotlib"):
+        worst = max(record["layers"], key=lambda layer: layer["error"] or 0.0)
+        for name, chart in {**drawn, **_histograms(worst)}.items():
+            pictures.append(_own_file(to / f"{name}.png"))
+            charts.png(chart, pictures[-1])
+    return page, pictures
+
+
+def _own_file(path: Path) -> Path:
+    """The same path, without the link that may lie there and lead to another file."""
+    if path.is_symlink():
+        path.unlink()
+    return path
+
+
+# --- the record as charts ---------------------------------------------------------------------------------------------
+
+
+def errors(record: dict[str, Any]) -> Chart | None:
+    layers = record["layers"]
+    if not _measured(layers):
+        return None
+    if _rounded(record):
+        series = [Series("round to nearest", _column(layers, "error"))]
+        return _by_layer(record, "Relative weight error", series, percent=True)
+    series = [
+        Series("as quantized, calibration data", _column(layers, "error")),
+        Series("round to nearest, calibration data", _column(layers, "rtn_error")),
+    ]
+    if any(layer.get("heldout_error") is not None for layer in layers):
+        series.append(Series("as quantized, held-out data", _column(layers, "heldout_error")))
+    return _by_layer(record, "Relative output error", series, percent=True)
+
+
+def bits(record: dict[str, Any]) -> Chart | None:
+    if not any(layer.get("bits") for layer in record["layers"]):
+        return None
+    return _by_layer(record, "Bits of a code", [Series("bits", _column(record["layers"], "bits"))], "bars")
+
+
+def coverage(record: dict[str, Any]) -> Chart | None:
+    layers = record["layers"]
+    if _rounded(record) or not any(layer.get("tokens") for layer in layers):
+        return None
+    return _by_layer(record, "Calibration tokens", [Series("tokens", _column(layers, "tokens"))], "bars")
+
+
+def size(record: dict[str, Any]) -> Chart | None:
+    sizes = record.get("sizes")
+    if not sizes:
+        return None
+    quantized = [sizes["quantized_bytes_before"], sizes["quantized_bytes_after"]]
+    files = [sizes["file_bytes_before"], sizes["file_bytes_after"]]
+    others = [max(file - part, 0) for file, part in zip(files, quantized, strict=True)]
+    series = [Series("quantized layers", quantized), Series("everything else", others)]
+    names = ["before", "after"]
+    ticks = {float(i): f"{name}: {charts.label(files[i], False)}B" for i, name in enumerate(names)}
+    return Chart("Size of the weight files", "", "bytes", series, "bars", names, ticks, width=440)
+
+
+FIGURES: dict[str, Callable[[dict[str, Any]], Chart | None]] = {
+    "errors": errors, "bits": bits, "size": size, "coverage": coverage,
+}  # fmt: skip
+
+
+def _rounded(record: dict[str, Any]) -> bool:
+    return bool((record["config"] or {}).get("method") == "rtn")
+
+
+def _measured(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layers whose errors are known; of a converted file of another tool there are none."""
+    return [layer for layer in layers if layer["error"] is not None and layer["rtn_error"] is not None]
+
+
+def _column(layers: list[dict[str, Any]], key: str) -> list[float | None]:
+    return [layer.get(key) for layer in layers]
+
+
+def _by_layer(record: dict[str, Any], title: str, series: list[Series], kind: str = "dots", **options: Any) -> Chart:
+    """A chart with a position per layer, and ticks where blocks begin."""
+    names = [layer["stored"] for layer in record["layers"]]
+    starts = [(i, number) for i, number in enumerate(map(_block, names)) if i == 0 or number != _block(names[i - 1])]
+    every = -(-len(starts) // MAX_TICKS)
+    ticks: dict[float, str] = {float(i): number for i, number in starts[::every]}
+    return Chart(f"{title}, layer by layer", "layers, by block", title.lower(), series, kind, names, ticks, **options)
+
+
+def _block(name: str) -> str:
+    return next((part for part in name.split(".") if part.isdigit()), "")
+
+
+def _histograms(layer: dict[str, Any]) -> dict[str, Chart]:
+    """Of the weights and codes of one layer, as far as they were recorded."""
+    found = {}
+    if layer.get("weight_histogram") and "weight_range" in layer:
+        counts, largest = layer["weight_histogram"], layer["weight_range"]
+        ends = {-0.5: -largest, len(counts) / 2 - 0.5: 0.0, len(counts) - 0.5: largest}
+        ticks = {at: f"{value:.3g}" for at, value in ends.items()}
+        title = f"Weights of {layer['stored']} before quantization"
+        found["weights"] = Chart(title, "weight", "how many", [Series("weights", counts)], "bars", [], ticks, width=440)
+    if layer.get("code_histogram") and "bits" in layer:
+        counts = layer["code_histogram"]
+        width, every = 2 ** layer["bits"] // len(counts), max(1, len(counts) // 16)
+        ticks = {float(i): str(i * width) for i in range(0, len(counts), every)}
+        title = f"Codes of {layer['stored']}"
+        found["codes"] = Chart(title, "code", "how many", [Series("codes", counts)], "bars", [], ticks, width=440)
+    return found
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _page(name: str, record: dict[str, Any], measurements: list[dict[str, Any]], drawn: dict[str, Chart]) -> str:
+    body = "".join(
+        [
+            f"<h1>{escape(name)}</h1>",
+            f'<p class="soft">{escape(_settings(record))}</p>',
+            f'<div class="cards">{"".join(_cards(record, measurements))}</div>',
+            _quality(measurements),
+            *(_section(key, chart, record) for key, chart in drawn.items()),
+            _layers(record),
+        ]
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(name)}, quantized</title><style>{STYLE}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def _settings(record: dict[str, Any]) -> str:
+    config = record["config"] or {}
+    shown = [f"{key} {value}" for key, value in config.items()]
+    calibrated = f"calibrated on {record['calibration']}" if record.get("calibration") else "no calibration"
+    return f"Written by {record.get('quantizer', 'an unknown version')}; {calibrated}; {', '.join(shown)}."
+
+
+def _cards(record: dict[str, Any], measurements: list[dict[str, Any]]) -> Iterator[str]:
+    layers, sizes = record["layers"], record.get("sizes")
+    yield _card(str(len(layers)), "quantized layers")
+    if sizes:
+        yield _card(f"{sizes['bits_per_weight']:.2f}", "bits per weight in them, everything stored counted")
+        before, after = (f"{charts.label(sizes[f'file_bytes_{when}'], False)}B" for when in ("before", "after"))
+        yield _card(after, f"on disk, {before} before")
+    measured = _measured(layers)
+    if measured and not _rounded(record):
+        kept = sum(layer["error"] for layer in measured) / max(sum(layer["rtn_error"] for layer in measured), 1e-30)
+        yield _card(f"{kept:.0%}", "of round-to-nearest's layer errors remain")
+    if measurements:
+        last = measurements[-1]
+        text = str(last["data"]).rpartition("/")[2]
+        original = f"; the original's is {last['original_perplexity']:.3f}" if "original_perplexity" in last else ""
+        yield _card(f"{last['perplexity']:.3f}", f"perplexity on {text}{original}")
+        if "kl" in last:
+            yield _card(f"{last['kl']:.4f}", "KL divergence from the original, nats per token")
+
+
+def _card(number: str, what: str) -> str:
+    return f'<div class="card"><b>{escape(number)}</b>{escape(what)}</div>'
+
+
+def _quality(measurements: list[dict[str, Any]]) -> str:
+    if not measurements:
+        return (
+            '<h2>Perplexity and KL divergence</h2><p class="soft">Not measured yet: <code>gptq eval OUT --against '
+            f"ORIGINAL --data TEXT --save</code> keeps them in {QUALITY}, and this page shows them then.</p>"
+        )
+    known_columns = (
+        ("perplexity", "perplexity", "{:.3f}"),
+        ("original_perplexity", "original's", "{:.3f}"),
+        ("gap", "above it", "{:+.2%}"),
+        ("kl", "KL, nats per token", "{:.4f}"),
+        ("top1_agreement", "top-1 agreement", "{:.2%}"),
+    )
+    columns = [column for column in known_columns if any(column[0] in measured for measured in measurements)]
+    head = "".join(f"<th>{title}</th>" for _, title, _ in columns)
+    rows = []
+    for measured in measurements:
+        cells = [f"{escape(str(measured['data']))}<br><small>{escape(_windows(measured))}</small>"]
+        for key, _, form in columns:
+            ends = (measured.get("intervals") or {}).get(key)
+            interval = f"<br><small>{form.format(ends[0])} to {form.format(ends[1])}</small>" if ends else ""
+            cells.append(form.format(measured[key]) + interval if key in measured else "")
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    known = any(measured.get("intervals") for measured in measurements)
+    note = '<p class="soft">Small: 95 % paired bootstrap intervals over windows.</p>' if known else ""
+    return (
+        '<h2>Perplexity and KL divergence</h2><div class="wide">'
+        f"<table><tr><th>text</th>{head}</tr>{''.join(rows)}</table></div>{note}"
+    )
+
+
+def _windows(measured: dict[str, Any]) -> str:
+    return (
+        f"{measured['windows']} windows of {measured['seq_len']} tokens"
+        if {"windows", "seq_len"} <= measured.keys()
+        else ""
+    )
+
+
+def _section(key: str, chart: Chart, record: dict[str, Any]) -> str:
+    marks = [
+        f'<span><svg viewBox="0 0 10 10"><circle class="c{i}" cx="5" cy="5" r="5"/></svg> {escape(series.name)}</span>'
+        for i, series in enumerate(chart.series)
+    ]
+    key_line = f'<div class="key soft">{"".join(marks)}</div>' if len(marks) > 1 else ""
+    return (
+        f"<h2>{escape(chart.title)}</h2><p>{escape(_explained(key, record))}</p>{key_line}"
+        f'<figure class="wide">{charts.svg(chart)}</figure>'
+    )
+
+
+def _explained(key: str, record: dict[str, Any]) -> str:
+    layers = record["layers"]
+    if key == "errors" and _rounded(record):
+        return "||W - Q||² / ||W||² of each layer's weight W and what is stored for it, Q."
+    if key == "coverage":
+        fewest = min(layers, key=lambda layer: (layer.get("tokens") or 0) / (layer.get("inputs") or 1))
+        tokens = fewest.get("tokens") or 0
+        ratio = f", {tokens / fewest['inputs']:.0f} per input" if fewest.get("inputs") else ""
+        total = record.get("sizes", {}).get("calibration_tokens")
+        which = f"Of {total} calibration tokens those" if total else "Calibration tokens"
+        return (
+            f"{which} that reached each layer. They choose its codes: with few per input, a layer is fitted to chance. "
+            f"Fewest: {fewest['stored']} with {tokens}{ratio}."
+        )
+    return {
+        "errors": "||(W - Q) X||² / ||W X||² of each layer, for inputs X that went through the quantized layers before "
+        "it. Round-to-nearest is measured on the same inputs.",
+        "bits": "Width of the codes alone; scales, zero points and g_idx come on top.",
+        "size": "Of the safetensors files. Everything else is embeddings, norms and whatever was not quantized.",
+    }[key]
+
+
+def _layers(record: dict[str, Any]) -> str:
+    rows = "".join(_layer(layer, record) for layer in record["layers"])
+    return f"<h2>Every layer</h2><p>A layer opens to the histograms of its weights and codes.</p>{rows}"
+
+
+def _layer(layer: dict[str, Any], record: dict[str, Any]) -> str:
+    facts = [f"{layer['bits']} bits"] if "bits" in layer else []
+    if "group_size" in layer:
+        facts.append(f"groups of {layer['group_size']}")
+    if "inputs" in layer and "outputs" in layer:
+        facts.append(f"{layer['outputs']} x {layer['inputs']}")
+    for key, what in (("error", "error"), ("rtn_error", "round-to-nearest")):
+        if layer[key] is not None and (key == "error" or not _rounded(record)):
+            facts.append(f"{what} {charts.label(layer[key], True)}")
+    if layer.get("heldout_error") is not None:
+        facts.append(f"held-out {charts.label(layer['heldout_error'], True)}")
+    pictures = "".join(
+        f"<figure><figcaption>{escape(chart.title)}</figcaption>{charts.svg(replace(chart, title=key))}</figure>"
+        for key, chart in _histograms(layer).items()
+    )
+    content = f'<div class="pair">{pictures}</div>' if pictures else "<p>This record holds no histograms.</p>"
+    summary = f"<summary>{escape(layer['stored'])} <span>{escape(', '.join(facts))}</span></summary>"
+    return f"<details>{summary}{content}</details>"

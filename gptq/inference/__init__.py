@@ -1,0 +1,1 @@
+"""A packed layer multiplies, and a model of packed layers loads."""

@@ -1,0 +1,386 @@
+"""x W^T for a packed W: which kernel computes it, and the layout that kernel reads.
+
+Every kernel keeps to one contract: `Product.multiply(x)` is x W^T for x (..., inputs), within the rounding of x's
+dtype, or where a CPU is quick at them, of 16-bit integers. `choose` picks by width, groups, dtype, device and number of
+rows; None stands for unpacking the weight and multiplying, which is always right. A layout is made from the stored
+tensors when a kernel is first used. Beside them it takes, per weight:
+
+    pairs     CPU with AVX-512 for bfloat16, bfloat16, 2 to 8 bits, groups of whole 32s   3 bytes a group (scale and
+              zero; 5 where scales are no float16 numbers); the words, in the layout's order, take the place of the
+              stored ones, which `state_dict` makes of them; but with pack-quantized files, act-order or a shape that
+              fills no vectors they are a copy
+    lanes     any CPU, 2 to 8 bits, groups of whole 32s   the same. For few rows at 2, 3, 4 and 8 bits a CPU with AVX2
+              and without products of bfloat16 takes x for numbers of 16 bits (`gptq.inference.gemv_int16`)
+    int4pack  PyTorch's; CPU without AVX2, 4 bits, bfloat16        1/2 byte and 4 bytes a group
+    int8pack  PyTorch's; CPU without AVX2, 8 bits symmetric, one group per row, bfloat16     1 byte
+    triton    CUDA, 2, 3, 4, 8 bits                   1 byte a group (zero)
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gptq import formats
+from gptq.compute.matmul import has_pairs, has_shorts, has_tiles, native_bfloat16
+from gptq.compute.threads import run_compiled, run_shares, shares_of
+from gptq.formats.codec import Scheme
+from gptq.formats.packing import pack
+
+FEW_ROWS = 4  # to which decoding anew for every row is cheaper than writing the weight out
+FEW_SHORTS = 16  # the same where x is integers
+SHARE = 64  # a thread's outputs are a multiple of it
+DECODED = 2**22  # weights that are written out at a time, 16 MB in float32
+
+
+class Product(Protocol):
+    def multiply(self, x: Tensor) -> Tensor: ...  # (..., inputs) -> (..., outputs), both in x's dtype
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A layer's stored tensors with what is needed to read them."""
+
+    packed: dict[str, Tensor]
+    scheme: Scheme
+    outputs: int
+    inputs: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.packed.values())).device
+
+    @property
+    def columns(self) -> int:
+        return self.scheme.columns(self.inputs)
+
+    def codes(self) -> formats.Codes:
+        return formats.decode(self.packed, self.scheme)
+
+
+def choose(stored: Stored, dtype: torch.dtype, rows: int) -> str | None:
+    """The name of the kernel, or None where there is none but unpacking.
+
+    Args:
+        dtype: of activations, float16, bfloat16 or float32.
+        rows: of activations, all windows' tokens together.
+    """
+    scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
+    if rows < 1 or dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return None
+    if stored.device.type == "cuda":
+        return "triton" if scheme.format != "pack-quantized" and has_triton() else None
+    if stored.device.type != "cpu":
+        return None
+    few, whole = rows <= FEW_ROWS, inputs % stored.columns == 0 and not scheme.scattered
+    units = stored.columns == inputs or stored.columns % 32 == 0
+    if units and dtype == torch.bfloat16 and not (has_tiles() and not few) and has_pairs():
+        return "pairs"
+    if few and whole and dtype == torch.bfloat16 and not has_shorts():
+        if scheme.bits == 4 and stored.columns in (32, 64, 128, 256) and outputs % 16 == 0:
+            return "int4pack"
+        if scheme.bits == 8 and scheme.sym and stored.columns == inputs and inputs % 16 == 0:  # else it crashes
+            return "int8pack"
+    return "lanes" if units else None
+
+
+def make(name: str, stored: Stored) -> Product | None:
+    """The kernel with its layout; None where g_idx cannot be sorted into groups of equal size."""
+    makers: dict[str, Callable[[Stored], Product | None]] = {
+        "pairs": Pairs.of,
+        "lanes": Lanes.of,
+        "int4pack": Int4Pack.of,
+        "int8pack": Int8Pack.of,
+        "triton": TritonProduct.of,
+    }
+    return makers[name](stored)
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the compiled loops read, from end to end.
+
+    Outputs are taken in strips of simd.TILE, the last of which may be narrower. A strip's words go unit by unit, 32
+    inputs each, and in a unit by simd.LANES outputs, of which the `bits` words lie one after the other, those of
+    neighbouring outputs side by side. Its scales and zeros go group by group. So a strip is one run in memory: pieces
+    of every line of the stored words would be read at two thirds of the rate.
+    """
+
+    words: Tensor  # int32
+    scale: Tensor  # float32, or int16 that are the bits of float16 numbers where these say the same
+    zero: Tensor  # uint8
+    perm: Tensor | None  # (inputs,) order in which groups are runs
+    inputs: int  # padded to whole units
+    bits: int
+    columns: int
+    outputs: int
+    width: int  # outputs padded to a multiple of simd.WIDE
+    whole: bool  # whether the words are those of the stored `qweight`, all of them and no others
+
+    @classmethod
+    def of(cls, stored: Stored) -> "Layout | None":
+        """None where g_idx cannot be sorted into runs."""
+        from gptq.compute import simd
+
+        scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
+        perm = None
+        if scheme.scattered:
+            g_idx = formats.decode_groups(stored.packed, scheme, inputs)
+            perm = torch.argsort(g_idx, stable=True)
+            if not torch.equal(g_idx[perm], formats.in_runs(scheme, inputs)):
+                return None
+        wide, deep = _up(outputs, simd.WIDE), _up(inputs, 32)
+        whole = perm is None and scheme.format != "pack-quantized" and (wide, deep) == (outputs, inputs)
+        if whole:
+            words = stored.packed["qweight"]  # (units * bits, outputs)
+            scale = stored.packed["scales"]
+            zero = formats.decode_zeros(stored.packed["qzeros"], scheme, outputs).T
+        else:
+            integers = stored.codes()
+            codes = integers.codes if perm is None else integers.codes[:, perm]
+            padded = torch.nn.functional.pad(codes, (0, deep - inputs, 0, wide - outputs))  # (wide, deep)
+            words = pack(padded.T, scheme.bits)
+            scale, zero = integers.scale.T, integers.zero.T
+        rim = (0, wide - outputs)
+        scale, zero = (torch.nn.functional.pad(t, rim) for t in (_halves(scale), zero))  # (groups, wide)
+        columns = deep if stored.columns == inputs else stored.columns
+        words, scale, zero = _in_strips(words, scheme.bits), _in_strips(scale, 1), _in_strips(zero, 1)
+        return cls(words, scale, zero, perm, deep, scheme.bits, columns, outputs, wide, whole)
+
+    @property
+    def groups(self) -> int:
+        return self.scale.numel() // self.width
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """x (..., inputs) in the order of the words, padded with zeros, contiguous."""
+        if self.perm is not None:
+            x = x[..., self.perm]
+        missing = self.inputs - x.shape[-1]
+        return (torch.nn.functional.pad(x, (0, missing)) if missing else x).contiguous()
+
+    def left_of(self, y: Tensor) -> Tensor:
+        """y (..., width) without the padding of outputs."""
+        return y if self.width == self.outputs else y[..., : self.outputs]
+
+    def stored_words(self) -> Tensor:
+        """The words as they were stored, (units * bits, outputs), where these are the `whole`."""
+        from gptq.compute import simd
+
+        found = self.words.new_empty(self.inputs // 32, self.bits, self.width)
+        for low in range(0, self.width, simd.TILE):
+            strip = found[..., low : low + simd.TILE].unflatten(-1, (-1, simd.LANES)).transpose(1, 2)
+            begin = low * len(found) * self.bits
+            strip.copy_(self.words[begin : begin + strip.numel()].view(strip.shape))
+        return found.flatten(0, 1)
+
+
+def _halves(scale: Tensor) -> Tensor:
+    """Scales as `Layout` has them."""
+    halves = scale.to(torch.float16)
+    return halves.view(torch.int16) if torch.equal(halves.float(), scale.float()) else scale.float()
+
+
+def _in_strips(lines: Tensor, size: int) -> Tensor:
+    """(units * size, outputs) in the order of Layout, (units * size * outputs,)."""
+    from gptq.compute import simd
+
+    strips = lines.unflatten(0, (-1, size)).split(simd.TILE, dim=-1)  # (units, size, outputs of a strip) each
+    return torch.cat([strip.unflatten(-1, (-1, simd.LANES)).transpose(1, 2).flatten() for strip in strips])
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """The compiled loop of `rows` on a layout, x being made of "pairs", "shorts" or "lanes"."""
+
+    kind: str
+    address: int  # of the worker
+    given: tuple[int, ...]  # of its arguments, what no call changes: sizes and, without x and y, addresses
+
+    @classmethod
+    def of(cls, layout: Layout, kind: str) -> "FewRows":
+        from gptq.inference import gemv
+
+        held = [tensor.data_ptr() for tensor in (layout.words, layout.scale, layout.zero)]
+        given = layout.inputs, layout.width, layout.groups, layout.columns, *held
+        worker = gemv.worker(kind, layout.bits, layout.scale.dtype == torch.int16)
+        return cls(kind, worker.address, given)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x W^T (..., padded outputs) for a contiguous x (..., padded inputs), both of the kind's dtype.
+
+        For one row a token's products are of microseconds, so this reshapes nothing.
+        """
+        inputs, width, groups, columns, words, scale, zero = self.given
+        y = x.new_empty((*x.shape[:-1], width))
+        rows, share = x.numel() // inputs, _up(-(-width // torch.get_num_threads()), SHARE)
+        sizes = 0, share, rows, inputs, width, groups, columns
+        run_compiled(self.address, (*sizes, words, x.data_ptr(), scale, zero, y.data_ptr()))
+        return y
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Compiled loops for any CPU: for few rows on the words themselves, for many on weights written out by tiles."""
+
+    layout: Layout
+    few: FewRows
+
+    @classmethod
+    def of(cls, stored: Stored) -> "Lanes | None":
+        from gptq.inference import gemv_int16
+
+        layout = Layout.of(stored)
+        if layout is None:
+            return None
+        quick = has_shorts() and not has_pairs() and layout.bits in gemv_int16.WIDTHS
+        return cls(layout, FewRows.of(layout, "shorts" if quick else "lanes"))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        arranged = self.layout.arranged(x)
+        if arranged.numel() <= self.layout.inputs * (FEW_SHORTS if self.few.kind == "shorts" else FEW_ROWS):
+            y = self.few.multiply(arranged.float())
+        else:
+            y = self._many(arranged.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.layout.left_of(y).to(x.dtype)
+
+    def _many(self, x: Tensor) -> Tensor:
+        """x W^T (rows, padded outputs) for x (rows, padded inputs)."""
+        from gptq.compute import simd
+        from gptq.inference import gemv_float32
+
+        dtype = x.dtype if x.dtype == torch.bfloat16 and native_bfloat16() else torch.float32
+        own, x = self.layout, x.to(dtype)
+        rows, inputs = x.shape
+        y = torch.empty(rows, own.width, dtype=dtype, device="cpu")
+        step = max(DECODED // inputs // simd.TILE, 1) * simd.TILE
+        for first in range(0, own.width, step):
+            taken = min(step, own.width - first)
+            weight = torch.empty(inputs, taken, dtype=torch.float32, device="cpu")  # of the tile, transposed
+            arrays = _arrays(own.words, own.scale, own.zero, weight)
+            given = (*arrays, own.width, own.columns, (0,) * own.bits, first)
+            run_shares(gemv_float32.decode, given, shares_of(taken, SHARE))
+            torch.mm(x, weight.to(dtype), out=y[:, first : first + taken])
+        return y
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The compiled loops of `pairs`, for bfloat16 activations; sums are exact in float32."""
+
+    layout: Layout
+    few: FewRows
+
+    @classmethod
+    def of(cls, stored: Stored) -> "Pairs | None":
+        layout = Layout.of(stored)
+        return None if layout is None else cls(layout, FewRows.of(layout, "pairs"))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        arranged = self.layout.arranged(x)
+        if arranged.numel() <= self.layout.inputs * FEW_ROWS:
+            y = self.few.multiply(arranged)
+        else:
+            y = self._many(arranged.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.layout.left_of(y)
+
+    def _many(self, x: Tensor) -> Tensor:
+        """x W^T (rows, padded outputs) for x (rows, padded inputs)."""
+        from gptq.compute import simd
+        from gptq.inference import gemv_bfloat16
+
+        own, (rows, inputs) = self.layout, x.shape
+        y = torch.empty(rows, own.width, dtype=torch.bfloat16, device="cpu")
+        count = -(-rows // simd.TALL)
+        tiles = torch.empty(count, inputs // 2, simd.TALL, dtype=torch.int32, device="cpu")
+        sums = torch.empty(own.groups, count * simd.TALL, dtype=torch.float32, device="cpu")
+        arrays = _arrays(x.view(torch.int16), tiles, sums)
+        run_shares(gemv_bfloat16.arrange, (*arrays, own.columns, (0,) * own.bits), shares_of(count, 1))
+        arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y.view(torch.int16))
+        run_shares(
+            gemv_bfloat16.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, simd.WIDE)
+        )
+        return y
+
+
+@dataclass(frozen=True)
+class Int4Pack:
+    """PyTorch's product with 4-bit weights; it takes scale (code - 8) + offset, both in the activations' dtype."""
+
+    words: Tensor  # opaque, (outputs, inputs / 2) uint8
+    scale_and_offset: Tensor  # (groups, outputs, 2) bfloat16
+    columns: int
+
+    @classmethod
+    def of(cls, stored: Stored) -> "Int4Pack":
+        integers = stored.codes()
+        scale = integers.scale.float()
+        offset = scale * (8 - integers.zero.float())
+        words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.codes.int(), 1)
+        return cls(words, torch.stack([scale.T, offset.T], -1).to(torch.bfloat16).contiguous(), stored.columns)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            _rows_of(x), self.words, self.columns, self.scale_and_offset
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Int8Pack:
+    """PyTorch's product with signed bytes and a scale per output."""
+
+    codes: Tensor  # (outputs, inputs) int8
+    scale: Tensor  # (outputs,) bfloat16
+
+    @classmethod
+    def of(cls, stored: Stored) -> "Int8Pack":
+        integers = stored.codes()
+        signed = (integers.codes.int() - 128).to(torch.int8).contiguous()
+        return cls(signed, integers.scale[:, 0].to(torch.bfloat16).contiguous())
+
+    def multiply(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(_rows_of(x), self.codes, self.scale)
+        return y.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class TritonProduct:
+    """The kernel of `triton_product`, on GPTQ's stored tensors as they are; any g_idx."""
+
+    stored: Stored
+    zero: Tensor  # (groups, outputs) uint8
+
+    @classmethod
+    def of(cls, stored: Stored) -> "TritonProduct":
+        zero = formats.decode_zeros(stored.packed["qzeros"], stored.scheme, stored.outputs)
+        return cls(stored, zero.T.contiguous())
+
+    def multiply(self, x: Tensor) -> Tensor:
+        from gptq.inference import triton_gemm
+
+        packed = self.stored.packed
+        y = triton_gemm.multiply(
+            _rows_of(x), packed["qweight"], packed["scales"], self.zero, packed["g_idx"], self.stored.scheme.bits
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def _arrays(*tensors: Tensor) -> list[Any]:
+    return [tensor.contiguous().numpy() for tensor in tensors]

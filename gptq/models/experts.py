@@ -1,0 +1,141 @@
+"""Mixture of experts: the fused tensors that transformers computes with, taken apart into one module per expert.
+
+transformers 5 holds a layer's experts as two three-dimensional parameters, while checkpoints (and the engines that read
+them) have three matrices for each expert. Here they are linear layers again, which can be quantized one by one.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from gptq.solver.hessian import HessianAccumulator
+
+PARTS = {  # of a fused parameter, in order
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+TOKENS_PER_INPUT = 2  # below so many tokens for each input, an expert's own Hessian is too poor to stand alone
+
+
+class Expert(nn.Module):
+    """down(act(gate(x)) * up(x)) on x (tokens, hidden), or down(act(up(x))) without a gate."""
+
+    gate_proj: nn.Linear | None
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def __init__(self, hidden: int, intermediate: int, act: nn.Module, gated: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, device="meta") if gated else None
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False, device="meta")
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False, device="meta")
+        self.act = act
+
+    def intermediate(self, x: Tensor) -> Tensor:
+        """What down_proj gets, (tokens, intermediate)."""
+        up = self.up_proj(x)
+        inner: Tensor = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
+        return inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.intermediate(x))
+        return out
+
+
+class Experts(nn.ModuleList):
+    """The experts of one layer, called as transformers calls its fused ones."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum each token's experts: (tokens, hidden), (tokens, k) expert numbers, (tokens, k) -> (tokens, hidden)."""
+        out = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self):
+            token, choice = torch.where(top_k_index == number)
+            if len(token):
+                y = expert(hidden_states[token]) * top_k_weights[token, choice, None]
+                out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+
+def take_apart(fused: nn.Module) -> Experts | None:
+    """Single experts, without weights, that compute what `fused` computes; None where it is no such module.
+
+    Its parameters have to be gate_up_proj (experts, 2 intermediate, hidden) or up_proj (experts, intermediate, hidden),
+    and down_proj (experts, hidden, intermediate), and on small random numbers its forward has to give what the single
+    experts give.
+    """
+    parameters = {name: tuple(p.shape) for name, p in fused.named_parameters()}
+    first = "gate_up_proj" if "gate_up_proj" in parameters else "up_proj"
+    if set(parameters) != {first, "down_proj"} or any(len(shape) != 3 for shape in parameters.values()):
+        return None
+    (count, rows, hidden), down, act = parameters[first], parameters["down_proj"], getattr(fused, "act_fn", None)
+    if (rows, hidden) != (len(PARTS[first]) * down[2], down[1]) or not isinstance(act, nn.Module):
+        return None
+    if not _computes_alike(fused, first, count, act):
+        return None
+    return _single(first, count, hidden, down[2], act)
+
+
+def _single(first: str, count: int, hidden: int, intermediate: int, act: nn.Module) -> Experts:
+    return Experts(Expert(hidden, intermediate, act, gated="gate_proj" in PARTS[first]) for _ in range(count))
+
+
+def tried(module: nn.Module, parameters: dict[str, nn.Parameter | None], *arguments: Tensor) -> Tensor | None:
+    """What a module gives with other parameters in the place of its own; None where it is called in another way."""
+    small = copy.copy(module)
+    object.__setattr__(small, "_parameters", parameters)
+    if isinstance(config := getattr(small, "config", None), PreTrainedConfig):
+        plain = copy.copy(config)
+        plain._experts_implementation = "eager"  # a loop over experts, whatever kernel the model runs with
+        object.__setattr__(small, "config", plain)
+    with torch.no_grad():
+        try:
+            found = type(small).forward(small, *arguments)  # past the hooks
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _computes_alike(fused: nn.Module, first: str, count: int, act: nn.Module) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    hidden, intermediate, tokens, parts = 8, 12, 16, PARTS[first]
+    stacked = torch.randn(count, len(parts) * intermediate, hidden, generator=draw)
+    down = torch.randn(count, hidden, intermediate, generator=draw)
+    single = _single(first, count, hidden, intermediate, act)
+    for expert, weights, out in zip(single, stacked, down, strict=True):
+        own = {f"{part}.weight": weight for part, weight in zip(parts, weights.chunk(len(parts)), strict=True)}
+        expert.load_state_dict({**own, "down_proj.weight": out}, strict=False, assign=True)
+    k = min(2, count)
+    routes = torch.rand(tokens, count, generator=draw).topk(k).indices
+    arguments = torch.randn(tokens, hidden, generator=draw), routes, torch.rand(tokens, k, generator=draw)
+    found = tried(fused, {first: nn.Parameter(stacked), "down_proj": nn.Parameter(down)}, *arguments)
+    with torch.no_grad():
+        return found is not None and torch.allclose(found, single(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def pseudo_tokens(tokens: int, inputs: int) -> int:
+    """How many tokens of the whole layer make up for those that an expert did not see."""
+    return max(TOKENS_PER_INPUT * inputs - tokens, 0)
+
+
+def blend(own: HessianAccumulator, everyone: HessianAccumulator, own_weight: float) -> tuple[Tensor, Tensor | None]:
+    """H and C (see `HessianAccumulator`) of an expert: own_weight of its own tokens' mean, the rest of all tokens'.
+
+    With n tokens of its own and k pseudo-tokens, own_weight = n / (n + k) and so
+
+        H = (n H_own + k H_all) / (n + k),      k = max(TOKENS_PER_INPUT * inputs - n, 0).
+
+    H has inputs * (inputs + 1) / 2 unknowns, and n tokens give it a rank of at most n. With fewer tokens than inputs
+    the solver would find directions in which errors seem to cost nothing, though other text would use them. All tokens
+    of the layer are the best guess at hand of what that text looks like: the router sends an expert some of them. An
+    expert with enough tokens (k = 0) is judged by its own only.
+    """
+    if own_weight == 1:
+        return own.mean(), own.drift_mean()
+    H = own_weight * own.mean() + (1 - own_weight) * everyone.mean()
+    C_own, C_all = own.drift_mean(), everyone.drift_mean()
+    if C_all is None:
+        return H, None
+    return H, (1 - own_weight) * C_all + (0 if C_own is None else own_weight * C_own)

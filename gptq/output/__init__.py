@@ -1,0 +1,1 @@
+"""A finished folder: results, record, model card, verification, conversion."""

@@ -1,0 +1,215 @@
+"""One quantization, another file: the same integers and scales under the names of another format, bit for bit."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptq import formats
+from gptq.checkpoint.atomic_folder import appearing_folder
+from gptq.checkpoint.reader import ShardWriter, Source, TensorInfo, resolve, sha256
+from gptq.config import Format
+from gptq.errors import InputError
+from gptq.formats.codec import Codes, Scheme
+from gptq.formats.packed_layers import PackedLayer, packed_layers, read_packed
+from gptq.formats.quantization_config import quantization_of, read_quantization
+from gptq.inference.quant_linear import match_layers
+from gptq.models.blocks import empty_model, find_blocks, is_transposed, read_config, take_experts_apart
+from gptq.models.tensor_names import Names, check_tensors
+from gptq.output.record import RECORD, Linears, beside, describe, model_name, read_record, write_files
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made; sizes are those of the safetensors files."""
+
+    out: str
+    format: Format
+    layers: int
+    notes: list[str]
+    bytes_before: int
+    bytes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    chosen: Format,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Converted:
+    """Write a quantized checkpoint, of whichever tool, in another format into a new folder; nothing is requantized.
+
+    Back again gives the same bytes. Scales keep their dtype.
+
+    Args:
+        model: folder or Hub id.
+        progress: called after each layer with how many are done, of how many.
+    Raises:
+        InputError: the checkpoint cannot be read, or the format cannot hold one of its layers; names it.
+    """
+    folder = resolve(str(model), revision)
+    quantization = quantization_of(folder)
+    if quantization is None:
+        raise InputError(f"{model} is not a quantized checkpoint: its config.json has no quantization_config")
+    read = read_quantization(folder / "config.json", quantization)
+    if read.format == chosen:
+        raise InputError(f"{model} is in the format {chosen!r} already")
+    source = Source(folder)
+    packed = packed_layers(source, read)
+    network = empty_model(read_config(folder, trust_remote_code), trust_remote_code, source)
+    names = Names(network, set(source.tensors))
+    take_experts_apart(network, names)
+    stored = match_layers(network, names, source, packed)
+    check_tensors(network, names, source.tensors, stored)
+
+    targets: dict[str, Scheme] = {}
+    for name, own in stored.items():
+        transposed = is_transposed(network.get_submodule(name))
+        targets[own] = _target(source, own, packed[own], chosen, transposed)
+    layers = {own: (scheme, packed[own].inputs) for own, scheme in targets.items()}
+    linears = Linears(layers, *beside(network, names, find_blocks(network)[0], stored))
+    record = _record(model, folder, quantization, read.format)
+    written = read_quantization("the new config.json", describe(chosen, linears, record))
+    restored = (record.get("origin") or {}).get("format") == chosen
+    schemes = written.schemes(targets)
+    plans = {
+        own: (packed[own], _written_scheme(schemes[own], scheme, own, packed[own].inputs))
+        for own, scheme in targets.items()
+    }
+    linears = replace(linears, layers={own: (plans[own][1], packed[own].inputs) for own in targets})
+    if chosen == "gptq" and not restored:
+        _refuse_zero_points_of_0(source, plans)
+
+    shards = _shards(source, plans)
+    tensors = {name: info for shard in shards for name, info in shard.items()}
+    with appearing_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
+        writer = ShardWriter(partial_out, tensors, shards=[list(shard) for shard in shards])
+        try:
+            entries = _write_tensors(source, plans, writer, record, restored, progress)
+            writer.close()
+        finally:
+            writer.abandon()
+        model_names = {own: name for name, own in stored.items()}
+        record["layers"] = record["layers"] or [{"name": model_names[entry["stored"]], **entry} for entry in entries]
+        write_files(folder, partial_out, chosen, linears, record, writer.checksums)
+        after = sum(file.stat().st_size for file in partial_out.glob("*.safetensors"))
+    return Converted(str(out), chosen, len(plans), _notes(plans), source.file_bytes, after)
+
+
+def _target(source: Source, name: str, layer: PackedLayer, chosen: Format, transposed: bool) -> Scheme:
+    """How a layer is stored in the new format.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    scheme = replace(layer.scheme, format=chosen, by_gptqmodel=False)
+    if scheme.scattered and chosen == "pack-quantized":
+        g_idx = formats.decode_groups(read_packed(source, name, layer, with_codes=False), layer.scheme, layer.inputs)
+        scheme = replace(scheme, scattered=not torch.equal(g_idx, formats.in_runs(scheme, layer.inputs)))
+    reason = formats.refusal(scheme, layer.outputs, layer.inputs, transposed)
+    if reason:
+        raise InputError(f"{name} cannot be written as {chosen!r}: {reason}")
+    return scheme
+
+
+def _written_scheme(written: Scheme | None, wanted: Scheme, name: str, inputs: int) -> Scheme:
+    """What a reader of the new configuration takes a layer for, which has to be what was wanted."""
+    if written is None or any(
+        (
+            (written.bits, written.sym, written.format) != (wanted.bits, wanted.sym, wanted.format),
+            written.columns(inputs) != wanted.columns(inputs),
+            wanted.scattered and not written.scattered and wanted.columns(inputs) < inputs,
+        )
+    ):
+        raise InputError(f"{name} would be read back as {written}, not {wanted}")
+    return written
+
+
+def _refuse_zero_points_of_0(source: Source, plans: dict[str, tuple[PackedLayer, Scheme]]) -> None:
+    for name, (layer, scheme) in plans.items():
+        if not scheme.sym and not int(formats.decode(read_packed(source, name, layer), layer.scheme).zero.min()):
+            raise InputError(
+                f"{name} has a zero point of 0, which GPTQ v1 stores as -1, about which its readers disagree; "
+                "convert to 'gptq_v2' or 'pack-quantized'"
+            )
+
+
+def _record(model: str | Path, folder: Path, quantization: dict[str, Any], kind: Format) -> dict[str, Any]:
+    """What is known of how the layers were made: our own record, or that another tool made them, in these words."""
+    if (folder / RECORD).is_file():
+        record = read_record(folder)
+        return {key: value for key, value in record.items() if key not in ("quantizer", "tensors", "files")}
+    meta = quantization.get("meta")
+    maker = meta.get("quantizer") if isinstance(meta, dict) else None
+    return {
+        "model": model_name(model),
+        "config": None,
+        "calibration": None,
+        "layers": [],
+        "made_by": ", ".join(map(str, maker)) if isinstance(maker, list) else maker or quantization.get("quant_method"),
+        "origin": {"format": kind, "quantization_config": quantization},
+    }
+
+
+def _shards(source: Source, plans: dict[str, tuple[PackedLayer, Scheme]]) -> list[dict[str, TensorInfo]]:
+    """The new tensors, in as many shards as the source has, each where its layer was."""
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    of_layers = {f"{name}.{suffix}": name for name, (layer, _) in plans.items() for suffix in layer.suffixes}
+    done: set[str] = set()
+    for name, info in source.tensors.items():
+        shard = shards.setdefault(source.file_of(name).name, {})
+        own = of_layers.get(name)
+        if own is None:
+            shard[name] = info
+        elif name.rpartition(".")[2] in formats.MARKER.values() and own not in done:
+            layer, scheme = plans[own]
+            layout = formats.layout(scheme, layer.outputs, layer.inputs, layer.scale_dtype)
+            shard |= {f"{own}.{suffix}": packed for suffix, packed in layout.items()}
+            done.add(own)
+    return [shard for _, shard in sorted(shards.items()) if shard]
+
+
+def _write_tensors(
+    source: Source,
+    plans: dict[str, tuple[PackedLayer, Scheme]],
+    writer: ShardWriter,
+    record: dict[str, Any],
+    restored: bool,
+    progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    """Write every tensor; returns an entry of the record for every layer, without its name in the model."""
+    recorded = {entry["stored"]: entry["weight_sha256"] for entry in record["layers"]}
+    entries = []
+    for name, (layer, scheme) in plans.items():
+        codes: Codes = formats.decode(read_packed(source, name, layer), layer.scheme)
+        checksum = sha256(codes.weight())
+        if recorded.get(name, checksum) != checksum:
+            raise InputError(f"{name} does not unpack to the weight that was chosen for it; see `gptq verify`")
+        for suffix, tensor in formats.encode(codes, scheme, layer.scale_dtype, allow_zero=restored).items():
+            writer.write(f"{name}.{suffix}", tensor)
+        entries.append(
+            {
+                "stored": name, "bits": scheme.bits, "group_size": scheme.columns(layer.inputs),
+                "error": None, "rtn_error": None, "damp": None, "tokens": None, "weight_sha256": checksum,
+            }
+        )  # fmt: skip
+        progress(len(entries), len(plans))
+    for name in source.tensors:
+        if name in writer.checksums and not writer.checksums[name]:
+            writer.write(name, source.read(name))
+    return entries
+
+
+def _notes(plans: dict[str, tuple[PackedLayer, Scheme]]) -> list[str]:
+    other = {str(layer.scale_dtype).removeprefix("torch.") for layer, _ in plans.values()} - {"float16"}
+    if not other or next(iter(plans.values()))[1].format == "pack-quantized":
+        return []
+    return [f"scales stay {other.pop()}, as they were chosen; readers that hold float16 round them"]

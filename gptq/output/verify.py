@@ -1,0 +1,268 @@
+"""What a quantized checkpoint holds, and whether it is still what was written."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptq import formats
+from gptq.checkpoint.reader import Source, readable, sha256, sha256_file
+from gptq.checkpoint.untrusted import check_folder
+from gptq.config import Format
+from gptq.errors import InputError
+from gptq.formats.compatibility import Engine, engines
+from gptq.formats.packed_layers import PackedLayer, packed_layers, read_packed
+from gptq.formats.quantization_config import QUANTIZE_CONFIG, Quantization, quantization_of, read_quantization
+from gptq.inference.quant_linear import match_layers
+from gptq.models.blocks import empty_model, read_config, take_experts_apart
+from gptq.models.tensor_names import Names, check_tensors
+from gptq.output.record import RECORD, add_perplexity, is_claimed, read_record
+
+
+@dataclass(frozen=True)
+class LayerContent:
+    """A quantized layer as it lies on disk; `error` and `rtn_error` are those recorded when it was written."""
+
+    name: str
+    bits: int
+    group_size: int
+    sym: bool
+    outputs: int
+    inputs: int
+    ordered_groups: bool  # every group is a run of neighbouring columns, so readers may ignore g_idx
+    nbytes: int
+    error: float | None
+    rtn_error: float | None
+
+
+@dataclass(frozen=True)
+class Content:
+    """What `inspect` finds; sizes in bytes."""
+
+    format: Format
+    bits_per_weight: float
+    quantized_bytes: int
+    other_bytes: int
+    layers: list[LayerContent]
+    other_tensors: dict[str, int]
+    engines: list[Engine]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` checked, and each difference as a sentence that names the layer or file.
+
+    Without a record (`recorded` is false, another tool wrote the file) there is nothing to compare with; then every
+    tensor was read, every layer unpacked, and all held against the model that config.json describes.
+    """
+
+    recorded: bool
+    layers: int
+    tensors: int
+    files: int
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": not self.problems, **asdict(self)}
+
+
+def inspect(folder: str | Path) -> Content:
+    """Read a quantized checkpoint layer by layer, whichever tool wrote it.
+
+    Raises:
+        InputError: it is not one, or its tensors do not fit each other.
+    """
+    folder = Path(folder)
+    source, quantization = _open(folder)
+    errors: dict[str, dict[str, Any]] = {}
+    if (folder / RECORD).is_file():
+        errors = {layer["stored"]: layer for layer in read_record(folder)["layers"]}
+    packed = packed_layers(source, quantization)
+    layers = [_layer_content(source, name, layer, errors.get(name, {})) for name, layer in packed.items()]
+    of_layers = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in layer.suffixes}
+    quantized = sum(layer.nbytes for layer in layers)
+    return Content(
+        format=quantization.format,
+        bits_per_weight=8 * quantized / sum(layer.outputs * layer.inputs for layer in layers),
+        quantized_bytes=quantized,
+        other_bytes=source.nbytes - quantized,
+        layers=layers,
+        other_tensors={name: info.nbytes for name, info in source.tensors.items() if name not in of_layers},
+        engines=engines({name: (layer.scheme, layer.inputs) for name, layer in packed.items()}),
+    )
+
+
+def note_perplexity(folder: str | Path, measured: dict[str, Any]) -> None:
+    """Write a measured perplexity into the record and the model card of a folder that this package wrote.
+
+    Raises:
+        InputError: the folder has no record.
+    """
+    folder = Path(folder)
+    source, quantization = _open(folder)
+    packed = packed_layers(source, quantization)
+    described = {name: (layer.scheme, layer.inputs) for name, layer in packed.items()}
+    add_perplexity(folder, measured, quantization.format, described)
+
+
+def _open(folder: Path) -> tuple[Source, Quantization]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    check_folder(folder)
+    quantization = quantization_of(folder)  # not through transformers, which would need the code of some models
+    if quantization is None:
+        raise InputError(f"{folder} is not a quantized checkpoint: its config.json has no quantization_config")
+    return Source(folder), read_quantization(folder / "config.json", quantization)
+
+
+def _layer_content(source: Source, name: str, layer: PackedLayer, recorded: dict[str, Any]) -> LayerContent:
+    scheme = layer.scheme
+    g_idx = formats.decode_groups(read_packed(source, name, layer, with_codes=False), scheme, layer.inputs)
+    group_size = int(torch.bincount(g_idx).max())
+    return LayerContent(
+        name=name,
+        bits=scheme.bits,
+        group_size=group_size,
+        sym=scheme.sym,
+        outputs=layer.outputs,
+        inputs=layer.inputs,
+        ordered_groups=bool((g_idx == torch.arange(layer.inputs) // group_size).all()),
+        nbytes=layer.nbytes,
+        error=recorded.get("error"),
+        rtn_error=recorded.get("rtn_error"),
+    )
+
+
+def verify(folder: str | Path) -> Verification:
+    """Reopen a checkpoint and compare it with what was recorded when it was written.
+
+    Every tensor's and file's checksum, and for every quantized layer the checksum of the float32 weight that unpacking
+    gives, against that of the weight which the solver chose and the forward passes went on with.
+
+    This finds damage, not forgery: whoever changes a file on purpose can change the record with it.
+
+    Raises:
+        InputError: the record cannot be read, or there is none and the checkpoint cannot be opened.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD).is_file():
+        source, quantization = _open(folder)
+        packed = packed_layers(source, quantization)
+        problems = [*_inconsistent(folder, source, packed)]
+        if is_claimed(folder):
+            lost = f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it"
+            problems = [lost, *problems]
+        return Verification(False, len(packed), len(source.tensors), 0, problems)
+    check_folder(folder)
+    record = read_record(folder)
+    problems = [*_changed_files(folder, record["files"])]
+    if any(problem.startswith(("config.json", QUANTIZE_CONFIG)) for problem in problems):
+        problems += _changed_schemes(folder, record["layers"])
+    try:
+        source, quantization = _open(folder)
+        packed = packed_layers(source, quantization)
+    except InputError as error:
+        problems += [str(error), *_lost(folder, record)]
+    else:
+        problems += [*_changed_tensors(source, record["tensors"])]
+        problems += _changed_weights(source, packed, record["layers"])
+    return Verification(True, len(record["layers"]), len(record["tensors"]), len(record["files"]), problems)
+
+
+def _inconsistent(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
+    """What is wrong with a checkpoint by itself."""
+    try:
+        network = empty_model(read_config(folder, trust_remote_code=False), False, source)
+        names = Names(network, set(source.tensors))
+        known = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in (*layer.suffixes, "bias")}
+        take_experts_apart(network, names)
+        stored = match_layers(network, names, source, packed)
+        for extra in check_tensors(network, names, source.tensors, stored):
+            if extra not in known:
+                yield f"the tensor {extra} belongs to nothing in the model that config.json describes"
+    except InputError as error:
+        yield str(error)
+    for name, layer in packed.items():
+        yield from _complaint(partial(_decode, source, name, layer))
+    of_layers = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in layer.suffixes}
+    for name in sorted(source.tensors.keys() - of_layers):
+        yield from _complaint(partial(source.read, name))
+
+
+def _decode(source: Source, name: str, layer: PackedLayer) -> formats.Codes:
+    return formats.decode(read_packed(source, name, layer), layer.scheme)
+
+
+def _complaint(read: Callable[[], object]) -> Iterator[str]:
+    """What is said when something cannot be read."""
+    try:
+        read()
+    except (InputError, ValueError) as error:
+        yield str(error)
+
+
+def _changed_files(folder: Path, recorded: dict[str, str]) -> Iterator[str]:
+    for name, expected in recorded.items():
+        if not (folder / name).is_file():
+            yield f"{name} is missing"
+        elif sha256_file(folder / name) != expected:
+            yield f"{name} was changed after it was written"
+
+
+def _changed_schemes(folder: Path, recorded: list[dict[str, Any]]) -> Iterator[str]:
+    """Layers of which the folder's configuration says another width or group size than the record."""
+    try:
+        quantization = read_quantization(folder / "config.json", quantization_of(folder) or {})
+        schemes = quantization.schemes(layer["stored"] for layer in recorded)
+    except InputError:
+        return  # it will be said when the checkpoint is opened
+    for layer in recorded:
+        if not {"bits", "group_size", "inputs"} <= layer.keys():
+            continue
+        scheme, was = schemes[layer["stored"]], f"{layer['bits']} bits in groups of {layer['group_size']}"
+        now = f"{scheme.bits} bits in groups of {scheme.columns(layer['inputs'])}" if scheme else "not quantized"
+        if now != was:
+            yield f"{layer['stored']} was written with {was}, but its configuration says {now}"
+
+
+def _lost(folder: Path, record: dict[str, Any]) -> Iterator[str]:
+    """What of the record is in no file that can be opened, by layers where it belongs to one."""
+    missing = record["tensors"].keys() - readable(folder)
+    layers = {name.rpartition(".")[0] for name in missing} & {layer["stored"] for layer in record["layers"]}
+    for layer in sorted(layers):
+        yield f"{layer} is missing, wholly or in part: a file that it was in is gone or damaged"
+    for name in sorted(missing):
+        if name.rpartition(".")[0] not in layers:
+            yield f"the tensor {name} is missing: the file that it was in is gone or damaged"
+
+
+def _changed_tensors(source: Source, recorded: dict[str, str]) -> Iterator[str]:
+    for name in sorted(source.tensors.keys() | recorded.keys()):
+        if name not in source.tensors:
+            yield f"the tensor {name} is missing"
+        elif name not in recorded:
+            yield f"the tensor {name} was added"
+        elif sha256(source.read_unchecked(name)) != recorded[name]:
+            yield f"the tensor {name} was changed after it was written"
+
+
+def _changed_weights(source: Source, packed: dict[str, PackedLayer], recorded: list[dict[str, Any]]) -> Iterator[str]:
+    for name in sorted(packed.keys() ^ {layer["stored"] for layer in recorded}):
+        yield f"{name} is {'packed but not recorded' if name in packed else 'recorded but not packed'}"
+    for layer in recorded:
+        stored = layer["stored"]
+        if stored not in packed:
+            continue  # reported above
+        try:
+            weight = _decode(source, stored, packed[stored]).weight()
+        except (InputError, ValueError) as error:
+            yield f"{stored} cannot be unpacked: {error}"
+            continue
+        if sha256(weight) != layer["weight_sha256"]:
+            yield f"{stored} does not unpack to the weight that was chosen for it"

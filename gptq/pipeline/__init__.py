@@ -1,0 +1,1 @@
+"""The journey of a checkpoint, block by block; start reading at `quantize.py`."""

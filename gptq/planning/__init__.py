@@ -1,0 +1,1 @@
+"""Decided before a weight is read: plan, memory, cost, widths."""

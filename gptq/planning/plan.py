@@ -1,0 +1,328 @@
+"""What will be done with every tensor of a checkpoint, decided before the first weight is read."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gptq import formats
+from gptq.checkpoint.reader import Source, TensorInfo, file_bytes, resolve
+from gptq.config import Format, Override, QuantConfig
+from gptq.errors import InputError
+from gptq.formats.codec import Scheme
+from gptq.formats.quantization_config import Layers, quantization_of
+from gptq.models.blocks import (
+    Block,
+    check_inputs,
+    check_untied,
+    empty_model,
+    find_blocks,
+    find_head,
+    fused_siblings,
+    is_transposed,
+    read_config,
+    shape,
+    take_experts_apart,
+)
+from gptq.models.tensor_names import Names, check_tensors, note_on_left_over
+from gptq.models.uncalled_layers import not_called
+
+TOKENS = 8  # of text that tries out which layers are called
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What will be done with one linear layer, by its own options where it has some."""
+
+    name: str  # in the model
+    stored: str  # in the checkpoint
+    source: str  # tensor of the checkpoint that is its weight; one of another name where the two were tied
+    outputs: int
+    inputs: int
+    bits: int
+    group_size: int  # columns, at most the inputs
+    sym: bool
+    transposed: bool = False  # transformers' Conv1D
+    format: Format = "gptq"
+    scattered: bool = False  # groups are not runs of columns
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.bits, self.group_size, self.sym, self.format, self.scattered)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint, the empty model it is of, and what will be done with each of its tensors."""
+
+    folder: Path
+    source: Source
+    hf_config: PreTrainedConfig
+    network: PreTrainedModel
+    names: Names
+    all_blocks: list[Block]
+    blocks: list[Block]  # without the layers that are skipped
+    layers: dict[str, LayerPlan]
+    tensors: dict[str, TensorInfo]
+    changes: dict[str, Any]  # in config.json
+    notes: list[str]
+
+    @property
+    def stored_layers(self) -> Layers:
+        return {plan.stored: (plan.scheme, plan.inputs) for plan in self.layers.values()}
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of all that is stored for the quantized layers."""
+        layers = self.layers.values()
+        return sum(i.nbytes for p in layers for i in formats.layout(p.scheme, p.outputs, p.inputs).values())
+
+    @property
+    def in_short(self) -> str:
+        layers = self.layers.values()
+        return (
+            f"{len(layers)} layers in {len(self.blocks)} blocks at {self.bits_per_weight:.2f} bits per weight "
+            f"({next(iter(layers)).format}), {file_bytes(self.tensors) / 1e6:,.1f} MB of files"
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.packed_bytes / sum(plan.outputs * plan.inputs for plan in self.layers.values())
+
+
+def plan_checkpoint(
+    model: str,
+    config: QuantConfig,
+    revision: str | None,
+    trust_remote_code: bool,
+    sample: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """Decide what is done with every tensor of a checkpoint, from its headers and config.json.
+
+    Args:
+        model: folder or Hub id.
+        sample: what the model will be called on in one window, where that is not text.
+    Raises:
+        InputError: it cannot be quantized like this; says what to change.
+    """
+    folder = resolve(model, revision)
+    source = Source(folder)
+    hf_config = read_config(folder, trust_remote_code)
+    if quantization_of(folder):
+        raise InputError(f"{model} is quantized already; start from the original checkpoint")
+    network = empty_model(hf_config, trust_remote_code, source)
+    names = Names(network, set(source.tensors))
+    fused = take_experts_apart(network, names)
+    left_over = check_tensors(network, names, source.tensors)
+    inputs = _inputs(sample, network, config)
+    all_blocks, left_out = find_blocks(network, inputs)
+    uncalled = not_called(network, all_blocks, inputs or {})
+    if config.lm_head:
+        all_blocks.append(find_head(network))
+    apart, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
+    blocks, layers, extended = plan_layers(all_blocks, names, config, apart, uncalled)
+    changes = changes if apart in layers else {}
+    notes = [*fused, *left_out, *_note_on(uncalled), *extended]
+    notes += [*notes_on_shapes(layers.values(), config), *note_on_left_over(left_over)]
+    tensors = announce(source, layers)
+    return Plan(folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, changes, notes)
+
+
+def _inputs(
+    sample: Mapping[str, Tensor] | None, network: PreTrainedModel, config: QuantConfig
+) -> Mapping[str, Tensor] | None:
+    """What the model will be called on, of some length; None where it is not called at all and takes more than text."""
+    if sample is not None:
+        check_inputs(sample, network)
+        return sample
+    if config.method == "rtn" and network.main_input_name != "input_ids":
+        return None
+    return {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long)}
+
+
+def _note_on(uncalled: list[str]) -> list[str]:
+    many = f" and {len(uncalled) - 1} more stay as they are" if len(uncalled) > 1 else " stays as it is"
+    why = "the model computes with the weight before it calls the layer, if it does"
+    return [f"{uncalled[0]}{many}: {why}"] if uncalled else []
+
+
+def _untie(
+    head: Block, names: Names, hf_config: PreTrainedConfig, trust_remote_code: bool
+) -> tuple[str, dict[str, Any]]:
+    """The head's name if it is one and shares its weight in the checkpoint, and what then changes in config.json."""
+    if not head.is_head() or names.find_own(f"{head.name}.weight"):
+        return "", {}
+    check_untied(hf_config, head, names, trust_remote_code)
+    return head.name, {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
+
+
+def plan_layers(
+    blocks: list[Block], names: Names, config: QuantConfig, apart: str = "", uncalled: Collection[str] = ()
+) -> tuple[list[Block], dict[str, LayerPlan], list[str]]:
+    """The blocks without the layers that are skipped, a plan for each other layer, and notes on extended overrides.
+
+    `apart` is the layer, if any, that shares its weight with the embedding in the checkpoint, but not in the result;
+    `uncalled` are skipped in any case.
+
+    Raises:
+        InputError: an override names no layer, or overrides want different things of layers that engines fuse, or the
+            format cannot hold a layer.
+    """
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    options, notes = layer_options(linears, config)
+    plans: dict[str, LayerPlan] = {}
+    shuffles = config.method == "gptq" and bool(config.desc_act) and not config.static_groups
+    for name, own in options.items():
+        if own["skip"] or name in uncalled:
+            continue
+        outputs, inputs = shape(linears[name])
+        group_size = inputs if own["group_size"] == -1 else min(own["group_size"], inputs)
+        source = names.stored(f"{name}.weight")
+        if not source.endswith(".weight"):  # `qweight` in the place of something else would not be found again
+            notes.append(f"{name} stays as it is: the checkpoint calls its weight {source}")
+            continue
+        stored = name if name == apart else source.removesuffix(".weight")
+        plans[name] = LayerPlan(
+            name, stored, source, outputs, inputs, own["bits"], group_size, own["sym"], is_transposed(linears[name]),
+            scattered=shuffles and group_size < inputs,
+        )  # fmt: skip
+    if not plans:
+        raise InputError("every layer is skipped, so there is nothing to quantize")
+    chosen = choose_format(list(plans.values()), config)
+    plans = {name: replace(plan, format=chosen) for name, plan in plans.items()}
+    kept = [replace(block, linears={n: m for n, m in block.linears.items() if n in plans}) for block in blocks]
+    return [block for block in kept if block.linears or not block.is_head()], plans, notes
+
+
+def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
+    """The format asked for; for "auto" the one that most engines take.
+
+    That is GPTQ v1 for one symmetric width of 4 or 8 bits, which vLLM, SGLang and GPTQModel read alike. Of the rest,
+    vLLM reads only pack-quantized files (its GPTQ reader takes symmetric 4 and 8 bits), but of asymmetric ones 4 and 8
+    bits only; then, and where those cannot hold a layer, asymmetric ones go to v2, which not only its maker takes.
+
+    Raises:
+        InputError: the format cannot hold a layer; names it.
+    """
+    if config.format != "auto":
+        wanted: list[Format] = [config.format]
+    else:
+        widths, sym = {plan.bits for plan in plans}, all(plan.sym for plan in plans)
+        plain: Format = "gptq" if sym else "gptq_v2"
+        wanted = ["gptq"] if sym and widths in ({4}, {8}) else ["pack-quantized", plain]
+        if not sym and not widths <= {4, 8}:
+            wanted.reverse()
+    refused = []
+    for candidate in wanted:
+        reasons = (_refusal(plan, candidate) for plan in plans)
+        found = next((reason for reason in reasons if reason), None)
+        if found is None:
+            return candidate
+        refused.append(f"{found}, so it cannot be written as {candidate!r}")
+    other = "another --format, width" if config.format != "auto" else "another width"
+    raise InputError(f"{'; '.join(refused)}; choose {other} or group size, or let --override skip the layer")
+
+
+def _refusal(plan: LayerPlan, candidate: Format) -> str | None:
+    reason = formats.refusal(replace(plan, format=candidate).scheme, plan.outputs, plan.inputs, plan.transposed)
+    return reason and f"{plan.name}: {reason}"
+
+
+def layer_options(layers: Iterable[str], config: QuantConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """bits, group_size, sym and skip of every layer, and notes; siblings that engines fuse get the same ones.
+
+    An override that names some of the siblings holds for all of them.
+    """
+    layers = list(layers)
+    everywhere = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym, "skip": False}
+    options = {name: dict(everywhere) for name in layers}
+    extended: dict[Override, list[str]] = {}
+    unused = list(config.overrides)
+    for group in fused_siblings(layers):
+        matched = {o: [n for n in group if re.search(o.pattern, n)] for o in config.overrides}
+        matched = {override: members for override, members in matched.items() if members}
+        _refuse_contradictions({o: members for o, members in matched.items() if len(members) < len(group)})
+        for override, members in matched.items():
+            for name in group:
+                options[name] |= override.options()
+            extended.setdefault(override, []).extend(n for n in group if n not in members)
+        unused = [override for override in unused if override not in matched]
+    if unused:
+        raise InputError(f"the override '{unused[0]}' names no layer; a layer is called {layers[0]}, for example")
+    reached = {o: [n for n in names if o.skip or not options[n]["skip"]] for o, names in extended.items()}
+    return options, [_extension(override, names) for override, names in reached.items() if names]
+
+
+def _refuse_contradictions(partial: dict[Override, list[str]]) -> None:
+    """Raises InputError where overrides that share no layer set an option of the same siblings differently."""
+    seen: dict[str, Override] = {}
+    for override, members in partial.items():
+        for option, value in override.options().items():
+            earlier = seen.setdefault(option, override)
+            if earlier.options()[option] != value and not set(partial[earlier]) & set(members):
+                raise InputError(
+                    f"the overrides '{earlier}' and '{override}' differ in {option} of {partial[earlier][0]} and "
+                    f"{members[0]}, which engines fuse into one layer; give both the same"
+                )
+            seen[option] = override
+
+
+def _extension(override: Override, names: list[str]) -> str:
+    also = _in_short(names)
+    return f"the override '{override}' holds for {also} as well, because engines fuse them with the layers it names"
+
+
+def _in_short(names: list[str]) -> str:
+    """Layers of many blocks by what they are called there, and how many they are."""
+    kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return f"{kinds} in {len(names)} layers ({names[0]} ...)" if len(names) > 1 else names[0]
+
+
+def notes_on_shapes(plans: Iterable[LayerPlan], config: QuantConfig) -> Iterator[str]:
+    """What a user should know of shapes that do not divide, once for all layers of which the same is true."""
+    alike: dict[str, list[str]] = {}
+    for plan in plans:
+        for remark in _remarks(plan, config):
+            alike.setdefault(remark, []).append(plan.name)
+    for remark, names in alike.items():
+        yield f"{_in_short(names)}: {remark}"
+
+
+def _remarks(plan: LayerPlan, config: QuantConfig) -> Iterator[str]:
+    whole, rest = divmod(plan.inputs, plan.group_size)
+    others = "vLLM, SGLang and GPTQModel do" if plan.bits == 3 else "GPTQModel read that, vLLM and SGLang do"
+    readers = f"this package {'reads that,' if plan.bits == 3 else 'and'} {others} not"
+    if plan.group_size == plan.inputs < config.group_size:
+        yield f"{plan.inputs} inputs are one group, smaller than the group size of {config.group_size}"
+    if rest:
+        yield f"{plan.inputs} inputs are {whole} groups of {plan.group_size} and a last one of {rest}; {readers}"
+    if plan.format == "pack-quantized":
+        return
+    for count, what in ((plan.inputs, "inputs"), (plan.outputs, "outputs")):
+        if count * plan.bits % 32:
+            yield f"{count} {what} of {plan.bits} bits do not fill whole 32-bit words; {readers}"
+
+
+def announce(source: Source, plans: dict[str, LayerPlan]) -> dict[str, TensorInfo]:
+    """Every tensor of the result, in the source's order: each source tensor is copied, or a layer's weight replaced.
+
+    Of a weight that an embedding uses too, both stay.
+    """
+    by_weight = {plan.source: plan for plan in plans.values()}
+    announced: dict[str, TensorInfo] = {}
+    for name, info in source.tensors.items():
+        plan = by_weight.get(name)
+        if plan is None or name != f"{plan.stored}.weight":
+            announced[name] = info
+        if plan is not None:
+            layout = formats.layout(plan.scheme, plan.outputs, plan.inputs)
+            for suffix, packed in layout.items():
+                if f"{plan.stored}.{suffix}" in source.tensors:
+                    raise InputError(f"the checkpoint holds {plan.stored}.{suffix} already; is it quantized?")
+                announced[f"{plan.stored}.{suffix}"] = packed
+    return announced

@@ -1,0 +1,18 @@
+"""Tensors in, tensors out: grid, solve, Hessian, error propagation, coordinate descent."""
+
+from gptq.solver.solve import (
+    Factor,
+    NotPositiveDefiniteError,
+    SolvedLayer,
+    act_order,
+    factorize,
+    fit_groups,
+    natural_order,
+    round_to_nearest,
+    solve,
+)
+
+__all__ = [
+    "Factor", "NotPositiveDefiniteError", "SolvedLayer", "act_order", "factorize", "fit_groups", "natural_order",
+    "round_to_nearest", "solve",
+]  # fmt: skip
