@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from gptq.config import Override, QuantConfig
     from gptq.errors import InputError
     from gptq.evaluation.evaluate import compare, perplexity
-    from gptq.inference.quant_linear import load
+    from gptq.inference.load import load
     from gptq.output.convert import convert
     from gptq.pipeline.quantize import quantize
 
@@ -24,7 +24,7 @@ _HOMES = {
     "convert": "output.convert",
     "QuantConfig": "config",
     "compare": "evaluation.evaluate",
-    "load": "inference.quant_linear",
+    "load": "inference.load",
     "perplexity": "evaluation.evaluate",
     "quantize": "pipeline.quantize",
 }

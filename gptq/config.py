@@ -15,6 +15,7 @@ EFFORTS: dict[str, dict[str, Any]] = {  # what each level sets where an option i
 Format = Literal["gptq", "gptq_v2", "pack-quantized"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 BITS = range(2, 9)
+TUNE_WINDOWS = 8  # calibration windows in each step of block tuning
 
 
 @dataclass(frozen=True)

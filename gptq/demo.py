@@ -13,9 +13,9 @@ from typing import Any
 from gptq import calibration
 from gptq.config import Method, QuantConfig
 from gptq.evaluation.evaluate import perplexity_of
-from gptq.inference.quant_linear import load
-from gptq.models.blocks import read_tokenizer
-from gptq.pipeline.layer import Observer
+from gptq.inference.load import load
+from gptq.models.hf_config import read_tokenizer
+from gptq.pipeline.job import Observer
 from gptq.pipeline.quantize import quantize
 
 MODEL = Path(__file__).parent / "demo_model"

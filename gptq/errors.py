@@ -14,3 +14,9 @@ class InputError(Exception):
 def printable(text: str) -> str:
     """`text` on one line, with escapes for what could move a terminal's cursor, colour it, or reverse the writing."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library said, at most 200 characters; of its cause where it names one."""
+    cause = error.__cause__ or error  # datasets wraps what went wrong in a sentence that says nothing
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]

@@ -26,9 +26,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from gptq.__main__ import ENVIRONMENT
-from gptq.checkpoint.reader import ShardWriter, TensorInfo
+from gptq.calibration.windows import is_held_out
+from gptq.checkpoint.tensors import TensorInfo
+from gptq.checkpoint.writer import ShardWriter
 from gptq.config import QuantConfig, parse_size
-from gptq.pipeline.layer import Observer, is_held_out
+from gptq.pipeline.job import Observer
 from gptq.pipeline.quantize import quantize
 from gptq.planning import cost, memory
 from gptq.planning.plan import plan_checkpoint

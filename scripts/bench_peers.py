@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from gptq.__main__ import ENVIRONMENT
-from gptq.models.blocks import choose_dtype
+from gptq.models.hf_config import choose_dtype
 
 TELL = """
 print("MEASURED", json.dumps({"seconds": time.perf_counter() - start, "peak": 1024 * next(

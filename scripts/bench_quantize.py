@@ -190,7 +190,7 @@ def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any
     from transformers import AutoConfig
 
     from gptq.__main__ import ENVIRONMENT
-    from gptq.models.blocks import choose_dtype
+    from gptq.models.hf_config import choose_dtype
     from gptq.planning import cost
 
     dtype = choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))

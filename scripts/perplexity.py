@@ -45,11 +45,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gptq import calibration
-from gptq.checkpoint.reader import resolve
+from gptq.checkpoint.hub import resolve
 from gptq.errors import InputError
 from gptq.evaluation import evaluate
-from gptq.inference.quant_linear import load
-from gptq.models.blocks import fitting_seq_len, read_config, read_tokenizer
+from gptq.inference.load import load
+from gptq.models.hf_config import fitting_seq_len, read_config, read_tokenizer
 
 SEQ_LEN, C4_WINDOWS, C4_DOCUMENTS = 2048, 256, 1100
 

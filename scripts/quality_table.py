@@ -34,11 +34,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gptq import QuantConfig, __version__, calibration, demo, quantize
-from gptq.checkpoint.reader import resolve
+from gptq.checkpoint.hub import resolve
 from gptq.errors import InputError
 from gptq.evaluation import evaluate
-from gptq.inference.quant_linear import load
-from gptq.models.blocks import fitting_seq_len, read_config, read_tokenizer
+from gptq.inference.load import load
+from gptq.models.hf_config import fitting_seq_len, read_config, read_tokenizer
 
 # By name, options of QuantConfig; all that matters is written out, so that no default moves a peer's setting.
 PLAIN = "plain GPTQ"

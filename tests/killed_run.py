@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from gptq import QuantConfig, quantize
-from gptq.checkpoint.reader import ShardWriter
+from gptq.checkpoint.writer import ShardWriter
 from gptq.pipeline.journal import Journal
 
 KILLS = 20

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 from gptq import InputError, QuantConfig, quantize
-from gptq.pipeline import layer
-from gptq.pipeline.layer import Observer
+from gptq.pipeline import row_tiles
+from gptq.pipeline.job import Observer
 from gptq.solver import hessian
 
 torch.set_num_threads(1)
-hessian.PANEL, layer.ROWS = 24, 20  # so that tiny layers are shared as well
+hessian.PANEL, row_tiles.ROWS = 24, 20  # type: ignore[attr-defined]  # so that tiny layers are shared as well
 
 
 class Leaves(Observer):

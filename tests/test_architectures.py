@@ -24,11 +24,12 @@ from gptq.calibration import text as calibration
 from gptq.calibration.text import frame_of
 from gptq.config import Format
 from gptq.models.blocks import Block
-from gptq.models.experts import Experts, blend, pseudo_tokens, take_apart
+from gptq.models.experts import Experts, take_apart
 from gptq.models.uncalled_layers import Unread, not_called
 from gptq.output import verify
 from gptq.output.convert import convert
-from gptq.output.record import RECORD
+from gptq.output.results import RECORD
+from gptq.pipeline.layer_inputs import blend, pseudo_tokens
 from gptq.solver.hessian import HessianAccumulator
 from tests import oracle
 from tests.conftest import EXPERTS, MIXED, OTHERS, VOCAB, MakeModel

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from gptq import InputError
 from gptq.checkpoint.atomic_folder import MARKER, appearing_folder
-from gptq.checkpoint.reader import DTYPES, INDEX, ShardWriter, Source, TensorInfo
+from gptq.checkpoint.reader import Source
+from gptq.checkpoint.tensors import DTYPES, INDEX, TensorInfo
+from gptq.checkpoint.writer import ShardWriter
 
 
 def some_tensors(rng: torch.Generator) -> dict[str, torch.Tensor]:

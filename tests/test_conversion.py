@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq import InputError, QuantConfig, convert, load, quantize
-from gptq.checkpoint.reader import ShardWriter, sha256
+from gptq.checkpoint.tensors import sha256
+from gptq.checkpoint.writer import ShardWriter
 from gptq.config import FORMATS, Format
 from gptq.output import verify
 from gptq.pipeline import quantize as quantize_module

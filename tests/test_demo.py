@@ -9,8 +9,8 @@ from gptq import QuantConfig, calibration, demo, quantize
 from gptq.checkpoint.reader import Source
 from gptq.cli.arguments import main
 from gptq.evaluation import evaluate
-from gptq.inference.quant_linear import load
-from gptq.models.blocks import read_tokenizer
+from gptq.inference.load import load
+from gptq.models.hf_config import read_tokenizer
 from gptq.output import verify
 
 

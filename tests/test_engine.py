@@ -19,13 +19,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
 from gptq import InputError, QuantConfig, load, perplexity, quantize, solver
-from gptq.checkpoint.reader import ShardWriter, sha256
+from gptq.checkpoint.tensors import sha256
+from gptq.checkpoint.writer import ShardWriter
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
-from gptq.output.record import RECORD
+from gptq.output.results import RECORD
 from gptq.pipeline import quantize as quantize_module
 from gptq.pipeline import search
-from gptq.pipeline.layer import Observer
+from gptq.pipeline.job import Observer
 from gptq.solver.coordinate_descent import refine
 from tests import oracle
 from tests.conftest import ARCHITECTURES, WIDTH, MakeModel

@@ -8,7 +8,7 @@ import torch
 
 from gptq import InputError, QuantConfig, compare, load, perplexity, quantize
 from gptq.evaluation import evaluate
-from gptq.models.blocks import read_tokenizer
+from gptq.models.hf_config import read_tokenizer
 from tests.conftest import MakeModel
 
 

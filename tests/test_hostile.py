@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gptq import InputError, QuantConfig, cli, convert, load, quantize
-from gptq.calibration.text import documents, read_arrays
+from gptq.calibration.arrays import read_arrays
+from gptq.calibration.text import documents
 from gptq.checkpoint.reader import Source, read_index
 from gptq.checkpoint.untrusted import MAX_DEPTH, check_folder, read_json
 from gptq.evaluation.evaluate import read_quality
@@ -26,9 +27,11 @@ from gptq.evaluation.report import write_report
 from gptq.formats import quantization_config
 from gptq.formats.codec import Scheme
 from gptq.formats.quantization_config import Quantization, read_quantization
-from gptq.models.blocks import empty_model, read_config
+from gptq.models.build import empty_model
+from gptq.models.hf_config import read_config
 from gptq.output import verify
-from gptq.output.record import RECORD, read_record
+from gptq.output.record import read_record
+from gptq.output.results import RECORD
 from gptq.output.verify import inspect
 from tests.conftest import MakeModel, load_script
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from gptq import QuantConfig, load, quantize
-from gptq.checkpoint.reader import sha256
+from gptq.checkpoint.tensors import sha256
 from gptq.inference import hf_registration
 from gptq.inference.quant_linear import QuantLinear
 from tests.conftest import VOCAB, MakeModel

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from gptq import InputError, QuantConfig, quantize
 from gptq.checkpoint.atomic_folder import CONTENT, MARKER
-from gptq.checkpoint.reader import ShardWriter, Source
+from gptq.checkpoint.reader import Source
+from gptq.checkpoint.writer import ShardWriter
 from gptq.pipeline import block as block_module
-from gptq.pipeline import journal, search
+from gptq.pipeline import journal, run_identity, search
 from gptq.pipeline import quantize as quantize_module
+from gptq.pipeline.job import Observer
 from gptq.pipeline.journal import JOURNAL, Journal
-from gptq.pipeline.layer import Observer
 from tests.conftest import MakeModel
 
 OPTIONS: dict[str, Any] = {"group_size": 32, "seq_len": 32}
@@ -388,9 +389,9 @@ def test_a_long_file_is_told_by_pieces(tmp_path: Path, monkeypatch: pytest.Monke
 
     def told(at: int, length: int) -> bool:
         file.write_bytes(content)
-        before = journal.fingerprint(file)
+        before = run_identity.fingerprint(file)
         file.write_bytes(content[:at] + b"x" * length + content[at + length :])
-        return journal.fingerprint(file) != before
+        return run_identity.fingerprint(file) != before
 
     assert told(0, 1)
     assert told(2004, 1)

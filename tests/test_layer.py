@@ -6,8 +6,9 @@ from torch import Tensor
 
 from gptq import solver
 from gptq.config import QuantConfig
-from gptq.pipeline import layer as layer_module
-from gptq.pipeline.layer import LayerInputs, Unseen, _sample, solve_rows
+from gptq.pipeline import row_tiles
+from gptq.pipeline.layer_inputs import LayerInputs, Unseen
+from gptq.pipeline.row_tiles import _sample, solve_rows
 from gptq.planning.plan import LayerPlan
 from gptq.solver.hessian import HeldOut
 
@@ -27,7 +28,7 @@ def relative(off: Tensor, W: Tensor, x: Tensor) -> float:
 def test_errors_are_those_of_the_definition(
     rows: tuple[int, ...], tolerance: float, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_module, "ROWS", 512)
+    monkeypatch.setattr(row_tiles, "ROWS", 512)
     strength = torch.exp(torch.randn(INPUTS, generator=rng))
     seen, unseen = (torch.randn(TOKENS, INPUTS, generator=rng) * strength for _ in range(2))
     weights = [torch.randn(n, INPUTS, generator=rng) for n in rows]
@@ -49,13 +50,13 @@ def test_errors_are_those_of_the_definition(
 
 @pytest.mark.parametrize(("layer", "tile"), [(slice(0, 5000), 2048), (slice(700, 1500), 256), (slice(30, 90), 64)])
 def test_a_sample_is_the_same_rows_whatever_the_tiles(layer: slice, tile: int) -> None:
-    total, step = 6000, (layer.stop - layer.start) // layer_module.SAMPLE | 1
+    total, step = 6000, (layer.stop - layer.start) // row_tiles.SAMPLE | 1
     found: list[int] = []
     for start in range(0, total, tile):
         stop = min(start + tile, total)
         found += range(start, stop)[_sample(slice(start, stop), layer)]
     assert found == [*range(layer.start, layer.stop, step)]
-    assert 128 < len(found) < 2 * layer_module.SAMPLE or step == 1
+    assert 128 < len(found) < 2 * row_tiles.SAMPLE or step == 1
 
 
 def test_a_layer_of_zeros_has_figures(rng: torch.Generator) -> None:

@@ -46,6 +46,15 @@ def test_the_rooms_are_the_folders() -> None:
     assert {module for module in MODULES if "." not in module} == BELOW | ABOVE
 
 
+@pytest.mark.parametrize("name", ROOMS)
+def test_rooms_import_downwards(name: str) -> None:
+    lower = {*ROOMS[: ROOMS.index(name) + 1], *BELOW}
+    for module in MODULES:
+        if room(module) == name:
+            found = {room(target) for target in IMPORTS[module]}
+            assert found <= ({*lower, "demo"} if name == "cli" else lower), module
+
+
 def test_what_every_room_may_import_imports_no_room() -> None:
     for module in BELOW:
         assert {room(target) for target in IMPORTS[module]} <= BELOW
@@ -55,6 +64,14 @@ def test_the_solver_imports_compute_alone() -> None:
     for module in CODE:
         if room(module) == "solver":
             assert {room(target) for target in IMPORTS[module]} <= {"solver", "compute"}, module
+
+
+def test_quantizing_and_inference_do_not_import_each_other() -> None:
+    for module in CODE:
+        if room(module) in ("pipeline", "planning", "calibration", "output"):
+            assert "inference" not in map(room, IMPORTS[module]), module
+        if room(module) == "inference":
+            assert {room(target) for target in IMPORTS[module]}.isdisjoint({"pipeline", "planning", "output"}), module
 
 
 def test_there_is_no_circle() -> None:

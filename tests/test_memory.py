@@ -21,8 +21,8 @@ from gptq.checkpoint.prefetch import CopyAhead
 from gptq.checkpoint.reader import Source
 from gptq.config import QuantConfig, parse_size
 from gptq.errors import InputError
-from gptq.models.blocks import choose_dtype
-from gptq.pipeline.layer import Observer
+from gptq.models.hf_config import choose_dtype
+from gptq.pipeline.job import Observer
 from gptq.pipeline.offload import LEAST, Shelf
 from gptq.pipeline.quantize import quantize
 from gptq.planning import cost, memory

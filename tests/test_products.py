@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from gptq import QuantConfig, formats, load, quantize
-from gptq.compute.matmul import has_pairs, has_shorts
+from gptq.compute.cpu_features import has_pairs, has_shorts
 from gptq.config import Format
 from gptq.formats.codec import Codes, Scheme
 from gptq.inference import products
+from gptq.inference.layout import Stored
 from gptq.inference.quant_linear import QuantLinear
 from tests.conftest import VOCAB, MakeModel, threads
 
@@ -68,7 +69,7 @@ def check(layer: QuantLinear, x: Tensor, y: Tensor) -> None:
 
 
 def chosen(layer: QuantLinear, x: Tensor) -> str | None:
-    stored = products.Stored(layer.packed(), layer.scheme, layer.out_features, layer.in_features)
+    stored = Stored(layer.packed(), layer.scheme, layer.out_features, layer.in_features)
     return products.choose(stored, x.dtype, len(x))
 
 
@@ -351,7 +352,9 @@ def test_what_leaves_the_process_or_wants_gradients_is_unpacked() -> None:
 
 TRITON = """
 import torch
-from gptq import formats, products
+from gptq import formats
+from gptq.inference import products
+from gptq.inference.layout import Stored
 from gptq.formats import Scheme
 from tests.test_products import check, random_layer
 rng = torch.Generator().manual_seed(0)
@@ -360,7 +363,7 @@ for bits in (2, 3, 4, 8):
         for dtype, rows in ((torch.float32, 1), (torch.float32, 18), (torch.bfloat16, 3), (torch.float16, 2)):
             layer = random_layer(rng, Scheme(bits, group_size, sym, "gptq_v2", scattered), outputs, inputs)
             x = torch.randn(rows, inputs, generator=rng).to(dtype)
-            stored = products.Stored(layer.packed(), layer.scheme, outputs, inputs)
+            stored = Stored(layer.packed(), layer.scheme, outputs, inputs)
             check(layer, x, products.make("triton", stored).multiply(x))
 """
 

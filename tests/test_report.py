@@ -13,8 +13,8 @@ from gptq import InputError, QuantConfig, quantize
 from gptq.checkpoint.reader import Source
 from gptq.evaluation import charts, evaluate, report
 from gptq.evaluation.charts import Chart, Series
-from gptq.inference.quant_linear import load
-from gptq.output import record, verify
+from gptq.inference.load import load
+from gptq.output import record, results, verify
 from tests.conftest import MakeModel
 
 FAST = QuantConfig(bits=3, group_size=32, num_samples=4, seq_len=32)
@@ -53,15 +53,15 @@ class Page(HTMLParser):
 def test_histograms_count_every_weight_and_code_where_it_lies() -> None:
     W = torch.tensor([[-2.0, -1.99, 0.0, 2.0], [0.05, -0.05, 1.0, 0.0]])
     codes = torch.tensor([[0, 1, 7, 7], [3, 3, 3, 0]], dtype=torch.uint8)
-    found = record.weight_histogram(W) | record.code_histogram(codes, 3)
+    found = results.weight_histogram(W) | results.code_histogram(codes, 3)
     assert found["weight_range"] == 2.0
     assert found["code_histogram"] == [2, 1, 0, 3, 0, 0, 0, 2]
     expected = [0] * 40
     for w in W.flatten().tolist():  # bins of 0.1 from -2
         expected[min(int((w + 2) / 0.1 + 1e-6), 39)] += 1
     assert found["weight_histogram"] == expected
-    assert record.weight_histogram(torch.zeros(2, 2))["weight_histogram"][20] == 4
-    eight = record.code_histogram(torch.tensor([[0, 3, 4, 255]], dtype=torch.uint8), 8)["code_histogram"]
+    assert results.weight_histogram(torch.zeros(2, 2))["weight_histogram"][20] == 4
+    eight = results.code_histogram(torch.tensor([[0, 3, 4, 255]], dtype=torch.uint8), 8)["code_histogram"]
     assert (len(eight), eight[0], eight[1], eight[63]) == (64, 2, 1, 1)
 
 
@@ -126,7 +126,7 @@ def test_what_a_record_lacks_is_left_out(
     text = report.write_report(out)[0].read_text(encoding="utf-8")
     assert "Relative weight error" in text
     assert "Calibration tokens" not in text
-    file = out / record.RECORD
+    file = out / results.RECORD
     old = json.loads(file.read_text())
     del old["sizes"]
     old["config"]["method"] = "gptq"

@@ -16,27 +16,21 @@ For calibration also
     FOLDER                            of such files
 """
 
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gptq.errors import InputError
+from gptq.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 SMALL_SOURCE = 16_000_000  # characters: up to here a source is tokenized whole, beyond it only the rows drawn
 C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
-ARRAYS = (".npz", ".safetensors")
-MAX_BLOAT, SMALL_ARRAYS = 100, 2**28  # compressed arrays may be so many times as large as their file, or have 256 MB
-Inputs = dict[str, Tensor]  # what a model is called on in one window, by its arguments' names; (1, ...) each
 
 
 def load_dataset(*args: Any, **options: Any) -> Any:
@@ -69,7 +63,7 @@ def documents(source: str, default_split: str, column: str = "text") -> Sequence
     except InputError:
         raise
     except Exception as error:  # datasets raises whatever its readers raise
-        raise InputError(f"{source} could not be read as text data: {_first_line(error)}") from error
+        raise InputError(f"{source} could not be read as text data: {first_line(error)}") from error
     raise InputError(f"{source} is not a .txt, .jsonl or .parquet file, nor a folder that datasets loads")
 
 
@@ -99,14 +93,9 @@ def _hub_dataset(source: str, default_split: str) -> "Dataset":
     except Exception as error:  # offline, unknown name, gated, broken: many types, one remedy
         raise InputError(
             f"the data set {name!r} is neither a local path nor could it be fetched from the Hub "
-            f"({_first_line(error)}). Pass a local .txt, .jsonl or .parquet file or a folder of those instead"
+            f"({first_line(error)}). Pass a local .txt, .jsonl or .parquet file or a folder of those instead"
         ) from error
     return _choose_split(loaded, split or default_split, f"{name}:{config}" if config else name)
-
-
-def _first_line(error: Exception) -> str:
-    cause = error.__cause__ or error  # datasets wraps what went wrong in a sentence that says nothing
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 
 
 def _choose_split(loaded: Any, split: str, source: str) -> "Dataset":
@@ -128,7 +117,7 @@ def _text_column(rows: "Dataset", source: str, column: str) -> Sequence[str]:
     try:
         rows.data.column(column).validate(full=True)
     except ValueError as error:  # where it is read, pyarrow takes for granted that it is UTF-8
-        raise InputError(f"the column {column!r} of {source} cannot be read: {_first_line(error)}") from error
+        raise InputError(f"the column {column!r} of {source} cannot be read: {first_line(error)}") from error
     return cast(Sequence[str], rows[column])
 
 
@@ -236,7 +225,7 @@ def _numbers(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool
     try:
         ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     except Exception as error:  # any type, depending on what its files hold
-        raise InputError(f"the tokenizer fails on the text: {_first_line(error)}") from error
+        raise InputError(f"the tokenizer fails on the text: {first_line(error)}") from error
     return ids
 
 
@@ -254,85 +243,3 @@ def evaluation_windows(
         have = f"the text has {len(tokens)} tokens; one window needs {seq_len}"
         raise InputError(f"{have}. Give more text, or a shorter --seq-len")
     return tokens[: whole * seq_len].view(whole, seq_len)[:limit]
-
-
-def is_arrays(source: str) -> bool:
-    """Whether a source is a file of arrays or a folder of nothing else."""
-    path = Path(source)
-    if path.is_dir():
-        files = [file for file in path.iterdir() if file.is_file()]
-        return bool(files) and all(file.suffix in ARRAYS for file in files)
-    return path.suffix in ARRAYS
-
-
-def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
-    """Windows from files of arrays, in the order of the files' names; of more than num_samples a seeded choice.
-
-    Raises:
-        InputError: a file cannot be read, or the arrays of one differ in how many windows they hold.
-    """
-    path = Path(source)
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    windows = as_inputs(_arrays(file) for file in files)
-    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:num_samples]
-    return [windows[i] for i in chosen.tolist()]
-
-
-def _arrays(file: Path) -> Mapping[str, Any]:
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        _check_unpacked_size(file)
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except InputError:
-        raise
-    except Exception as error:  # zip, header or pickle trouble, of many types
-        raise InputError(f"{file} could not be read as arrays: {_first_line(error)}") from error
-
-
-def _check_unpacked_size(file: Path) -> None:
-    """Raises InputError where a few compressed bytes stand for gigabytes; other errors where it is no archive."""
-    with zipfile.ZipFile(file) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-    if size > max(MAX_BLOAT * file.stat().st_size, SMALL_ARRAYS):
-        raise InputError(f"{file} would unpack to {size / 1e9:,.1f} GB; save its arrays without compression")
-
-
-def as_inputs(batches: Iterable[Mapping[str, Any]]) -> list[Inputs]:
-    """Windows from dicts of arrays (windows, ...); where there is an attention_mask, padding at the end is cut off.
-
-    Raises:
-        InputError: something is no array, the arrays of a dict do not fit each other, or names differ between dicts.
-    """
-    windows: list[Inputs] = []
-    for batch in batches:
-        try:
-            arrays = {name: torch.as_tensor(values) for name, values in batch.items()}
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"calibration inputs are dicts of arrays by argument name: {error}") from error
-        counts = {name: x.shape[0] if x.ndim else 0 for name, x in arrays.items()}
-        if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise InputError(f"calibration arrays have to hold the same number of windows, one at least, not {counts}")
-        count = next(iter(counts.values()))
-        windows += [_unpadded({name: x[i : i + 1] for name, x in arrays.items()}) for i in range(count)]
-        if windows[-1].keys() != windows[0].keys():
-            raise InputError(f"calibration inputs are {list(windows[0])} first and {list(windows[-1])} later")
-    if not windows:
-        raise InputError("there is not one calibration input")
-    return windows
-
-
-def _unpadded(window: Inputs) -> Inputs:
-    """Integers as the models want them, and without the tokens at the end that a mask hides.
-
-    Their activations would count as tokens, though nothing depends on them.
-    """
-    whole = {name: x.long() if x.dtype in (torch.int32, torch.int16, torch.uint8) else x for name, x in window.items()}
-    mask = whole.get("attention_mask")
-    if mask is None or mask.ndim != 2 or not mask.any():
-        return whole
-    end = int(mask[0].nonzero().max()) + 1
-    return {name: x[:, :end] if x.shape == mask.shape else x for name, x in whole.items()}

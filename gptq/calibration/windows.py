@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from gptq.calibration.text import Inputs, as_inputs, documents, draw_windows, frame_of, is_arrays, read_arrays
+from gptq.calibration.arrays import Inputs, as_inputs, is_arrays, read_arrays
+from gptq.calibration.text import documents, draw_windows, frame_of
 from gptq.config import QuantConfig
 from gptq.errors import InputError
-from gptq.models.blocks import check_tokens, fitting_seq_len, read_tokenizer
-from gptq.planning.plan import Plan
+from gptq.models.forward import check_tokens
+from gptq.models.hf_config import fitting_seq_len, read_tokenizer
 
 MOST_WINDOWS = 1024  # that a search for enough windows tries
 
 Given = str | Tensor | list[Inputs]
+
+HELD_OUT = 8  # one calibration window in so many measures what the solver learned from the others
 
 
 def as_given(calibration: str | Path | Tensor | Iterable[Mapping[str, Any]], config: QuantConfig) -> Given:
@@ -34,15 +38,19 @@ def as_given(calibration: str | Path | Tensor | Iterable[Mapping[str, Any]], con
 
 
 def windows_of(
-    given: Given, num_samples: int, plan: Plan, config: QuantConfig, trust_remote_code: bool
+    given: Given,
+    num_samples: int,
+    folder: Path,
+    network: PreTrainedModel,
+    config: QuantConfig,
+    trust_remote_code: bool,
 ) -> tuple[list[Inputs], list[str]]:
-    """What the model is called on in each window, and notes."""
+    """What `network`, whose tokenizer is in `folder`, is called on in each window; and notes."""
     if isinstance(given, list):
         return given, []
     notes: list[str] = []
-    network = plan.network
     if isinstance(given, str):
-        tokenizer = read_tokenizer(plan.folder, trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code)
         seq_len, notes = fitting_seq_len(config.seq_len, network.config, network)
         frame = frame_of(tokenizer) if not network.can_generate() else []
         rows = documents(given, "train")
@@ -66,3 +74,7 @@ def describe(given: Given) -> str:
 def count_tokens(windows: list[Inputs]) -> int:
     """Of text; 0 for other inputs."""
     return sum(x.numel() for inputs in windows for name, x in inputs.items() if name.endswith("input_ids"))
+
+
+def is_held_out(window: int, windows: int) -> bool:
+    return windows >= HELD_OUT and window % HELD_OUT == HELD_OUT - 1

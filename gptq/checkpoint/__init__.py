@@ -1,5 +1,8 @@
 """Bytes on disk, one tensor at a time."""
 
-from gptq.checkpoint.reader import ShardWriter, Source, TensorInfo, resolve
+from gptq.checkpoint.hub import resolve
+from gptq.checkpoint.reader import Source
+from gptq.checkpoint.tensors import TensorInfo
+from gptq.checkpoint.writer import ShardWriter
 
 __all__ = ["ShardWriter", "Source", "TensorInfo", "resolve"]

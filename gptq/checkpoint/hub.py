@@ -7,6 +7,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils._validators import validate_repo_id
 
 from gptq.checkpoint.atomic_folder import MARKER
+from gptq.checkpoint.reader import CONVERT
+from gptq.checkpoint.untrusted import check_folder
 from gptq.errors import InputError
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -50,3 +52,34 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
 
 def _reason(error: Exception) -> str:
     return " ".join((str(error).strip() or type(error).__name__).split())[:300]
+
+
+def resolve(model: str, revision: str | None) -> Path:
+    """A local checkpoint folder, or the local copy of a Hub repository (safetensors, configuration and tokenizer only).
+
+    Raises:
+        InputError: neither exists, or the folder holds what may not be opened (see `check_folder`).
+    """
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    folder = Path(model)
+    if folder.is_dir():
+        check_folder(folder)
+        return folder
+    if folder.exists():
+        raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"{model}: no such folder")
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE", "NOTICE"]
+    doubles = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
+    try:
+        copy = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        which = f"{model} at {revision}" if revision else model
+        raise InputError(f"{which} is neither a folder nor a model that the Hub could give ({reason})") from error
+    if not any(copy.glob("*.safetensors")):
+        raise InputError(f"{model} has no safetensors weights on the Hub; {CONVERT}")
+    check_folder(copy)
+    return copy

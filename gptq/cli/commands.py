@@ -14,20 +14,21 @@ import huggingface_hub
 import torch
 import transformers
 
-from gptq.calibration.text import is_arrays, read_arrays
+from gptq.calibration.arrays import is_arrays, read_arrays
+from gptq.calibration.windows import is_held_out
 from gptq.checkpoint import hub
-from gptq.checkpoint.reader import file_bytes
+from gptq.checkpoint.writer import file_bytes
 from gptq.cli.progress import Progress
 from gptq.compute.distributed import joined, launched_together
 from gptq.config import Method, Override, QuantConfig
 from gptq.errors import InputError, printable
 from gptq.evaluation import evaluate, report
 from gptq.formats import compatibility
-from gptq.models.blocks import choose_device, choose_dtype, fitting_seq_len
+from gptq.models.hf_config import choose_device, choose_dtype, fitting_seq_len
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.record import public_name, read_record
-from gptq.pipeline.layer import Observer, is_held_out
+from gptq.pipeline.job import Observer
 from gptq.pipeline.quantize import Result, quantize
 from gptq.pipeline.search import FEWEST_WINDOWS
 from gptq.planning import cost, memory

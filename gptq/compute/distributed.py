@@ -130,6 +130,9 @@ class Ranks:
         return "" if found is None else bytes(found.tolist()).decode()
 
 
+ALONE = Ranks()  # the processes, where there is one
+
+
 @contextmanager
 def launched_together(device: str) -> Iterator[None]:
     """Inside, processes that `torchrun` or `accelerate launch` has started are joined; others stay alone."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq.compute.cpu_features import native_bfloat16
+
 ROWS = 1024  # of a product whose left factor has to be copied, that are made at a time: bounds the memory
 
 
@@ -94,36 +96,6 @@ def _linear(layer: nn.Linear, reordered: _Reordered, x: Tensor) -> Tensor:
     rows = x.numel() // x.shape[-1]
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, reordered(weight, rows), layer.bias, "none", [], "")
     return y
-
-
-def native_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 matrices in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported()) or has_tiles()
-
-
-def has_tiles() -> bool:
-    """Whether the CPU has a unit for whole tiles of bfloat16 (AMX), which oneDNN uses."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-
-@cache
-def has_pairs() -> bool:
-    """Whether loops on pairs of bfloat16 numbers can be compiled (`simd.dot_pairs`)."""
-    return bool(torch.cpu._is_avx512_bf16_supported()) and _compiles_for_this_cpu()
-
-
-@cache
-def has_shorts() -> bool:
-    """Whether loops on pairs of 16-bit integers can be compiled (`simd.dot_shorts`)."""
-    return bool(getattr(torch.cpu, "_is_avx2_supported", bool)()) and _compiles_for_this_cpu()
-
-
-def _compiles_for_this_cpu() -> bool:
-    """Whether numba has not been told to compile for another one, or for less than it has."""
-    from numba import config  # takes a moment
-
-    told = getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None)
-    return not told and bool(getattr(config, "ENABLE_AVX", True))
 
 
 @contextmanager

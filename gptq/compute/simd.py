@@ -243,7 +243,7 @@ def sum_pairs(builder: Any, a: Any, a_step: int, b: Any, depth: Any) -> list[lis
 
 @compiled
 def place_of(output: int, unit: int, units: int, outputs: int, size: int) -> int:
-    """Where the numbers of a unit of an output begin, in strips as `products.Layout` has them, `size` for each."""
+    """Where the numbers of a unit of an output begin, in strips as `layout.Layout` has them, `size` for each."""
     strip = output // TILE * TILE
     return size * (strip * units + unit * min(TILE, outputs - strip) + output - strip)
 

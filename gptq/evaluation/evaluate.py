@@ -13,26 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gptq import calibration
-from gptq.checkpoint.reader import Source, resolve
+from gptq.checkpoint.hub import resolve
+from gptq.checkpoint.reader import Source
 from gptq.checkpoint.untrusted import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
 from gptq.compute.allocator import return_freed_memory
 from gptq.errors import InputError
-from gptq.inference.quant_linear import load
-from gptq.models.blocks import (
-    check_tokens,
-    choose_dtype,
-    empty_model,
-    find_blocks,
-    fitting_seq_len,
-    read_config,
-    read_tokenizer,
-    run,
-    take_experts_apart,
-)
-from gptq.models.forward import PausableForward, pause_instead
+from gptq.inference.load import load
+from gptq.models.blocks import find_blocks
+from gptq.models.build import empty_model, take_experts_apart
+from gptq.models.forward import PausableForward, check_tokens, pause_instead, run
+from gptq.models.hf_config import choose_dtype, fitting_seq_len, read_config, read_tokenizer
 from gptq.models.tensor_names import Names, check_tensors
 from gptq.models.weights import WeightStream, drop
-from gptq.output.record import QUALITY
+from gptq.output.results import QUALITY
 
 MAX_LOSS = 700.0  # its exponential is the largest that a float holds
 RESAMPLES, BOOTSTRAP_SEED, CONFIDENCE = 2000, 0, 0.95

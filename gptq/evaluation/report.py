@@ -11,7 +11,8 @@ from gptq.checkpoint.untrusted import check_folder
 from gptq.evaluation import charts
 from gptq.evaluation.charts import Chart, Series
 from gptq.evaluation.evaluate import read_quality
-from gptq.output.record import QUALITY, read_record
+from gptq.output.record import read_record
+from gptq.output.results import QUALITY
 
 PAGE = "index.html"
 MAX_TICKS = 12

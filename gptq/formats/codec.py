@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gptq.checkpoint.reader import TensorInfo
+from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format
 from gptq.formats.packing import num_words, pack, unpack
 from gptq.solver import grid

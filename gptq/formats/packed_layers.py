@@ -4,12 +4,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from gptq.checkpoint.reader import Source, TensorInfo
+from gptq.checkpoint.reader import Source
+from gptq.checkpoint.tensors import TensorInfo
 from gptq.errors import InputError
 from gptq.formats import codec
 from gptq.formats.codec import Scheme
 from gptq.formats.quantization_config import Quantization
+from gptq.models.blocks import is_linear, shape
+from gptq.models.tensor_names import Names
 
 
 @dataclass(frozen=True)
@@ -126,3 +130,26 @@ def read_packed(source: Source, name: str, layer: PackedLayer, with_codes: bool 
                 f"sym true, which is {middle} throughout"
             )
     return packed
+
+
+def match_layers(
+    network: PreTrainedModel, names: Names, source: Source, layers: dict[str, PackedLayer]
+) -> dict[str, str]:
+    """Stored names of packed layers by the names of the model's linear layers.
+
+    Raises:
+        InputError: a packed layer has no linear layer in the model, or one of another shape.
+    """
+    stored: dict[str, str] = {}
+    for name, module in network.named_modules():
+        own = names.find_packed(name) if is_linear(module) else None
+        if own in layers:
+            stored[name] = own
+            found = layers[own].outputs, layers[own].inputs
+            if shape(module) != found:
+                raise InputError(f"{own} is packed for {found}, but config.json describes {shape(module)}")
+    extra = layers.keys() - set(stored.values())
+    if extra:
+        name = f"{min(extra)}.{layers[min(extra)].suffixes[0]}"
+        raise InputError(f"{source.folder} holds {name}, for which its config.json has no layer")
+    return stored

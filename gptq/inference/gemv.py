@@ -97,7 +97,7 @@ def multiply(  # type: ignore[no-untyped-def]
         y_o = sum_g scale_go (sum_{k in g} code_ok x_k - zero_go sum_{k in g} x_k)
 
     Args:
-        words: int32, scale: float32 or int16, zero: uint8, each in strips as `products.Layout` has them.
+        words: int32, scale: float32 or int16, zero: uint8, each in strips as `layout.Layout` has them.
         x: (rows, units, numbers of a unit), a unit for each 32 inputs.
         x_sums: (rows, groups) float32, of x.
         less: what codes are smaller by when they meet x.

@@ -1,6 +1,6 @@
 """A unit of packed words times x in float32, for any CPU; and packed words written out as weights.
 
-Thirty-two codes of an output fill `bits` words, whatever the width (see `packing`), and in `products.Layout` those of
+Thirty-two codes of an output fill `bits` words, whatever the width (see `packing`), and in `layout.Layout` those of
 LANES outputs lie side by side. They are the lanes of a vector, and a unit of 32 codes is unrolled:
 mask, convert, multiply-add. A code is not shifted down: its number in place is 2^shift times too large, and the input
 that it meets is made as much smaller beforehand, which is exact. Only codes that straddle two words, or reach the sign

@@ -10,9 +10,9 @@ from transformers.quantizers.base import HfQuantizer
 from gptq import formats
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
-from gptq.formats.packed_layers import packed_layers
+from gptq.formats.packed_layers import match_layers, packed_layers
 from gptq.formats.quantization_config import read_quantization
-from gptq.inference.quant_linear import match_layers, replace_linear
+from gptq.inference.load import replace_linear
 from gptq.models.tensor_names import Names
 
 

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from gptq.solver.hessian import HessianAccumulator
-
 PARTS = {  # of a fused parameter, in order
     "gate_up_proj": ("gate_proj", "up_proj"),
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
 }
-TOKENS_PER_INPUT = 2  # below so many tokens for each input, an expert's own Hessian is too poor to stand alone
 
 
 class Expert(nn.Module):
@@ -113,29 +110,3 @@ def _computes_alike(fused: nn.Module, first: str, count: int, act: nn.Module) ->
     found = tried(fused, {first: nn.Parameter(stacked), "down_proj": nn.Parameter(down)}, *arguments)
     with torch.no_grad():
         return found is not None and torch.allclose(found, single(*arguments), rtol=1e-4, atol=1e-5)
-
-
-def pseudo_tokens(tokens: int, inputs: int) -> int:
-    """How many tokens of the whole layer make up for those that an expert did not see."""
-    return max(TOKENS_PER_INPUT * inputs - tokens, 0)
-
-
-def blend(own: HessianAccumulator, everyone: HessianAccumulator, own_weight: float) -> tuple[Tensor, Tensor | None]:
-    """H and C (see `HessianAccumulator`) of an expert: own_weight of its own tokens' mean, the rest of all tokens'.
-
-    With n tokens of its own and k pseudo-tokens, own_weight = n / (n + k) and so
-
-        H = (n H_own + k H_all) / (n + k),      k = max(TOKENS_PER_INPUT * inputs - n, 0).
-
-    H has inputs * (inputs + 1) / 2 unknowns, and n tokens give it a rank of at most n. With fewer tokens than inputs
-    the solver would find directions in which errors seem to cost nothing, though other text would use them. All tokens
-    of the layer are the best guess at hand of what that text looks like: the router sends an expert some of them. An
-    expert with enough tokens (k = 0) is judged by its own only.
-    """
-    if own_weight == 1:
-        return own.mean(), own.drift_mean()
-    H = own_weight * own.mean() + (1 - own_weight) * everyone.mean()
-    C_own, C_all = own.drift_mean(), everyone.drift_mean()
-    if C_all is None:
-        return H, None
-    return H, (1 - own_weight) * C_all + (0 if C_own is None else own_weight * C_own)

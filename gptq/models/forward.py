@@ -6,14 +6,20 @@ and entered again. When all windows stand at a layer, the engine has its whole i
 and lets them go on: one forward per window, whatever happens inside the model's code.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PreTrainedModel
+
+from gptq.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -137,3 +143,50 @@ def run_through(function: Callable[[], Any]) -> Any:
     while forward.advance():
         pass
     return forward.result
+
+
+def check_tokens(windows: Tensor, network: PreTrainedModel) -> None:
+    """Raises InputError if a token has no embedding; then tokenizer and model do not belong together."""
+    vocabulary = int(network.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= vocabulary:
+        raise InputError(
+            f"tokens run from {low} to {high}, but the model has {vocabulary}; is the tokenizer another model's?"
+        )
+
+
+def check_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    """Raises InputError for an argument that the model does not take."""
+    known = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
+    unknown = [name for name in inputs if name not in known]
+    if unknown:
+        raise InputError(f"{type(model).__name__} takes no {unknown[0]}; it takes {', '.join(known)}")
+
+
+def sent(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a model is called on, on a device, numbers that are not whole in the forward's dtype."""
+    return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
+
+
+def with_defaults(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's forward without a cache of keys and values, where it has one."""
+    cached = "use_cache" in inspect.signature(model.forward).parameters
+    return partial(run, model, use_cache=False) if cached else partial(run, model)
+
+
+def run(model: PreTrainedModel, **inputs: Any) -> Any:
+    """The model's forward.
+
+    Raises:
+        InputError: it fails, on what config.json or the inputs say and no shape could show (heads that do not divide
+            the width, tokens without an embedding).
+    """
+    try:
+        return model(**inputs)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # any type, depending on the model's code
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(
+            f"a forward pass of {type(model).__name__} failed ({reason}); do its config.json and the inputs fit it?"
+        ) from error

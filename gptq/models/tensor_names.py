@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from gptq.checkpoint.reader import TensorInfo
+from gptq.checkpoint.tensors import TensorInfo
 from gptq.errors import InputError
 from gptq.models.experts import PARTS
 

@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from gptq.errors import InputError
-from gptq.models.blocks import Block, fused_siblings, sent, shape, with_defaults
+from gptq.models.blocks import Block, fused_siblings, shape
 from gptq.models.experts import Experts
+from gptq.models.forward import sent, with_defaults
 
 DEVICE = torch.Tensor.device.__get__
 LOOKS = {  # at a weight's outside

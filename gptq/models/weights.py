@@ -3,7 +3,7 @@
 A module's tensors are read when it is about to run, and dropped when it is done.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -151,3 +151,16 @@ def drop(module: nn.Module) -> None:
             if parameter is not None:
                 empty = torch.empty_like(parameter, device="meta")
                 child._parameters[key] = nn.Parameter(empty, requires_grad=False)
+
+
+@contextmanager
+def swapped(weights: Mapping[nn.Module, nn.Parameter | None]) -> Iterator[None]:
+    """Inside, layers compute with these weights instead of their own."""
+    own = {linear: linear._parameters["weight"] for linear, weight in weights.items() if weight is not None}
+    try:
+        for linear in own:
+            linear._parameters["weight"] = weights[linear]
+        yield
+    finally:
+        for linear, weight in own.items():
+            linear._parameters["weight"] = weight

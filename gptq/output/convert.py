@@ -9,16 +9,21 @@ import torch
 
 from gptq import formats
 from gptq.checkpoint.atomic_folder import appearing_folder
-from gptq.checkpoint.reader import ShardWriter, Source, TensorInfo, resolve, sha256
+from gptq.checkpoint.hub import resolve
+from gptq.checkpoint.reader import Source
+from gptq.checkpoint.tensors import TensorInfo, sha256
+from gptq.checkpoint.writer import ShardWriter
 from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats.codec import Codes, Scheme
-from gptq.formats.packed_layers import PackedLayer, packed_layers, read_packed
+from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
-from gptq.inference.quant_linear import match_layers
-from gptq.models.blocks import empty_model, find_blocks, is_transposed, read_config, take_experts_apart
+from gptq.models.blocks import find_blocks, is_transposed
+from gptq.models.build import empty_model, take_experts_apart
+from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names, check_tensors
-from gptq.output.record import RECORD, Linears, beside, describe, model_name, read_record, write_files
+from gptq.output.record import Linears, beside, describe, model_name, read_record, write_files
+from gptq.output.results import RECORD
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptq.checkpoint.atomic_folder import copy_files
-from gptq.checkpoint.reader import sha256_file
+from gptq.checkpoint.tensors import sha256_file
 from gptq.checkpoint.untrusted import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
 from gptq.config import FORMATS, Format, QuantConfig
-from gptq.errors import InputError, printable
+from gptq.errors import InputError
 from gptq.formats.codec import Scheme
-from gptq.formats.compatibility import engines
 from gptq.formats.quantization_config import (
     GPTQ_FORMATS,
     QUANTIZE_CONFIG,
@@ -31,65 +29,12 @@ from gptq.formats.quantization_config import (
 )
 from gptq.models.blocks import LINEAR, Block
 from gptq.models.tensor_names import Names
+from gptq.output.model_card import card_metadata, model_card
+from gptq.output.results import CARD, CODE_BINS, QUALITY, RECORD, WEIGHT_BINS, LayerResult
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.version import __version__
 
-RECORD = "quantization_record.json"
-QUALITY = "quality.json"  # what `gptq eval --save` measured
-WEIGHT_BINS, CODE_BINS = 40, 64  # at most, of histograms
-CARD = "README.md"
 COPIED_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".md", "LICENSE", "NOTICE")
-IMPORT, USE = "from transformers import AutoModelForCausalLM", 'AutoModelForCausalLM.from_pretrained("this repository")'
-USAGE: dict[Format, tuple[str, ...]] = {
-    "gptq": ("import gptq  # lets transformers load GPTQ files", IMPORT, "", f"model = {USE}"),
-    "gptq_v2": ("import gptq  # lets transformers load GPTQ files", IMPORT, "", f"model = {USE}"),
-    "pack-quantized": (f"{IMPORT}  # with compressed-tensors installed", "", f"model = {USE}"),
-}
-KEPT_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the source's model card
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What came of one linear layer.
-
-    `error` is the exact relative output error on the calibration tokens, ||(T - Q) X||^2 / ||W X||^2, `heldout_error`
-    the same on windows that the solver has not seen, and `rtn_error` that of round-to-nearest on what it has seen. Of a
-    layer with many rows, the last two are `error` times how much larger they are on a few hundred of the rows. T is W,
-    or with two streams W and a `share` of what makes up for the layers before (see `solver.error_propagation`), and Q
-    is what the solver chose, before any tuning of the block. Where no calibration token was used (method "rtn", or a
-    layer that none reached), X is the identity. Of an expert that few tokens reached, X is the blend of
-    `models.experts`, and `tokens` counts its own.
-    """
-
-    name: str
-    bits: int
-    group_size: int
-    error: float
-    rtn_error: float
-    heldout_error: float | None
-    share: float | None
-    damp: float | None
-    tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class BlockError:
-    """How far a block's output is from the original's on held-out windows, relative to its power, around its tuning."""
-
-    name: str
-    solved: float
-    tuned: float
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How many of `all_tokens` each of a layer's experts saw; for those in `blended` it was too few."""
-
-    name: str
-    all_tokens: int
-    tokens: list[int]
-    blended: list[int]
 
 
 @dataclass(frozen=True)
@@ -128,24 +73,6 @@ def model_name(model: str | Path) -> str:
 def public_name(source: str) -> str:
     """A source of text as the record may show it: of a path on this machine only the name."""
     return Path(source).name if source.startswith(("/", ".", "~")) else source
-
-
-def weight_histogram(W: Tensor) -> dict[str, Any]:
-    """How a layer's weights (outputs, inputs) are spread before quantization: counts in 40 equal bins over
-    [-weight_range, weight_range], the last one closed."""
-    largest = max(abs(float(end)) for end in W.aminmax())
-    half = WEIGHT_BINS / 2
-    counts = torch.zeros(WEIGHT_BINS, dtype=torch.int64, device=W.device)
-    for part in W.split(512):  # as a layer can be large
-        bin_of = (part * (half / (largest or 1.0)) + half).clamp_(0, WEIGHT_BINS - 1).to(torch.uint8)  # rounds down
-        counts += torch.bincount(bin_of.flatten(), minlength=WEIGHT_BINS)
-    return {"weight_range": largest, "weight_histogram": counts.tolist()}
-
-
-def code_histogram(codes: Tensor, bits: int) -> dict[str, Any]:
-    """Counts of a layer's codes, each by itself, of more than 64 kinds several neighbours together."""
-    code_bins = min(2**bits, CODE_BINS)
-    return {"code_histogram": torch.bincount(codes.flatten() // (2**bits // code_bins), minlength=code_bins).tolist()}
 
 
 def layer_entries(
@@ -310,75 +237,6 @@ MEASURED: dict[str, Check] = {"perplexity": ERROR, "data": is_text, "tokens": CO
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------
-
-
-def card_metadata(card: Path) -> dict[str, str]:
-    """The lines of a model card's front matter that hold for the quantized model too, license for one."""
-    if not card.is_file():
-        return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    entries = re.findall(r"^(\w+):((?: .*)?(?:\n[ -].*)*)", front[1], re.MULTILINE) if front else []
-    return {key: value for key, value in entries if key in KEPT_METADATA}
-
-
-def model_card(chosen: Format, layers: Layers, record: dict[str, Any]) -> str:
-    """README.md of a model repository: what this is, how it was made, what was measured, how to load it."""
-    name, made = record.get("model"), record["config"]
-    front = {"library_name": " transformers", **record.get("card_metadata", {})}
-    if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        front |= {"base_model": f" {name}", "base_model_relation": " quantized"}
-    widths = sorted({scheme.bits for scheme, _ in layers.values()})
-    tags = ["gptq" if chosen != "pack-quantized" else "compressed-tensors", *(f"{bits}-bit" for bits in widths)]
-    lines = ["---", *(f"{key}:{value}" for key, value in front.items()), "tags:", *(f"- {tag}" for tag in tags), "---"]
-    lines += ["", f"# {_inline(name or 'A model')}, {' and '.join(map(str, widths))} bits", ""]
-    lines += [
-        f"{len(layers)} linear layers are quantized, in the `{chosen}` format; everything else is as it was.",
-        f"Written by `gptq` {__version__}; `gptq verify` compares the files with `{RECORD}`.",
-        "",
-    ]
-    lines += ["## How it was made", "", *_options(made, record), ""]
-    lines += _measured(record)
-    apart = record.get("experts")  # transformers fuses experts when it loads, and then has no layers for them
-    usage = ("import gptq", "", 'model = gptq.load("this folder")') if apart else USAGE[chosen]
-    lines += ["## How to load it", "", "```python", *usage, "```", "", "## What loads it", ""]
-    lines += [f"- {engine.name}: {'yes' if engine.takes else 'no'}, {engine.why}" for engine in engines(layers)]
-    return "\n".join(lines) + "\n"
-
-
-def _options(made: dict[str, Any] | None, record: dict[str, Any]) -> list[str]:
-    if made is None:
-        return [f"By another tool ({_inline(record.get('made_by') or 'which did not say its name')}), and converted."]
-    rows = {**made, "calibration": record["calibration"] or "none"}
-    own = [(pattern, ", ".join(f"{k} {v}" for k, v in options.items())) for pattern, options in made["overrides"]]
-    rows["overrides"] = "; ".join(f"`{pattern}`: {options}" for pattern, options in own).replace("|", "\\|") or "none"
-    return ["| option | value |", "| --- | --- |", *(f"| {key} | {_inline(value)} |" for key, value in rows.items())]
-
-
-def _inline(value: object) -> str:
-    """A value as plain words of a line of Markdown, whatever a file said: no HTML, no end of the line, no code span.
-
-    Underscores and stars stay, as names are full of the first and expressions of the second.
-    """
-    return printable(str(value)).translate({ord("<"): "&lt;", ord(">"): "&gt;"})
-
-
-def _measured(record: dict[str, Any]) -> list[str]:
-    errors = [entry for entry in record["layers"] if entry["error"] is not None]
-    found = [
-        f"- perplexity {entry['perplexity']:.4f} on `{_inline(entry['data'])}` ({entry['tokens']} tokens in windows of "
-        f"{entry['seq_len']})"
-        for entry in record.get("perplexity", [])
-    ]
-    if errors:
-        worst = max(errors, key=lambda entry: entry["error"])
-        mean = sum(entry["error"] for entry in errors) / len(errors)
-        what = "output on the calibration text" if record["calibration"] else "weight"
-        found.append(
-            f"- relative error of a layer's {what}: {mean:.2%} on average, "
-            f"{worst['error']:.2%} at `{_inline(worst.get('name', worst['stored']))}`"
-        )
-    return ["## Measured", "", *found, ""] if found else []
 
 
 def add_perplexity(folder: Path, entry: dict[str, Any], chosen: Format, layers: Layers) -> None:

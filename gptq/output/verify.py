@@ -9,17 +9,19 @@ from typing import Any
 import torch
 
 from gptq import formats
-from gptq.checkpoint.reader import Source, readable, sha256, sha256_file
+from gptq.checkpoint.reader import Source, readable
+from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import check_folder
 from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats.compatibility import Engine, engines
-from gptq.formats.packed_layers import PackedLayer, packed_layers, read_packed
+from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import QUANTIZE_CONFIG, Quantization, quantization_of, read_quantization
-from gptq.inference.quant_linear import match_layers
-from gptq.models.blocks import empty_model, read_config, take_experts_apart
+from gptq.models.build import empty_model, take_experts_apart
+from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names, check_tensors
-from gptq.output.record import RECORD, add_perplexity, is_claimed, read_record
+from gptq.output.record import add_perplexity, is_claimed, read_record
+from gptq.output.results import RECORD
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gptq.calibration.text import Inputs
+from gptq.calibration.arrays import Inputs
 from gptq.compute.allocator import return_freed_memory
 from gptq.compute.matmul import quick_linears
 from gptq.errors import InputError
-from gptq.models.blocks import Block, sent, with_defaults
+from gptq.models.blocks import Block
 from gptq.models.experts import Experts
 from gptq.models.forward import (
     PausableForward,
@@ -26,10 +26,14 @@ from gptq.models.forward import (
     pause_instead,
     run_through,
     run_until,
+    sent,
+    with_defaults,
 )
 from gptq.models.uncalled_layers import Unread
-from gptq.models.weights import WeightStream, drop
-from gptq.pipeline.layer import Job, LayerInputs, look_at_inputs, original_weights, swapped
+from gptq.models.weights import WeightStream, drop, swapped
+from gptq.pipeline.job import Job
+from gptq.pipeline.layer import original_weights
+from gptq.pipeline.layer_inputs import LayerInputs, look_at_inputs
 from gptq.pipeline.moe import everywhere, routed, solve_experts
 from gptq.pipeline.offload import Shelf
 

@@ -7,10 +7,13 @@ from torch import Tensor
 
 from gptq.compute.distributed import Item
 from gptq.models.blocks import Block
-from gptq.models.experts import Expert, Experts, pseudo_tokens
+from gptq.models.experts import Expert, Experts
 from gptq.models.forward import Pause, argument, input_at
-from gptq.output.record import Coverage
-from gptq.pipeline.layer import Job, accumulated, known_from, original_weights, swapped
+from gptq.models.weights import swapped
+from gptq.output.results import Coverage
+from gptq.pipeline.job import Job
+from gptq.pipeline.layer import original_weights
+from gptq.pipeline.layer_inputs import accumulated, known_from, pseudo_tokens
 
 Routed = tuple[Tensor, Tensor, Tensor | None]  # x (tokens, hidden), experts (tokens, k), x of the original model
 

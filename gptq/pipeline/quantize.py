@@ -15,33 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from gptq import formats
-from gptq.calibration.text import Inputs
-from gptq.calibration.windows import Given, as_given, count_tokens, describe
+from gptq.calibration.arrays import Inputs
+from gptq.calibration.windows import Given, as_given, count_tokens, describe, is_held_out
 from gptq.checkpoint.atomic_folder import Unfinished, unfinished_folder, working_folder
-from gptq.checkpoint.reader import ShardWriter, TensorInfo, file_bytes, sha256
+from gptq.checkpoint.tensors import TensorInfo, sha256
+from gptq.checkpoint.writer import ShardWriter, file_bytes
 from gptq.compute.allocator import return_freed_memory
 from gptq.compute.distributed import Ranks, joined
 from gptq.compute.matmul import exact_float32
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
-from gptq.models.blocks import Block, choose_device, choose_dtype
+from gptq.models.blocks import Block
 from gptq.models.forward import run_through
+from gptq.models.hf_config import choose_device, choose_dtype
 from gptq.models.weights import WeightStream, drop
-from gptq.output.record import (
-    BlockError,
-    LayerResult,
-    code_histogram,
-    layer_entries,
-    linears_of,
-    model_name,
-    public_name,
-    write_files,
-)
+from gptq.output.record import layer_entries, linears_of, model_name, public_name, write_files
+from gptq.output.results import BlockError, LayerResult, code_histogram
 from gptq.pipeline.block import Fresh, solve_head, walk_block, walk_blocks
-from gptq.pipeline.journal import Journal, beginning
-from gptq.pipeline.layer import Job, Observer, finish_layer, is_held_out
+from gptq.pipeline.job import Job, Observer
+from gptq.pipeline.journal import Journal
+from gptq.pipeline.layer import finish_layer
 from gptq.pipeline.offload import Shelf
 from gptq.pipeline.resume import open_journal, restore, run_finished, written_by
+from gptq.pipeline.run_identity import beginning
 from gptq.pipeline.search import choose_widths, enough_windows, notes_on_samples
 from gptq.pipeline.tune import first_tensor, tune
 from gptq.planning import memory
@@ -142,7 +138,7 @@ def quantize(
             observer.note(note)
         observer.started(len(plan.blocks), sum(layer.outputs * layer.inputs for layer in plan.layers.values()))
         writer = _writer(working, plan.tensors, ranks)
-        job = Job(config, plan.layers, stream, writer, observer, ranks=ranks, journal=journal)
+        job = Job(config, plan.layers, stream, writer, observer, finish_layer, ranks=ranks, journal=journal)
         try:
             own = _own(windows, ranks)
             limits = memory_limit, gpu_memory_limit

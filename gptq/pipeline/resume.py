@@ -7,14 +7,14 @@ from torch import nn
 
 from gptq import formats
 from gptq.checkpoint.atomic_folder import Unfinished
-from gptq.checkpoint.reader import ShardWriter
+from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.distributed import Ranks
 from gptq.models.blocks import Block
 from gptq.models.forward import run_through
-from gptq.output.record import BlockError, Coverage, LayerResult
+from gptq.output.results import BlockError, Coverage, LayerResult
 from gptq.pipeline.block import Fresh, run_as_original
+from gptq.pipeline.job import Job
 from gptq.pipeline.journal import Copy, Journal
-from gptq.pipeline.layer import Job
 
 
 def open_journal(working: Unfinished, begun: dict[str, Any], blocks: int, ranks: Ranks) -> tuple[Journal, list[str]]:

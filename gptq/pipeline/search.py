@@ -8,21 +8,24 @@ import torch
 from torch import nn
 
 from gptq import solver
-from gptq.calibration.text import Inputs
-from gptq.calibration.windows import MOST_WINDOWS, Given, windows_of
+from gptq.calibration.arrays import Inputs
+from gptq.calibration.windows import MOST_WINDOWS, Given, is_held_out, windows_of
 from gptq.compute.matmul import exact_float32
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.forward import run_through
-from gptq.models.weights import WeightStream
-from gptq.output.record import LayerResult
+from gptq.models.weights import WeightStream, swapped
+from gptq.output.results import LayerResult
 from gptq.pipeline.block import Fresh, run_as_original, solve_head, walk_block, walk_blocks
+from gptq.pipeline.job import Job, Observer
 from gptq.pipeline.journal import Journal
-from gptq.pipeline.layer import TINY, Job, LayerInputs, Observer, heldout_excess, is_held_out, swapped
+from gptq.pipeline.layer import finish_layer, heldout_excess
+from gptq.pipeline.layer_inputs import LayerInputs
 from gptq.pipeline.tune import first_tensor
 from gptq.planning.bit_allocation import Unit, choose, overrides_for, units_of
 from gptq.planning.plan import Plan
+from gptq.solver.solve import TINY
 
 FEWEST_WINDOWS = 16  # that a search for enough windows tries
 ENOUGH = 0.1  # held-out error above the calibration's by so little that more windows would change it by half of that
@@ -44,11 +47,14 @@ def enough_windows(
     """
     drawn = journal.find("windows")
     if drawn:
-        windows, notes = windows_of(given, drawn[0]["count"], plan, config, trust_remote_code)[0], drawn[0]["notes"]
+        windows, notes = (
+            windows_of(given, drawn[0]["count"], plan.folder, plan.network, config, trust_remote_code)[0],
+            drawn[0]["notes"],
+        )
     elif config.num_samples == "auto":
         windows, notes = _search_windows(given, plan, config, stream, trust_remote_code, observer)
     else:
-        windows, notes = windows_of(given, config.num_samples, plan, config, trust_remote_code)
+        windows, notes = windows_of(given, config.num_samples, plan.folder, plan.network, config, trust_remote_code)
     journal.require_windows(windows, notes)
     return windows, notes
 
@@ -56,7 +62,7 @@ def enough_windows(
 def _search_windows(
     given: Given, plan: Plan, config: QuantConfig, stream: WeightStream, trust_remote_code: bool, observer: Observer
 ) -> tuple[list[Inputs], list[str]]:
-    windows, notes = windows_of(given, FEWEST_WINDOWS, plan, config, trust_remote_code)
+    windows, notes = windows_of(given, FEWEST_WINDOWS, plan.folder, plan.network, config, trust_remote_code)
     if not isinstance(given, str):
         return windows, notes
     alone = replace(config, effort="fast", two_streams=False, tune_steps=0, target_bits=None, target_size=None)
@@ -68,7 +74,7 @@ def _search_windows(
         if excess <= ENOUGH or 2 * len(windows) > MOST_WINDOWS:
             return windows, notes
         try:
-            windows, notes = windows_of(given, 2 * len(windows), plan, config, trust_remote_code)
+            windows, notes = windows_of(given, 2 * len(windows), plan.folder, plan.network, config, trust_remote_code)
         except InputError:  # the text has no more
             return windows, [*notes, f"the calibration text ends at {len(windows)} windows; more would help"]
 
@@ -87,7 +93,7 @@ def notes_on_samples(results: list[LayerResult]) -> list[str]:
 def _results_of_first_block(
     windows: list[Inputs], plan: Plan, config: QuantConfig, stream: WeightStream
 ) -> list[LayerResult]:
-    job = Job(config, plan.layers, stream, None, Observer())
+    job = Job(config, plan.layers, stream, None, Observer(), finish_layer)
 
     def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:
         walk_block(index, block, fresh, len(windows), job)
@@ -121,9 +127,9 @@ def choose_widths(
     if known:
         before = (plan.layers[name] for block in plan.blocks if block.name in known for name in block.linears)
         observer.going_on(len(known), sum(layer.outputs * layer.inputs for layer in before))
-    job = Job(config, plan.layers, stream, None, observer)
     trials: dict[str, dict[tuple[int, int], solver.SolvedLayer]] = {}
-    job.finish = partial(_try_choices, units={name: unit for unit in units for name in unit.layers}, trials=trials)
+    finish = partial(_try_choices, units={name: unit for unit in units for name in unit.layers}, trials=trials)
+    job = Job(config, plan.layers, stream, None, observer, finish)
     measured: list[Unit] = []
 
     def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:

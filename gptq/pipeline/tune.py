@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq.config import TUNE_WINDOWS
 from gptq.solver import grid
 from gptq.solver.solve import SolvedLayer
 
-BATCH = 8  # windows per step
 RATE = 5e-3  # of scales and small parameters, relative to their size
 CODE_TRAVEL = 1.0  # codes that an offset can move by in all: Adam's steps are about as long as their rate
 
@@ -93,7 +93,8 @@ def tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with torch.enable_grad():
         for _ in range(steps):
-            chosen = [learned[i] for i in torch.randint(len(learned), (min(BATCH, len(learned)),), generator=draw)]
+            size = (min(TUNE_WINDOWS, len(learned)),)
+            chosen = [learned[i] for i in torch.randint(len(learned), size, generator=draw)]
             tensors = soft()
             leaves = {key: t.detach().requires_grad_() for key, t in tensors.items()}
             with _substituted(leaves):  # window by window, so that one window's activations are held at a time

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gptq import formats
-from gptq.checkpoint.reader import file_bytes
+from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.codec import Scheme

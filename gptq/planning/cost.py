@@ -22,9 +22,8 @@ from torch import Tensor
 
 from gptq import solver
 from gptq.compute.matmul import exact_float32, product
-from gptq.config import QuantConfig
+from gptq.config import TUNE_WINDOWS, QuantConfig
 from gptq.models.blocks import fused_siblings
-from gptq.pipeline.tune import BATCH as TUNED
 from gptq.planning.memory import Tokens
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
@@ -66,7 +65,7 @@ def count(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
     streams = config.streams
     everything = tokens.windows * tokens.per_window
     heads = [linear.name for linear in layers[-1:] if config.lm_head]
-    step = min(TUNED, tokens.windows - tokens.held_out) * tokens.per_window  # tokens that a step of tuning sees
+    step = min(TUNE_WINDOWS, tokens.windows - tokens.held_out) * tokens.per_window  # tokens that a step of tuning sees
     passes = streams * everything + 3 * (config.tune_steps or 0) * step  # going back is twice as much as forth
     forward = sum(2.0 * passes * p.outputs * p.inputs for p in layers if p.name not in heads)
     together = [[plan.layers[n] for n in names] for block in plan.blocks for names in fused_siblings(block.linears)]

@@ -28,11 +28,11 @@ from gptq.compute.allocator import choose_allocator, return_freed_memory
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block, fused_siblings
-from gptq.pipeline.layer import ROWS
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.error_propagation import ROWS as CORRECTED
 from gptq.solver.hessian import TOKENS
+from gptq.solver.solve import ROWS
 
 MARGIN = 0.05  # of a limit that is kept free for what the model does not know of
 SHARE = 0.8  # of the memory that is free which a run takes unless it is told otherwise

@@ -11,24 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq import formats
-from gptq.checkpoint.reader import Source, TensorInfo, file_bytes, resolve
+from gptq.checkpoint.hub import resolve
+from gptq.checkpoint.reader import Source
+from gptq.checkpoint.tensors import TensorInfo
+from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.codec import Scheme
 from gptq.formats.quantization_config import Layers, quantization_of
-from gptq.models.blocks import (
-    Block,
-    check_inputs,
-    check_untied,
-    empty_model,
-    find_blocks,
-    find_head,
-    fused_siblings,
-    is_transposed,
-    read_config,
-    shape,
-    take_experts_apart,
-)
+from gptq.models.blocks import Block, find_blocks, find_head, fused_siblings, is_transposed, shape
+from gptq.models.build import check_untied, empty_model, take_experts_apart
+from gptq.models.forward import check_inputs
+from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names, check_tensors, note_on_left_over
 from gptq.models.uncalled_layers import not_called
 

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptq.compute.distributed import Ranks
-from gptq.compute.matmul import has_pairs, has_tiles, product, products_of
+from gptq.compute.cpu_features import has_pairs, has_tiles
+from gptq.compute.distributed import ALONE, Ranks
+from gptq.compute.matmul import product, products_of
 
-ALONE = Ranks()
 PANEL = 256  # rows of a symmetric sum that one product computes, from the diagonal on
 TOKENS = 1024  # that are added at a time: with fewer the sums are read and written too often, more take memory
 

@@ -21,6 +21,9 @@ from torch import Tensor
 from gptq.compute.matmul import product
 from gptq.solver import grid, inner_loops
 
+ROWS = 2048  # of one or several weights that are solved at a time: bounds the memory, and what a unit of work is
+TINY = 1e-30  # instead of a layer's output power where that is zero
+
 
 @dataclass(frozen=True)
 class Factor:

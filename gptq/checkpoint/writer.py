@@ -1,0 +1,187 @@
+"""Write a checkpoint as safetensors: all shards are laid out first, then tensors go to their place in any order."""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from gptq.checkpoint.atomic_folder import sync_path
+from gptq.checkpoint.tensors import DTYPE_CODES, DTYPES, INDEX, SINGLE, TensorInfo, tensor_bytes
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class ShardWriter:
+    """Writes a checkpoint whose tensors are known in advance, one tensor at a time, in any order.
+
+    Shards are what `safetensors.torch.save_file` makes of the same tensors, byte for byte, with the Hub's names.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, TensorInfo],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        shards: list[list[str]] | None = None,
+        going_on: bool = False,
+        muted: bool = False,
+    ) -> None:
+        """Lay out `shards`, lists of names, or shards of at most so many bytes that do not part a layer's tensors.
+
+        With `going_on` shards that an earlier writer laid out alike are opened as they are; which of their tensors were
+        written is for `adopt` to say. With `muted` another process writes what this one computes as well.
+        """
+        self.folder = folder
+        self._muted = muted
+        self.checksums: dict[str, str] = {}
+        self._tensors = tensors
+        self._offsets: dict[str, tuple[int, int]] = {}  # name -> (shard, byte in its file)
+        self._files: list[BinaryIO] = []
+        self.checksums.update(dict.fromkeys(tensors, ""))
+        shards = shards or _split_into_shards(tensors, max_shard_bytes)
+        try:
+            for number, names in enumerate(shards):
+                single = len(shards) == 1
+                file_name = SINGLE if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+                self._open_shard(self.folder / file_name, number, names, going_on)
+            if len(shards) > 1 and not muted:
+                self._write_index(shards)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _open_shard(self, path: Path, number: int, names: list[str], going_on: bool) -> None:
+        header, offset = _encode_header({name: self._tensors[name] for name in names})
+        size = len(header) + sum(self._tensors[name].nbytes for name in names)
+        going_on = going_on and path.is_file() and path.stat().st_size == size and _begins_with(path, header)
+        file: Any = path.open("rb" if self._muted else "r+b" if going_on else "w+b")  # closed by `close` or `abandon`
+        self._files.append(file)
+        for name, begin in offset.items():
+            self._offsets[name] = (number, len(header) + begin)
+        if not going_on and not self._muted:
+            file.write(header)
+            file.truncate(size)
+
+    def _write_index(self, shards: list[list[str]]) -> None:
+        weight_map = {n: Path(self._files[i].name).name for i, names in enumerate(shards) for n in names}
+        total = sum(info.nbytes for info in self._tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in its place.
+
+        Raises:
+            ValueError: it is not the tensor that was announced, or comes a second time.
+        """
+        announced = self._tensors[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (announced.dtype, announced.shape):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {announced}")
+        if self.checksums[name]:
+            raise ValueError(f"{name} was written already")
+        shard, offset = self._offsets[name]
+        content = tensor_bytes(tensor)
+        if not self._muted:
+            self._files[shard].seek(offset)
+            self._files[shard].write(content)
+        self.checksums[name] = hashlib.sha256(content).hexdigest()
+
+    def adopt(self, checksums: dict[str, str]) -> bool:
+        """Take tensors that an earlier writer wrote for written, if all of them have these checksums."""
+        if any(name not in self._tensors or self._digest(name) != checksum for name, checksum in checksums.items()):
+            return False
+        self.checksums.update(checksums)
+        return True
+
+    def _digest(self, name: str) -> str:
+        shard, offset = self._offsets[name]
+        self._files[shard].seek(offset)
+        digest, left = hashlib.sha256(), self._tensors[name].nbytes
+        while left and (chunk := self._files[shard].read(min(left, 2**24))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return digest.hexdigest()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written."""
+        info, (shard, offset) = self._tensors[name], self._offsets[name]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        self._files[shard].seek(offset)
+        content = bytearray(self._files[shard].read(info.nbytes))
+        return torch.frombuffer(content, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
+
+    def sync(self) -> None:
+        """Make what was written so far survive a power cut."""
+        if self._muted:
+            return
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        sync_path(self.folder)
+
+    def close(self) -> None:
+        """Raises ValueError if an announced tensor never came."""
+        missing = [name for name, checksum in self.checksums.items() if not checksum]
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
+        self.sync()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the files as they are; a full disk has been reported by then."""
+        for file in self._files:
+            with suppress(OSError):
+                file.close()
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def _split_into_shards(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for _, together in groupby(tensors, key=lambda name: name.rpartition(".")[0] or name):
+        names = list(together)
+        nbytes = sum(tensors[name].nbytes for name in names)
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1] += names
+        size += nbytes
+    return shards
+
+
+def file_bytes(tensors: dict[str, TensorInfo]) -> int:
+    """What the safetensors files that `ShardWriter` makes of these tensors take together."""
+    shards = _split_into_shards(tensors, MAX_SHARD_BYTES)
+    headers = sum(len(_encode_header({name: tensors[name] for name in names})[0]) for names in shards)
+    return headers + sum(info.nbytes for info in tensors.values())
+
+
+def _encode_header(tensors: dict[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """A shard's header and each tensor's offset behind it."""
+    offsets: dict[str, int] = {}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    rank = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+    for name in sorted(tensors, key=lambda n: (rank[tensors[n].dtype], n)):
+        info = tensors[name]
+        offsets[name] = end
+        end += info.nbytes
+        entries[name] = {
+            "dtype": DTYPE_CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets

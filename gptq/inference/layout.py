@@ -1,0 +1,127 @@
+"""The layout that the compiled loops read, made from a layer's stored tensors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq import formats
+from gptq.formats.codec import Scheme
+from gptq.formats.packing import pack
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A layer's stored tensors with what is needed to read them."""
+
+    packed: dict[str, Tensor]
+    scheme: Scheme
+    outputs: int
+    inputs: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.packed.values())).device
+
+    @property
+    def columns(self) -> int:
+        return self.scheme.columns(self.inputs)
+
+    def codes(self) -> formats.Codes:
+        return formats.decode(self.packed, self.scheme)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the compiled loops read, from end to end.
+
+    Outputs are taken in strips of simd.TILE, the last of which may be narrower. A strip's words go unit by unit, 32
+    inputs each, and in a unit by simd.LANES outputs, of which the `bits` words lie one after the other, those of
+    neighbouring outputs side by side. Its scales and zeros go group by group. So a strip is one run in memory: pieces
+    of every line of the stored words would be read at two thirds of the rate.
+    """
+
+    words: Tensor  # int32
+    scale: Tensor  # float32, or int16 that are the bits of float16 numbers where these say the same
+    zero: Tensor  # uint8
+    perm: Tensor | None  # (inputs,) order in which groups are runs
+    inputs: int  # padded to whole units
+    bits: int
+    columns: int
+    outputs: int
+    width: int  # outputs padded to a multiple of simd.WIDE
+    whole: bool  # whether the words are those of the stored `qweight`, all of them and no others
+
+    @classmethod
+    def of(cls, stored: Stored) -> "Layout | None":
+        """None where g_idx cannot be sorted into runs."""
+        from gptq.compute import simd
+
+        scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
+        perm = None
+        if scheme.scattered:
+            g_idx = formats.decode_groups(stored.packed, scheme, inputs)
+            perm = torch.argsort(g_idx, stable=True)
+            if not torch.equal(g_idx[perm], formats.in_runs(scheme, inputs)):
+                return None
+        wide, deep = round_up(outputs, simd.WIDE), round_up(inputs, 32)
+        whole = perm is None and scheme.format != "pack-quantized" and (wide, deep) == (outputs, inputs)
+        if whole:
+            words = stored.packed["qweight"]  # (units * bits, outputs)
+            scale = stored.packed["scales"]
+            zero = formats.decode_zeros(stored.packed["qzeros"], scheme, outputs).T
+        else:
+            integers = stored.codes()
+            codes = integers.codes if perm is None else integers.codes[:, perm]
+            padded = torch.nn.functional.pad(codes, (0, deep - inputs, 0, wide - outputs))  # (wide, deep)
+            words = pack(padded.T, scheme.bits)
+            scale, zero = integers.scale.T, integers.zero.T
+        rim = (0, wide - outputs)
+        scale, zero = (torch.nn.functional.pad(t, rim) for t in (_halves(scale), zero))  # (groups, wide)
+        columns = deep if stored.columns == inputs else stored.columns
+        words, scale, zero = _in_strips(words, scheme.bits), _in_strips(scale, 1), _in_strips(zero, 1)
+        return cls(words, scale, zero, perm, deep, scheme.bits, columns, outputs, wide, whole)
+
+    @property
+    def groups(self) -> int:
+        return self.scale.numel() // self.width
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """x (..., inputs) in the order of the words, padded with zeros, contiguous."""
+        if self.perm is not None:
+            x = x[..., self.perm]
+        missing = self.inputs - x.shape[-1]
+        return (torch.nn.functional.pad(x, (0, missing)) if missing else x).contiguous()
+
+    def left_of(self, y: Tensor) -> Tensor:
+        """y (..., width) without the padding of outputs."""
+        return y if self.width == self.outputs else y[..., : self.outputs]
+
+    def stored_words(self) -> Tensor:
+        """The words as they were stored, (units * bits, outputs), where these are the `whole`."""
+        from gptq.compute import simd
+
+        found = self.words.new_empty(self.inputs // 32, self.bits, self.width)
+        for low in range(0, self.width, simd.TILE):
+            strip = found[..., low : low + simd.TILE].unflatten(-1, (-1, simd.LANES)).transpose(1, 2)
+            begin = low * len(found) * self.bits
+            strip.copy_(self.words[begin : begin + strip.numel()].view(strip.shape))
+        return found.flatten(0, 1)
+
+
+def _halves(scale: Tensor) -> Tensor:
+    """Scales as `Layout` has them."""
+    halves = scale.to(torch.float16)
+    return halves.view(torch.int16) if torch.equal(halves.float(), scale.float()) else scale.float()
+
+
+def _in_strips(lines: Tensor, size: int) -> Tensor:
+    """(units * size, outputs) in the order of Layout, (units * size * outputs,)."""
+    from gptq.compute import simd
+
+    strips = lines.unflatten(0, (-1, size)).split(simd.TILE, dim=-1)  # (units, size, outputs of a strip) each
+    return torch.cat([strip.unflatten(-1, (-1, simd.LANES)).transpose(1, 2).flatten() for strip in strips])
+
+
+def round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit

@@ -1,0 +1,90 @@
+"""config.json, tokenizer, device and dtype: what is known of a model before it is built."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from gptq.checkpoint.untrusted import read_json
+from gptq.errors import InputError
+
+COUNTED = re.compile(r"(^|_)(layers?|blocks?|labels?|experts?|heads?|stages?|depths?|codebooks?)($|_)")
+MOST = 2**20  # of what config.json counts: transformers makes lists and modules of them before a weight is looked at
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Raises InputError where config.json is missing, broken, or of a model that transformers does not know."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json; is it a model folder?")
+    _check_config(folder / "config.json", read_json(folder / "config.json"))
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # any type, depending on what the file holds
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder / 'config.json'} could not be used: {reason}") from error
+    return config
+
+
+def _check_config(file: Path, values: dict[str, Any]) -> None:
+    """Raises InputError for what transformers would make millions of objects of, or load code for."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_config(file, value)
+        elif isinstance(value, int | float) and COUNTED.search(key) and value > MOST:
+            raise InputError(f"{file} says {key} {value}; no model has so many")
+        elif key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise InputError(f"{file} asks for {key} {value!r}, which would be code from the Hub; delete that line")
+
+
+def choose_device(device: str) -> torch.device:
+    """Raises InputError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise InputError(f"the device is {device!r}; it is auto, cpu, cuda, or cuda:N")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def choose_dtype(dtype: str, hf_config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype of forward passes; see `quantize`."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype in known:
+        return known[dtype]
+    if dtype != "auto":
+        raise InputError(f"dtype is {dtype!r}; it is auto, float32, bfloat16 or float16")
+    stored = getattr(hf_config, "dtype", None) or torch.float32
+    native = device.type != "cpu" or (stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    return stored if native and stored in known.values() else torch.float32
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Raises InputError if the folder has none that works."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # any type, depending on what the files hold
+        raise InputError(f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
+    return tokenizer
+
+
+def fitting_seq_len(seq_len: int, hf_config: PreTrainedConfig, model: nn.Module | None = None) -> tuple[int, list[str]]:
+    """seq_len, or the model's limit where that is smaller, and a note that says so.
+
+    A position embedding with a padding row (RoBERTa's) starts counting behind it, which only `model` can tell.
+    """
+    limit = getattr(hf_config, "max_position_embeddings", None)
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")] if model is not None else []
+    padding = max(
+        (m.padding_idx for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None), default=-1
+    )
+    if not isinstance(limit, int) or limit - padding - 1 >= seq_len:
+        return seq_len, []
+    limit -= padding + 1
+    if limit < 2:
+        raise InputError(f"config.json leaves room for windows of {limit} tokens; a window has at least 2")
+    return limit, [f"windows are {limit} tokens, the model's limit, instead of {seq_len}"]

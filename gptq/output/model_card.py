@@ -1,0 +1,89 @@
+"""README.md of the result: what it is, how it was made, what was measured, how to load it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from gptq.config import Format
+from gptq.errors import printable
+from gptq.formats.compatibility import engines
+from gptq.formats.quantization_config import Layers
+from gptq.output.results import RECORD
+from gptq.version import __version__
+
+IMPORT, USE = "from transformers import AutoModelForCausalLM", 'AutoModelForCausalLM.from_pretrained("this repository")'
+USAGE: dict[Format, tuple[str, ...]] = {
+    "gptq": ("import gptq  # lets transformers load GPTQ files", IMPORT, "", f"model = {USE}"),
+    "gptq_v2": ("import gptq  # lets transformers load GPTQ files", IMPORT, "", f"model = {USE}"),
+    "pack-quantized": (f"{IMPORT}  # with compressed-tensors installed", "", f"model = {USE}"),
+}
+KEPT_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the source's model card
+
+
+def card_metadata(card: Path) -> dict[str, str]:
+    """The lines of a model card's front matter that hold for the quantized model too, license for one."""
+    if not card.is_file():
+        return {}
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    entries = re.findall(r"^(\w+):((?: .*)?(?:\n[ -].*)*)", front[1], re.MULTILINE) if front else []
+    return {key: value for key, value in entries if key in KEPT_METADATA}
+
+
+def model_card(chosen: Format, layers: Layers, record: dict[str, Any]) -> str:
+    """README.md of a model repository: what this is, how it was made, what was measured, how to load it."""
+    name, made = record.get("model"), record["config"]
+    front = {"library_name": " transformers", **record.get("card_metadata", {})}
+    if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        front |= {"base_model": f" {name}", "base_model_relation": " quantized"}
+    widths = sorted({scheme.bits for scheme, _ in layers.values()})
+    tags = ["gptq" if chosen != "pack-quantized" else "compressed-tensors", *(f"{bits}-bit" for bits in widths)]
+    lines = ["---", *(f"{key}:{value}" for key, value in front.items()), "tags:", *(f"- {tag}" for tag in tags), "---"]
+    lines += ["", f"# {_inline(name or 'A model')}, {' and '.join(map(str, widths))} bits", ""]
+    lines += [
+        f"{len(layers)} linear layers are quantized, in the `{chosen}` format; everything else is as it was.",
+        f"Written by `gptq` {__version__}; `gptq verify` compares the files with `{RECORD}`.",
+        "",
+    ]
+    lines += ["## How it was made", "", *_options(made, record), ""]
+    lines += _measured(record)
+    apart = record.get("experts")  # transformers fuses experts when it loads, and then has no layers for them
+    usage = ("import gptq", "", 'model = gptq.load("this folder")') if apart else USAGE[chosen]
+    lines += ["## How to load it", "", "```python", *usage, "```", "", "## What loads it", ""]
+    lines += [f"- {engine.name}: {'yes' if engine.takes else 'no'}, {engine.why}" for engine in engines(layers)]
+    return "\n".join(lines) + "\n"
+
+
+def _options(made: dict[str, Any] | None, record: dict[str, Any]) -> list[str]:
+    if made is None:
+        return [f"By another tool ({_inline(record.get('made_by') or 'which did not say its name')}), and converted."]
+    rows = {**made, "calibration": record["calibration"] or "none"}
+    own = [(pattern, ", ".join(f"{k} {v}" for k, v in options.items())) for pattern, options in made["overrides"]]
+    rows["overrides"] = "; ".join(f"`{pattern}`: {options}" for pattern, options in own).replace("|", "\\|") or "none"
+    return ["| option | value |", "| --- | --- |", *(f"| {key} | {_inline(value)} |" for key, value in rows.items())]
+
+
+def _inline(value: object) -> str:
+    """A value as plain words of a line of Markdown, whatever a file said: no HTML, no end of the line, no code span.
+
+    Underscores and stars stay, as names are full of the first and expressions of the second.
+    """
+    return printable(str(value)).translate({ord("<"): "&lt;", ord(">"): "&gt;"})
+
+
+def _measured(record: dict[str, Any]) -> list[str]:
+    errors = [entry for entry in record["layers"] if entry["error"] is not None]
+    found = [
+        f"- perplexity {entry['perplexity']:.4f} on `{_inline(entry['data'])}` ({entry['tokens']} tokens in windows of "
+        f"{entry['seq_len']})"
+        for entry in record.get("perplexity", [])
+    ]
+    if errors:
+        worst = max(errors, key=lambda entry: entry["error"])
+        mean = sum(entry["error"] for entry in errors) / len(errors)
+        what = "output on the calibration text" if record["calibration"] else "weight"
+        found.append(
+            f"- relative error of a layer's {what}: {mean:.2%} on average, "
+            f"{worst['error']:.2%} at `{_inline(worst.get('name', worst['stored']))}`"
+        )
+    return ["## Measured", "", *found, ""] if found else []

@@ -1,0 +1,74 @@
+"""What came of each layer and block, as values."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RECORD = "quantization_record.json"
+QUALITY = "quality.json"  # what `gptq eval --save` measured
+CARD = "README.md"
+WEIGHT_BINS, CODE_BINS = 40, 64  # at most, of histograms
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What came of one linear layer.
+
+    `error` is the exact relative output error on the calibration tokens, ||(T - Q) X||^2 / ||W X||^2, `heldout_error`
+    the same on windows that the solver has not seen, and `rtn_error` that of round-to-nearest on what it has seen. Of a
+    layer with many rows, the last two are `error` times how much larger they are on a few hundred of the rows. T is W,
+    or with two streams W and a `share` of what makes up for the layers before (see `solver.error_propagation`), and Q
+    is what the solver chose, before any tuning of the block. Where no calibration token was used (method "rtn", or a
+    layer that none reached), X is the identity. Of an expert that few tokens reached, X is the blend of
+    `models.experts`, and `tokens` counts its own.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    error: float
+    rtn_error: float
+    heldout_error: float | None
+    share: float | None
+    damp: float | None
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """How far a block's output is from the original's on held-out windows, relative to its power, around its tuning."""
+
+    name: str
+    solved: float
+    tuned: float
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many of `all_tokens` each of a layer's experts saw; for those in `blended` it was too few."""
+
+    name: str
+    all_tokens: int
+    tokens: list[int]
+    blended: list[int]
+
+
+def weight_histogram(W: Tensor) -> dict[str, Any]:
+    """How a layer's weights (outputs, inputs) are spread before quantization: counts in 40 equal bins over
+    [-weight_range, weight_range], the last one closed."""
+    largest = max(abs(float(end)) for end in W.aminmax())
+    half = WEIGHT_BINS / 2
+    counts = torch.zeros(WEIGHT_BINS, dtype=torch.int64, device=W.device)
+    for part in W.split(512):  # as a layer can be large
+        bin_of = (part * (half / (largest or 1.0)) + half).clamp_(0, WEIGHT_BINS - 1).to(torch.uint8)  # rounds down
+        counts += torch.bincount(bin_of.flatten(), minlength=WEIGHT_BINS)
+    return {"weight_range": largest, "weight_histogram": counts.tolist()}
+
+
+def code_histogram(codes: Tensor, bits: int) -> dict[str, Any]:
+    """Counts of a layer's codes, each by itself, of more than 64 kinds several neighbours together."""
+    code_bins = min(2**bits, CODE_BINS)
+    return {"code_histogram": torch.bincount(codes.flatten() // (2**bits // code_bins), minlength=code_bins).tolist()}
