@@ -15,8 +15,8 @@ from gptq.config import Method, QuantConfig
 from gptq.evaluation.evaluate import perplexity_of
 from gptq.inference.load import load
 from gptq.models.hf_config import read_tokenizer
-from gptq.pipeline.job import Observer
 from gptq.pipeline.quantize import quantize
+from gptq.pipeline.run import Observer
 
 MODEL = Path(__file__).parent / "demo_model"
 SEQ_LEN, WINDOWS, GROUP_SIZE = 512, 64, 128

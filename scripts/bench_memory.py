@@ -30,8 +30,8 @@ from gptq.calibration.windows import is_held_out
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
 from gptq.config import QuantConfig, parse_size
-from gptq.pipeline.job import Observer
 from gptq.pipeline.quantize import quantize
+from gptq.pipeline.run import Observer
 from gptq.planning import cost, memory
 from gptq.planning.plan import plan_checkpoint
 
@@ -87,11 +87,14 @@ class FirstBlock(Observer):
     def stage(self, text: str) -> None:
         print(text, file=sys.stderr)
 
+    def prefetched(self, nbytes: int, seconds: float, waited: float) -> None:
+        self.ahead = {"ahead_bytes": nbytes, "ahead_seconds": seconds, "ahead_waited": waited}
+
 
 def child(folder: Path, limit: str, config: QuantConfig) -> None:
     """Quantize, and print what it took."""
     began, observer = time.perf_counter(), FirstBlock()
-    result = quantize(
+    quantize(
         folder / "model", folder / "quantized", config, calibration=random_windows(),
         device="cpu", memory_limit=parse_size(limit), observer=observer,
     )  # fmt: skip
@@ -99,9 +102,7 @@ def child(folder: Path, limit: str, config: QuantConfig) -> None:
         "seconds": time.perf_counter() - began,
         "kernels": observer.at - began,
         "peak": memory.peak_resident(),
-        "ahead_bytes": result.read_ahead_bytes,
-        "ahead_seconds": result.read_ahead_seconds,
-        "ahead_waited": result.read_ahead_waited,
+        **observer.ahead,
     }
     print(json.dumps(found))
 

@@ -54,7 +54,7 @@ PACKAGES: dict[str, list[list[str]]] = {  # steps of pip; a build without isolat
 CODE = {
     OURS: """
 from gptq import QuantConfig, quantize
-import gptq.engine
+import gptq.pipeline.quantize
 start = time.perf_counter()
 config = QuantConfig(bits=4, group_size=128, sweeps=0, two_streams=False, tune_steps=0, format="pack-quantized")
 quantize(model, out, config, calibration=load_file(tokens)["input_ids"])

@@ -47,15 +47,12 @@ TIMED = {  # which functions make up a stage, by module; a class's methods as Cl
     "gptq.models.weights": {"WeightStream.read": "read", "WeightStream.weight": "read"},
     "gptq.models.forward": {"PausableForward.advance": "forward"},
     "gptq.solver.hessian": {"HessianAccumulator.take": "Hessian"},  # adds the windows that still wait
-    "gptq.pipeline.layer": {
-        "accumulated": "Hessian",
-        "blend": "Hessian",
-        "_factorize": "factorize",
-        "solve_rows": "solve",
-    },
+    "gptq.pipeline.layer_inputs": {"accumulate": "Hessian", "blend": "Hessian", "_factorize": "factorize"},
+    "gptq.pipeline.moe": {"accumulate": "Hessian"},
+    "gptq.pipeline.layer": {"solve_rows": "solve", "find_corrections": "solve"},
     "gptq.formats": {"encode": "pack"},
     "gptq.pipeline.quantize": {"sha256": "write", "write_files": "write"},
-    "gptq.checkpoint": {"ShardWriter.write": "write", "ShardWriter.close": "write"},
+    "gptq.checkpoint.writer": {"ShardWriter.write": "write", "ShardWriter.close": "write"},
 }
 WINDOWS, TOKENS, GROUP, BITS, SEED = 32, 512, 128, 4, 0
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from gptq import InputError, QuantConfig, quantize
 from gptq.pipeline import row_tiles
-from gptq.pipeline.job import Observer
+from gptq.pipeline.run import Observer
 from gptq.solver import hessian
 
 torch.set_num_threads(1)

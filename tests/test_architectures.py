@@ -25,7 +25,7 @@ from gptq.calibration.text import frame_of
 from gptq.config import Format
 from gptq.models.blocks import Block
 from gptq.models.experts import Experts, take_apart
-from gptq.models.uncalled_layers import Unread, not_called
+from gptq.models.uncalled_layers import UnsolvedWeight, not_called
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.results import RECORD
@@ -220,7 +220,7 @@ def test_weights_that_are_computed_with_in_lists_and_transposed() -> None:
     blocks, inputs = [Block("", network, linears)], {"input": torch.zeros(2, 4)}
     own = ["q_proj", "k_proj", "v_proj", "last"]  # engines fuse the first three
     assert not_called(network, blocks, inputs) == [f"{i}.{name}" for i in (0, 1) for name in own]
-    network[0].q_proj._parameters["weight"] = Unread.of(linears["0.q_proj"], "0.q_proj", torch.device("cpu"))
+    network[0].q_proj._parameters["weight"] = UnsolvedWeight.of(linears["0.q_proj"], "0.q_proj", torch.device("cpu"))
     with pytest.raises(InputError, match=r"weight of 0\.q_proj without calling"):
         network(torch.zeros(2, 4, device="meta"))
     unread = network[0].q_proj.weight

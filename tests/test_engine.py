@@ -26,7 +26,7 @@ from gptq.output import verify
 from gptq.output.results import RECORD
 from gptq.pipeline import quantize as quantize_module
 from gptq.pipeline import search
-from gptq.pipeline.job import Observer
+from gptq.pipeline.run import Observer
 from gptq.solver.coordinate_descent import refine
 from tests import oracle
 from tests.conftest import ARCHITECTURES, WIDTH, MakeModel

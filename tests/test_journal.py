@@ -18,11 +18,10 @@ from gptq import InputError, QuantConfig, quantize
 from gptq.checkpoint.atomic_folder import CONTENT, MARKER
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.writer import ShardWriter
-from gptq.pipeline import block as block_module
-from gptq.pipeline import journal, run_identity, search
-from gptq.pipeline import quantize as quantize_module
-from gptq.pipeline.job import Observer
+from gptq.pipeline import run_identity, search
+from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import JOURNAL, Journal
+from gptq.pipeline.run import Observer
 from tests.conftest import MakeModel
 
 OPTIONS: dict[str, Any] = {"group_size": 32, "seq_len": 32}
@@ -144,13 +143,7 @@ def test_blocks_that_nothing_reaches_are_finished_too(
     """Whatever part of the model a walk leaves out is rounded, and that is journaled like the rest."""
     source = make_model("llama", num_hidden_layers=3)
     windows = torch.randint(1, 320, (4, 32), generator=torch.Generator().manual_seed(7))
-    walk = block_module.walk_blocks
-
-    def only_the_first(network: Any, blocks: Any, windows: Any, streams: int, stream: Any, visit: Any, _: Any) -> Any:
-        walk(network, blocks, windows, streams, stream, lambda i, b, fresh: visit(i, b, fresh) and [])
-        return blocks[1:]
-
-    monkeypatch.setattr(quantize_module, "walk_blocks", only_the_first)
+    monkeypatch.setattr(BlockWalk, "go_on", lambda self, outputs: None)  # the walk ends after the first block
     whole = quantize(source, tmp_path / "whole", CONFIG, calibration=windows)
     assert sum("no calibration input reached it" in note for note in whole.notes) == 2
     stop(source, tmp_path / "out", after=2, calibration=windows)
@@ -260,7 +253,7 @@ def test_other_options_models_and_data_are_refused_with_the_difference(
         quantize(source, out, CONFIG, calibration=windows, dtype="bfloat16")
     with pytest.raises(InputError, match="begun with other calibration windows"):
         quantize(source, out, CONFIG, calibration=windows.flip(0))
-    monkeypatch.setattr(journal, "__version__", "9.9")
+    monkeypatch.setattr(run_identity, "__version__", "9.9")
     with pytest.raises(InputError, match=r"gptq .*, now 9\.9"):
         quantize(source, out, CONFIG, calibration=windows)
     monkeypatch.undo()
@@ -299,7 +292,7 @@ def test_another_machine_is_noted(
 ) -> None:
     source, out = make_model("llama"), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("gptq.pipeline.journal.transformers.__version__", "0.0")
+        patched.setattr("gptq.pipeline.run_identity.transformers.__version__", "0.0")
         stop(source, out, calibration=windows)
     observer = Stops()
     quantize(source, out, CONFIG, calibration=windows, observer=observer)
@@ -383,7 +376,7 @@ def test_an_unfinished_folder_is_no_checkpoint(make_model: MakeModel, windows: T
 
 def test_a_long_file_is_told_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("HASHED_WHOLE", 1000), ("PIECE", 10), ("EVERY", 100)):
-        monkeypatch.setattr(journal, name, value)
+        monkeypatch.setattr(run_identity, name, value)
     file = tmp_path / "file"
     content = bytearray(2005)
 

@@ -5,14 +5,18 @@ import torch
 from torch import Tensor
 
 from gptq import solver
+from gptq.compute.cpu_features import has_pairs, has_tiles
 from gptq.config import QuantConfig
 from gptq.pipeline import row_tiles
-from gptq.pipeline.layer_inputs import LayerInputs, Unseen
-from gptq.pipeline.row_tiles import _sample, solve_rows
+from gptq.pipeline.layer_inputs import HeldOutBlend, LayerInputs
+from gptq.pipeline.row_tiles import LayerFigures, Rows, find_corrections, sampled_rows, solve_rows
 from gptq.planning.plan import LayerPlan
 from gptq.solver.hessian import HeldOut
 
 INPUTS, TOKENS = 64, 400
+# Where the CPU multiplies bfloat16, powers are measured on rounded weights. Here a few rows have nearly all of the
+# power, so their roundings cancel less than in a real layer.
+EXACT = 1e-2 if has_pairs() or has_tiles() else 2e-3
 
 
 def relative(off: Tensor, W: Tensor, x: Tensor) -> float:
@@ -20,9 +24,16 @@ def relative(off: Tensor, W: Tensor, x: Tensor) -> float:
     return float((x.double() @ off.double().T).square().sum() / (x.double() @ W.double().T).square().sum())
 
 
+def solved(
+    weights: list[Tensor], plan: LayerPlan, inputs: LayerInputs
+) -> list[tuple[solver.SolvedLayer, LayerFigures]]:
+    config, rows = QuantConfig(bits=4, group_size=32), Rows.of(weights)
+    return solve_rows(rows, find_corrections(rows, inputs, config), plan, inputs, config)
+
+
 @pytest.mark.parametrize(
     ("rows", "tolerance"),
-    [((200,), 2e-3), ((1200,), 0.1), ((700, 90), 0.35)],
+    [((200,), EXACT), ((1200,), 0.1), ((700, 90), 0.35)],
     ids=["all rows", "a sample", "two layers over tiles"],
 )
 def test_errors_are_those_of_the_definition(
@@ -37,31 +48,31 @@ def test_errors_are_those_of_the_definition(
     H = seen.T @ seen / TOKENS
     held_out = HeldOut(INPUTS, H.device)
     held_out.add(unseen)
-    known = LayerInputs(solver.factorize(H, solver.act_order(H)), None, Unseen(((1.0, held_out),)), 2 * TOKENS)
+    known = LayerInputs(solver.factorize(H, solver.act_order(H)), None, HeldOutBlend(((1.0, held_out),)), 2 * TOKENS)
     plan = LayerPlan("a", "a", "a.weight", rows[0], INPUTS, bits=4, group_size=32, sym=True)
-    found = solve_rows(weights, plan, known, QuantConfig(bits=4, group_size=32))
+    found = solved(weights, plan, known)
 
-    for W, (solved, figures) in zip(weights, found, strict=True):
-        off, nearest = W - solved.weight(), solver.round_to_nearest(W, 4, 32, sym=True).weight()
-        assert figures["error"] == pytest.approx(relative(off, W, seen), rel=2e-3)
-        assert figures["rtn_error"] == pytest.approx(relative(W - nearest, W, seen), rel=tolerance)
-        assert figures["heldout_error"] == pytest.approx(relative(off, W, unseen), rel=tolerance)
+    for W, (layer, figures) in zip(weights, found, strict=True):
+        off, nearest = W - layer.weight(), solver.round_to_nearest(W, 4, 32, sym=True).weight()
+        assert figures.error == pytest.approx(relative(off, W, seen), rel=EXACT)
+        assert figures.rtn_error == pytest.approx(relative(W - nearest, W, seen), rel=tolerance)
+        assert figures.heldout_error == pytest.approx(relative(off, W, unseen), rel=tolerance)
 
 
 @pytest.mark.parametrize(("layer", "tile"), [(slice(0, 5000), 2048), (slice(700, 1500), 256), (slice(30, 90), 64)])
 def test_a_sample_is_the_same_rows_whatever_the_tiles(layer: slice, tile: int) -> None:
-    total, step = 6000, (layer.stop - layer.start) // row_tiles.SAMPLE | 1
+    total, step = 6000, (layer.stop - layer.start) // row_tiles.SAMPLED_ROWS | 1
     found: list[int] = []
     for start in range(0, total, tile):
         stop = min(start + tile, total)
-        found += range(start, stop)[_sample(slice(start, stop), layer)]
+        found += range(start, stop)[sampled_rows(slice(start, stop), layer)]
     assert found == [*range(layer.start, layer.stop, step)]
-    assert 128 < len(found) < 2 * row_tiles.SAMPLE or step == 1
+    assert 128 < len(found) < 2 * row_tiles.SAMPLED_ROWS or step == 1
 
 
 def test_a_layer_of_zeros_has_figures(rng: torch.Generator) -> None:
     H = torch.eye(INPUTS)
     known = LayerInputs(solver.factorize(H, solver.natural_order(H)), None, None, 1)
     plan = LayerPlan("a", "a", "a.weight", 40, INPUTS, bits=4, group_size=32, sym=True)
-    ((_, figures),) = solve_rows([torch.zeros(40, INPUTS)], plan, known, QuantConfig(bits=4, group_size=32))
-    assert (figures["error"], figures["rtn_error"], figures["heldout_error"]) == (0.0, 0.0, None)
+    ((_, figures),) = solved([torch.zeros(40, INPUTS)], plan, known)
+    assert (figures.error, figures.rtn_error, figures.heldout_error) == (0.0, 0.0, None)

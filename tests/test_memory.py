@@ -22,9 +22,9 @@ from gptq.checkpoint.reader import Source
 from gptq.config import QuantConfig, parse_size
 from gptq.errors import InputError
 from gptq.models.hf_config import choose_dtype
-from gptq.pipeline.job import Observer
 from gptq.pipeline.offload import LEAST, Shelf
 from gptq.pipeline.quantize import quantize
+from gptq.pipeline.run import Observer
 from gptq.planning import cost, memory
 from gptq.planning.plan import Plan, plan_checkpoint
 from tests.conftest import MakeModel, threads
@@ -115,7 +115,7 @@ def test_the_quickest_way_within_the_limit_is_taken(make_model: MakeModel) -> No
 def test_an_impossible_limit_is_refused_before_work_starts(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq.pipeline.quantize.walk_blocks", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr("gptq.pipeline.quantize.BlockWalk", lambda *_: pytest.fail("work was started"))
     with pytest.raises(InputError, match=r"limit of 1 MiB cannot be kept: this run takes at least [\d,]+ MiB"):
         quantize(make_model("llama"), tmp_path / "out", CONFIG, calibration=windows, memory_limit=2**20)
     assert not list(tmp_path.glob("out*"))
@@ -177,8 +177,8 @@ RUN = """
 import json, sys
 import torch
 from gptq import QuantConfig, memory
-from gptq.engine import quantize
-from gptq.layer import Observer
+from gptq.pipeline.quantize import quantize
+from gptq.pipeline.run import Observer
 
 class Told(Observer):
     def layer_done(self, block, name, weights):
@@ -245,9 +245,8 @@ def long_model(make_model: MakeModel, options: dict[str, int]) -> Path:
 
 
 def measured_base() -> int:
-    script = (
-        "import torch; torch.set_num_threads(1); import gptq.engine; from gptq import memory; print(memory.warmed_up())"
-    )
+    imports = "import torch; torch.set_num_threads(1); import gptq.pipeline.quantize; from gptq.planning import memory"
+    script = f"{imports}; print(memory.warmed_up())"
     return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
 
@@ -269,13 +268,20 @@ def test_a_killed_run_leaves_no_activations(make_model: MakeModel, tmp_path: Pat
     assert sum(p.stat().st_blocks for p in left) * 512 < count * length  # not even one number for each token
 
 
+class Prefetch(Observer):
+    """Keeps what it is told of reading ahead."""
+
+    def prefetched(self, nbytes: int, seconds: float, waited: float) -> None:
+        self.nbytes, self.waited = nbytes, waited
+
+
 def test_what_is_read_ahead_is_the_next_block(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
-    source = make_model("llama")
-    result = quantize(source, tmp_path / "out", CONFIG, calibration=windows)
+    source, prefetch = make_model("llama"), Prefetch()
+    quantize(source, tmp_path / "out", CONFIG, calibration=windows, observer=prefetch)
     held = Source(source).tensors
     second = sum(info.nbytes for name, info in held.items() if ".layers.1." in name)
-    assert result.read_ahead_bytes == second
-    assert result.read_ahead_waited >= 0
+    assert prefetch.nbytes == second
+    assert prefetch.waited >= 0
 
 
 def copying_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,11 +311,12 @@ def test_copies_made_ahead_change_no_byte(
         return found
 
     monkeypatch.setattr(CopyAhead, "take", noted)
-    result = quantize(source, tmp_path / "ahead", config, calibration=windows)
+    prefetch = Prefetch()
+    quantize(source, tmp_path / "ahead", config, calibration=windows, observer=prefetch)
     assert checksums(tmp_path / "ahead") == checksums(tmp_path / "plain")
     later = {n: info.nbytes for n, info in Source(source).tensors.items() if ".layers.1." in n or ".layers.2." in n}
     assert sorted(taken) == sorted(later)
-    assert result.read_ahead_bytes == sum(later.values())
+    assert prefetch.nbytes == sum(later.values())
 
 
 def test_a_damaged_tensor_is_found_when_it_is_used_though_it_was_copied_ahead(

@@ -81,7 +81,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gptq import triton_solver as t
+from gptq.solver import inner_loops_triton as t
 types = {"codes": "*u8", "groups": "*i32", "best": "*i64"}
 types |= dict.fromkeys(("rows", "columns", "candidates", "maxq"), "i32")
 for kernel, sizes in ((t._columns, {"COLUMNS": 128}), (t._grids, {"CHUNK": t.CHUNK})):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -92,7 +93,7 @@ class ShardWriter:
             self._files[shard].write(content)
         self.checksums[name] = hashlib.sha256(content).hexdigest()
 
-    def adopt(self, checksums: dict[str, str]) -> bool:
+    def adopt(self, checksums: Mapping[str, str]) -> bool:
         """Take tensors that an earlier writer wrote for written, if all of them have these checksums."""
         if any(name not in self._tensors or self._digest(name) != checksum for name, checksum in checksums.items()):
             return False

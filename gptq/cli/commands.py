@@ -28,8 +28,8 @@ from gptq.models.hf_config import choose_device, choose_dtype, fitting_seq_len
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.record import public_name, read_record
-from gptq.pipeline.job import Observer
 from gptq.pipeline.quantize import Result, quantize
+from gptq.pipeline.run import Observer
 from gptq.pipeline.search import FEWEST_WINDOWS
 from gptq.planning import cost, memory
 from gptq.planning.plan import Plan, plan_checkpoint

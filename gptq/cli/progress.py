@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gptq.pipeline.job import Observer
+from gptq.pipeline.run import Observer
 
 
 class Progress(Observer):

@@ -1,6 +1,8 @@
 """What the C library does with memory that was freed."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def choose_allocator(frugal: bool) -> None:
@@ -14,6 +16,19 @@ def choose_allocator(frugal: bool) -> None:
     if mallopt is not None:
         mallopt(-3, 2**22 if frugal else 2**25)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**17 if frugal else 2**30)  # M_TRIM_THRESHOLD
+
+
+@contextmanager
+def malloc_policy(frugal: bool) -> Iterator[None]:
+    """Inside, freed memory is handled as `choose_allocator` says; afterwards with the C library's defaults."""
+    choose_allocator(frugal)
+    try:
+        yield
+    finally:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
 
 
 def return_freed_memory() -> None:

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from gptq.errors import InputError
-from gptq.models.experts import Experts, tried
+from gptq.models.experts import Experts, try_forward
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is stored as (inputs, outputs)
 PLAIN = [kind.forward for kind in LINEAR]
@@ -34,12 +34,13 @@ FUSED = (  # what engines make one layer of, and its name there (`packed_modules
 class Block:
     """One of the model's repeated blocks, or its output head, which is its own only layer.
 
-    `linears` are its quantizable layers by their full name in the model.
+    `linears` are its quantizable layers by their full name in the model, `index` its place among the blocks.
     """
 
     name: str
     module: nn.Module
     linears: dict[str, nn.Module]
+    index: int = 0
 
     def is_head(self) -> bool:
         return is_linear(self.module)
@@ -78,7 +79,7 @@ def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tupl
         kind, wanted = type(model).__name__, getattr(model, "main_input_name", "other inputs")
         raise InputError(f"{kind} is called on {wanted}, so it needs arrays of them for calibration, not text")
     blocks = [(f"{n}.{i}", child) for n, m in reached.items() for i, child in enumerate(m)]
-    return [Block(name, module, _linears(module, name)) for name, module in blocks], notes
+    return [Block(name, m, _linears(m, name), index) for index, (name, m) in enumerate(blocks)], notes
 
 
 def _takes(model: nn.Module, name: str, inputs: Collection[str]) -> bool:
@@ -118,7 +119,7 @@ def _computes_product(module: nn.Module) -> bool:
     W, x = torch.randn(3, 4, generator=draw), torch.randn(2, 4, generator=draw)
     bias = None if module._parameters["bias"] is None else nn.Parameter(torch.randn(3, generator=draw))
     weight = nn.Parameter(W.T.contiguous() if is_transposed(module) else W)
-    found = tried(module, {"weight": weight, "bias": bias}, x)
+    found = try_forward(module, {"weight": weight, "bias": bias}, x)
     return found is not None and torch.allclose(found, nn.functional.linear(x, W, bias), atol=1e-5)
 
 

@@ -79,7 +79,7 @@ def _single(first: str, count: int, hidden: int, intermediate: int, act: nn.Modu
     return Experts(Expert(hidden, intermediate, act, gated="gate_proj" in PARTS[first]) for _ in range(count))
 
 
-def tried(module: nn.Module, parameters: dict[str, nn.Parameter | None], *arguments: Tensor) -> Tensor | None:
+def try_forward(module: nn.Module, parameters: dict[str, nn.Parameter | None], *arguments: Tensor) -> Tensor | None:
     """What a module gives with other parameters in the place of its own; None where it is called in another way."""
     small = copy.copy(module)
     object.__setattr__(small, "_parameters", parameters)
@@ -107,6 +107,6 @@ def _computes_alike(fused: nn.Module, first: str, count: int, act: nn.Module) ->
     k = min(2, count)
     routes = torch.rand(tokens, count, generator=draw).topk(k).indices
     arguments = torch.randn(tokens, hidden, generator=draw), routes, torch.rand(tokens, k, generator=draw)
-    found = tried(fused, {first: nn.Parameter(stacked), "down_proj": nn.Parameter(down)}, *arguments)
+    found = try_forward(fused, {first: nn.Parameter(stacked), "down_proj": nn.Parameter(down)}, *arguments)
     with torch.no_grad():
         return found is not None and torch.allclose(found, single(*arguments), rtol=1e-4, atol=1e-5)

@@ -163,7 +163,7 @@ def check_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> None:
         raise InputError(f"{type(model).__name__} takes no {unknown[0]}; it takes {', '.join(known)}")
 
 
-def sent(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """What a model is called on, on a device, numbers that are not whole in the forward's dtype."""
     return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 

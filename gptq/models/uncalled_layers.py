@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from gptq.errors import InputError
 from gptq.models.blocks import Block, fused_siblings, shape
 from gptq.models.experts import Experts
-from gptq.models.forward import sent, with_defaults
+from gptq.models.forward import to_device, with_defaults
 
 DEVICE = torch.Tensor.device.__get__
 LOOKS = {  # at a weight's outside
@@ -88,7 +88,7 @@ def not_called(network: PreTrainedModel, blocks: Iterable[Block], inputs: Mappin
     if tried is None:
         return []
     watch = _Watch({name: module for name, module in tried.named_modules() if name in linears})
-    shapes = sent(inputs, torch.device("meta"), next(tried.parameters()).dtype)
+    shapes = to_device(inputs, torch.device("meta"), next(tried.parameters()).dtype)
     with torch.no_grad(), watch, suppress(InputError):  # it may want a number; of the rest the run will tell
         with_defaults(tried)(**shapes)
     found = {homes[name] for name in watch.found}
@@ -142,7 +142,7 @@ def _text_of(file: str) -> str:
     return Path(file).read_text(encoding="utf-8", errors="replace")
 
 
-class Unread(nn.Parameter):
+class UnsolvedWeight(nn.Parameter):
     """The weight of a layer that is still to be solved; it has a shape, and nothing computes with it.
 
     torch would: a product with a tensor on the meta device is made of whatever lies in memory. So the model is stopped.
@@ -152,7 +152,7 @@ class Unread(nn.Parameter):
     home: torch.device  # where it will be
 
     @classmethod
-    def of(cls, linear: nn.Module, name: str, device: torch.device) -> "Unread":
+    def of(cls, linear: nn.Module, name: str, device: torch.device) -> "UnsolvedWeight":
         empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
         unread = cls(empty, requires_grad=False)
         unread.layer, unread.home = name, device
@@ -163,7 +163,7 @@ class Unread(nn.Parameter):
         if func == DEVICE:  # models send there what the layer gets
             return args[0].home
         if _name_of(func) not in LOOKS:
-            name = next(x.layer for x in _given(args, kwargs or {}) if isinstance(x, Unread))
+            name = next(x.layer for x in _given(args, kwargs or {}) if isinstance(x, UnsolvedWeight))
             raise InputError(
                 f"the model computes with the weight of {name} without calling the layer, so what the layer gets is "
                 f"not known; leave it as it is: --override '{name.rpartition('.')[2]}:skip'"

@@ -154,7 +154,7 @@ def drop(module: nn.Module) -> None:
 
 
 @contextmanager
-def swapped(weights: Mapping[nn.Module, nn.Parameter | None]) -> Iterator[None]:
+def swapped_weights(weights: Mapping[nn.Module, nn.Parameter | None]) -> Iterator[None]:
     """Inside, layers compute with these weights instead of their own."""
     own = {linear: linear._parameters["weight"] for linear, weight in weights.items() if weight is not None}
     try:

@@ -1,20 +1,142 @@
-"""What the calibration inputs of a layer tell: Hessian, factor, drift, held-out inputs."""
+"""What the calibration inputs of a layer tell: its factorized Hessian, the drift, and inputs held out to measure with.
+
+All are immutable values; `layer.Station` replaces one by another while the layers of one input are solved.
+"""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gptq import solver
 from gptq.calibration.windows import is_held_out
+from gptq.compute.matmul import product
 from gptq.errors import InputError
-from gptq.pipeline.job import Job
+from gptq.pipeline.run import Run
+from gptq.solver.error_propagation import divide, full_correction
 from gptq.solver.hessian import HeldOut, HessianAccumulator
 
-TOKENS_PER_INPUT = 2  # below so many tokens for each input, an expert's own Hessian is too poor to stand alone
-Sums = tuple[HessianAccumulator, HeldOut]  # over windows to learn from, and over those held out
+TOKENS_PER_INPUT = 2  # below this many tokens per input an expert's own Hessian is blended with that of all tokens
+
+
+class InputSums(NamedTuple):
+    """Sums over calibration windows: those the solver learns from, and those held out."""
+
+    seen: HessianAccumulator
+    held_out: HeldOut
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a layer's inputs x are from the original model's x~: C, the mean of (x~ - x) x^T (see error_propagation).
+
+    Where a solve has more rows than the layer has inputs, C H^-1 is computed once and takes C's place.
+    """
+
+    matrix: Tensor  # (inputs, inputs) C, or C H^-1 where `divided`
+    divided: bool = False
+
+    def for_rows(self, rows: int, factor: solver.Factor) -> "Drift":
+        """The drift in the form in which correcting this many rows costs least; C's memory is used again."""
+        if self.divided or rows <= len(self.matrix):
+            return self
+        return Drift(divide(self.matrix, factor), divided=True)
+
+    def correction(self, W: Tensor, factor: solver.Factor) -> Tensor:
+        """W C H^-1 (rows, inputs) for W (rows, inputs)."""
+        return product(W, self.matrix) if self.divided else full_correction(W, self.matrix, factor)
+
+
+@dataclass(frozen=True)
+class HeldOutBlend:
+    """Inputs held out of what the solver works with: a weighted mean of an expert's own and of all tokens."""
+
+    parts: tuple[tuple[float, HeldOut], ...]  # weight and inputs
+
+    def power(self, A: Tensor) -> float:
+        """See HeldOut.power."""
+        return sum(weight * held.power(A) for weight, held in self.parts)
+
+    def agreement(self, W: Tensor, A: Tensor) -> float | None:
+        """See HeldOut.agreement; None where the last part, which has most tokens, knows nothing of the originals."""
+        found = [(weight, held.agreement(W, A)) for weight, held in self.parts]
+        if found[-1][1] is None:
+            return None
+        return sum(weight * one for weight, one in found if one is not None)
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What is known of a layer's inputs; a part is None where there is none of its kind."""
+
+    factor: solver.Factor
+    drift: Drift | None
+    held_out: HeldOutBlend | None
+    tokens: int
+
+
+def gather_inputs(
+    name: str, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run
+) -> InputSums:
+    """Sum a layer's inputs over all windows; `arriving` brings the `windows` windows of this process."""
+    total = run.ranks.total(windows)
+    pairs = ((x, original) for x, original in run.ranks.in_order(arriving, total, parts=2))
+    return accumulate(run.layers[name].inputs, pairs, total, run)
+
+
+def accumulate(
+    num_inputs: int, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run
+) -> InputSums:
+    """Sum the inputs of all windows, one window in HELD_OUT apart from the others."""
+    device = run.weights.device
+    sums = InputSums(HessianAccumulator(num_inputs, device, run.ranks), HeldOut(num_inputs, device))
+    for i, (x, original) in enumerate(arriving):
+        if x is not None:
+            (sums.held_out if is_held_out(i, windows) else sums.seen).add(x, original)
+        x = original = None  # before the next window makes its own
+    return sums
+
+
+def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, run: Run) -> LayerInputs:
+    """A layer's inputs as the solver wants them; an expert's are blended with those of `everyone` where given.
+
+    Raises:
+        InputError: the inputs hold NaN or infinity, or their Hessian does not factor.
+    """
+    num_tokens = own.seen.num_tokens
+    missing = 0 if everyone is None else pseudo_tokens(num_tokens, run.layers[name].inputs)
+    weight = num_tokens / (num_tokens + missing) if missing else 1.0
+    everyone = everyone or own
+    H, C = own.seen.take() if weight == 1 else blend(own.seen, everyone.seen, weight)  # a large H is not there twice
+    if not bool(torch.isfinite(H.diagonal()).all()):
+        raise InputError(
+            f"the input of {name} holds NaN or infinity for the calibration data; if the original model works on it, "
+            "try --dtype float32"
+        )
+    own_weight = weight if own.held_out.num_tokens else 0.0
+    parts = tuple((w, held) for w, held in ((own_weight, own.held_out), (1 - own_weight, everyone.held_out)) if w)
+    return LayerInputs(
+        factor=_factorize(name, H, run),
+        drift=None if C is None else Drift(C),
+        held_out=HeldOutBlend(parts) if everyone.held_out.num_tokens else None,
+        tokens=num_tokens + own.held_out.num_tokens,
+    )
+
+
+def note_on_damping(name: str, inputs: LayerInputs, run: Run) -> list[str]:
+    """What is said of a Hessian that needed more damping than was asked for."""
+    asked, damp = run.config.damp_percent, inputs.factor.damp
+    return [f"{name}: its Hessian needed {damp:g} of damping instead of {asked:g}"] if damp > asked else []
+
+
+def _factorize(name: str, H: Tensor, run: Run) -> solver.Factor:
+    perm = solver.act_order(H) if run.config.desc_act else solver.natural_order(H)
+    try:
+        return solver.factorize(H, perm, run.config.damp_percent)
+    except solver.NotPositiveDefiniteError as error:
+        raise InputError(f"the Hessian of {name} is {error}; use more or other calibration text") from error
 
 
 def pseudo_tokens(tokens: int, inputs: int) -> int:
@@ -41,97 +163,3 @@ def blend(own: HessianAccumulator, everyone: HessianAccumulator, own_weight: flo
     if C_all is None:
         return H, None
     return H, (1 - own_weight) * C_all + (0 if C_own is None else own_weight * C_own)
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What is known of a layer once its codes are chosen."""
-
-    solved: solver.SolvedLayer
-    figures: dict[str, Any]  # of its LayerResult
-    spread: dict[str, Any]  # histogram of the weights
-
-
-@dataclass(frozen=True)
-class Unseen:
-    """Inputs held out of what the solver works with: a weighted mean of an expert's own and of all tokens."""
-
-    parts: tuple[tuple[float, HeldOut], ...]
-
-    def power(self, A: Tensor) -> float:
-        """See HeldOut.power."""
-        return sum(share * held.power(A) for share, held in self.parts)
-
-    def agreement(self, W: Tensor, A: Tensor) -> float | None:
-        """See HeldOut.agreement; None where the last part, which has most tokens, knows nothing of the originals."""
-        found = [(share, held.agreement(W, A)) for share, held in self.parts]
-        if found[-1][1] is None:
-            return None
-        return sum(share * one for share, one in found if one is not None)
-
-
-@dataclass
-class LayerInputs:
-    """What is known of the inputs of a layer; each part is None where there is none of its kind."""
-
-    factor: solver.Factor
-    drift: Tensor | None  # (inputs, inputs) C, the mean of (x~ - x) x^T, see gptq.solver.error_propagation
-    unseen: Unseen | None
-    tokens: int
-    divided: bool = False  # whether `drift` is C H^-1 instead
-    spent: bool = False  # the drift is forgotten, so that only the layers solved `ahead` can still use this
-    ahead: dict[str, Solution] = field(default_factory=dict)  # siblings solved with a layer, expected to get the same
-
-
-def look_at_inputs(
-    name: str, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, job: Job
-) -> LayerInputs:
-    """Average over the windows; one in HELD_OUT is kept out of what the solver works with, to measure it.
-
-    `arriving` brings this process's windows only, of which there are so many.
-    """
-    total = job.ranks.total(windows)
-    pairs = ((x, original) for x, original in job.ranks.in_order(arriving, total, parts=2))
-    return known_from(name, accumulated(job.plans[name].inputs, pairs, total, job), None, job)
-
-
-def accumulated(inputs: int, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, job: Job) -> Sums:
-    seen, unseen = HessianAccumulator(inputs, job.stream.device, job.ranks), HeldOut(inputs, job.stream.device)
-    for i, (x, original) in enumerate(arriving):
-        if x is not None:
-            (unseen if is_held_out(i, windows) else seen).add(x, original)
-        x = original = None  # before the next window makes its own
-    return seen, unseen
-
-
-def known_from(name: str, own: Sums, everyone: Sums | None, job: Job) -> LayerInputs:
-    """A layer's input sums as the solver wants them; where those of `everyone` are given, blended with them."""
-    seen, unseen = own
-    missing = 0 if everyone is None else pseudo_tokens(seen.num_tokens, job.plans[name].inputs)
-    share = seen.num_tokens / (seen.num_tokens + missing) if missing else 1.0
-    all_seen, all_unseen = everyone or own
-    H, C = seen.take() if share == 1 else blend(seen, all_seen, share)  # a large H is not there twice
-    if not bool(torch.isfinite(H.diagonal()).all()):
-        raise InputError(
-            f"the input of {name} holds NaN or infinity for the calibration data; if the original model works on it, "
-            "try --dtype float32"
-        )
-    share_unseen = share if unseen.num_tokens else 0.0
-    parts = tuple((part, held) for part, held in ((share_unseen, unseen), (1 - share_unseen, all_unseen)) if part)
-    return LayerInputs(
-        factor=_factorize(name, H, job),
-        drift=C,
-        unseen=Unseen(parts) if all_unseen.num_tokens else None,
-        tokens=seen.num_tokens + unseen.num_tokens,
-    )
-
-
-def _factorize(name: str, H: Tensor, job: Job) -> solver.Factor:
-    perm = solver.act_order(H) if job.config.desc_act else solver.natural_order(H)
-    try:
-        factor = solver.factorize(H, perm, job.config.damp_percent)
-    except solver.NotPositiveDefiniteError as error:
-        raise InputError(f"the Hessian of {name} is {error}; use more or other calibration text") from error
-    if factor.damp > job.config.damp_percent:
-        job.note(f"{name}: its Hessian needed {factor.damp:g} of damping instead of {job.config.damp_percent:g}")
-    return factor

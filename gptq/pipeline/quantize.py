@@ -5,8 +5,8 @@ source tensors -> one block -> inputs of each layer -> Hessian -> solver -> code
 
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from gptq.calibration.windows import Given, as_given, count_tokens, describe, is
 from gptq.checkpoint.atomic_folder import Unfinished, unfinished_folder, working_folder
 from gptq.checkpoint.tensors import TensorInfo, sha256
 from gptq.checkpoint.writer import ShardWriter, file_bytes
-from gptq.compute.allocator import return_freed_memory
+from gptq.compute.allocator import malloc_policy, return_freed_memory
 from gptq.compute.distributed import Ranks, joined
 from gptq.compute.matmul import exact_float32
 from gptq.config import Format, QuantConfig
@@ -31,12 +31,15 @@ from gptq.models.hf_config import choose_device, choose_dtype
 from gptq.models.weights import WeightStream, drop
 from gptq.output.record import layer_entries, linears_of, model_name, public_name, write_files
 from gptq.output.results import BlockError, LayerResult, code_histogram
-from gptq.pipeline.block import Fresh, solve_head, walk_block, walk_blocks
-from gptq.pipeline.job import Job, Observer
+from gptq.pipeline.block import solve_block
+from gptq.pipeline.block_result import BlockResult
+from gptq.pipeline.block_store import BlockStore
+from gptq.pipeline.block_walk import BlockWalk, Calls, Outputs
 from gptq.pipeline.journal import Journal
-from gptq.pipeline.layer import finish_layer
+from gptq.pipeline.layer import BlockState, quantize_layer
 from gptq.pipeline.offload import Shelf
-from gptq.pipeline.resume import open_journal, restore, run_finished, written_by
+from gptq.pipeline.resume import open_journal, run_finished
+from gptq.pipeline.run import Observer, Run
 from gptq.pipeline.run_identity import beginning
 from gptq.pipeline.search import choose_widths, enough_windows, notes_on_samples
 from gptq.pipeline.tune import first_tensor, tune
@@ -56,28 +59,37 @@ class Result:
     bytes_before: int
     bytes_after: int
     seconds: float
-    read_ahead_bytes: int  # that were fetched, on a GPU to its memory, while something else was computed
-    read_ahead_seconds: float  # which that took
-    read_ahead_waited: float  # of which the computation stood still
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Task:
-    """What `quantize` was called with, as far as it is handed on."""
+class Request:
+    """What `quantize` was called with, resolved as far as the model's files allow."""
 
     model: str
+    config: QuantConfig
     given: Given
     revision: str | None
     trust_remote_code: bool
     batch_size: int | None
+    memory_limits: tuple[int | None, int | None]  # of the process and of the GPU, bytes
     observer: Observer
 
     def plan(self, config: QuantConfig) -> Plan:
         sample = self.given[0] if isinstance(self.given, list) else None
         return plan_checkpoint(self.model, config, self.revision, self.trust_remote_code, sample)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known once calibration data is read and widths are chosen."""
+
+    plan: Plan
+    weights: WeightStream
+    windows: list[Inputs] | None  # None where nothing is calibrated
+    notes: list[str]
 
 
 def quantize(
@@ -121,138 +133,86 @@ def quantize(
     observer, config = observer or Observer(), config or QuantConfig()
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; at least one window has to be in flight")
-    task = Task(str(model), as_given(calibration, config), revision, trust_remote_code, batch_size, observer)
-    plan = task.plan(config)
+    limits = memory_limit, gpu_memory_limit
+    given = as_given(calibration, config)
+    request = Request(str(model), config, given, revision, trust_remote_code, batch_size, limits, observer)
+    plan = request.plan(config)
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
     ranks = joined(where)
     if ranks.size > 1 and config.tune_steps:
         raise InputError("blocks are tuned in one process; start one, or choose another --effort than 'best'")
 
-    with unfinished_folder(Path(out)) if ranks.rank == 0 else nullcontext(working_folder(Path(out))) as working:
+    with ExitStack() as stack:
+        stack.enter_context(malloc_policy(frugal=True))
+        working = stack.enter_context(unfinished_folder(Path(out))) if ranks.rank == 0 else working_folder(Path(out))
         begun = beginning(config, plan.source, where, compute, trust_remote_code)
         journal, notes = open_journal(working, begun, len(plan.blocks), ranks)
-        plan, stream, windows, noted = _prepare(task, plan, config, where, compute, journal)
-        notes = [*plan.notes, *notes, *noted]
+        prepared = _prepare(request, plan, where, compute, journal)
+        plan, notes = prepared.plan, [*prepared.plan.notes, *notes, *prepared.notes]
         for note in notes:
             observer.note(note)
         observer.started(len(plan.blocks), sum(layer.outputs * layer.inputs for layer in plan.layers.values()))
-        writer = _writer(working, plan.tensors, ranks)
-        job = Job(config, plan.layers, stream, writer, observer, finish_layer, ranks=ranks, journal=journal)
+        writer = _open_writer(working, plan.tensors, ranks)
+        store = BlockStore(writer, journal)
         try:
-            own = _own(windows, ranks)
-            limits = memory_limit, gpu_memory_limit
-            in_flight = _settle_memory(plan, own, working.root, batch_size, limits, job)
-            finished = restore(plan.blocks, job)
-            ranks.wait()  # before one of them writes what another still looks at
-            with torch.no_grad(), exact_float32(where):
-                _quantize_blocks(plan, own, in_flight, finished, job)
-            _copy_the_rest(plan, job)
+            notes += _quantize_checkpoint(request, prepared, store, working.root, ranks)
+            _copy_the_rest(plan, writer, ranks, observer)
         finally:
-            stream.ahead.join(at_once=True)
+            prepared.weights.ahead.join(at_once=True)
             writer.abandon()
         chosen, after = next(iter(plan.layers.values())).format, file_bytes(plan.tensors)
-        record = _record(task, windows, plan, after, job)
+        record = _record(request, prepared, after, store)
         if ranks.rank == 0:
             write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
     ranks.wait()  # until OUT is there
+    ahead = prepared.weights.ahead
+    observer.prefetched(ahead.nbytes, ahead.seconds, ahead.waited)
     observer.finished()
-    for note in notes_on_samples(job.results):
-        job.note(note)
+    results = _layer_results(store)
+    for note in (remarks := notes_on_samples(results)):
+        observer.note(note)
     return Result(
         out=str(out),
         format=chosen,
-        layers=job.results,
-        notes=notes + job.notes,
+        layers=results,
+        notes=[*notes, *remarks],
         bits_per_weight=plan.bits_per_weight,
         bytes_before=plan.source.file_bytes,
         bytes_after=after,
         seconds=time.monotonic() - started,
-        read_ahead_bytes=stream.ahead.nbytes,
-        read_ahead_seconds=stream.ahead.seconds,
-        read_ahead_waited=stream.ahead.waited,
     )
 
 
-def _prepare(
-    task: Task, plan: Plan, config: QuantConfig, device: torch.device, dtype: torch.dtype, journal: Journal
-) -> tuple[Plan, WeightStream, list[Inputs] | None, list[str]]:
-    """The plan, with other widths where these are to be chosen; its weights; calibration windows; and notes on them."""
-    stream = WeightStream(plan.source, plan.names, device, dtype)
+def _prepare(request: Request, plan: Plan, device: torch.device, dtype: torch.dtype, journal: Journal) -> Prepared:
+    """Read calibration windows, as many as pay; and choose widths where a target is given, which changes the plan."""
+    config, observer = request.config, request.observer
+    weights = WeightStream(plan.source, plan.names, device, dtype)
     if config.method != "gptq":
-        return plan, stream, None, []
-    task.observer.stage(f"reading calibration data from {describe(task.given)}")
-    windows, notes = enough_windows(task.given, plan, config, stream, task.trust_remote_code, task.observer, journal)
+        return Prepared(plan, weights, None, [])
+    observer.stage(f"reading calibration data from {describe(request.given)}")
+    windows, notes = enough_windows(request.given, plan, config, weights, request.trust_remote_code, observer, journal)
     if config.target_bits is not None or config.target_size is not None:
-        in_flight = task.batch_size or len(windows)
-        plan = task.plan(_chosen_widths(plan, config, windows, in_flight, stream, task.observer, journal))
-        stream = WeightStream(plan.source, plan.names, device, dtype)
-    return plan, stream, windows, notes
+        in_flight = request.batch_size or len(windows)
+        plan = request.plan(_chosen_widths(plan, config, windows, in_flight, weights, observer, journal))
+        weights = WeightStream(plan.source, plan.names, device, dtype)
+    return Prepared(plan, weights, windows, notes)
 
 
-def _copy_the_rest(plan: Plan, job: Job) -> None:
-    """Write the tensors that are not quantized.
-
-    Raises:
-        ValueError: an announced tensor never came.
-    """
-    _, writer = written_by(job)
-    job.observer.stage("copying what is not quantized")
-    if job.ranks.rank == 0:
-        for name in plan.source.tensors:
-            if name in plan.tensors and not writer.checksums[name]:
-                writer.write(name, plan.source.read(name))
-        writer.close()
+def _chosen_widths(
+    plan: Plan, config: QuantConfig, windows: list[Inputs], in_flight: int, weights: WeightStream, observer: Observer,
+    journal: Journal,
+) -> QuantConfig:  # fmt: skip
+    """The config with a width for each layer: what the journal says was chosen, or else what is chosen now."""
+    known = journal.find("widths")
+    if known:
+        return QuantConfig.from_dict(known[0])
+    found = choose_widths(plan, config, windows, in_flight, weights, observer, journal)
+    journal.append("widths", found.to_dict())
+    return found
 
 
-def _record(task: Task, windows: list[Inputs] | None, plan: Plan, after: int, job: Job) -> dict[str, Any]:
-    """What is written about the run beside the tensors."""
-    source, layers = plan.source, plan.layers
-    replaced = (layer.source for layer in layers.values() if layer.source not in plan.tensors)
-    return {
-        "model": model_name(task.model),
-        "config": job.config.to_dict(),
-        "calibration": None if windows is None else public_name(describe(task.given)),
-        "sizes": {
-            "bits_per_weight": plan.bits_per_weight,
-            "quantized_bytes_before": sum(source.tensors[name].nbytes for name in replaced),
-            "quantized_bytes_after": plan.packed_bytes,
-            "file_bytes_before": source.file_bytes,
-            "file_bytes_after": after,
-            "calibration_tokens": count_tokens(windows or []),
-        },
-        "layers": layer_entries(layers, job.results, job.weight_checksums, job.spreads),
-        "blocks": [asdict(error) for error in job.block_errors],
-        **({"experts": [asdict(found) for found in job.coverage]} if job.coverage else {}),
-    }
-
-
-def _settle_memory(
-    plan: Plan, windows: list[Inputs] | None, folder: Path, batch_size: int | None,
-    limits: tuple[int | None, int | None], job: Job,
-) -> int:  # fmt: skip
-    """Say what will be done, and how memory will be kept in bounds; returns how many windows stand in mid-block."""
-    count, tokens = len(windows or []), memory.Tokens(0, 0, 0)
-    if windows is not None:
-        hidden = next(iter(plan.layers.values())).inputs
-        tokens = memory.tokens_of(windows, sum(is_held_out(i, count) for i in range(count)), hidden)
-    device, dtype = job.stream.device, job.stream.dtype
-    choice, says = memory.settle(plan, job.config, tokens, device, dtype, batch_size, *limits)
-    job.observer.stage(f"{plan.in_short}; {says}")
-    job.shelf, job.frugal = Shelf(folder if choice.on_disk else None), choice.frugal
-    if choice.ahead:
-        job.stream.copy_ahead()
-    return choice.in_flight
-
-
-def _own(windows: list[Inputs] | None, ranks: Ranks) -> list[Inputs] | None:
-    """Those windows that run through the model in this process."""
-    if windows is not None and len(windows) < ranks.size:
-        raise InputError(f"{len(windows)} calibration windows cannot be shared by {ranks.size} processes")
-    return None if windows is None else [windows[i] for i in ranks.windows(len(windows))]
-
-
-def _writer(working: Unfinished, tensors: dict[str, TensorInfo], ranks: Ranks) -> ShardWriter:
+def _open_writer(working: Unfinished, tensors: dict[str, TensorInfo], ranks: Ranks) -> ShardWriter:
     """The first process writes; the others compute the same."""
     if ranks.rank == 0:
         working.require_room(sum(info.nbytes for info in tensors.values()))
@@ -263,114 +223,211 @@ def _writer(working: Unfinished, tensors: dict[str, TensorInfo], ranks: Ranks) -
     return ShardWriter(working.content, tensors, going_on=True, muted=True)
 
 
-def _chosen_widths(
-    plan: Plan, config: QuantConfig, windows: list[Inputs], in_flight: int, stream: WeightStream, observer: Observer,
-    journal: Journal,
-) -> QuantConfig:  # fmt: skip
-    known = journal.find("widths")
-    if known:
-        return QuantConfig.from_dict(known[0])
-    found = choose_widths(plan, config, windows, in_flight, stream, observer, journal)
-    journal.append("widths", found.to_dict())
-    return found
+# --- the blocks -------------------------------------------------------------------------------------------------------
 
 
-def _quantize_blocks(
-    plan: Plan, windows: list[Inputs] | None, in_flight: int, finished: dict[str, dict[str, Any]], job: Job
-) -> None:
-    blocks = plan.blocks
-    index_of = {block.name: index for index, block in enumerate(blocks)}
-    left = [block for block in blocks if block.name not in finished]
-    if windows is not None and left:
+def _quantize_checkpoint(
+    request: Request, prepared: Prepared, store: BlockStore, folder: Path, ranks: Ranks
+) -> list[str]:
+    """Quantize the blocks that an earlier run has not finished; returns the notes on all."""
+    plan, observer, config = prepared.plan, request.observer, request.config
+    windows = _own_windows(prepared.windows, ranks)
+    choice = _settle_memory(request, prepared, windows)
+    run = Run(
+        config,
+        plan.layers,
+        prepared.weights,
+        observer,
+        Shelf(folder if choice.on_disk else None),
+        ranks,
+        returns_memory=choice.frugal,
+        reruns_blocks=bool(config.tune_steps),
+    )
+    notes = _restore(plan, store, observer)
+    ranks.wait()  # before one of them writes what another still looks at
+    with malloc_policy(choice.frugal), torch.no_grad(), exact_float32(run.weights.device):
+        left = plan.blocks
+        if windows is not None and len(store.finished) < len(plan.blocks):
+            left = _quantize_reached(plan, windows, choice.in_flight, store, run)
+        for block in left:
+            if block.name not in store.finished:
+                store.commit(_round_block(block, run, calibrated=windows is not None))
+    return notes + [note for result in store.finished.values() for note in result.notes]
 
-        def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:
-            if block.name in finished:
-                job.observer.stage(f"{block.name} is finished; taking the windows through it")
-                return run_finished(block, fresh, finished[block.name], job)
-            return _quantize_block(index, block, fresh, in_flight, job)
 
-        not_reached = walk_blocks(plan.network, blocks, windows, job.config.streams, job.stream, visit, job.shelf)
-        left = [block for block in not_reached if block.name not in finished]
-    for block in left:
-        if windows is not None:
-            job.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
-        _round_block(index_of[block.name], block, job)
+def _quantize_reached(plan: Plan, windows: list[Inputs], in_flight: int, store: BlockStore, run: Run) -> list[Block]:
+    """Quantize block by block, each on the outputs of those before it; returns the blocks that no window reached."""
+    walk = BlockWalk(plan.network, plan.blocks, windows, run.config.streams, run.weights, run.offload)
+    with walk:
+        for block, calls in walk:
+            if block.name in store.finished:
+                run.observer.stage(f"{block.name} is finished; taking the windows through it")
+                outputs = run_finished(block, calls, store, run)
+            else:
+                outputs, result = _quantize_block(block, calls, in_flight, run)
+                store.commit(result)
+                del result  # its tensors
+            walk.go_on(outputs)
+    return walk.left
 
 
-def _round_block(index: int, block: Block, job: Job) -> None:
+def _quantize_block(block: Block, calls: Calls, in_flight: int, run: Run) -> tuple[Outputs, BlockResult]:
+    """Solve a block's layers, tune them together where that is asked for, and pack them."""
+    state = BlockState(block, run)
+    outputs = solve_block(calls, in_flight, state, quantize_layer)
+    if run.config.tune_steps and not block.is_head():
+        tuned, error = _tune_block(calls[0], outputs, state)
+        return outputs, _pack_block(state, tuned, (error,))
+    return outputs, _pack_block(state)
+
+
+def _round_block(block: Block, run: Run, calibrated: bool) -> BlockResult:
+    """Round the layers of a block that has no calibration inputs to nearest."""
+    state = BlockState(block, run)
+    if calibrated:
+        state.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
     for name in block.linears:
-        finish_layer(index, block, name, None, job)
-    _write_block(block, job)
+        quantize_layer(name, None, state)
+    result = _pack_block(state)
     drop(block.module)
     return_freed_memory()
+    return result
 
 
-def _quantize_block(index: int, block: Block, fresh: Fresh, in_flight: int, job: Job) -> list[list[Any]]:
-    outputs: list[list[Any]] = []
-    if block.is_head():
-        solve_head(index, block, fresh, job)
-    else:
-        outputs = walk_block(index, block, fresh, in_flight, job)
-        if job.config.tune_steps:
-            _tune_block(block, fresh[0], outputs, job)
-    _write_block(block, job)
-    return outputs
+def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) -> tuple[dict[str, Tensor], BlockError]:
+    """Bring a solved block closer to the original one's outputs, and renew the quantized stream's outputs.
 
-
-def _tune_block(block: Block, fresh: list[partial[Any]], outputs: list[list[Any]], job: Job) -> None:
-    """Bring a solved block closer to the original one's outputs, and renew the quantized stream's outputs."""
-    layers = {block.linears[name]: solved for name, solved in job.solved.items()}
-    held_out = [i for i in range(len(fresh)) if is_held_out(i, len(fresh))]
+    Returns tuned parameters that are not packed, by name in the model, and the errors before and after.
+    """
+    block, run = state.block, state.run
+    layers = {block.linears[name]: solution.solved for name, solution in state.solutions.items()}
+    held_out = [i for i in range(len(calls)) if is_held_out(i, len(calls))]
     full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
     named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
-    kept = {key for key, name in named.items() if not job.stream.has_own(name)}
+    kept = {key for key, name in named.items() if not run.weights.has_own(name)}
     tuned = tune(
-        block.module, fresh, [first_tensor(out) for out in outputs[1]], held_out, layers, job.stream.computed_with,
-        {linear: job.plans[name].bits for name, linear in block.linears.items()}, job.config.tune_steps or 0,
-        job.config.seed, kept,
+        block.module, calls, [first_tensor(out) for out in outputs[1]], held_out, layers, run.weights.computed_with,
+        {linear: run.layers[name].bits for name, linear in block.linears.items()}, run.config.tune_steps or 0,
+        run.config.seed, kept,
     )  # fmt: skip
-    job.block_errors.append(BlockError(block.name, tuned.error_before, tuned.error_after))
+    error = BlockError(block.name, tuned.error_before, tuned.error_after)
     if tuned.layers is layers:
-        job.note(f"{block.name}: tuning did not bring it closer to the original, so it stays as it was solved")
-        return
+        state.note(f"{block.name}: tuning did not bring it closer to the original, so it stays as it was solved")
+        return {}, error
     for name, linear in block.linears.items():
-        job.solved[name] = tuned.layers[linear]
-        job.stream.set_weight(linear, job.solved[name].weight())
+        state.solutions[name] = replace(state.solutions[name], solved=tuned.layers[linear])
+        run.weights.set_weight(linear, state.solutions[name].solved.weight())
+    parameters: dict[str, Tensor] = {}
     for (module, key), tensor in tuned.parameters.items():
         name = named[module, key]
-        _, rounded = job.stream.as_stored(name, tensor)
-        job.tuned[name] = rounded
-        module._parameters[key] = nn.Parameter(rounded.to(tensor), requires_grad=False)
-    outputs[0][:] = [run_through(function) for function in fresh]
+        _, parameters[name] = run.weights.as_stored(name, tensor)
+        module._parameters[key] = nn.Parameter(parameters[name].to(tensor), requires_grad=False)
+    outputs[0][:] = [run_through(call) for call in calls]
+    return parameters, error
 
 
-def _write_block(block: Block, job: Job) -> None:
-    """Write a block's tensors, and when they are on disk the journal's entry."""
-    journal, writer = written_by(job)
+def _pack_block(
+    state: BlockState, tuned: Mapping[str, Tensor] | None = None, errors: tuple[BlockError, ...] = ()
+) -> BlockResult:
+    """All that quantizing a block has yielded, its layers as packed words."""
+    run = state.run
     tensors: dict[str, Tensor] = {}
-    for name in block.linears:
-        solved, plan = job.solved.pop(name), job.plans[name]
-        tensors |= {f"{plan.stored}.{key}": t for key, t in formats.encode(solved, plan.scheme).items()}
-        job.spreads[name] |= code_histogram(solved.codes, plan.bits)
-        job.weight_checksums[name] = sha256(solved.weight())
-    tuned = {name: job.stream.as_stored(name, tensor) for name, tensor in job.tuned.items()}
-    tensors |= dict(tuned.values())
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.sync()
-    journal.append(
-        "block",
-        {
-            "name": block.name,
-            "tensors": {name: writer.checksums[name] for name in tensors},
-            "tuned": {name: stored for name, (stored, _) in tuned.items()},
-            "layers": [asdict(result) for result in job.results if result.name in block.linears],
-            "weights": {name: job.weight_checksums[name] for name in block.linears},
-            "spreads": {name: job.spreads[name] for name in block.linears},
-            "errors": [asdict(error) for error in job.block_errors if error.name == block.name],
-            "coverage": [asdict(found) for found in job.coverage if found.name.startswith(f"{block.name}.")],
-            "notes": job.notes[job.notes_kept :],
-        },
+    histograms, checksums = {}, {}
+    for name in state.block.linears:
+        solution, plan = state.solutions.pop(name), run.layers[name]
+        tensors |= {f"{plan.stored}.{key}": t for key, t in formats.encode(solution.solved, plan.scheme).items()}
+        histograms[name] = solution.histogram | code_histogram(solution.solved.codes, plan.bits)
+        checksums[name] = sha256(solution.solved.weight())
+    stored = {name: run.weights.as_stored(name, tensor) for name, tensor in (tuned or {}).items()}
+    return BlockResult(
+        name=state.block.name,
+        layers=tuple(state.results),
+        weight_checksums=checksums,
+        histograms=histograms,
+        tuned={name: own for name, (own, _) in stored.items()},
+        errors=errors,
+        coverage=tuple(state.coverage),
+        notes=tuple(state.notes),
+        tensors=tensors | dict(stored.values()),
     )
-    job.tuned.clear()
-    job.notes_kept = len(job.notes)
+
+
+def _restore(plan: Plan, store: BlockStore, observer: Observer) -> list[str]:
+    """Take over what an earlier run finished; returns notes on what was not usable."""
+    notes = store.restore()
+    for note in [*notes, *(note for result in store.finished.values() for note in result.notes)]:
+        observer.note(note)
+    if store.finished:
+        layers = (plan.layers[name] for b in plan.blocks if b.name in store.finished for name in b.linears)
+        observer.going_on(len(store.finished), sum(layer.outputs * layer.inputs for layer in layers))
+    return notes
+
+
+def _settle_memory(request: Request, prepared: Prepared, windows: list[Inputs] | None) -> memory.Choice:
+    """Decide how the memory limit is kept, and say so."""
+    plan, weights = prepared.plan, prepared.weights
+    count, tokens = len(windows or []), memory.Tokens(0, 0, 0)
+    if windows is not None:
+        hidden = next(iter(plan.layers.values())).inputs
+        tokens = memory.tokens_of(windows, sum(is_held_out(i, count) for i in range(count)), hidden)
+    choice, says = memory.settle(
+        plan, request.config, tokens, weights.device, weights.dtype, request.batch_size, *request.memory_limits
+    )
+    request.observer.stage(f"{plan.in_short}; {says}")
+    if choice.ahead:
+        weights.copy_ahead()
+    return choice
+
+
+def _own_windows(windows: list[Inputs] | None, ranks: Ranks) -> list[Inputs] | None:
+    """Those windows that run through the model in this process."""
+    if windows is not None and len(windows) < ranks.size:
+        raise InputError(f"{len(windows)} calibration windows cannot be shared by {ranks.size} processes")
+    return None if windows is None else [windows[i] for i in ranks.windows(len(windows))]
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def _copy_the_rest(plan: Plan, writer: ShardWriter, ranks: Ranks, observer: Observer) -> None:
+    """Write the tensors that are not quantized.
+
+    Raises:
+        ValueError: an announced tensor never came.
+    """
+    observer.stage("copying what is not quantized")
+    if ranks.rank == 0:
+        for name in plan.source.tensors:
+            if name in plan.tensors and not writer.checksums[name]:
+                writer.write(name, plan.source.read(name))
+        writer.close()
+
+
+def _record(request: Request, prepared: Prepared, after: int, store: BlockStore) -> dict[str, Any]:
+    """What is written about the run beside the tensors; `after` is the size of the written files."""
+    plan, windows, results = prepared.plan, prepared.windows, store.finished.values()
+    source, layers = plan.source, plan.layers
+    replaced = (layer.source for layer in layers.values() if layer.source not in plan.tensors)
+    checksums = {name: checksum for result in results for name, checksum in result.weight_checksums.items()}
+    histograms = {name: dict(counts) for result in results for name, counts in result.histograms.items()}
+    coverage = [asdict(seen) for result in results for seen in result.coverage]
+    return {
+        "model": model_name(request.model),
+        "config": request.config.to_dict(),
+        "calibration": None if windows is None else public_name(describe(request.given)),
+        "sizes": {
+            "bits_per_weight": plan.bits_per_weight,
+            "quantized_bytes_before": sum(source.tensors[name].nbytes for name in replaced),
+            "quantized_bytes_after": plan.packed_bytes,
+            "file_bytes_before": source.file_bytes,
+            "file_bytes_after": after,
+            "calibration_tokens": count_tokens(windows or []),
+        },
+        "layers": layer_entries(layers, _layer_results(store), checksums, histograms),
+        "blocks": [asdict(error) for result in results for error in result.errors],
+        **({"experts": coverage} if coverage else {}),
+    }
+
+
+def _layer_results(store: BlockStore) -> list[LayerResult]:
+    return [layer for result in store.finished.values() for layer in result.layers]

@@ -1,129 +1,215 @@
-"""Solve the rows of one or several layers with the same input, tile by tile."""
+"""Solve the rows of one or several layers with the same input, tile by tile.
 
-from dataclasses import fields
+Rows do not depend on each other once the Hessian is factorized. So the rows of layers that share an input and a scheme
+are one matrix, taken TILE_ROWS at a time, whichever layer they belong to; processes take the tiles in turns.
+"""
+
+from dataclasses import astuple, dataclass, fields
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptq import solver
 from gptq.compute.distributed import ALONE, Ranks
-from gptq.compute.matmul import product
 from gptq.config import QuantConfig
-from gptq.pipeline.layer_inputs import LayerInputs, Unseen
+from gptq.pipeline.layer_inputs import HeldOutBlend, LayerInputs
 from gptq.planning.plan import LayerPlan
 from gptq.solver.coordinate_descent import refine
-from gptq.solver.error_propagation import best_share, divide, full_correction
+from gptq.solver.error_propagation import best_share
 from gptq.solver.hessian import output_power
 from gptq.solver.solve import ROWS, TINY
 
-SAMPLE = 256  # about so many rows of a layer compare its error with other errors
-FULL_SHARE = 0.5  # of the drift that is made up for, where too few windows leave none to find it by (QEP's choice)
-EXACT = 1e-10  # a relative error that is mere rounding
+SAMPLED_ROWS = 256  # rows per layer, about, that estimate the errors of RTN and on held-out windows
+DEFAULT_SHARE = 0.5  # of the correction, where no held-out window tells a better one (QEP's choice)
+ROUNDING = 1e-10  # relative errors up to here are floating-point rounding
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The weights of layers with one input as one matrix, and how it is tiled."""
+
+    W: Tensor  # (rows, inputs) float32
+    layers: tuple[slice, ...]  # the rows of each layer
+    tiles: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, weights: list[Tensor]) -> "Rows":
+        """From each layer's weight (outputs, inputs)."""
+        W = torch.cat(weights) if len(weights) > 1 else weights[0]
+        tiles = tuple(slice(start, min(start + ROWS, len(W))) for start in range(0, len(W), ROWS))
+        bounds = [0, *accumulate(map(len, weights))]
+        return cls(W, tuple(slice(start, stop) for start, stop in pairwise(bounds)), tiles)
+
+    def own_tiles(self, ranks: Ranks) -> dict[int, slice]:
+        """Those that this process solves, by number."""
+        return {number: tile for number, tile in enumerate(self.tiles) if ranks.owns(number)}
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What makes up for the drift: W C H^-1 of this process's tiles, and the share of it that each layer takes."""
+
+    by_tile: dict[int, Tensor]  # (rows of the tile, inputs); empty where nothing drifted; each is used once
+    shares: tuple[float | None, ...]  # by layer; None where the original's activations are not carried
+
+
+@dataclass(frozen=True)
+class ErrorSums:
+    """Sums over some rows of a layer, which add up over tiles; see `figures` for what they make.
+
+    `power` is tr(W H W^T), errors are tr((T - Q) H (T - Q)^T) with the target T. What costs a product of its own is
+    summed over sampled rows only.
+    """
+
+    error: float = 0.0
+    power: float = 0.0
+    sampled_error: float = 0.0
+    sampled_power: float = 0.0
+    sampled_rtn_error: float = 0.0
+    held_out_error: float = 0.0
+    held_out_power: float = 0.0
+
+    def __add__(self, other: "ErrorSums") -> "ErrorSums":
+        return ErrorSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def figures(self, inputs: LayerInputs, share: float | None) -> "LayerFigures":
+        """Relative errors of the layer.
+
+        Sampled rows say how much larger or smaller than the solve's error another error is. Taken by themselves they
+        would be the errors of other rows: a few rows can hold most of a layer's power.
+        """
+        error, sampled = self.error / max(self.power, TINY), self.sampled_error / max(self.sampled_power, TINY)
+        scale = error / sampled if min(error, sampled) > ROUNDING else 1.0
+        held_out = None if inputs.held_out is None else scale * self.held_out_error / max(self.held_out_power, TINY)
+        rtn_error = scale * self.sampled_rtn_error / max(self.sampled_power, TINY)
+        return LayerFigures(error, rtn_error, held_out, share, inputs.factor.damp, inputs.tokens)
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """The figures of a solved layer; `output.results.LayerResult` says what each means."""
+
+    error: float
+    rtn_error: float
+    heldout_error: float | None
+    share: float | None
+    damp: float | None
+    tokens: int
+
+
+def round_rows(W: Tensor, plan: LayerPlan) -> tuple[solver.SolvedLayer, LayerFigures]:
+    """The nearest codes of W (outputs, inputs), for a layer whose inputs are not known."""
+    nearest = solver.round_to_nearest(W, plan.bits, plan.group_size, plan.sym)
+    error = nearest.error / max(float(W.double().square().sum()), TINY)
+    return nearest, LayerFigures(error, error, heldout_error=None, share=None, damp=None, tokens=0)
+
+
+def find_corrections(rows: Rows, inputs: LayerInputs, config: QuantConfig, ranks: Ranks = ALONE) -> Corrections:
+    """What makes up for the drift, and how much of it each layer takes: as much as helps on held-out windows."""
+    drift, held_out = inputs.drift, inputs.held_out
+    if drift is None:
+        return Corrections({}, (0.0 if config.two_streams else None,) * len(rows.layers))
+    by_tile: dict[int, Tensor] = {}
+    gains: dict[int, Tensor] = {}
+    for number, tile in rows.own_tiles(ranks).items():
+        by_tile[number] = drift.correction(rows.W[tile], inputs.factor)
+        if held_out is not None:
+            inside = [rows_inside(tile, layer) for layer in rows.layers]
+            found = [_gain(rows.W[tile], by_tile[number], own, held_out) for own in inside]
+            if None not in found:
+                gains[number] = torch.tensor(found, dtype=torch.float64, device=rows.W.device)  # (layers, 2)
+    exchanged = ranks.exchange(gains, len(rows.tiles))
+    if not exchanged:
+        return Corrections(by_tile, (DEFAULT_SHARE,) * len(rows.layers))
+    return Corrections(by_tile, tuple(best_share(*gain) for gain in torch.stack(exchanged).sum(0).tolist()))
+
+
+def _gain(W: Tensor, correction: Tensor, rows: slice, held_out: HeldOutBlend) -> tuple[float, float] | None:
+    """The arguments of `best_share` for some rows; None where the original's inputs are not known."""
+    if not len(W[rows]):
+        return 0.0, 0.0
+    agreement = held_out.agreement(W[rows], correction[rows])
+    return None if agreement is None else (held_out.power(correction[rows]), agreement)
 
 
 def solve_rows(
-    weights: list[Tensor], plan: LayerPlan, known: LayerInputs, config: QuantConfig, last: bool = False,
+    rows: Rows, corrections: Corrections, plan: LayerPlan, inputs: LayerInputs, config: QuantConfig,
     ranks: Ranks = ALONE,
-) -> list[tuple[solver.SolvedLayer, dict[str, Any]]]:  # fmt: skip
-    """Codes of the weights (outputs, inputs) of layers with one input, and the figures of their LayerResults.
-
-    What is known of the drift is forgotten once the `last` layer has its correction.
-
-    Rows do not know of each other, so they are taken ROWS at a time, whichever layers they belong to, by `ranks` in
-    turns.
-    """
-    W = torch.cat(weights) if len(weights) > 1 else weights[0]  # (rows, inputs)
-    tiles = [slice(start, min(start + ROWS, len(W))) for start in range(0, len(W), ROWS)]
-    bounds = [0, *accumulate(len(one) for one in weights)]
-    of_layers = [slice(start, stop) for start, stop in pairwise(bounds)]
-    own_tiles = {n: tile for n, tile in enumerate(tiles) if ranks.owns(n)}
-    undrifted = 0.0 if config.two_streams else None
-    corrections, shares = _corrections(W, own_tiles, of_layers, known, ranks, undrifted)
-    if last:
-        known.drift, known.spent = None, True
-    shared = torch.cat([one.new_full((len(one), 1), share or 0.0) for one, share in zip(weights, shares, strict=True)])
-    parts: dict[int, solver.SolvedLayer] = {}
-    measured: dict[int, Tensor] = {}
-    for number, rows in own_tiles.items():
-        target = W[rows] + shared[rows] * corrections.pop(number) if corrections else W[rows]
-        own_rows = [(_common(rows, layer), _sample(rows, layer)) for layer in of_layers]
-        parts[number], measured[number] = _solve_tile(W[rows], target, own_rows, plan, known, config)
-    solved = _stacked(parts, len(tiles), ranks)
-    figures = torch.stack(ranks.exchange(measured, len(tiles))).sum(0)  # (layers, figures)
-    found = []
-    for rows, share, sums in zip(of_layers, shares, figures.tolist(), strict=True):
-        own = {"share": share, "damp": known.factor.damp, "tokens": known.tokens}
-        found.append((solved.take(rows), _errors(*sums) | own))
-    return found
+) -> list[tuple[solver.SolvedLayer, LayerFigures]]:  # fmt: skip
+    """Codes and figures of each layer; `plan` is that of any of them, as all are stored alike."""
+    W = rows.W
+    heights = [layer.stop - layer.start for layer in rows.layers]
+    shares = torch.cat(
+        [W.new_full((height, 1), share or 0.0) for height, share in zip(heights, corrections.shares, strict=True)]
+    )  # (rows, 1)
+    solved: dict[int, solver.SolvedLayer] = {}
+    sums: dict[int, Tensor] = {}
+    for number, tile in rows.own_tiles(ranks).items():
+        correction = corrections.by_tile.pop(number, None)
+        target = W[tile] if correction is None else W[tile] + shares[tile] * correction
+        correction = None  # its memory is needed
+        solved[number] = _solve_tile(target, plan, inputs, config)
+        found = [_sum_errors(W[tile], target, solved[number], tile, layer, plan, inputs) for layer in rows.layers]
+        sums[number] = torch.tensor([astuple(one) for one in found], dtype=torch.float64, device=W.device)
+    whole = _stacked(solved, len(rows.tiles), ranks)
+    totals = [ErrorSums()] * len(rows.layers)
+    for of_layers in ranks.exchange(sums, len(rows.tiles)):  # (layers, sums) of each tile
+        totals = [total + ErrorSums(*values) for total, values in zip(totals, of_layers.tolist(), strict=True)]
+    return [
+        (whole.take(layer), total.figures(inputs, share))
+        for layer, total, share in zip(rows.layers, totals, corrections.shares, strict=True)
+    ]
 
 
-def _errors(
-    error: float, power: float, some_error: float, some_power: float, some_nearest: float, *held_out: float
-) -> dict[str, float | None]:
-    """The errors of a LayerResult from what `_solve_tile` has found.
-
-    A sample of rows tells how much larger or smaller than the error of the solve other errors are. Taken by themselves
-    they would be those of other rows: few rows can have most of a layer's power.
-    """
-    relative, of_some = error / max(power, TINY), some_error / max(some_power, TINY)
-    scaled = relative / of_some if min(relative, of_some) > EXACT else 1.0
-    return {
-        "error": relative,
-        "rtn_error": scaled * some_nearest / max(some_power, TINY),
-        "heldout_error": scaled * held_out[0] / max(held_out[1], TINY) if held_out else None,
-    }
+def _solve_tile(target: Tensor, plan: LayerPlan, inputs: LayerInputs, config: QuantConfig) -> solver.SolvedLayer:
+    """Codes for rows of a target (rows, inputs)."""
+    solved = solver.solve(
+        target, inputs.factor, plan.bits, plan.group_size, plan.sym, config.static_groups, bool(config.search)
+    )
+    return refine(target, solved, inputs.factor, plan.bits, config.sweeps) if config.sweeps else solved
 
 
-def _common(tile: slice, layer: slice) -> slice:
-    """The rows of a tile that belong to a layer, counted from where the tile begins; perhaps none."""
+def _sum_errors(
+    W: Tensor, target: Tensor, solved: solver.SolvedLayer, tile: slice, layer: slice, plan: LayerPlan,
+    inputs: LayerInputs,
+) -> ErrorSums:  # fmt: skip
+    """The sums over those rows of a tile, W and its target (rows, inputs), that belong to a layer."""
+    own, sample = rows_inside(tile, layer), sampled_rows(tile, layer)
+    if not len(W[own]):
+        return ErrorSums()
+    factor, held_out = inputs.factor, inputs.held_out
+    off = target[own] - solved.take(own).weight()
+    undamped = (solved.row_errors[own] - factor.ridge * off.square().sum(1, dtype=torch.float64)).clamp(min=0)
+    sums = ErrorSums(error=float(undamped.sum()), power=output_power(W[own], factor.H))
+    some = W[sample].contiguous()  # (sampled rows, inputs)
+    if not len(some):
+        return sums
+    inside = slice(sample.start - own.start, sample.stop - own.start, sample.step)
+    nearest = solver.round_to_nearest(some, plan.bits, plan.group_size, plan.sym).weight()
+    return sums + ErrorSums(
+        sampled_error=float(undamped[inside].sum()),
+        sampled_power=sums.power if len(some) == len(W[own]) else output_power(some, factor.H),
+        sampled_rtn_error=output_power(target[sample] - nearest, factor.H),
+        held_out_error=0.0 if held_out is None else held_out.power(off[inside].contiguous()),
+        held_out_power=0.0 if held_out is None else held_out.power(some),
+    )
+
+
+def rows_inside(tile: slice, layer: slice) -> slice:
+    """The rows of a tile that belong to a layer, counted from the tile's start; possibly none."""
     start, stop = max(tile.start, layer.start), min(tile.stop, layer.stop)
     return slice(start - tile.start, max(stop, start) - tile.start)
 
 
-def _sample(tile: slice, layer: slice) -> slice:
-    """Of these some, as far apart in all tiles; by an odd number, as rows of attention repeat by powers of two."""
-    rows, step = _common(tile, layer), (layer.stop - layer.start) // SAMPLE | 1
+def sampled_rows(tile: slice, layer: slice) -> slice:
+    """Every step-th row of a layer that lies in a tile, the same rows whatever the tiling.
+
+    The step is odd because attention's rows repeat with a period that is a power of two.
+    """
+    rows, step = rows_inside(tile, layer), (layer.stop - layer.start) // SAMPLED_ROWS | 1
     skipped = (layer.start - tile.start - rows.start) % step  # from the layer's first row on, every step-th
     return slice(min(rows.start + skipped, rows.stop), rows.stop, step)
-
-
-def _solve_tile(
-    W: Tensor,
-    target: Tensor,
-    layers: list[tuple[slice, slice]],
-    plan: LayerPlan,
-    known: LayerInputs,
-    config: QuantConfig,
-) -> tuple[solver.SolvedLayer, Tensor]:
-    """Codes for some rows of W (rows, inputs), and (layers, figures) float64 what `_errors` wants summed over tiles.
-
-    Args:
-        layers: which of the rows belong to each, and which of these are in its sample.
-    """
-    factor, unseen = known.factor, known.unseen
-    solved = solver.solve(
-        target, factor, plan.bits, plan.group_size, plan.sym, config.static_groups, bool(config.search)
-    )
-    if config.sweeps:
-        solved = refine(target, solved, factor, plan.bits, config.sweeps)
-    off = target - solved.weight()
-    undamped = (solved.row_errors - factor.ridge * off.square().sum(1, dtype=torch.float64)).clamp(min=0)
-    figures = torch.zeros(len(layers), 5 if unseen is None else 7, dtype=torch.float64, device=W.device)
-    for own, (rows, sample) in zip(figures, layers, strict=True):
-        if len(W[rows]):
-            own[0], own[1] = undamped[rows].sum(), output_power(W[rows], factor.H)
-        some = W[sample].contiguous()  # (sampled rows, inputs)
-        if not len(some):
-            continue
-        own[2] = undamped[sample].sum()
-        own[3] = own[1] if len(some) == len(W[rows]) else output_power(some, factor.H)
-        nearest = solver.round_to_nearest(some, plan.bits, plan.group_size, plan.sym).weight()
-        own[4] = output_power(target[sample] - nearest, factor.H)
-        if unseen is not None:
-            own[5], own[6] = unseen.power(off[sample].contiguous()), unseen.power(some)
-    return solved, figures
 
 
 def _stacked(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> solver.SolvedLayer:
@@ -131,39 +217,3 @@ def _stacked(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> 
     names = [one.name for one in fields(solver.SolvedLayer)]
     columns = [ranks.exchange({n: getattr(part, name) for n, part in parts.items()}, count) for name in names]
     return solver.SolvedLayer.stack([solver.SolvedLayer(*tile) for tile in zip(*columns, strict=True)])
-
-
-def _corrections(
-    W: Tensor, own: dict[int, slice], layers: list[slice], known: LayerInputs, ranks: Ranks, none: float | None
-) -> tuple[dict[int, Tensor], list[float | None]]:
-    """What would make up for the drift in this process's `own` tiles of W (rows, inputs), by number.
-
-    And how much of it each of the `layers` is to take, which is `none` where nothing has drifted.
-    """
-    if known.drift is None:
-        return {}, [none] * len(layers)
-    if len(W) > len(known.drift) and not known.divided:
-        known.drift, known.divided = divide(known.drift, known.factor), True
-    corrections: dict[int, Tensor] = {}
-    gains: dict[int, Tensor] = {}
-    for number, rows in own.items():
-        if known.divided:
-            corrections[number] = product(W[rows], known.drift)
-        else:
-            corrections[number] = full_correction(W[rows], known.drift, known.factor)
-        if known.unseen is not None:
-            found = [_gain(W[rows], corrections[number], _common(rows, layer), known.unseen) for layer in layers]
-            if None not in found:
-                gains[number] = torch.tensor(found, dtype=torch.float64, device=W.device)  # (layers, 2)
-    everywhere = ranks.exchange(gains, -(-len(W) // ROWS))
-    if not everywhere:
-        return corrections, [FULL_SHARE] * len(layers)
-    return corrections, [best_share(*gain) for gain in torch.stack(everywhere).sum(0).tolist()]
-
-
-def _gain(W: Tensor, correction: Tensor, rows: slice, unseen: Unseen) -> tuple[float, float] | None:
-    """What `best_share` wants to know of some rows; None where the original inputs are not known."""
-    if not len(W[rows]):
-        return 0.0, 0.0
-    agreement = unseen.agreement(W[rows], correction[rows])
-    return None if agreement is None else (unseen.power(correction[rows]), agreement)

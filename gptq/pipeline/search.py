@@ -15,27 +15,27 @@ from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.forward import run_through
-from gptq.models.weights import WeightStream, swapped
+from gptq.models.weights import WeightStream, swapped_weights
 from gptq.output.results import LayerResult
-from gptq.pipeline.block import Fresh, run_as_original, solve_head, walk_block, walk_blocks
-from gptq.pipeline.job import Job, Observer
+from gptq.pipeline.block import run_as_original, solve_block, walk_block
+from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import Journal
-from gptq.pipeline.layer import finish_layer, heldout_excess
-from gptq.pipeline.layer_inputs import LayerInputs
+from gptq.pipeline.layer import BlockState, Station, heldout_excess, quantize_layer
+from gptq.pipeline.run import Observer, Run
 from gptq.pipeline.tune import first_tensor
 from gptq.planning.bit_allocation import Unit, choose, overrides_for, units_of
 from gptq.planning.plan import Plan
 from gptq.solver.solve import TINY
 
 FEWEST_WINDOWS = 16  # that a search for enough windows tries
-ENOUGH = 0.1  # held-out error above the calibration's by so little that more windows would change it by half of that
+ENOUGH = 0.1  # excess of the held-out error up to which more windows change little: it halves when windows double
 
 
 def enough_windows(
     given: Given,
     plan: Plan,
     config: QuantConfig,
-    stream: WeightStream,
+    weights: WeightStream,
     trust_remote_code: bool,
     observer: Observer,
     journal: Journal,
@@ -47,12 +47,10 @@ def enough_windows(
     """
     drawn = journal.find("windows")
     if drawn:
-        windows, notes = (
-            windows_of(given, drawn[0]["count"], plan.folder, plan.network, config, trust_remote_code)[0],
-            drawn[0]["notes"],
-        )
+        count, notes = drawn[0]["count"], drawn[0]["notes"]
+        windows, _ = windows_of(given, count, plan.folder, plan.network, config, trust_remote_code)
     elif config.num_samples == "auto":
-        windows, notes = _search_windows(given, plan, config, stream, trust_remote_code, observer)
+        windows, notes = _search_windows(given, plan, config, weights, trust_remote_code, observer)
     else:
         windows, notes = windows_of(given, config.num_samples, plan.folder, plan.network, config, trust_remote_code)
     journal.require_windows(windows, notes)
@@ -60,14 +58,14 @@ def enough_windows(
 
 
 def _search_windows(
-    given: Given, plan: Plan, config: QuantConfig, stream: WeightStream, trust_remote_code: bool, observer: Observer
+    given: Given, plan: Plan, config: QuantConfig, weights: WeightStream, trust_remote_code: bool, observer: Observer
 ) -> tuple[list[Inputs], list[str]]:
     windows, notes = windows_of(given, FEWEST_WINDOWS, plan.folder, plan.network, config, trust_remote_code)
     if not isinstance(given, str):
         return windows, notes
     alone = replace(config, effort="fast", two_streams=False, tune_steps=0, target_bits=None, target_size=None)
     while True:
-        excess = heldout_excess(_results_of_first_block(windows, plan, alone, stream))
+        excess = heldout_excess(_results_of_first_block(windows, plan, alone, weights))
         observer.stage(
             f"{len(windows)} windows: held-out error of the first block {excess:+.0%} beside the calibration's"
         )
@@ -91,17 +89,15 @@ def notes_on_samples(results: list[LayerResult]) -> list[str]:
 
 
 def _results_of_first_block(
-    windows: list[Inputs], plan: Plan, config: QuantConfig, stream: WeightStream
+    windows: list[Inputs], plan: Plan, config: QuantConfig, weights: WeightStream
 ) -> list[LayerResult]:
-    job = Job(config, plan.layers, stream, None, Observer(), finish_layer)
-
-    def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:
-        walk_block(index, block, fresh, len(windows), job)
-        return []
-
-    with torch.no_grad(), exact_float32(stream.device):
-        walk_blocks(plan.network, plan.blocks, windows, 1, stream, visit)
-    return job.results
+    run = Run(config, plan.layers, weights, Observer(), reruns_blocks=True)
+    walk = BlockWalk(plan.network, plan.blocks, windows, num_streams=1, weights=weights)
+    with torch.no_grad(), exact_float32(weights.device), walk:
+        block, calls = next(iter(walk))
+        state = BlockState(block, run)
+        walk_block(calls, len(windows), state, quantize_layer)
+    return state.results
 
 
 def choose_widths(
@@ -109,7 +105,7 @@ def choose_widths(
     config: QuantConfig,
     windows: list[Inputs],
     in_flight: int,
-    stream: WeightStream,
+    weights: WeightStream,
     observer: Observer,
     journal: Journal,
 ) -> QuantConfig:
@@ -127,76 +123,85 @@ def choose_widths(
     if known:
         before = (plan.layers[name] for block in plan.blocks if block.name in known for name in block.linears)
         observer.going_on(len(known), sum(layer.outputs * layer.inputs for layer in before))
-    trials: dict[str, dict[tuple[int, int], solver.SolvedLayer]] = {}
-    finish = partial(_try_choices, units={name: unit for unit in units for name in unit.layers}, trials=trials)
-    job = Job(config, plan.layers, stream, None, observer, finish)
+    run = Run(config, plan.layers, weights, _LayersOnly(observer), reruns_blocks=True)
+    trials = _Trials({name: unit for unit in units for name in unit.layers})
     measured: list[Unit] = []
-
-    def visit(index: int, block: Block, fresh: Fresh) -> list[list[Any]]:
-        inside = [unit for unit in units if unit.layers[0] in block.linears]
-        if block.name in known:
-            measured.extend(map(_with_errors, inside, known[block.name]))
-            return run_as_original(block, fresh[0], job)
-        outputs: list[list[Any]] = []
-        if block.is_head():
-            solve_head(index, block, fresh, job)
-        else:
-            outputs = walk_block(index, block, fresh, in_flight, job)
-        found = [_measure(unit, block, fresh[0], outputs[0] if outputs else None, trials, job) for unit in inside]
-        trials.clear()
-        measured.extend(found)
-        errors = [[choice.error for choice in unit.choices] for unit in found]
-        journal.append("measured", {"name": block.name, "errors": errors})
-        return outputs
-
-    with torch.no_grad(), exact_float32(stream.device):
-        left = walk_blocks(plan.network, plan.blocks, windows, 1, stream, visit)
-    measured += [unit for block in left for unit in units if unit.layers[0] in block.linears]  # none sees a difference
+    walk = BlockWalk(plan.network, plan.blocks, windows, num_streams=1, weights=weights)
+    with torch.no_grad(), exact_float32(weights.device), walk:
+        for block, calls in walk:
+            inside = [unit for unit in units if unit.layers[0] in block.linears]
+            if block.name in known:
+                measured += map(_with_errors, inside, known[block.name])
+                walk.go_on(run_as_original(block, calls[0], run))
+                continue
+            outputs = solve_block(calls, in_flight, BlockState(block, run), trials.solve)
+            originals = outputs[0] if outputs else None
+            found = [_measure(unit, block, calls[0], originals, trials, weights) for unit in inside]
+            trials.solved.clear()
+            measured += found
+            errors = [[choice.error for choice in unit.choices] for unit in found]
+            journal.append("measured", {"name": block.name, "errors": errors})
+            walk.go_on(outputs)
+    # A block that is not reached sees no difference.
+    measured += [unit for block in walk.left for unit in units if unit.layers[0] in block.linears]
     observer.finished()
     overrides = overrides_for(measured, choose(plan, config, measured, chosen_format))
     return replace(config, overrides=(*config.overrides, *overrides), format=chosen_format)
 
 
-def _try_choices(
-    index: int, block: Block, name: str, known: LayerInputs | None, job: Job,
-    units: dict[str, Unit], trials: dict[str, dict[tuple[int, int], solver.SolvedLayer]],
-) -> None:  # fmt: skip
-    """Solve a layer in every way it could be stored, and let the forward go on with the original weight."""
-    plan, linear = job.plans[name], block.linears[name]
-    W = job.stream.weight(linear, name)  # (outputs, inputs) float32
-    trials[name] = {}
-    for choice in units[name].choices:
-        group_size = plan.inputs if choice.group_size == -1 else min(choice.group_size, plan.inputs)
-        if known is None:
-            solved = solver.round_to_nearest(W, choice.bits, group_size, plan.sym)
-        else:
-            solved = solver.solve(W, known.factor, choice.bits, group_size, plan.sym, search=bool(job.config.search))
-        trials[name][choice.bits, choice.group_size] = solved
-    job.stream.set_weight(linear, W)
-    job.observer.layer_done(index, name, W.numel())
+class _LayersOnly(Observer):
+    """Tells another observer of layers alone: notes come again when the layers are quantized for good."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.layer_done = observer.layer_done  # type: ignore[method-assign]
+
+
+class _Trials:
+    """Each layer of a block, solved in every way in which its unit could be stored."""
+
+    def __init__(self, units: dict[str, Unit]) -> None:
+        """`units` are by the names of the layers in them."""
+        self._units = units
+        self.solved: dict[str, dict[tuple[int, int], solver.SolvedLayer]] = {}  # by name, then bits and group size
+
+    def solve(self, name: str, station: Station | None, state: BlockState) -> None:
+        """A LayerSolver that lets the forward go on with the original weight."""
+        run, plan = state.run, state.run.layers[name]
+        W = state.weight(name)  # (outputs, inputs) float32
+        own = self.solved[name] = {}
+        for choice in self._units[name].choices:
+            group_size = plan.inputs if choice.group_size == -1 else min(choice.group_size, plan.inputs)
+            if station is None:
+                solved = solver.round_to_nearest(W, choice.bits, group_size, plan.sym)
+            else:
+                factor, search = station.inputs.factor, bool(run.config.search)
+                solved = solver.solve(W, factor, choice.bits, group_size, plan.sym, search=search)
+            own[choice.bits, choice.group_size] = solved
+        run.weights.set_weight(state.block.linears[name], W)
+        run.observer.layer_done(state.block.index, name, W.numel())
 
 
 def _measure(
-    unit: Unit, block: Block, fresh: list[partial[Any]], outputs: list[Any] | None,
-    trials: dict[str, dict[tuple[int, int], solver.SolvedLayer]], job: Job,
+    unit: Unit, block: Block, calls: list[partial[Any]], originals: list[Any] | None, trials: _Trials,
+    weights: WeightStream,
 ) -> Unit:  # fmt: skip
     """The unit with the error that each choice brings into the block's output, on held-out windows.
 
-    Where the original `outputs` are not given, each is computed when it is compared.
+    Where the outputs of the original block are not given, each is computed when it is compared.
     """
-    windows = [i for i in range(len(fresh)) if is_held_out(i, len(fresh))] or list(range(len(fresh)))
+    windows = [i for i in range(len(calls)) if is_held_out(i, len(calls))] or list(range(len(calls)))
     found = []
     for choice in unit.choices:
-        weights: dict[nn.Module, nn.Parameter | None] = {}
+        swapped: dict[nn.Module, nn.Parameter | None] = {}
         for name in unit.layers:
             linear = block.linears[name]
-            Q = trials[name][choice.bits, choice.group_size].weight()
-            weights[linear] = nn.Parameter(job.stream.computed_with(linear, Q), requires_grad=False)
+            Q = trials.solved[name][choice.bits, choice.group_size].weight()
+            swapped[linear] = nn.Parameter(weights.computed_with(linear, Q), requires_grad=False)
         errors = []
         for i in windows:
-            original = outputs[i] if outputs else run_through(fresh[i])
-            with swapped(weights):
-                errors.append(_relative_change(run_through(fresh[i]), original))
+            original = originals[i] if originals else run_through(calls[i])
+            with swapped_weights(swapped):
+                errors.append(_relative_change(run_through(calls[i]), original))
         found.append(sum(errors) / len(errors))
     return _with_errors(unit, found)
 

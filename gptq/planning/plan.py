@@ -117,7 +117,7 @@ def plan_checkpoint(
     all_blocks, left_out = find_blocks(network, inputs)
     uncalled = not_called(network, all_blocks, inputs or {})
     if config.lm_head:
-        all_blocks.append(find_head(network))
+        all_blocks.append(replace(find_head(network), index=len(all_blocks)))
     apart, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
     blocks, layers, extended = plan_layers(all_blocks, names, config, apart, uncalled)
     changes = changes if apart in layers else {}

@@ -1,0 +1,145 @@
+"""Taking windows through a model's own forward, block by block, with one block in memory at a time.
+
+with BlockWalk(network, blocks, windows, num_streams=1, weights=weights) as walk:
+    for block, calls in walk:
+        walk.go_on([[run_through(call) for call in stream] for stream in calls])
+    for window, output in walk.outputs():
+        ...
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from gptq.calibration.arrays import Inputs
+from gptq.compute.allocator import return_freed_memory
+from gptq.compute.matmul import quick_linears
+from gptq.errors import InputError
+from gptq.models.blocks import Block
+from gptq.models.forward import PausableForward, Pause, pause_instead, to_device, with_defaults
+from gptq.models.weights import WeightStream, drop
+from gptq.pipeline.offload import Shelf
+
+Calls = list[list[partial[Any]]]  # by stream and window: the call of a block on the inputs that reach it
+Outputs = list[list[Any]]  # by stream and window
+
+
+class BlockWalk:
+    """The forwards of all windows, each of which pauses instead of running a block.
+
+    With two streams each window goes through twice, as the quantized and as the original model see it. Iterating gives
+    the blocks in the order in which the model's forward reaches them. A block has its weights in memory then, but for
+    those of `block.linears`. The body hands the block's outputs to `go_on`; without them the walk ends.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        blocks: list[Block],
+        windows: Sequence[Inputs],
+        num_streams: int,
+        weights: WeightStream,
+        offload: Shelf | None = None,
+    ) -> None:
+        """`offload` is where activations wait between blocks."""
+        self._network, self._blocks, self._weights = network, blocks, weights
+        self._offload = offload or Shelf()
+        self._left = {block.module: block for block in blocks}
+        forward = with_defaults(network)
+        self._streams = [
+            [PausableForward(partial(forward, **to_device(x, weights.device, weights.dtype))) for x in windows]
+            for _ in range(num_streams)
+        ]
+        self._pauses: list[list[Pause | None]] = []
+        self._given: Outputs = []
+        self._stack = ExitStack()
+        self._steps: Generator[tuple[Block, Calls], None, None] | None = None
+
+    def __enter__(self) -> "BlockWalk":
+        self._stack.callback(self._stop)  # a forward left standing would hold its activations for good
+        self._drop_others = self._stack.enter_context(self._weights.on_demand(self._network, self._blocks))
+        self._forward_of = self._stack.enter_context(pause_instead(self._left))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._steps is not None:
+            self._steps.close()
+        self._stack.close()
+
+    def _stop(self) -> None:
+        for forward in chain(*self._streams):
+            forward.stop()
+
+    @property
+    def left(self) -> list[Block]:
+        """The blocks that no window has reached."""
+        return [*self._left.values()]
+
+    def go_on(self, outputs: Outputs) -> None:
+        """Give the windows a block's outputs to go on with; the lists are emptied as they go."""
+        self._given = outputs
+
+    def __iter__(self) -> Iterator[tuple[Block, Calls]]:
+        """Raises InputError where a window does not run through the model, or not through each block once."""
+        self._steps = self._walk()
+        return self._steps
+
+    def _walk(self) -> Generator[tuple[Block, Calls], None, None]:
+        self._pauses = [[self._offloaded(_advance(forward)) for forward in stream] for stream in self._streams]
+        self._drop_others()
+        while standing := self._pauses[0][0]:
+            block = self._left.pop(standing.module, None)
+            if block is None or any(p is None or p.module is not block.module for p in chain(*self._pauses)):
+                name = next(b.name for b in self._blocks if b.module is standing.module)
+                raise InputError(f"{name} is not run once per forward, in the same order for every window")
+            self._weights.fill(block.module, block.name, skip=block.linears.values())
+            self._weights.read_ahead(_parameters_of_next(self.left))
+            self._given = []
+            with quick_linears(block.module):
+                yield block, self._calls(block)
+            drop(block.module)
+            return_freed_memory()
+            if not self._given or not self._left:
+                return
+            for stream, outputs, pauses in zip(self._streams, self._given, self._pauses, strict=True):
+                for i, forward in enumerate(stream):
+                    pauses[i] = self._offloaded(_advance(forward, self._offload.put(outputs[i])))
+                    outputs[i] = None
+            self._drop_others()
+
+    def outputs(self) -> Iterator[tuple[int, Any]]:
+        """After the last block: each window's number and the model's output, which is computed when it is asked for."""
+        for i, forward in enumerate(self._streams[0]):
+            _advance(forward, self._given[0][i])
+            self._given[0][i] = None
+            yield i, forward.result
+            forward.result = None
+
+    def _calls(self, block: Block) -> Calls:
+        run = self._offload.releasing(self._forward_of[block.module])
+        return [[partial(run, *p.args, **p.kwargs) for p in stream if p] for stream in self._pauses]
+
+    def _offloaded(self, pause: Pause | None) -> Pause | None:
+        if pause is not None:
+            self._offload.put((pause.args, pause.kwargs))
+        return pause
+
+
+def _advance(forward: PausableForward, answer: Any = None) -> Pause | None:
+    """Raises InputError where the model refuses its inputs."""
+    try:
+        return forward.advance(answer)
+    except (ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the model does not run on the calibration inputs: {reason}") from error
+
+
+def _parameters_of_next(left: list[Block]) -> list[str]:
+    """Names of the parameters of the block that comes next."""
+    if not left:
+        return []
+    return [f"{left[0].name}.{name}" for name, _ in left[0].module.named_parameters()]
