@@ -176,7 +176,8 @@ def test_a_shelf_without_a_folder_does_nothing() -> None:
 RUN = """
 import json, sys
 import torch
-from gptq import QuantConfig, memory
+from gptq import QuantConfig
+from gptq.planning import memory
 from gptq.pipeline.quantize import quantize
 from gptq.pipeline.run import Observer
 

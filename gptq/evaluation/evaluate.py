@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gptq import calibration
 from gptq.checkpoint.hub import resolve
-from gptq.checkpoint.reader import Source
 from gptq.checkpoint.untrusted import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
-from gptq.compute.allocator import return_freed_memory
 from gptq.errors import InputError
 from gptq.inference.load import load
 from gptq.models.blocks import find_blocks
-from gptq.models.build import empty_model, take_experts_apart
-from gptq.models.forward import PausableForward, check_tokens, pause_instead, run
+from gptq.models.build import open_model
+from gptq.models.forward import check_tokens, run
 from gptq.models.hf_config import choose_dtype, fitting_seq_len, read_config, read_tokenizer
-from gptq.models.tensor_names import Names, check_tensors
-from gptq.models.weights import WeightStream, drop
+from gptq.models.tensor_names import check_tensors
+from gptq.models.weights import WeightStream
 from gptq.output.results import QUALITY
+from gptq.pipeline.block import set_original_weights
+from gptq.pipeline.block_walk import BlockWalk
 
 MAX_LOSS = 700.0  # its exponential is the largest that a float holds
 RESAMPLES, BOOTSTRAP_SEED, CONFIDENCE = 2000, 0, 0.95
@@ -267,40 +266,26 @@ def original_logits(
 
     All windows go through a block before the next one is read; the head is run window by window at the end.
     """
-    hf_config = read_config(folder, trust_remote_code)
-    source = Source(folder)
-    network = empty_model(hf_config, trust_remote_code, source)
-    names = Names(network, set(source.tensors))
-    take_experts_apart(network, names)
-    check_tensors(network, names, source.tensors)
+    opened = open_model(folder, trust_remote_code)
+    network = opened.network
+    check_tensors(network, opened.names, opened.source.tensors)
     check_tokens(tokens, network)
-    stream = WeightStream(source, names, device, choose_dtype(dtype, hf_config, device))
+    weights = WeightStream(opened.source, opened.names, device, choose_dtype(dtype, opened.hf_config, device))
     blocks, _ = find_blocks(network, {"input_ids"})
     done, total = 0, 2 * len(tokens) * len(blocks)  # what takes each window yielded goes through as many blocks
-    forwards = [PausableForward(partial(run, network, input_ids=w[None].to(device), use_cache=False)) for w in tokens]
-    try:
-        with stream.on_demand(network, blocks) as drop_others, pause_instead([b.module for b in blocks]) as resume:
-            calls = [forward.advance() for forward in forwards]
-            for block in blocks:
-                drop_others()
-                stream.fill(block.module, block.name)
-                for i, forward in enumerate(forwards):
-                    call = calls[i]
-                    if call is None or call.module is not block.module:
-                        raise InputError(f"{block.name} is not run once per forward, in the order of the blocks")
-                    calls[i] = forward.advance(resume[block.module](*call.args, **call.kwargs))
-                    done += 1
-                    progress(done, total)
-                    if block is blocks[-1]:
-                        yield forward.result.logits[0, :-1]
-                        forward.result = None
-                        done += len(blocks)
-                        progress(done, total)
-                drop(block.module)
-                return_freed_memory()
-    finally:  # a forward left standing would hold its activations as long as the process lives
-        for forward in forwards:
-            forward.stop()
+    with BlockWalk(network, blocks, [{"input_ids": window[None]} for window in tokens], 1, weights) as walk:
+        for block, (calls,) in walk:
+            set_original_weights(block, weights)
+            outputs = []
+            for call in calls:
+                outputs.append(call())
+                done += 1
+                progress(done, total)
+            walk.go_on([outputs])
+        for _, output in walk.outputs():
+            yield output.logits[0, :-1]
+            done += len(blocks)
+            progress(done, total)
 
 
 # --- what was measured, kept beside the model -------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import math
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.experts import take_apart
+from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names
 
 TENSORS_PER_TENSOR, BITS_PER_BYTE = 40, 8  # at most so many in a model for one in the file it is in
@@ -62,6 +65,30 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool, source: Sourc
     model.config.use_cache = False
     model.eval()
     return model
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint, and the model that its config.json describes, without weights."""
+
+    source: Source
+    hf_config: PreTrainedConfig
+    network: PreTrainedModel
+    names: Names
+    notes: list[str]  # on experts that stay fused
+
+
+def open_model(folder: Path, trust_remote_code: bool) -> OpenModel:
+    """Read a checkpoint's headers and config.json, and build the model; experts that are stored one by one stand alone.
+
+    Raises:
+        InputError: a file is missing or damaged, or config.json describes no model, or a far larger one.
+    """
+    source = Source(folder)
+    hf_config = read_config(folder, trust_remote_code)
+    network = empty_model(hf_config, trust_remote_code, source)
+    names = Names(network, set(source.tensors))
+    return OpenModel(source, hf_config, network, names, take_experts_apart(network, names))
 
 
 class _NoLargerThan(TorchFunctionMode):

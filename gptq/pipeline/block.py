@@ -22,7 +22,7 @@ from gptq.models.forward import (
     run_until,
 )
 from gptq.models.uncalled_layers import UnsolvedWeight
-from gptq.models.weights import swapped_weights
+from gptq.models.weights import WeightStream, swapped_weights
 from gptq.pipeline.block_walk import Calls, Outputs
 from gptq.pipeline.layer import BlockState, LayerSolver, Station, original_weights
 from gptq.pipeline.layer_inputs import gather_inputs, inputs_from_sums, note_on_damping
@@ -78,9 +78,14 @@ def run_as_original(block: Block, calls: list[partial[Any]], run: Run) -> Output
     """A stream's outputs of a block with its original weights, as `walk_block` would give them; none of the head."""
     if block.is_head():
         return []
-    for name, linear in block.linears.items():
-        run.weights.set_weight(linear, run.weights.weight(linear, name))
+    set_original_weights(block, run.weights)
     return [[run.offload.put(run_through(call)) for call in calls]]
+
+
+def set_original_weights(block: Block, weights: WeightStream) -> None:
+    """Give a block's layers the weights of the checkpoint."""
+    for name, linear in block.linears.items():
+        weights.set_weight(linear, weights.weight(linear, name))
 
 
 def forget_weights(stop: nn.Module, block: Block, device: torch.device) -> None:

@@ -135,7 +135,7 @@ def _advance(forward: PausableForward, answer: Any = None) -> Pause | None:
         return forward.advance(answer)
     except (ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the model does not run on the calibration inputs: {reason}") from error
+        raise InputError(f"the model does not run on its inputs: {reason}") from error
 
 
 def _parameters_of_next(left: list[Block]) -> list[str]:

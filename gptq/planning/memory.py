@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from gptq import solver
-from gptq.compute.allocator import choose_allocator, return_freed_memory
+from gptq.compute.allocator import return_freed_memory
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block, fused_siblings
@@ -270,7 +270,6 @@ def settle(plan: Plan, config: QuantConfig, tokens: Tokens, device: torch.device
             choice = replace(choice, ahead=True, peak=choice.peak + copies)
     if not on_gpu:
         choice = replace(choice, frugal=choice.peak > AMPLE * most)
-        choose_allocator(choice.frugal)
         choice = choice if choice.frugal else replace(choice, peak=choice.peak + int(HOLES * (choice.peak - base)))
     return choice, describe(choice, tokens, most, given is not None)
 
@@ -280,6 +279,5 @@ def warmed_up() -> int:
     W = torch.ones(8, 8)
     factor = solver.Factor(torch.eye(8), torch.arange(8), torch.eye(8), torch.ones(8), 0.0, 0.0)
     refine(W, solver.solve(W, factor, 4, 8, True, search=True), factor, 4, 1)
-    choose_allocator(frugal=True)
     return_freed_memory()
     return resident()

@@ -20,9 +20,8 @@ from gptq.errors import InputError
 from gptq.formats.codec import Scheme
 from gptq.formats.quantization_config import Layers, quantization_of
 from gptq.models.blocks import Block, find_blocks, find_head, fused_siblings, is_transposed, shape
-from gptq.models.build import check_untied, empty_model, take_experts_apart
+from gptq.models.build import check_untied, open_model
 from gptq.models.forward import check_inputs
-from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names, check_tensors, note_on_left_over
 from gptq.models.uncalled_layers import not_called
 
@@ -105,13 +104,10 @@ def plan_checkpoint(
         InputError: it cannot be quantized like this; says what to change.
     """
     folder = resolve(model, revision)
-    source = Source(folder)
-    hf_config = read_config(folder, trust_remote_code)
-    if quantization_of(folder):
+    if (folder / "config.json").is_file() and quantization_of(folder):
         raise InputError(f"{model} is quantized already; start from the original checkpoint")
-    network = empty_model(hf_config, trust_remote_code, source)
-    names = Names(network, set(source.tensors))
-    fused = take_experts_apart(network, names)
+    opened = open_model(folder, trust_remote_code)
+    source, hf_config, network, names = opened.source, opened.hf_config, opened.network, opened.names
     left_over = check_tensors(network, names, source.tensors)
     inputs = _inputs(sample, network, config)
     all_blocks, left_out = find_blocks(network, inputs)
@@ -121,7 +117,7 @@ def plan_checkpoint(
     apart, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
     blocks, layers, extended = plan_layers(all_blocks, names, config, apart, uncalled)
     changes = changes if apart in layers else {}
-    notes = [*fused, *left_out, *_note_on(uncalled), *extended]
+    notes = [*opened.notes, *left_out, *_note_on(uncalled), *extended]
     notes += [*notes_on_shapes(layers.values(), config), *note_on_left_over(left_over)]
     tensors = announce(source, layers)
     return Plan(folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, changes, notes)
