@@ -218,6 +218,11 @@ class QuantConfig:
         """How often each calibration window goes through the model: as the quantized one sees it, and the original."""
         return 2 if self.two_streams else 1
 
+    @property
+    def shuffles_groups(self) -> bool:
+        """Whether groups follow the order in which columns are quantized, so that readers need g_idx."""
+        return self.method == "gptq" and bool(self.desc_act) and not self.static_groups
+
     def to_dict(self) -> dict[str, Any]:
         """JSON's values; overrides are pairs of a pattern and options."""
         overrides = [[override.pattern, override.options()] for override in self.overrides]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from gptq import QuantConfig, cli, quantize
 from gptq.config import Format
-from gptq.formats.codec import Scheme
+from gptq.formats import Scheme
 from gptq.formats.compatibility import engines
 from gptq.models.blocks import FUSED
 from gptq.output import verify

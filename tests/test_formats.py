@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptq import InputError, QuantConfig, cli, formats, load, quantize, solver
 from gptq.config import BITS, FORMATS, Format
-from gptq.formats.codec import Codes, Scheme
+from gptq.formats import Codes, Scheme
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
 from tests import oracle

@@ -24,9 +24,9 @@ from gptq.checkpoint.reader import Source, read_index
 from gptq.checkpoint.untrusted import MAX_DEPTH, check_folder, read_json
 from gptq.evaluation.evaluate import read_quality
 from gptq.evaluation.report import write_report
-from gptq.formats import quantization_config
-from gptq.formats.codec import Scheme
-from gptq.formats.quantization_config import Quantization, read_quantization
+from gptq.formats import Scheme, name_rules
+from gptq.formats.name_rules import Quantization
+from gptq.formats.quantization_config import read_quantization
 from gptq.models.build import empty_model
 from gptq.models.hf_config import read_config
 from gptq.output import verify
@@ -229,7 +229,7 @@ def test_a_quantization_config_is_an_object(value: Any, folder: Path) -> None:
 
 def test_a_rule_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time exponential in the length of the name, and the name comes from the same file."""
-    monkeypatch.setattr(quantization_config, "PATIENCE", 0.2)
+    monkeypatch.setattr(name_rules, "PATIENCE", 0.2)
     read = read_quantization("here", {**GPTQ, "dynamic": {"+:layers": {"bits": 8}, "+:(?:a|a)*$": {}}})
     began = time.process_time()
     with pytest.raises(InputError, match="does not end"):

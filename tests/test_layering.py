@@ -95,6 +95,18 @@ def test_library_code_never_asserts_prints_unpickles_or_seeds_the_world(module: 
             assert ast.unparse(node.func) not in {"print", "hash"}
 
 
+FORMAT_NAMES = {"gptq", "gptq_v2", "pack-quantized", "compressed-tensors"}
+OWN_FILES = {"config", "formats.gptq", "formats.pack_quantized"}
+
+
+@pytest.mark.parametrize("module", sorted({*CODE} - OWN_FILES))
+def test_a_format_is_known_by_name_in_its_own_file_alone(module: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Compare | ast.MatchValue) and "method" not in ast.unparse(node):  # "gptq" is one too
+            constants = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
+            assert not constants & FORMAT_NAMES, ast.unparse(node)
+
+
 LENET = Path(__file__).parents[1] / "lenet_baseline"
 LENET_RANKS = [{"model", "maxabs"}, {"data", "activations", "weight_only"}, {"train", "integer"}, {"compare", "plots"}]
 LENET_RANK = {name: rank for rank, names in enumerate(LENET_RANKS) for name in names}

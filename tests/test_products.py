@@ -17,7 +17,7 @@ from torch import Tensor
 from gptq import QuantConfig, formats, load, quantize
 from gptq.compute.cpu_features import has_pairs, has_shorts
 from gptq.config import Format
-from gptq.formats.codec import Codes, Scheme
+from gptq.formats import Codes, Scheme
 from gptq.inference import products
 from gptq.inference.layout import Stored
 from gptq.inference.quant_linear import QuantLinear

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gptq import InputError, QuantConfig, load, quantize
 from gptq.config import Override
-from gptq.formats.codec import Scheme
-from gptq.formats.quantization_config import dynamic_rules, patterns
+from gptq.formats import Scheme
+from gptq.formats.gptq import dynamic_rules
+from gptq.formats.name_rules import patterns
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
 from gptq.planning.plan import LayerPlan, layer_options, notes_on_shapes

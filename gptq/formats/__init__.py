@@ -1,21 +1,50 @@
-"""The same integers in each engine's words."""
+"""The same integers in each engine's words, one file per format; `FORMATS` is the table of them."""
 
-from gptq.formats.codec import (
-    GPTQ_BITS,
-    MARKER,
-    SUFFIXES,
-    Codes,
-    Scheme,
-    decode,
-    decode_groups,
-    decode_zeros,
-    encode,
-    in_runs,
-    layout,
-    refusal,
-)
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gptq.checkpoint.tensors import TensorInfo
+from gptq.config import Format
+from gptq.formats.format import SCALE_DTYPE, FileFormat
+from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
+from gptq.formats.pack_quantized import PackQuantized
+from gptq.formats.scheme import Scheme, in_runs
+from gptq.solver import Codes
 
 __all__ = [
-    "GPTQ_BITS", "MARKER", "SUFFIXES", "Codes", "Scheme", "decode", "decode_groups", "decode_zeros", "encode",
+    "FORMATS", "GPTQ_BITS", "Codes", "FileFormat", "Scheme", "decode", "decode_groups", "decode_zeros", "encode",
     "in_runs", "layout", "refusal",
 ]  # fmt: skip
+
+FORMATS: dict[Format, FileFormat] = {known.name: known for known in (GptqV1(), GptqV2(), PackQuantized())}
+
+
+# What a `FileFormat` answers, asked of the format that a scheme names.
+
+
+def layout(scheme: Scheme, outputs: int, inputs: int, scale_dtype: torch.dtype = SCALE_DTYPE) -> dict[str, TensorInfo]:
+    return FORMATS[scheme.format].layout(scheme, outputs, inputs, scale_dtype)
+
+
+def encode(
+    layer: Codes, scheme: Scheme, scale_dtype: torch.dtype = SCALE_DTYPE, allow_zero: bool = False
+) -> dict[str, Tensor]:
+    return FORMATS[scheme.format].encode(layer, scheme, scale_dtype, allow_zero)
+
+
+def decode(packed: Mapping[str, Tensor], scheme: Scheme) -> Codes:
+    return FORMATS[scheme.format].decode(packed, scheme)
+
+
+def decode_groups(packed: Mapping[str, Tensor], scheme: Scheme, inputs: int) -> Tensor:
+    return FORMATS[scheme.format].decode_groups(packed, scheme, inputs)
+
+
+def decode_zeros(packed: Mapping[str, Tensor], scheme: Scheme, outputs: int) -> Tensor:
+    return FORMATS[scheme.format].decode_zeros(packed, scheme, outputs)
+
+
+def refusal(scheme: Scheme, outputs: int, inputs: int, transposed: bool) -> str | None:
+    return FORMATS[scheme.format].refusal(scheme, outputs, inputs, transposed)

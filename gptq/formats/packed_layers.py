@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gptq import formats
 from gptq.checkpoint.reader import Source
-from gptq.checkpoint.tensors import TensorInfo
 from gptq.errors import InputError
-from gptq.formats import codec
-from gptq.formats.codec import Scheme
-from gptq.formats.quantization_config import Quantization
+from gptq.formats.name_rules import Quantization
+from gptq.formats.scheme import Scheme, in_runs
 from gptq.models.blocks import is_linear, shape
 from gptq.models.tensor_names import Names
 
@@ -34,11 +33,12 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
     Raises:
         InputError: names the tensor and what was expected.
     """
-    marker = codec.MARKER[quantization.format]
+    marker = formats.FORMATS[quantization.format].codes_key
+    keys = frozenset().union(*(known.keys for known in formats.FORMATS.values()))
     parts: dict[str, set[str]] = {}
     for name in source.tensors:
         layer, _, suffix = name.rpartition(".")
-        if suffix in codec.SUFFIXES:
+        if suffix in keys:
             parts.setdefault(layer, set()).add(suffix)
     if not any(marker in suffixes for suffixes in parts.values()):
         raise InputError(f"{source.folder} says it is quantized but holds no packed weight (*.{marker})")
@@ -55,81 +55,65 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
 
 
 def _checked_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme) -> PackedLayer:
+    file_format = formats.FORMATS[scheme.format]
     infos = {suffix: source.tensors[f"{layer}.{suffix}"] for suffix in suffixes}
-    needed = codec.layout(scheme, 32, 32)  # of any shape, for the names
+    needed = file_format.layout(scheme, 32, 32)  # of any shape, for the names
     if infos.keys() != needed.keys():
         raise InputError(
             f"{layer} in {source.folder} has {', '.join(sorted(infos))}; as {scheme.format} with {scheme.bits} bits it "
             f"needs {', '.join(sorted(needed))}"
         )
-    scales = "weight_scale" if scheme.format == "pack-quantized" else "scales"
-    outputs, inputs = _stored_shape(source, layer, infos, scheme)
-    for suffix, expected in codec.layout(scheme, outputs, inputs).items():
+    outputs, inputs = file_format.stored_shape(source, layer)
+    for suffix, expected in file_format.layout(scheme, outputs, inputs).items():
         name, info = f"{layer}.{suffix}", infos[suffix]
         if info.shape != expected.shape:
             raise InputError(
                 f"{name} in {source.folder} has the shape {info.shape}, not {expected.shape} as {scheme.bits} bits in "
-                f"groups of {scheme.columns(inputs)} need{_older_packing(info, outputs, inputs, scheme)}"
+                f"groups of {scheme.columns(inputs)} need{file_format.explain_shape(info, scheme, outputs, inputs)}"
             )
-        if info.dtype != expected.dtype and not (suffix == scales and info.dtype.is_floating_point):
+        if info.dtype != expected.dtype and not (suffix == file_format.scale_key and info.dtype.is_floating_point):
             raise InputError(f"{name} in {source.folder} holds {info.dtype}, not {expected.dtype}")
     nbytes = sum(info.nbytes for info in infos.values())
-    return PackedLayer(scheme, outputs, inputs, tuple(needed), infos[scales].dtype, nbytes)
-
-
-def _stored_shape(source: Source, layer: str, infos: dict[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
-    """(outputs, inputs), from the tensors that give them plainly."""
-    if scheme.format != "pack-quantized":
-        g_idx, scales = infos["g_idx"].shape, infos["scales"].shape
-        if len(g_idx) != 1 or len(scales) != 2 or 0 in (*g_idx, *scales):
-            shapes = f"g_idx {g_idx} and scales {scales}"
-            raise InputError(f"{layer} in {source.folder} has {shapes}; they are one row of columns, and a matrix")
-        return scales[1], g_idx[0]
-    if infos["weight_shape"].shape != (2,) or infos["weight_shape"].dtype.is_floating_point:
-        raise InputError(f"{layer}.weight_shape in {source.folder} is {infos['weight_shape']}, not two integers")
-    outputs, inputs = source.read(f"{layer}.weight_shape").tolist()
-    if outputs < 1 or inputs < 1:
-        raise InputError(f"{layer}.weight_shape in {source.folder} says {outputs} x {inputs}")
-    return outputs, inputs
-
-
-def _older_packing(info: TensorInfo, outputs: int, inputs: int, scheme: Scheme) -> str:
-    if scheme.format == "pack-quantized" and info.shape == (outputs, -(-inputs // (32 // scheme.bits))):
-        return "; compressed-tensors before 0.18 padded words of this width, write the file again with a newer one"
-    return ""
+    return PackedLayer(scheme, outputs, inputs, tuple(needed), infos[file_format.scale_key].dtype, nbytes)
 
 
 def read_packed(source: Source, name: str, layer: PackedLayer, with_codes: bool = True) -> dict[str, Tensor]:
-    """The stored tensors of a quantized layer, without the large one if `with_codes` is false.
+    """The stored tensors of a quantized layer, without the codes, the large one, if `with_codes` is false.
 
     Raises:
         InputError: g_idx points outside the groups, or zero points or g_idx are not what the configuration says.
     """
-    scheme = layer.scheme
-    wanted = (suffix for suffix in layer.suffixes if with_codes or suffix != codec.MARKER[scheme.format])
+    file_format = formats.FORMATS[layer.scheme.format]
+    wanted = (suffix for suffix in layer.suffixes if with_codes or suffix != file_format.codes_key)
     packed = {suffix: source.read(f"{name}.{suffix}") for suffix in wanted}
-    key = "weight_g_idx" if "weight_g_idx" in packed else "g_idx"
-    if key in packed:
-        g_idx, groups = packed[key], scheme.groups(layer.inputs)
-        low, high = int(g_idx.min()), int(g_idx.max())
-        if low < 0 or high >= groups:
-            raise InputError(
-                f"{name}.{key} in {source.folder} runs from {low} to {high}, but there are {groups} groups"
-            )
-        if not scheme.scattered and not torch.equal(g_idx, codec.in_runs(scheme, layer.inputs)):
-            raise InputError(
-                f"{name}.{key} in {source.folder} is not made of runs of {scheme.columns(layer.inputs)} columns, "
-                "though its quantization_config says desc_act false, so that readers would ignore it"
-            )
-    if scheme.sym and scheme.format != "pack-quantized":
-        zero, middle = codec.decode_zeros(packed["qzeros"], scheme, layer.outputs), 2 ** (scheme.bits - 1)
-        if bool((zero != middle).any()):
-            found = int(zero[zero != middle][0])
-            raise InputError(
-                f"{name}.qzeros in {source.folder} holds the zero point {found}, though its quantization_config says "
-                f"sym true, which is {middle} throughout"
-            )
+    if file_format.g_idx_key in packed:
+        where = f"{name}.{file_format.g_idx_key} in {source.folder}"
+        _check_groups(packed[file_format.g_idx_key], layer, where)
+    if layer.scheme.sym and file_format.zero_key in packed:
+        zero = file_format.decode_zeros(packed, layer.scheme, layer.outputs)
+        _check_symmetric(zero, layer.scheme, f"{name}.{file_format.zero_key} in {source.folder}")
     return packed
+
+
+def _check_groups(g_idx: Tensor, layer: PackedLayer, where: str) -> None:
+    groups, low, high = layer.scheme.groups(layer.inputs), int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise InputError(f"{where} runs from {low} to {high}, but there are {groups} groups")
+    if not layer.scheme.scattered and not torch.equal(g_idx, in_runs(layer.scheme, layer.inputs)):
+        raise InputError(
+            f"{where} is not made of runs of {layer.scheme.columns(layer.inputs)} columns, "
+            "though its quantization_config says desc_act false, so that readers would ignore it"
+        )
+
+
+def _check_symmetric(zero: Tensor, scheme: Scheme, where: str) -> None:
+    middle = 2 ** (scheme.bits - 1)
+    if bool((zero != middle).any()):
+        found = int(zero[zero != middle][0])
+        raise InputError(
+            f"{where} holds the zero point {found}, though its quantization_config says sym true, which is {middle} "
+            "throughout"
+        )
 
 
 def match_layers(

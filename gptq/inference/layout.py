@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gptq import formats
-from gptq.formats.codec import Scheme
 from gptq.formats.packing import pack
+from gptq.formats.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Layout:
             if not torch.equal(g_idx[perm], formats.in_runs(scheme, inputs)):
                 return None
         wide, deep = round_up(outputs, simd.WIDE), round_up(inputs, 32)
-        whole = perm is None and scheme.format != "pack-quantized" and (wide, deep) == (outputs, inputs)
+        whole = perm is None and formats.FORMATS[scheme.format].inputs_first and (wide, deep) == (outputs, inputs)
         if whole:
             words = stored.packed["qweight"]  # (units * bits, outputs)
             scale = stored.packed["scales"]
-            zero = formats.decode_zeros(stored.packed["qzeros"], scheme, outputs).T
+            zero = formats.decode_zeros(stored.packed, scheme, outputs).T
         else:
             integers = stored.codes()
             codes = integers.codes if perm is None else integers.codes[:, perm]

@@ -11,9 +11,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
-from gptq.formats.codec import Scheme
+from gptq.formats.name_rules import Quantization
 from gptq.formats.packed_layers import match_layers, packed_layers, read_packed
-from gptq.formats.quantization_config import Quantization, quantization_of, read_quantization
+from gptq.formats.quantization_config import quantization_of, read_quantization
+from gptq.formats.scheme import Scheme
 from gptq.inference.quant_linear import QuantLinear, logger
 from gptq.models.blocks import shape
 from gptq.models.build import empty_model, model_class, take_experts_apart

@@ -51,7 +51,7 @@ def choose(stored: Stored, dtype: torch.dtype, rows: int) -> str | None:
     if rows < 1 or dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return None
     if stored.device.type == "cuda":
-        return "triton" if scheme.format != "pack-quantized" and has_triton() else None
+        return "triton" if formats.FORMATS[scheme.format].inputs_first and has_triton() else None
     if stored.device.type != "cpu":
         return None
     few, whole = rows <= FEW_ROWS, inputs % stored.columns == 0 and not scheme.scattered
@@ -247,7 +247,7 @@ class TritonProduct:
 
     @classmethod
     def of(cls, stored: Stored) -> "TritonProduct":
-        zero = formats.decode_zeros(stored.packed["qzeros"], stored.scheme, stored.outputs)
+        zero = formats.decode_zeros(stored.packed, stored.scheme, stored.outputs)
         return cls(stored, zero.T.contiguous())
 
     def multiply(self, x: Tensor) -> Tensor:

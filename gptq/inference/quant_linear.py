@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gptq import formats
 from gptq.compute.allocator import return_freed_memory
-from gptq.formats.codec import Scheme
+from gptq.formats.scheme import Scheme
 from gptq.inference import products
 from gptq.inference.layout import Layout, Stored
 

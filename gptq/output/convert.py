@@ -15,14 +15,14 @@ from gptq.checkpoint.tensors import TensorInfo, sha256
 from gptq.checkpoint.writer import ShardWriter
 from gptq.config import Format
 from gptq.errors import InputError
-from gptq.formats.codec import Codes, Scheme
 from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
+from gptq.formats.scheme import Linears, Scheme
 from gptq.models.blocks import find_blocks, is_transposed
 from gptq.models.build import empty_model, take_experts_apart
 from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names, check_tensors
-from gptq.output.record import Linears, beside, describe, model_name, read_record, write_files
+from gptq.output.record import model_name, quantization_config, read_record, unquantized_linears, write_files
 from gptq.output.results import RECORD
 
 
@@ -80,9 +80,9 @@ def convert(
         transposed = is_transposed(network.get_submodule(name))
         targets[own] = _target(source, own, packed[own], chosen, transposed)
     layers = {own: (scheme, packed[own].inputs) for own, scheme in targets.items()}
-    linears = Linears(layers, *beside(network, names, find_blocks(network)[0], stored))
+    linears = Linears(layers, *unquantized_linears(network, names, find_blocks(network)[0], stored))
     record = _record(model, folder, quantization, read.format)
-    written = read_quantization("the new config.json", describe(chosen, linears, record))
+    written = read_quantization("the new config.json", quantization_config(chosen, linears, record))
     restored = (record.get("origin") or {}).get("format") == chosen
     schemes = written.schemes(targets)
     plans = {
@@ -90,7 +90,7 @@ def convert(
         for own, scheme in targets.items()
     }
     linears = replace(linears, layers={own: (plans[own][1], packed[own].inputs) for own in targets})
-    if chosen == "gptq" and not restored:
+    if formats.FORMATS[chosen].zero_offset and not restored:
         _refuse_zero_points_of_0(source, plans)
 
     shards = _shards(source, plans)
@@ -116,7 +116,7 @@ def _target(source: Source, name: str, layer: PackedLayer, chosen: Format, trans
         InputError: it cannot be.
     """
     scheme = replace(layer.scheme, format=chosen, by_gptqmodel=False)
-    if scheme.scattered and chosen == "pack-quantized":
+    if scheme.scattered and not formats.FORMATS[chosen].has_g_idx:
         g_idx = formats.decode_groups(read_packed(source, name, layer, with_codes=False), layer.scheme, layer.inputs)
         scheme = replace(scheme, scattered=not torch.equal(g_idx, formats.in_runs(scheme, layer.inputs)))
     reason = formats.refusal(scheme, layer.outputs, layer.inputs, transposed)
@@ -174,7 +174,7 @@ def _shards(source: Source, plans: dict[str, tuple[PackedLayer, Scheme]]) -> lis
         own = of_layers.get(name)
         if own is None:
             shard[name] = info
-        elif name.rpartition(".")[2] in formats.MARKER.values() and own not in done:
+        elif name.rpartition(".")[2] in {known.codes_key for known in formats.FORMATS.values()} and own not in done:
             layer, scheme = plans[own]
             layout = formats.layout(scheme, layer.outputs, layer.inputs, layer.scale_dtype)
             shard |= {f"{own}.{suffix}": packed for suffix, packed in layout.items()}
@@ -194,7 +194,7 @@ def _write_tensors(
     recorded = {entry["stored"]: entry["weight_sha256"] for entry in record["layers"]}
     entries = []
     for name, (layer, scheme) in plans.items():
-        codes: Codes = formats.decode(read_packed(source, name, layer), layer.scheme)
+        codes = formats.decode(read_packed(source, name, layer), layer.scheme)
         checksum = sha256(codes.weight())
         if recorded.get(name, checksum) != checksum:
             raise InputError(f"{name} does not unpack to the weight that was chosen for it; see `gptq verify`")
@@ -215,6 +215,7 @@ def _write_tensors(
 
 def _notes(plans: dict[str, tuple[PackedLayer, Scheme]]) -> list[str]:
     other = {str(layer.scale_dtype).removeprefix("torch.") for layer, _ in plans.values()} - {"float16"}
-    if not other or next(iter(plans.values()))[1].format == "pack-quantized":
+    scheme = next(iter(plans.values()))[1]
+    if not other or formats.FORMATS[scheme.format].keeps_scale_dtype:
         return []
     return [f"scales stay {other.pop()}, as they were chosen; readers that hold float16 round them"]

@@ -4,19 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gptq import formats
 from gptq.config import Format
 from gptq.errors import printable
 from gptq.formats.compatibility import engines
-from gptq.formats.quantization_config import Layers
+from gptq.formats.scheme import Layers
 from gptq.output.results import RECORD
 from gptq.version import __version__
 
-IMPORT, USE = "from transformers import AutoModelForCausalLM", 'AutoModelForCausalLM.from_pretrained("this repository")'
-USAGE: dict[Format, tuple[str, ...]] = {
-    "gptq": ("import gptq  # lets transformers load GPTQ files", IMPORT, "", f"model = {USE}"),
-    "gptq_v2": ("import gptq  # lets transformers load GPTQ files", IMPORT, "", f"model = {USE}"),
-    "pack-quantized": (f"{IMPORT}  # with compressed-tensors installed", "", f"model = {USE}"),
-}
 KEPT_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the source's model card
 
 
@@ -37,7 +32,7 @@ def model_card(chosen: Format, layers: Layers, record: dict[str, Any]) -> str:
     if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         front |= {"base_model": f" {name}", "base_model_relation": " quantized"}
     widths = sorted({scheme.bits for scheme, _ in layers.values()})
-    tags = ["gptq" if chosen != "pack-quantized" else "compressed-tensors", *(f"{bits}-bit" for bits in widths)]
+    tags = [formats.FORMATS[chosen].quant_method, *(f"{bits}-bit" for bits in widths)]
     lines = ["---", *(f"{key}:{value}" for key, value in front.items()), "tags:", *(f"- {tag}" for tag in tags), "---"]
     lines += ["", f"# {_inline(name or 'A model')}, {' and '.join(map(str, widths))} bits", ""]
     lines += [
@@ -48,7 +43,7 @@ def model_card(chosen: Format, layers: Layers, record: dict[str, Any]) -> str:
     lines += ["## How it was made", "", *_options(made, record), ""]
     lines += _measured(record)
     apart = record.get("experts")  # transformers fuses experts when it loads, and then has no layers for them
-    usage = ("import gptq", "", 'model = gptq.load("this folder")') if apart else USAGE[chosen]
+    usage = ("import gptq", "", 'model = gptq.load("this folder")') if apart else formats.FORMATS[chosen].usage
     lines += ["## How to load it", "", "```python", *usage, "```", "", "## What loads it", ""]
     lines += [f"- {engine.name}: {'yes' if engine.takes else 'no'}, {engine.why}" for engine in engines(layers)]
     return "\n".join(lines) + "\n"

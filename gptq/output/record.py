@@ -6,7 +6,7 @@ Nothing here holds a time or a path, so that the same run makes the same bytes.
 import json
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,11 @@ from torch import nn
 from gptq.checkpoint.atomic_folder import copy_files
 from gptq.checkpoint.tensors import sha256_file
 from gptq.checkpoint.untrusted import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
-from gptq.config import FORMATS, Format, QuantConfig
+from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
-from gptq.formats.codec import Scheme
-from gptq.formats.quantization_config import (
-    GPTQ_FORMATS,
-    QUANTIZE_CONFIG,
-    Layers,
-    gptq_config,
-    most_common,
-    pack_quantized_config,
-    quantization_of,
-)
+from gptq.formats import FORMATS
+from gptq.formats.quantization_config import quantization_of
+from gptq.formats.scheme import Layers, Linears
 from gptq.models.blocks import LINEAR, Block
 from gptq.models.tensor_names import Names
 from gptq.output.model_card import card_metadata, model_card
@@ -37,21 +30,12 @@ from gptq.version import __version__
 COPIED_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".md", "LICENSE", "NOTICE")
 
 
-@dataclass(frozen=True)
-class Linears:
-    """A model's linear layers by their names in the checkpoint: quantized, like these but kept; and all others."""
-
-    layers: Layers
-    kept: Collection[str]
-    others: Collection[str]
-
-
 def linears_of(plan: Plan) -> Linears:
     """The linear layers of a model that is planned."""
-    return Linears(plan.stored_layers, *beside(plan.network, plan.names, plan.all_blocks, plan.layers))
+    return Linears(plan.stored_layers, *unquantized_linears(plan.network, plan.names, plan.all_blocks, plan.layers))
 
 
-def beside(
+def unquantized_linears(
     network: nn.Module, names: Names, blocks: list[Block], layers: Collection[str]
 ) -> tuple[list[str], list[str]]:
     """Of the linear layers that are not in `layers` (by their names in the model), those inside the blocks and others.
@@ -92,35 +76,17 @@ def layer_entries(
     return entries
 
 
-def describe(chosen: Format, linears: Linears, record: dict[str, Any]) -> dict[str, Any]:
+def quantization_config(chosen: Format, linears: Linears, record: dict[str, Any]) -> dict[str, Any]:
     """The `quantization_config` of a file in a format, from how its layers are stored and how they were made.
 
     A file of another tool keeps its own words where they are in that format.
     """
-    origin, made = record.get("origin"), record["config"]
+    origin, made, file_format = record.get("origin"), record["config"], FORMATS[chosen]
     if origin and origin["format"] == chosen:
         return dict(origin["quantization_config"])
-    if origin and {origin["format"], chosen} <= {*GPTQ_FORMATS}:
-        kinds = {key: chosen for key in ("checkpoint_format", "format") if key in origin["quantization_config"]}
-        return {**origin["quantization_config"], "checkpoint_format": chosen, **kinds}
-    if chosen == "pack-quantized":
-        return pack_quantized_config(linears.layers, linears.kept, linears.others)
-    if made is None:
-        return gptq_config(
-            most_common(linears.layers), linears.layers, linears.kept, {}, {"quantizer": [f"gptq:{__version__}"]}
-        )
-    config = QuantConfig.from_dict(made)
-    shuffled = (
-        config.method == "gptq" and bool(config.desc_act) and not config.static_groups and config.group_size != -1
-    )
-    everywhere = Scheme(config.bits, config.group_size, config.sym, chosen, shuffled)
-    extra = {
-        "true_sequential": True,
-        "static_groups": config.static_groups,
-        "damp_percent": config.damp_percent,
-    }
-    meta = {"quantizer": [f"gptq:{__version__}"], "method": config.method, "act_order": config.desc_act}
-    return gptq_config(everywhere, linears.layers, linears.kept, extra, meta)
+    if origin and FORMATS[origin["format"]].quant_method == file_format.quant_method:
+        return file_format.rename_config(origin["quantization_config"])
+    return file_format.write_config(linears, None if made is None else QuantConfig.from_dict(made))
 
 
 def write_files(
@@ -139,13 +105,14 @@ def write_files(
         checksums: of the tensors, by name.
         changes: in config.json, section by section.
     """
-    written = {"config.json", QUANTIZE_CONFIG, RECORD, CARD, QUALITY}  # the source's quality is not the result's
+    of_formats = {name for known in FORMATS.values() for name in known.config_files}
+    written = {"config.json", *of_formats, RECORD, CARD, QUALITY}  # the source's quality is not the result's
     copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
-    quantization = describe(chosen, linears, record)
+    quantization = quantization_config(chosen, linears, record)
     hf_config = read_json(source / "config.json")
     _write_json(out / "config.json", _merged(hf_config, changes or {}) | {"quantization_config": quantization})
-    if chosen != "pack-quantized":
-        _write_json(out / QUANTIZE_CONFIG, quantization)
+    for name in FORMATS[chosen].config_files:
+        _write_json(out / name, quantization)
     metadata = card_metadata(source / CARD)
     described = {**record, "card_metadata": metadata} if metadata else record
     (out / CARD).write_text(model_card(chosen, linears.layers, described), encoding="utf-8")
@@ -230,7 +197,7 @@ RECORDED: dict[str, Check] = {
     "sizes": lambda sizes: dict_of(number(0, 2**60))(sizes) and sizes.keys() >= SIZES,
     "perplexity": list_of(lambda entry: isinstance(entry, dict) and all(
         check(entry.get(key)) for key, check in MEASURED.items())),
-    "origin": lambda origin: isinstance(origin, dict) and origin.get("format") in FORMATS
+    "origin": lambda origin: isinstance(origin, dict) and origin.get("format") in tuple(FORMATS)
     and isinstance(origin.get("quantization_config"), dict),
 }  # fmt: skip
 MEASURED: dict[str, Check] = {"perplexity": ERROR, "data": is_text, "tokens": COUNT, "seq_len": COUNT}

@@ -15,8 +15,10 @@ from gptq.checkpoint.untrusted import check_folder
 from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats.compatibility import Engine, engines
+from gptq.formats.gptq import QUANTIZE_CONFIG
+from gptq.formats.name_rules import Quantization
 from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers, read_packed
-from gptq.formats.quantization_config import QUANTIZE_CONFIG, Quantization, quantization_of, read_quantization
+from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.models.build import empty_model, take_experts_apart
 from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names, check_tensors

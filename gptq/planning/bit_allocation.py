@@ -14,7 +14,7 @@ from gptq import formats
 from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
-from gptq.formats.codec import Scheme
+from gptq.formats.scheme import Scheme
 from gptq.models.blocks import fused_siblings
 from gptq.planning.plan import LayerPlan, Plan, announce
 

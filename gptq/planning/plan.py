@@ -17,8 +17,8 @@ from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
-from gptq.formats.codec import Scheme
-from gptq.formats.quantization_config import Layers, quantization_of
+from gptq.formats.quantization_config import quantization_of
+from gptq.formats.scheme import Layers, Scheme
 from gptq.models.blocks import Block, find_blocks, find_head, fused_siblings, is_transposed, shape
 from gptq.models.build import check_untied, open_model
 from gptq.models.forward import check_inputs
@@ -166,7 +166,6 @@ def plan_layers(
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
     options, notes = layer_options(linears, config)
     plans: dict[str, LayerPlan] = {}
-    shuffles = config.method == "gptq" and bool(config.desc_act) and not config.static_groups
     for name, own in options.items():
         if own["skip"] or name in uncalled:
             continue
@@ -179,7 +178,7 @@ def plan_layers(
         stored = name if name == apart else source.removesuffix(".weight")
         plans[name] = LayerPlan(
             name, stored, source, outputs, inputs, own["bits"], group_size, own["sym"], is_transposed(linears[name]),
-            scattered=shuffles and group_size < inputs,
+            scattered=config.shuffles_groups and group_size < inputs,
         )  # fmt: skip
     if not plans:
         raise InputError("every layer is skipped, so there is nothing to quantize")
@@ -291,7 +290,7 @@ def _remarks(plan: LayerPlan, config: QuantConfig) -> Iterator[str]:
         yield f"{plan.inputs} inputs are one group, smaller than the group size of {config.group_size}"
     if rest:
         yield f"{plan.inputs} inputs are {whole} groups of {plan.group_size} and a last one of {rest}; {readers}"
-    if plan.format == "pack-quantized":
+    if not formats.FORMATS[plan.format].needs_whole_words:
         return
     for count, what in ((plan.inputs, "inputs"), (plan.outputs, "outputs")):
         if count * plan.bits % 32:

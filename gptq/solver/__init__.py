@@ -1,5 +1,6 @@
 """Tensors in, tensors out: grid, solve, Hessian, error propagation, coordinate descent."""
 
+from gptq.solver.codes import Codes
 from gptq.solver.solve import (
     Factor,
     NotPositiveDefiniteError,
@@ -13,6 +14,6 @@ from gptq.solver.solve import (
 )
 
 __all__ = [
-    "Factor", "NotPositiveDefiniteError", "SolvedLayer", "act_order", "factorize", "fit_groups", "natural_order",
-    "round_to_nearest", "solve",
+    "Codes", "Factor", "NotPositiveDefiniteError", "SolvedLayer", "act_order", "factorize", "fit_groups",
+    "natural_order", "round_to_nearest", "solve",
 ]  # fmt: skip

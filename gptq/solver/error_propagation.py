@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gptq.compute.matmul import product
-from gptq.solver.solve import Factor, row_chunks
+from gptq.solver.codes import row_chunks
+from gptq.solver.solve import Factor
 
 BLOCK = 256  # columns of a triangular matrix whose inverse is made
 ROWS = 1024  # that are divided at a time: bounds the memory

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gptq.compute.matmul import product
 from gptq.solver import grid, inner_loops
+from gptq.solver.codes import Codes
 
 ROWS = 2048  # of one or several weights that are solved at a time: bounds the memory, and what a unit of work is
 TINY = 1e-30  # instead of a layer's output power where that is zero
@@ -38,34 +39,15 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class SolvedLayer:
-    """Integer codes of one weight (rows, columns) in the weight's own column order."""
+class SolvedLayer(Codes):
+    """The integers that were chosen for a weight (rows, columns), in the weight's own column order."""
 
-    codes: Tensor  # (rows, columns) uint8
-    scale: Tensor  # (rows, groups) float32 with float16 values
-    zero: Tensor  # (rows, groups) uint8
-    g_idx: Tensor  # (columns,) int32: the group of each column
     row_errors: Tensor  # (rows,) float64: (w - q) (H + ridge I) (w - q)^T of each row
 
     @property
     def error(self) -> float:
         """tr((W - Q) (H + ridge I) (W - Q)^T)."""
         return float(self.row_errors.sum())
-
-    def weight(self) -> Tensor:
-        """The dequantized weight, (rows, columns) float32: exactly what a reader of the file computes."""
-        columns, groups, g_idx = self.codes.shape[1], self.scale.shape[1], self.g_idx.long()
-        runs = torch.arange(groups, device=g_idx.device).repeat_interleave(columns // groups)
-        in_runs = torch.equal(g_idx, runs)
-        Q = torch.empty(self.codes.shape, device=g_idx.device)
-        for rows in row_chunks(len(Q)):
-            codes, scale, zero = self.codes[rows].float(), self.scale[rows], self.zero[rows].float()
-            if in_runs:
-                grouped = codes.view(len(codes), groups, columns // groups)
-                Q[rows] = grid.dequantize(grouped, scale[..., None], zero[..., None]).view(len(codes), columns)
-            else:
-                Q[rows] = grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])
-        return Q
 
     def take(self, rows: slice) -> "SolvedLayer":
         """Some of its rows."""
@@ -131,11 +113,6 @@ def _reverse(values: Tensor) -> None:
         kept = front.flip(0)
         front.copy_(back.flip(0))
         back.copy_(kept)
-
-
-def row_chunks(rows: int, size: int = 512) -> list[slice]:
-    """Rows to take at a time where a step would make several copies of all of a layer."""
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def solve(

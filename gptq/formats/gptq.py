@@ -1,0 +1,243 @@
+"""GPTQ's file format, version 1 as AutoGPTQ made it and version 2 as GPTQModel did.
+
+For a linear layer P with `out` outputs and `in` inputs in groups of g it stores
+
+    P.qweight  (ceil(in * bits / 32), out)            int32    codes, packed along the inputs
+    P.qzeros   (ceil(in / g), ceil(out * bits / 32))  int32    zero (v2) or zero - 1 (v1), packed along the outputs
+    P.scales   (ceil(in / g), out)                    float16
+    P.g_idx    (in,)                                  int32    group of each input
+
+A layer whose inputs the group size does not divide has a short last group, and one whose codes do not fill the last
+word has zero bits there. The `quantization_config`, in config.json and again in quantize_config.json, gives one scheme
+for all layers and `dynamic` rules for the others: regular expressions that readers match from the start of a layer's
+name, the first match wins, and `-:` in front means "not quantized".
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq.checkpoint.reader import Source
+from gptq.checkpoint.tensors import TensorInfo
+from gptq.config import Format, QuantConfig
+from gptq.errors import InputError
+from gptq.formats.format import SCALE_DTYPE, FileFormat
+from gptq.formats.name_rules import Quantization, check_expression, patterns
+from gptq.formats.packing import num_words, pack, unpack
+from gptq.formats.scheme import Layers, Linears, Scheme, most_common_scheme, names_by_scheme, normalized_scheme
+from gptq.solver import Codes
+from gptq.version import __version__
+
+METHOD = "gptq"
+GPTQ_BITS = (2, 3, 4, 8)
+QUANTIZE_CONFIG = "quantize_config.json"
+
+
+class Gptq(FileFormat):
+    """What both versions have in common."""
+
+    quant_method = METHOD
+    codes_key, scale_key, zero_key, g_idx_key = "qweight", "scales", "qzeros", "g_idx"
+    config_files = (QUANTIZE_CONFIG,)
+    usage = (
+        "import gptq  # lets transformers load GPTQ files",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this repository")',
+    )
+    has_g_idx = True
+    inputs_first = True
+    needs_whole_words = True
+    keeps_scale_dtype = False
+
+    def refusal(self, scheme: Scheme, outputs: int, inputs: int, transposed: bool) -> str | None:
+        return None if scheme.bits in GPTQ_BITS else f"GPTQ files hold 2, 3, 4 or 8 bits, not {scheme.bits}"
+
+    def layout(
+        self, scheme: Scheme, outputs: int, inputs: int, scale_dtype: torch.dtype = SCALE_DTYPE
+    ) -> dict[str, TensorInfo]:
+        groups, int32 = scheme.groups(inputs), torch.int32
+        return {
+            "qweight": TensorInfo(int32, (num_words(inputs, scheme.bits), outputs)),
+            "qzeros": TensorInfo(int32, (groups, num_words(outputs, scheme.bits))),
+            "scales": TensorInfo(scale_dtype, (groups, outputs)),
+            "g_idx": TensorInfo(int32, (inputs,)),
+        }
+
+    def encode(
+        self, layer: Codes, scheme: Scheme, scale_dtype: torch.dtype = SCALE_DTYPE, allow_zero: bool = False
+    ) -> dict[str, Tensor]:
+        return {
+            "qweight": pack(layer.codes.T, scheme.bits),
+            "qzeros": self._encode_zeros(layer.zero, scheme, allow_zero),
+            "scales": layer.scale.to(scale_dtype).T.contiguous(),
+            "g_idx": layer.g_idx,
+        }
+
+    def _encode_zeros(self, zero: Tensor, scheme: Scheme, allow_zero: bool) -> Tensor:
+        """qzeros (groups, words) of zero points (outputs, groups).
+
+        GPTQModel (utils/model.py, convert_gptq_v2_to_v1_format_module) takes 1 off every field at 3 bits, and at the
+        other widths off the whole word as one number: a zero point of 0 borrows from its neighbour, and so do unused
+        fields.
+        """
+        if not self.zero_offset:
+            return pack(zero, scheme.bits).T.contiguous()
+        if _offset_by_words(scheme):
+            return pack(zero, scheme.bits).T.contiguous() - _ones(scheme.bits)
+        if not allow_zero and not int(zero.min()):
+            raise ValueError("a zero point is 0, which GPTQ v1 stores as -1, about which its readers disagree")
+        return pack((zero.int() - 1) & (2**scheme.bits - 1), scheme.bits).T.contiguous()
+
+    def decode(self, packed: Mapping[str, Tensor], scheme: Scheme) -> Codes:
+        scale, g_idx = packed["scales"].T, packed["g_idx"]
+        codes = unpack(packed["qweight"], scheme.bits, len(g_idx)).T
+        return Codes(codes, scale, self.decode_zeros(packed, scheme, len(scale)), g_idx)
+
+    def decode_groups(self, packed: Mapping[str, Tensor], scheme: Scheme, inputs: int) -> Tensor:
+        return packed["g_idx"]
+
+    def decode_zeros(self, packed: Mapping[str, Tensor], scheme: Scheme, outputs: int) -> Tensor:
+        """A v1 field of all ones stands for -1 + 1 = 0, as readers that mask after adding take it."""
+        qzeros = packed["qzeros"]
+        if not self.zero_offset:
+            return unpack(qzeros.T, scheme.bits, outputs)
+        if _offset_by_words(scheme):  # the sum wraps around like the subtraction did
+            return unpack((qzeros + _ones(scheme.bits)).T, scheme.bits, outputs)
+        zero: Tensor = (unpack(qzeros.T, scheme.bits, outputs) + 1) & (2**scheme.bits - 1)
+        return zero
+
+    def stored_shape(self, source: Source, layer: str) -> tuple[int, int]:
+        g_idx, scales = (source.tensors[f"{layer}.{key}"].shape for key in ("g_idx", "scales"))
+        if len(g_idx) != 1 or len(scales) != 2 or 0 in (*g_idx, *scales):
+            shapes = f"g_idx {g_idx} and scales {scales}"
+            raise InputError(f"{layer} in {source.folder} has {shapes}; they are one row of columns, and a matrix")
+        return scales[1], g_idx[0]
+
+    def write_config(self, linears: Linears, config: QuantConfig | None) -> dict[str, Any]:
+        """`desc_act` says what readers take it for: that groups are not runs of columns, so that g_idx is used."""
+        everywhere = self._scheme_of_options(config) if config else most_common_scheme(linears.layers)
+        rules = dynamic_rules(everywhere, linears.layers, linears.kept)
+        return {
+            "quant_method": METHOD,
+            "checkpoint_format": self.name,
+            "bits": everywhere.bits,
+            "group_size": everywhere.group_size,
+            "sym": everywhere.sym,
+            "desc_act": everywhere.scattered,
+            "lm_head": any(not re.search(r"\.\d+\.", f".{name}.") for name in linears.layers),
+            **(_options_of_solver(config) if config else {}),
+            **({"dynamic": rules} if rules else {}),
+            "meta": {
+                "quantizer": [f"gptq:{__version__}"],
+                **({"method": config.method, "act_order": config.desc_act} if config else {}),
+            },
+        }
+
+    def _scheme_of_options(self, config: QuantConfig) -> Scheme:
+        """The scheme of layers without options of their own."""
+        shuffled = config.shuffles_groups and config.group_size != -1
+        return Scheme(config.bits, config.group_size, config.sym, self.name, shuffled)
+
+    def rename_config(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
+        names = {key: self.name for key in ("checkpoint_format", "format") if key in quantization}
+        return {**quantization, "checkpoint_format": self.name, **names}
+
+    def read_config(self, where: str | Path, quantization: Mapping[str, Any]) -> Quantization:
+        said = {key: quantization[key] for key in ("checkpoint_format", "format") if quantization.get(key) is not None}
+        names = [name for name in NAMES if name in said.values()]
+        if any(value not in NAMES for value in said.values()):
+            raise InputError(
+                f"{where} says format {' and '.join(map(repr, said.values()))}; of GPTQ files those in the formats "
+                f"{' and '.join(map(repr, NAMES))} are read"
+            )
+        if len(names) > 1:
+            raise InputError(f"{where} contradicts itself: {said}")
+        return _read_schemes(where, quantization, names[0] if names else GptqV1.name)
+
+
+class GptqV1(Gptq):
+    """Zero points are stored less 1."""
+
+    name: Format = "gptq"
+    zero_offset = 1
+
+
+class GptqV2(Gptq):
+    """Zero points are stored as they are."""
+
+    name: Format = "gptq_v2"
+
+
+NAMES: tuple[Format, ...] = (GptqV1.name, GptqV2.name)
+
+
+def _offset_by_words(scheme: Scheme) -> bool:
+    """Whether 1 was taken off the zero points word by word."""
+    return scheme.by_gptqmodel and scheme.bits != 3
+
+
+def _ones(bits: int) -> int:
+    """A word of ones at the width of 2, 4 or 8 bits."""
+    return sum(1 << i for i in range(0, 32, bits))
+
+
+# --- quantization_config ----------------------------------------------------------------------------------------------
+
+
+def _options_of_solver(config: QuantConfig) -> dict[str, Any]:
+    return {"true_sequential": True, "static_groups": config.static_groups, "damp_percent": config.damp_percent}
+
+
+def dynamic_rules(everywhere: Scheme, layers: Layers, kept: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Rules for the layers whose scheme `everywhere` does not describe, and for those that stay as they are."""
+    names = [*layers, *kept]
+    rules: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in patterns(kept, names)}
+    for scheme, chosen in names_by_scheme(layers).items():
+        own = [name for name in chosen if normalized_scheme(everywhere, layers[name][1]) != scheme]
+        values = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
+        if scheme.scattered != everywhere.scattered and scheme.group_size != -1:
+            values["desc_act"] = scheme.scattered
+        rules |= {f"+:{pattern}": values for pattern in patterns(own, names)}
+    return rules
+
+
+def _read_schemes(where: str | Path, quantization: Mapping[str, Any], name: Format) -> Quantization:
+    by_gptqmodel = name == GptqV1.name and any(maker.startswith("gptqmodel") for maker in _makers(quantization))
+    everywhere = _read_scheme(where, quantization, name, by_gptqmodel)
+    rules: list[tuple[str, Scheme | None]] = []
+    dynamic = quantization.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(options, dict) for options in dynamic.values()):
+        raise InputError(f"{where} says dynamic {dynamic!r}; it holds rules by expression, each an object of options")
+    for rule, options in dynamic.items():
+        pattern = re.sub(r"^[+-]:", "", rule)
+        check_expression(f"{where}, dynamic", pattern)
+        if rule.startswith("-:"):
+            rules.append((pattern, None))
+        else:
+            own = _read_scheme(f"{where}, dynamic {rule!r},", {**quantization, **options}, name, by_gptqmodel)
+            rules.append((pattern, own))
+    return Quantization(name, everywhere, tuple(rules))
+
+
+def _makers(quantization: Mapping[str, Any]) -> list[str]:
+    """The tools that made the file, by its own words."""
+    meta = quantization.get("meta")
+    makers = meta.get("quantizer", ()) if isinstance(meta, dict) else ()
+    return [str(maker) for maker in makers] if isinstance(makers, list | tuple) else [str(makers)]
+
+
+def _read_scheme(where: str | Path, values: Mapping[str, Any], name: Format, by_gptqmodel: bool) -> Scheme:
+    bits, group_size = values.get("bits"), values.get("group_size")
+    sym, desc_act = values.get("sym", False), values.get("desc_act", False)  # without `sym`, zero points are read
+    if type(bits) is not int or bits not in GPTQ_BITS:
+        raise InputError(f"{where} says bits {bits!r}; GPTQ files hold 2, 3, 4 or 8")
+    if type(group_size) is not int or (group_size != -1 and group_size < 1):
+        raise InputError(f"{where} says group_size {group_size!r}; it is -1 or a number of columns")
+    if type(sym) is not bool or type(desc_act) is not bool:
+        raise InputError(f"{where} says sym {sym!r} and desc_act {desc_act!r}; each is true or false")
+    return Scheme(bits, group_size, sym, name, desc_act, by_gptqmodel)
