@@ -22,7 +22,7 @@ from gptq.pipeline.run import Observer
 from gptq.solver import hessian
 
 torch.set_num_threads(1)
-hessian.PANEL, row_tiles.ROWS = 24, 20  # type: ignore[attr-defined]  # so that tiny layers are shared as well
+hessian.PANEL_ROWS, row_tiles.TILE_ROWS = 24, 20  # type: ignore[attr-defined]  # so that tiny layers are shared as well
 
 
 class Leaves(Observer):

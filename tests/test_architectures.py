@@ -21,7 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from gptq import InputError, QuantConfig, load, perplexity, quantize
 from gptq.calibration import text as calibration
-from gptq.calibration.text import frame_of
+from gptq.calibration.text import special_token_frame
 from gptq.config import Format
 from gptq.models.blocks import Block
 from gptq.models.experts import Experts, take_apart
@@ -412,10 +412,10 @@ def test_an_encoder_reads_every_window_between_its_special_tokens(text: str, mon
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
     )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert frame_of(tokenizer) == [0, 1]
+    assert special_token_frame(tokenizer) == [0, 1]
     for small in (calibration.SMALL_SOURCE, 100):  # tokenized whole, and row by row
         monkeypatch.setattr(calibration, "SMALL_SOURCE", small)
-        windows = calibration.draw_windows(text.split("\n\n"), tokenizer, 2, 16, 0, frame_of(tokenizer))
+        windows = calibration.draw_windows(text.split("\n\n"), tokenizer, 2, 16, 0, special_token_frame(tokenizer))
         assert windows.shape == (2, 16)
         assert windows[:, 0].tolist() == [0, 0]
         assert windows[:, -1].tolist() == [1, 1]

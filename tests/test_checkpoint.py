@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq import InputError
-from gptq.checkpoint.atomic_folder import MARKER, appearing_folder
+from gptq.checkpoint.atomic_folder import MARKER, atomic_folder
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import DTYPES, INDEX, TensorInfo
 from gptq.checkpoint.writer import ShardWriter
@@ -75,7 +75,7 @@ def test_the_writer_wants_exactly_what_was_announced(tmp_path: Path) -> None:
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with appearing_folder(out, 10) as working:
+    with atomic_folder(out, 10) as working:
         (working / "file").write_text("x")
         assert not out.exists()
     assert [p.name for p in out.iterdir()] == ["file"]
@@ -87,7 +87,7 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 )
 def test_a_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     expected = InputError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected), appearing_folder(tmp_path / "out", 10) as working:  # noqa: PT012
+    with pytest.raises(expected), atomic_folder(tmp_path / "out", 10) as working:  # noqa: PT012
         (working / "file").write_text("x")
         raise error
     assert list(tmp_path.iterdir()) == []
@@ -96,14 +96,14 @@ def test_a_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
 def test_occupied_folders_small_disks_and_second_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(InputError, match="not empty"), appearing_folder(tmp_path / "full", 1):
+    with pytest.raises(InputError, match="not empty"), atomic_folder(tmp_path / "full", 1):
         pass
-    with pytest.raises(InputError, match="MB free"), appearing_folder(tmp_path / "big", 10**18):
+    with pytest.raises(InputError, match="MB free"), atomic_folder(tmp_path / "big", 10**18):
         pass
     assert not (tmp_path / "big.partial").exists()
-    with appearing_folder(tmp_path / "out", 1) as working:
+    with atomic_folder(tmp_path / "out", 1) as working:
         (working / "mine").touch()
-        with pytest.raises(InputError, match="another run"), appearing_folder(tmp_path / "out", 1):
+        with pytest.raises(InputError, match="another run"), atomic_folder(tmp_path / "out", 1):
             pass
         assert (working / "mine").exists()
 
@@ -112,7 +112,7 @@ def test_left_overs_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "old").touch()
     (tmp_path / "out.partial" / MARKER).touch()
-    with appearing_folder(tmp_path / "out", 1) as working:
+    with atomic_folder(tmp_path / "out", 1) as working:
         (working / "new").touch()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
 
@@ -172,7 +172,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, bad: float) -> No
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "precious.txt").write_text("x")
-    with pytest.raises(InputError, match="is in the way"), appearing_folder(tmp_path / "out", 1):
+    with pytest.raises(InputError, match="is in the way"), atomic_folder(tmp_path / "out", 1):
         pass
     assert (tmp_path / "out.partial" / "precious.txt").read_text() == "x"
 
@@ -180,9 +180,9 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 def test_links_and_parents(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with appearing_folder(tmp_path / "link", 1) as working:
+    with atomic_folder(tmp_path / "link", 1) as working:
         (working / "file").touch()
     assert (tmp_path / "real" / "file").exists()
-    with pytest.raises(RuntimeError, match="x"), appearing_folder(tmp_path / "a" / "b" / "out", 1):
+    with pytest.raises(RuntimeError, match="x"), atomic_folder(tmp_path / "a" / "b" / "out", 1):
         raise RuntimeError("x")
     assert not (tmp_path / "a").exists()

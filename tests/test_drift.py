@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gptq import solver
-from gptq.solver.error_propagation import best_share, divide, full_correction
+from gptq.solver.error_propagation import best_share, divide_by_hessian, full_correction
 from tests import oracle
 from tests.test_solver import problem
 
@@ -53,7 +53,9 @@ def test_a_correction_is_the_damped_least_squares_solution(n: int, rng: torch.Ge
     factor = solver.factorize(H, solver.act_order(H), 0.01)
     exact = W @ C @ torch.linalg.inv(H + factor.ridge * torch.eye(n, dtype=H.dtype))
     assert torch.allclose(full_correction(W, C, factor), exact, rtol=1e-8, atol=1e-10 * float(exact.abs().max()))
-    assert torch.allclose(W @ divide(C.clone(), factor), exact, rtol=1e-8, atol=1e-8 * float(exact.abs().max()))
+    assert torch.allclose(
+        W @ divide_by_hessian(C.clone(), factor), exact, rtol=1e-8, atol=1e-8 * float(exact.abs().max())
+    )
     single = solver.factorize(H.float(), factor.perm, 0.01)
     assert (full_correction(W.float(), C.float(), single) - exact).norm() < 1e-3 * exact.norm()
 

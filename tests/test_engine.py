@@ -553,7 +553,7 @@ def test_samples_auto_stops_when_more_would_not_help(
         def stage(self, text: str) -> None:
             tried.append(text)
 
-    monkeypatch.setattr(search, "MOST_WINDOWS", 64)
+    monkeypatch.setattr(search, "MAX_WINDOWS", 64)
     monkeypatch.setattr(search, "ENOUGH", -1.0)  # never enough
     made = quantize(source, tmp_path / "most", QuantConfig(**auto), calibration=text_file, observer=Listener())
     assert [text.split()[0] for text in tried if "held-out error" in text] == ["16", "32", "64"]

@@ -7,7 +7,7 @@ import torch
 
 from gptq import solver
 from gptq.compute import matmul
-from gptq.compute.matmul import exact_float32, product, quick_linears
+from gptq.compute.matmul import exact_float32, onednn_linears, product
 from gptq.solver import hessian as hessian_module
 from gptq.solver.hessian import HeldOut, HessianAccumulator, output_power
 from tests.conftest import threads
@@ -83,10 +83,10 @@ def test_every_way_of_adding_up_is_the_exact_one(
     way: str, tokens: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, for the panels that are asked for and no others; what lies below the diagonal may stay."""
-    if way == "pairs" and not hessian_module._goes_in_pairs(torch.zeros(1, 320, dtype=torch.bfloat16)):
+    if way == "pairs" and not hessian_module._has_bf16_kernel(torch.zeros(1, 320, dtype=torch.bfloat16)):
         pytest.skip("this CPU has no products of pairs of bfloat16 numbers")
     x, original = exactly_summable(rng, tokens, 320), exactly_summable(rng, tokens, 320)
-    a, b, add = hessian_module._prepared(original, x) if way == "pairs" else (original, x, None)
+    a, b, add = hessian_module._prepare_factors(original, x) if way == "pairs" else (original, x, None)
     if way == "gpu":
         monkeypatch.setattr(torch, "mm", imitated_mm)
         add = hessian_module._add_half_products
@@ -165,13 +165,13 @@ def test_powers_are_those_of_the_closed_form_to_three_digits(
     way: str, inputs: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tr(A H A^T) also where A's error is made up for by what H says, so that most of it cancels."""
-    if way == "pairs" and not hessian_module._goes_in_pairs(torch.zeros(1, inputs, dtype=torch.bfloat16)):
+    if way == "pairs" and not hessian_module._has_bf16_kernel(torch.zeros(1, inputs, dtype=torch.bfloat16)):
         pytest.skip("this CPU or this width has no products of pairs of bfloat16 numbers")
-    monkeypatch.setattr(hessian_module, "_sums_in_float32", lambda _: way == "gpu")
+    monkeypatch.setattr(hessian_module, "_has_mixed_precision_mm", lambda _: way == "gpu")
     if way == "gpu":
         monkeypatch.setattr(torch, "mm", imitated_mm)
     elif way == "floats":
-        monkeypatch.setattr(hessian_module, "_goes_in_pairs", lambda _: False)
+        monkeypatch.setattr(hessian_module, "_has_bf16_kernel", lambda _: False)
     x = torch.randn(500, inputs, generator=rng) + 5 * torch.randn(500, 1, generator=rng)  # one direction dominates
     H = x.T @ x / 500
     W = torch.randn(400, inputs, generator=rng)
@@ -182,7 +182,7 @@ def test_powers_are_those_of_the_closed_form_to_three_digits(
         assert output_power(A, H) == pytest.approx(exact, rel=1e-3 if way != "floats" else 1e-5)
     exact = float(torch.trace(W.double() @ H.double() @ H.double() @ off.double().T))
     size = float((W.double() @ H.double()).norm() * (off.double() @ H.double()).norm())
-    assert hessian_module._weighed_product(W, off, H @ H) == pytest.approx(exact, abs=1e-3 * size)
+    assert hessian_module._gram_dot(W, off, H @ H) == pytest.approx(exact, abs=1e-3 * size)
 
 
 @pytest.mark.parametrize("tokens", [20, 90])  # fewer and more than inputs: kept as rows, and as sums
@@ -210,7 +210,7 @@ def test_quick_linears_compute_what_linears_do(dtype: torch.dtype, library: str,
     inputs = [torch.randn(*shape, 70, generator=rng).to(dtype) for shape in ((3, 5), (15,), (1,), (0,), (5, 3))]
     wide = torch.randn(6, 140, generator=rng).to(dtype)[:, ::2]
     eps = torch.finfo(dtype).eps
-    with torch.no_grad(), quick_linears(layer):
+    with torch.no_grad(), onednn_linears(layer):
         for _ in range(2):
             for x in [*inputs, wide]:
                 exact = x.double() @ layer.weight.double().T + layer.bias.double()
@@ -229,7 +229,7 @@ def test_quick_linears_compute_what_linears_do(dtype: torch.dtype, library: str,
 @pytest.mark.parametrize("library", ["oneDNN"], indirect=True)
 def test_a_weight_in_another_order_is_forgotten_with_the_weight(library: str) -> None:
     layer = torch.nn.Linear(32, 32)
-    with torch.no_grad(), quick_linears(layer):
+    with torch.no_grad(), onednn_linears(layer):
         layer(torch.ones(4, 32))
         reordered = layer.forward.args[1]  # type: ignore[attr-defined]
         assert reordered._reordered is not None

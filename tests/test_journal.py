@@ -177,7 +177,7 @@ def test_enough_windows_are_not_searched_twice(
     make_model: MakeModel, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, config = make_model("llama"), QuantConfig(num_samples="auto", effort="fast", **OPTIONS)
-    monkeypatch.setattr(search, "MOST_WINDOWS", 32)
+    monkeypatch.setattr(search, "MAX_WINDOWS", 32)
     quantize(source, tmp_path / "whole", config, calibration=text_file)
     stop(source, tmp_path / "out", config, calibration=text_file)
     monkeypatch.delattr(search, "_search_windows")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gptq import QuantConfig, formats, load, quantize
-from gptq.compute.cpu_features import has_pairs, has_shorts
+from gptq.compute.cpu_features import has_avx2, has_avx512_bf16
 from gptq.config import Format
 from gptq.formats import Codes, Scheme
 from gptq.inference import products
@@ -77,8 +77,8 @@ SHAPES = ((48, 128, 32), (272, 256, 128), (300, 160, 64), (7, 100, -1), (33, 96,
 
 
 CPUS = [  # what a CPU is quick at
-    pytest.param("pairs", marks=pytest.mark.skipif(not has_pairs(), reason="this CPU has no bfloat16 products")),
-    pytest.param("shorts", marks=pytest.mark.skipif(not has_shorts(), reason="this CPU has no AVX2")),
+    pytest.param("pairs", marks=pytest.mark.skipif(not has_avx512_bf16(), reason="this CPU has no bfloat16 products")),
+    pytest.param("shorts", marks=pytest.mark.skipif(not has_avx2(), reason="this CPU has no AVX2")),
     "lanes",
 ]
 
@@ -90,8 +90,8 @@ CPUS = [  # what a CPU is quick at
 def test_every_product_is_the_exact_one(
     bits: int, sym: bool, rows: int, quick_at: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "has_pairs", lambda: quick_at == "pairs")
-    monkeypatch.setattr(products, "has_shorts", lambda: quick_at != "lanes")
+    monkeypatch.setattr(products, "has_avx512_bf16", lambda: quick_at == "pairs")
+    monkeypatch.setattr(products, "has_avx2", lambda: quick_at != "lanes")
     used, few_are = set(), set()
     kinds: tuple[Format, ...] = ("gptq", "gptq_v2", "pack-quantized")
     for outputs, inputs, group_size in SHAPES:
@@ -148,10 +148,10 @@ def test_compiled_loops_are_those_of_all_sources(tmp_path: Path) -> None:
     from gptq.inference import gemv
     from gptq.solver import inner_loops_cpu
 
-    for loop in (inner_loops_cpu.columns, gemv.multiply):
-        assert loop._cache._cache_file._source_stamp == simd.SOURCES
+    for loop in (inner_loops_cpu.choose_columns, gemv.multiply):
+        assert loop._cache._cache_file._source_stamp == simd.SOURCE_DIGEST
     sources = Path(simd.__file__).parents[1]
-    assert simd.digest(sources) == simd.SOURCES
+    assert simd.source_digest(sources) == simd.SOURCE_DIGEST
     changed = [
         "compute/simd", "inference/gemv_int16", "inference/gemv_float32", "inference/gemv_bfloat16", "inference/gemv",
         "solver/gram_bf16", "solver/inner_loops_cpu",
@@ -161,10 +161,10 @@ def test_compiled_loops_are_those_of_all_sources(tmp_path: Path) -> None:
         shutil.copytree(sources, folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
         with (folder / f"{name}.py").open("a") as file:
             file.write("# changed\n")
-    assert len({simd.digest(folder) for folder in [sources, *tmp_path.iterdir()]}) == 8
+    assert len({simd.source_digest(folder) for folder in [sources, *tmp_path.iterdir()]}) == 8
 
 
-@pytest.mark.skipif(not has_shorts() or has_pairs(), reason="this CPU multiplies bfloat16, or has no AVX2")
+@pytest.mark.skipif(not has_avx2() or has_avx512_bf16(), reason="this CPU multiplies bfloat16, or has no AVX2")
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_shorts_sum_without_rounding(bits: int, rng: torch.Generator) -> None:
     """x of integers below 2^15, scales of powers of two: every unit's sum is exact, whatever the other units hold."""
@@ -184,7 +184,7 @@ def test_shorts_sum_without_rounding(bits: int, rng: torch.Generator) -> None:
         assert torch.equal(layer(x)[:3].double(), y[:3])
 
 
-@pytest.mark.skipif(not has_pairs(), reason="this CPU has no bfloat16 products")
+@pytest.mark.skipif(not has_avx512_bf16(), reason="this CPU has no bfloat16 products")
 @pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_pairs_sum_without_rounding(bits: int, rows: int, rng: torch.Generator) -> None:
@@ -292,7 +292,7 @@ def test_logits_are_those_of_unpacked_weights(bits: int, dtype: str, make_model:
         ids = torch.randint(1, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             ours, reference = network(ids).logits, exact(ids).logits
-        rounding = max(eps, 2**-16) if tokens <= products.FEW_SHORTS and has_shorts() and not has_pairs() else eps
+        rounding = max(eps, 2**-16) if tokens <= products.FEW_SHORTS and has_avx2() and not has_avx512_bf16() else eps
         assert (ours - reference).norm() <= 32 * rounding * reference.norm()  # some twenty products after each other
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptq.compute.distributed import LOST, Ranks
+from gptq.compute.distributed import PROCESS_ENDED, Ranks
 from gptq.solver.hessian import HessianAccumulator
 from tests.conftest import MakeModel
 from tests.test_journal import partial_of
@@ -57,8 +57,8 @@ def test_a_lost_rank_ends_the_run_and_any_number_goes_on(make_model: MakeModel, 
     cases += [{"out": name, "ranks": 2, "config": {}, "stop": [rank, 10]} for name, rank in stops]
     said = run(source, tmp_path, cases)
     assert said["first"][0] == said["second"][1] == "killed"
-    assert said["first"][1].startswith(LOST)
-    assert said["second"][0].startswith(LOST)
+    assert said["first"][1].startswith(PROCESS_ENDED)
+    assert said["second"][0].startswith(PROCESS_ENDED)
     assert "keeps 1 finished of 3 blocks, and the same command goes on" in said["second"][0]
     assert all(partial_of(tmp_path / name).is_dir() and not (tmp_path / name).exists() for name, _ in stops)
     again = [{"out": "first", "ranks": 3, "config": {}}, {"out": "second", "ranks": 1, "config": {}}]
@@ -89,14 +89,14 @@ def test_windows_and_pieces_are_shared_out_once() -> None:
     for size in range(1, 6):
         ranks = [Ranks(rank, size) for rank in range(size)]
         for count in (0, 3, 16, 17):
-            assert [i for one in ranks for i in one.windows(count)] == list(range(count))
+            assert [i for one in ranks for i in one.own_windows(count)] == list(range(count))
             assert all(sum(one.owns(piece) for one in ranks) == 1 for piece in range(count))
 
 
 def test_alone_nothing_goes_round() -> None:
     alone, x = Ranks(), torch.eye(3)
-    assert list(alone.in_order([(x, None)], 1, 2)) == [(x, None)]
-    assert (alone.least(4), alone.total(4), alone.any(True), alone.told("so")) == (4, 4, True, "so")
+    assert list(alone.gather_windows([(x, None)], 1, 2)) == [(x, None)]
+    assert (alone.minimum(4), alone.total(4), alone.any(True), alone.broadcast_text("so")) == (4, 4, True, "so")
     sums = HessianAccumulator(3, torch.device("cpu"), alone)
     sums.add(x)
     assert torch.equal(sums.mean(), x / 3)

@@ -61,6 +61,31 @@ def test_sweeps_of_dynamic_groups_in_act_order(rng: torch.Generator) -> None:
     assert refined.error == pytest.approx(float(exact), rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_scales_stay_within_float16_and_the_factor_stays_as_it_was(seed: int) -> None:
+    """Scales begin near float16's largest number, 65504; the refit would move some of them beyond it."""
+    W, H = problem(torch.Generator().manual_seed(seed), rows=16, n=32)
+    W *= 65400 * 1.5 / W.abs().amax(1, keepdim=True)  # at 2 bits a scale is 2/3 of the largest weight
+    factor = factor_of(H)
+    solved = solver.solve(W, factor, 2, 32, sym=True)
+    before = factor.H.clone()
+    refined = refine(W, solved, factor, 2, sweeps=3)
+    assert torch.equal(factor.H, before)
+    assert float(solved.scale.min()) > 65000
+    assert bool(torch.isfinite(refined.scale.half()).all())
+    assert refined.error < solved.error
+
+
+def test_the_factor_stays_as_it_was_when_a_sweep_fails(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    W, H = problem(rng)
+    factor = factor_of(H)
+    solved, before = solver.solve(W, factor, 4, 8, sym=True), factor.H.clone()
+    monkeypatch.setattr(inner_loops, "choose_columns", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        refine(W, solved, factor, 4, sweeps=1)
+    assert torch.equal(factor.H, before)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("sym", [True, False])
 def test_the_search_takes_the_best_of_its_candidates(bits: int, sym: bool, rng: torch.Generator) -> None:
@@ -99,7 +124,7 @@ def test_compiled_loops_compute_what_whole_tensor_operations_do(
     zero = torch.full((2, rows), 4.0, dtype=dtype)
     groups = [0] * 20 + [1] * 13
     codes, Q, t = inner_loops.choose_columns(base, reference, coupling, scale, zero, groups, 3)
-    plain = inner_loops.choose_columns_plainly(base, reference, coupling, scale, zero, groups, 3)
+    plain = inner_loops.choose_columns_reference(base, reference, coupling, scale, zero, groups, 3)
     for compiled, whole in zip((codes, Q, t), plain, strict=True):
         assert torch.allclose(compiled.to(dtype), whole.to(dtype), rtol=1e-5, atol=1e-5)
     w = torch.stack([base, reference])  # (groups, columns, rows)
@@ -107,7 +132,7 @@ def test_compiled_loops_compute_what_whole_tensor_operations_do(
     importance = torch.rand(2, 33, generator=rng, dtype=dtype)
     best = inner_loops.best_grids(w, importance, scales, zeros, 3)
     for group in range(2):
-        plain_best = inner_loops.best_grid_plainly(w[group], importance[group], scales[:, group], zeros[:, group], 3)
+        plain_best = inner_loops.best_grid_reference(w[group], importance[group], scales[:, group], zeros[:, group], 3)
         assert torch.equal(best[group], plain_best)
 
 

@@ -37,7 +37,7 @@ def test_columns_are_chosen_as_in_whole_tensor_operations(
     groups = [min(k // half, scale.shape[1] - 1) for k in range(columns)]
     arguments = (base, reference, coupling, scale.T.contiguous(), zero.T.contiguous(), groups, bits)
     codes, Q, t = inner_loops_triton.choose_columns(*arguments)
-    expected = inner_loops.choose_columns_plainly(*arguments)
+    expected = inner_loops.choose_columns_reference(*arguments)
     assert torch.equal(codes, expected[0])
     torch.testing.assert_close(Q, expected[1], rtol=0, atol=1e-6)
     torch.testing.assert_close(t, expected[2], rtol=0, atol=1e-5)
@@ -84,12 +84,14 @@ from triton.compiler import ASTSource
 from gptq.solver import inner_loops_triton as t
 types = {"codes": "*u8", "groups": "*i32", "best": "*i64"}
 types |= dict.fromkeys(("rows", "columns", "candidates", "maxq"), "i32")
-for kernel, sizes in ((t._columns, {"COLUMNS": 128}), (t._grids, {"CHUNK": t.CHUNK})):
-    sizes |= {"ROWS": t.ROWS}
+for kernel, sizes in (
+    (t._choose_columns_kernel, {"COLUMNS": 128}), (t._best_grids_kernel, {"CHUNK_COLUMNS": t.CHUNK_COLUMNS})
+):
+    sizes |= {"PROGRAM_ROWS": t.PROGRAM_ROWS}
     signature = {name: "constexpr" if name in sizes else types.get(name, "*fp32") for name in kernel.arg_names}
     for capability in (80, 90):
         source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=t.LAUNCH)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=t.LAUNCH_OPTIONS)
         print(len(made.asm["cubin"]) > 0, ".local" in made.asm["ptx"], "div.rn.f32" in made.asm["ptx"])
 """
 

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from gptq.errors import InputError, first_line
 
-ARRAYS = (".npz", ".safetensors")
-MAX_BLOAT, SMALL_ARRAYS = 100, 2**28  # compressed arrays may be so many times as large as their file, or have 256 MB
+ARRAY_SUFFIXES = (".npz", ".safetensors")
+MAX_COMPRESSION, UNPACKED_ALLOWANCE = (
+    100,
+    2**28,
+)  # compressed arrays may be so many times as large as their file, or have 256 MB
 Inputs = dict[str, Tensor]  # what a model is called on in one window, by its arguments' names; (1, ...) each
 
 
@@ -22,8 +25,8 @@ def is_arrays(source: str) -> bool:
     path = Path(source)
     if path.is_dir():
         files = [file for file in path.iterdir() if file.is_file()]
-        return bool(files) and all(file.suffix in ARRAYS for file in files)
-    return path.suffix in ARRAYS
+        return bool(files) and all(file.suffix in ARRAY_SUFFIXES for file in files)
+    return path.suffix in ARRAY_SUFFIXES
 
 
 def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
@@ -34,12 +37,12 @@ def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
     """
     path = Path(source)
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    windows = as_inputs(_arrays(file) for file in files)
+    windows = as_inputs(_load_arrays(file) for file in files)
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:num_samples]
     return [windows[i] for i in chosen.tolist()]
 
 
-def _arrays(file: Path) -> Mapping[str, Any]:
+def _load_arrays(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     try:
@@ -58,7 +61,7 @@ def _check_unpacked_size(file: Path) -> None:
     """Raises InputError where a few compressed bytes stand for gigabytes; other errors where it is no archive."""
     with zipfile.ZipFile(file) as archive:
         size = sum(member.file_size for member in archive.infolist())
-    if size > max(MAX_BLOAT * file.stat().st_size, SMALL_ARRAYS):
+    if size > max(MAX_COMPRESSION * file.stat().st_size, UNPACKED_ALLOWANCE):
         raise InputError(f"{file} would unpack to {size / 1e9:,.1f} GB; save its arrays without compression")
 
 
@@ -78,7 +81,7 @@ def as_inputs(batches: Iterable[Mapping[str, Any]]) -> list[Inputs]:
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise InputError(f"calibration arrays have to hold the same number of windows, one at least, not {counts}")
         count = next(iter(counts.values()))
-        windows += [_unpadded({name: x[i : i + 1] for name, x in arrays.items()}) for i in range(count)]
+        windows += [_trim_padding({name: x[i : i + 1] for name, x in arrays.items()}) for i in range(count)]
         if windows[-1].keys() != windows[0].keys():
             raise InputError(f"calibration inputs are {list(windows[0])} first and {list(windows[-1])} later")
     if not windows:
@@ -86,7 +89,7 @@ def as_inputs(batches: Iterable[Mapping[str, Any]]) -> list[Inputs]:
     return windows
 
 
-def _unpadded(window: Inputs) -> Inputs:
+def _trim_padding(window: Inputs) -> Inputs:
     """Integers as the models want them, and without the tokens at the end that a mask hides.
 
     Their activations would count as tokens, though nothing depends on them.

@@ -121,9 +121,9 @@ def _text_column(rows: "Dataset", source: str, column: str) -> Sequence[str]:
     return cast(Sequence[str], rows[column])
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The two tokens (BERT's [CLS] and [SEP], say) between which an encoder reads every text; or none."""
-    ends = _numbers("", tokenizer, special_tokens=True)
+    ends = _token_ids("", tokenizer, special_tokens=True)
     return ends if len(ends) == 2 else []
 
 
@@ -148,13 +148,13 @@ def draw_windows(
     if frame:
         if seq_len < 3:
             raise InputError(f"seq_len is {seq_len}; between this tokenizer's two special tokens is no room for text")
-        inner = _draw(rows, tokenizer, num_samples, seq_len - 2, draw, special_tokens=False)
+        inner = _draw_windows(rows, tokenizer, num_samples, seq_len - 2, draw, special_tokens=False)
         first, last = (inner.new_full((len(inner), 1), token) for token in frame)
         return torch.cat([first, inner, last], dim=1)
-    return _draw(rows, tokenizer, num_samples, seq_len, draw, special_tokens=True)
+    return _draw_windows(rows, tokenizer, num_samples, seq_len, draw, special_tokens=True)
 
 
-def _draw(
+def _draw_windows(
     rows: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
@@ -162,7 +162,7 @@ def _draw(
     draw: torch.Generator,
     special_tokens: bool,
 ) -> Tensor:
-    if len(rows) == 1 or _at_most(rows, SMALL_SOURCE):
+    if len(rows) == 1 or _is_small(rows, SMALL_SOURCE):
         tokens = tokenize(rows, tokenizer, special_tokens)
         whole = len(tokens) // seq_len
         _require_tokens(len(tokens), num_samples, seq_len, whole)
@@ -171,7 +171,7 @@ def _draw(
     return _draw_from_rows(rows, tokenizer, num_samples, seq_len, draw, special_tokens)
 
 
-def _at_most(rows: Sequence[str], characters: int) -> bool:
+def _is_small(rows: Sequence[str], characters: int) -> bool:
     total = 0
     for row in rows:
         total += len(row or "")
@@ -218,10 +218,10 @@ def _require_tokens(tokens: int, num_samples: int, seq_len: int, whole: int) -> 
 def tokenize(rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True) -> Tensor:
     """Rows joined by blank lines as one run of tokens (tokens,), a beginning-of-text token at most at the start."""
     text = "\n\n".join(row or "" for row in rows)  # a missing value is an empty row
-    return torch.tensor(_numbers(text, tokenizer, special_tokens), dtype=torch.int64)
+    return torch.tensor(_token_ids(text, tokenizer, special_tokens), dtype=torch.int64)
 
 
-def _numbers(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[int]:
+def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[int]:
     try:
         ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     except Exception as error:  # any type, depending on what its files hold

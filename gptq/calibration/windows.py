@@ -9,20 +9,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gptq.calibration.arrays import Inputs, as_inputs, is_arrays, read_arrays
-from gptq.calibration.text import documents, draw_windows, frame_of
+from gptq.calibration.text import documents, draw_windows, special_token_frame
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.models.forward import check_tokens
 from gptq.models.hf_config import fitting_seq_len, read_tokenizer
 
-MOST_WINDOWS = 1024  # that a search for enough windows tries
+MAX_WINDOWS = 1024  # that a search for enough windows tries
 
-Given = str | Tensor | list[Inputs]
+Calibration = str | Tensor | list[Inputs]
 
-HELD_OUT = 8  # one calibration window in so many measures what the solver learned from the others
+HELD_OUT_EVERY = 8  # one calibration window in so many measures what the solver learned from the others
 
 
-def as_given(calibration: str | Path | Tensor | Iterable[Mapping[str, Any]], config: QuantConfig) -> Given:
+def read_calibration(
+    calibration: str | Path | Tensor | Iterable[Mapping[str, Any]], config: QuantConfig
+) -> Calibration:
     """What to calibrate on: a source of text, windows of tokens, or what the model is called on in each window."""
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2 or calibration.dtype not in (torch.int64, torch.int32) or not calibration.numel():
@@ -32,13 +34,13 @@ def as_given(calibration: str | Path | Tensor | Iterable[Mapping[str, Any]], con
         return as_inputs(calibration)
     if config.method == "gptq" and is_arrays(str(calibration)):
         return read_arrays(
-            str(calibration), MOST_WINDOWS if config.num_samples == "auto" else config.num_samples, config.seed
+            str(calibration), MAX_WINDOWS if config.num_samples == "auto" else config.num_samples, config.seed
         )
     return str(calibration)
 
 
-def windows_of(
-    given: Given,
+def make_windows(
+    given: Calibration,
     num_samples: int,
     folder: Path,
     network: PreTrainedModel,
@@ -52,7 +54,7 @@ def windows_of(
     if isinstance(given, str):
         tokenizer = read_tokenizer(folder, trust_remote_code)
         seq_len, notes = fitting_seq_len(config.seq_len, network.config, network)
-        frame = frame_of(tokenizer) if not network.can_generate() else []
+        frame = special_token_frame(tokenizer) if not network.can_generate() else []
         rows = documents(given, "train")
         given = draw_windows(rows, tokenizer, num_samples, seq_len, config.seed, frame)
     check_tokens(given, network)
@@ -63,7 +65,7 @@ def windows_of(
     return [{"input_ids": w[None, :half], "decoder_input_ids": w[None, half:]} for w in given], notes
 
 
-def describe(given: Given) -> str:
+def describe_calibration(given: Calibration) -> str:
     if isinstance(given, str):
         return given
     if isinstance(given, Tensor):
@@ -77,4 +79,4 @@ def count_tokens(windows: list[Inputs]) -> int:
 
 
 def is_held_out(window: int, windows: int) -> bool:
-    return windows >= HELD_OUT and window % HELD_OUT == HELD_OUT - 1
+    return windows >= HELD_OUT_EVERY and window % HELD_OUT_EVERY == HELD_OUT_EVERY - 1

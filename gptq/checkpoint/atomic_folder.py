@@ -20,7 +20,7 @@ CONTENT = "checkpoint"  # in the working folder: what becomes OUT
 
 
 @dataclass
-class Unfinished:
+class PartialFolder:
     """The working folder of a run, OUT.partial.
 
     When the run fails, `promise` says what the folder keeps for a later one; empty: nothing, so it is removed.
@@ -28,22 +28,22 @@ class Unfinished:
 
     root: Path
     content: Path  # becomes OUT
-    promise: Callable[[], str] = str
+    describe_kept: Callable[[], str] = str
 
-    def begin_anew(self) -> None:
+    def clear(self) -> None:
         """Remove what an earlier run left."""
         _empty(self.root)
         self.content.mkdir()
         sync_path(self.root)
 
-    def go_on(self) -> None:
+    def keep_shards(self) -> None:
         """Keep the shards of an earlier run, and nothing that makes them look like a checkpoint."""
         self.content.mkdir(exist_ok=True)
         for file in self.content.iterdir():
             if file.suffix != ".safetensors":
                 file.unlink()
 
-    def require_room(self, needed_bytes: int) -> None:
+    def require_disk_space(self, needed_bytes: int) -> None:
         """Raises InputError if the disk has less than that beyond what `content` takes."""
         here = sum(512 * file.stat().st_blocks for file in self.content.iterdir())  # shards have holes
         free = shutil.disk_usage(self.root).free
@@ -52,14 +52,14 @@ class Unfinished:
             raise InputError(f"{self.root} needs {more} and the disk has {free / 1e6:,.1f} MB free")
 
 
-def working_folder(out: Path) -> Unfinished:
+def partial_folder_of(out: Path) -> PartialFolder:
     """Where `out` is made; another process may be making it."""
     root = out.resolve().with_name(out.name + ".partial")
-    return Unfinished(root, root / CONTENT)
+    return PartialFolder(root, root / CONTENT)
 
 
 @contextmanager
-def unfinished_folder(out: Path) -> Iterator[Unfinished]:
+def partial_folder(out: Path) -> Iterator[PartialFolder]:
     """A working folder beside `out`, whose content takes that name when the body succeeds.
 
     When the body fails, the folder is removed, unless there is something to promise; then the error says it.
@@ -68,17 +68,17 @@ def unfinished_folder(out: Path) -> Iterator[Unfinished]:
         InputError: `out` exists and is not empty, cannot be made, or the disk is or becomes too small.
     """
     out = out.resolve()
-    root = working_folder(out).root
+    root = partial_folder_of(out).root
     made = [parent for parent in out.parents if not parent.exists()]
     try:
-        require_free(out)
+        require_unused(out)
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    with _sole_use(root, out):
-        working = working_folder(out)
+    with _exclusive_lock(root, out):
+        working = partial_folder_of(out)
         try:
-            require_free(out)  # the run that we waited for may have been writing it
+            require_unused(out)  # the run that we waited for may have been writing it
             (root / MARKER).touch()
             yield working
             for file in working.content.iterdir():
@@ -87,32 +87,34 @@ def unfinished_folder(out: Path) -> Iterator[Unfinished]:
             working.content.replace(out)
             sync_path(out.parent)
         except BaseException as error:
-            promised = working.promise()
-            if not promised:
+            kept = working.describe_kept()
+            if not kept:
                 _remove(root)
                 for parent in made:
                     with suppress(OSError):
                         parent.rmdir()
-            _explain(error, out, root, promised)
+            _raise_with_remedy(error, out, root, kept)
             raise
         _remove(root)
 
 
-def _explain(error: BaseException, out: Path, root: Path, promised: str) -> None:
+def _raise_with_remedy(error: BaseException, out: Path, root: Path, kept: str) -> None:
     """Raise InputError for what the user can mend, and let any other error carry the promise as a note."""
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         problem = f"writing {out} failed ({where}{error.strerror or error})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = f"writing {out} failed: the disk at {_mount(root)} is full ({error.strerror}); free some of it"
-        raise InputError(f"{problem}; {promised or 'nothing is left there'}") from error
-    if promised and isinstance(error, InputError):
-        raise InputError(f"{error}; {promised}") from error
-    if promised:  # as BaseException.add_note does, which Python 3.10 lacks
-        vars(error)["__notes__"] = [*getattr(error, "__notes__", []), promised]
+            problem = (
+                f"writing {out} failed: the disk at {_mount_point(root)} is full ({error.strerror}); free some of it"
+            )
+        raise InputError(f"{problem}; {kept or 'nothing is left there'}") from error
+    if kept and isinstance(error, InputError):
+        raise InputError(f"{error}; {kept}") from error
+    if kept:  # as BaseException.add_note does, which Python 3.10 lacks
+        vars(error)["__notes__"] = [*getattr(error, "__notes__", []), kept]
 
 
-def _mount(path: Path) -> Path:
+def _mount_point(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.is_mount() or p == p.parent)
 
 
@@ -133,19 +135,19 @@ def _remove(root: Path) -> None:
 
 
 @contextmanager
-def appearing_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
+def atomic_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     """A folder that takes the name `out` when the body succeeds, and is removed when it fails.
 
     Raises:
-        InputError: as `unfinished_folder`.
+        InputError: as `partial_folder`.
     """
-    with unfinished_folder(out) as working:
-        working.begin_anew()
-        working.require_room(needed_bytes)
+    with partial_folder(out) as working:
+        working.clear()
+        working.require_disk_space(needed_bytes)
         yield working.content
 
 
-def require_free(out: Path) -> None:
+def require_unused(out: Path) -> None:
     """Raises InputError if `out` is occupied, or the folder it is made in somebody else's."""
     partial = out.with_name(out.name + ".partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -157,7 +159,7 @@ def require_free(out: Path) -> None:
 
 
 @contextmanager
-def _sole_use(folder: Path, out: Path) -> Iterator[None]:
+def _exclusive_lock(folder: Path, out: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

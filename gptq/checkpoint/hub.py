@@ -7,11 +7,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils._validators import validate_repo_id
 
 from gptq.checkpoint.atomic_folder import MARKER
-from gptq.checkpoint.reader import CONVERT
+from gptq.checkpoint.reader import CONVERT_HINT
 from gptq.checkpoint.untrusted import check_folder
 from gptq.errors import InputError
 
-LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def check_access(repo: str) -> None:
@@ -26,9 +26,11 @@ def check_access(repo: str) -> None:
     except HFValidationError as error:
         raise InputError(f"{repo!r} cannot be a repository's name: {error}") from error
     except LocalTokenNotFoundError as error:
-        raise InputError(f"nobody is logged in to the Hub, so nothing could be pushed to {repo}; {LOG_IN}") from error
+        raise InputError(
+            f"nobody is logged in to the Hub, so nothing could be pushed to {repo}; {LOG_IN_HINT}"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"the Hub did not say who is logged in ({_reason(error)}); {LOG_IN}") from error
+        raise InputError(f"the Hub did not say who is logged in ({_reason(error)}); {LOG_IN_HINT}") from error
 
 
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
@@ -80,6 +82,6 @@ def resolve(model: str, revision: str | None) -> Path:
         which = f"{model} at {revision}" if revision else model
         raise InputError(f"{which} is neither a folder nor a model that the Hub could give ({reason})") from error
     if not any(copy.glob("*.safetensors")):
-        raise InputError(f"{model} has no safetensors weights on the Hub; {CONVERT}")
+        raise InputError(f"{model} has no safetensors weights on the Hub; {CONVERT_HINT}")
     check_folder(copy)
     return copy

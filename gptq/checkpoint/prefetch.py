@@ -36,10 +36,10 @@ class ReadAhead:
         """Nothing: whoever wants a tensor reads it."""
         return None
 
-    def join(self, at_once: bool = False) -> None:
-        """Wait for what is under way; `at_once` gives it up."""
+    def join(self, cancel: bool = False) -> None:
+        """Wait for what is under way; `cancel` gives it up."""
         began = time.perf_counter()
-        if at_once:
+        if cancel:
             self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -51,7 +51,7 @@ class ReadAhead:
         with suppress(OSError):  # it only saves time: who really reads will say what is wrong
             for name in names:
                 with self._source.file_of(name).open("rb", buffering=0) as file:
-                    start, stop = self._source.place_of(name)
+                    start, stop = self._source.byte_range(name)
                     file.seek(start)
                     while start < stop and not self._stop.is_set() and (count := file.readinto(piece[: stop - start])):
                         start, self.nbytes = start + count, self.nbytes + count
@@ -103,9 +103,9 @@ class CopyAhead:
             tensor.record_stream(used_by)  # or its memory might be given to the next copy too early
         return tensor
 
-    def join(self, at_once: bool = False) -> None:
-        """Wait for what is under way; `at_once` gives up what has not begun. Nothing can be fetched after this."""
-        self._thread.shutdown(cancel_futures=at_once)
+    def join(self, cancel: bool = False) -> None:
+        """Wait for what is under way; `cancel` gives up what has not begun. Nothing can be fetched after this."""
+        self._thread.shutdown(cancel_futures=cancel)
         self._last, self._next = {}, {}
 
     def _fetch(self, name: str) -> tuple[Tensor, torch.cuda.Event | None]:

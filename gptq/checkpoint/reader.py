@@ -18,8 +18,8 @@ from gptq.checkpoint.tensors import DTYPES, INDEX, SINGLE, TensorInfo
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
 
-PIECE_BYTES = 2**24  # of a tensor that is read or converted at a time
-CONVERT = (
+CHUNK_BYTES = 2**24  # of a tensor that is read or converted at a time
+CONVERT_HINT = (
     "pickled weights are not read. Convert them once, where you trust them: "
     "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), and the tokenizer likewise"
 )
@@ -38,9 +38,9 @@ class Source:
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # with where the tensors begin behind them
-        listed, files = _shards(folder)
+        listed, files = _find_shards(folder)
         for file in files:
-            for name, info in _header(file).items():
+            for name, info in _read_header(file).items():
                 if name in self.tensors:
                     raise InputError(f"{file} and {self._file_of[name]} both hold the tensor {name}")
                 self.tensors[name] = info
@@ -59,7 +59,7 @@ class Source:
     def file_bytes(self) -> int:
         return sum(file.stat().st_size for file in set(self._file_of.values()))
 
-    def place_of(self, name: str) -> tuple[int, int]:
+    def byte_range(self, name: str) -> tuple[int, int]:
         """Where a tensor's bytes begin and end in its file, whose header was checked when the folder was opened."""
         file = self._file_of[name]
         if file not in self._headers:
@@ -85,7 +85,7 @@ class Source:
         """
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=(stored.dtype.is_floating_point and dtype) or stored.dtype)
-        for rows in self._pieces(stored):
+        for rows in self._row_chunks(stored):
             with safe_open(self._file_of[name], framework="pt") as file:  # closed each time, so that no pages pile up
                 piece: Tensor = file.get_slice(name)[rows] if rows else file.get_tensor(name)
                 if stored.dtype.is_floating_point and not _is_finite(piece):
@@ -95,11 +95,11 @@ class Source:
                 tensor[rows].copy_(piece)
         return tensor
 
-    def _pieces(self, stored: TensorInfo) -> list[tuple[slice, ...]]:
-        """Which rows are read at a time: about PIECE_BYTES of them, and a tensor without rows at once."""
-        if stored.nbytes <= PIECE_BYTES or not stored.shape:
+    def _row_chunks(self, stored: TensorInfo) -> list[tuple[slice, ...]]:
+        """Which rows are read at a time: about CHUNK_BYTES of them, and a tensor without rows at once."""
+        if stored.nbytes <= CHUNK_BYTES or not stored.shape:
             return [()]
-        step = max(1, PIECE_BYTES * stored.shape[0] // stored.nbytes)
+        step = max(1, CHUNK_BYTES * stored.shape[0] // stored.nbytes)
         return [(slice(start, start + step),) for start in range(0, stored.shape[0], step)]
 
     def read_unchecked(self, name: str) -> Tensor:
@@ -116,7 +116,7 @@ def _is_finite(piece: Tensor) -> bool:
     return bool(torch.isfinite(ends.min) and torch.isfinite(ends.max))
 
 
-def _shards(folder: Path) -> tuple[set[str], list[Path]]:
+def _find_shards(folder: Path) -> tuple[set[str], list[Path]]:
     """Names that an index lists (none for a single file), and the safetensors files of a checkpoint folder."""
     if (folder / SINGLE).is_file():  # before an index, as in transformers
         return set(), [folder / SINGLE]
@@ -136,17 +136,18 @@ def _shards(folder: Path) -> tuple[set[str], list[Path]]:
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickled:
         raise InputError(
-            f"{folder} holds a pickled checkpoint ({pickled[0].name}), which can run code when it is opened; {CONVERT}"
+            f"{folder} holds a pickled checkpoint ({pickled[0].name}), which can run code when it is opened; "
+            f"{CONVERT_HINT}"
         )
     raise InputError(f"{folder} holds no *.safetensors file; is it a model folder?")
 
 
-def readable(folder: Path) -> set[str]:
+def readable_tensors(folder: Path) -> set[str]:
     """Names of the tensors in those safetensors files of a folder that are not damaged, whatever an index lists."""
     names: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with suppress(InputError):
-            names |= _header(file).keys()
+            names |= _read_header(file).keys()
     return names
 
 
@@ -166,7 +167,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return shard_of
 
 
-def _header(file: Path) -> dict[str, TensorInfo]:
+def _read_header(file: Path) -> dict[str, TensorInfo]:
     """Of each tensor; safetensors itself checks that they fill the file, without a gap or an overlap."""
     try:
         with safe_open(file, framework="pt") as opened:

@@ -30,16 +30,16 @@ class ShardWriter:
         tensors: dict[str, TensorInfo],
         max_shard_bytes: int = MAX_SHARD_BYTES,
         shards: list[list[str]] | None = None,
-        going_on: bool = False,
-        muted: bool = False,
+        reuse_shards: bool = False,
+        read_only: bool = False,
     ) -> None:
         """Lay out `shards`, lists of names, or shards of at most so many bytes that do not part a layer's tensors.
 
         With `going_on` shards that an earlier writer laid out alike are opened as they are; which of their tensors were
-        written is for `adopt` to say. With `muted` another process writes what this one computes as well.
+        written is for `adopt` to say. With `read_only` another process writes what this one computes as well.
         """
         self.folder = folder
-        self._muted = muted
+        self._read_only = read_only
         self.checksums: dict[str, str] = {}
         self._tensors = tensors
         self._offsets: dict[str, tuple[int, int]] = {}  # name -> (shard, byte in its file)
@@ -50,22 +50,24 @@ class ShardWriter:
             for number, names in enumerate(shards):
                 single = len(shards) == 1
                 file_name = SINGLE if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-                self._open_shard(self.folder / file_name, number, names, going_on)
-            if len(shards) > 1 and not muted:
+                self._open_shard(self.folder / file_name, number, names, reuse_shards)
+            if len(shards) > 1 and not read_only:
                 self._write_index(shards)
         except BaseException:
             self.abandon()
             raise
 
-    def _open_shard(self, path: Path, number: int, names: list[str], going_on: bool) -> None:
+    def _open_shard(self, path: Path, number: int, names: list[str], reuse_shards: bool) -> None:
         header, offset = _encode_header({name: self._tensors[name] for name in names})
         size = len(header) + sum(self._tensors[name].nbytes for name in names)
-        going_on = going_on and path.is_file() and path.stat().st_size == size and _begins_with(path, header)
-        file: Any = path.open("rb" if self._muted else "r+b" if going_on else "w+b")  # closed by `close` or `abandon`
+        reuse_shards = reuse_shards and path.is_file() and path.stat().st_size == size and _begins_with(path, header)
+        file: Any = path.open(
+            "rb" if self._read_only else "r+b" if reuse_shards else "w+b"
+        )  # closed by `close` or `abandon`
         self._files.append(file)
         for name, begin in offset.items():
             self._offsets[name] = (number, len(header) + begin)
-        if not going_on and not self._muted:
+        if not reuse_shards and not self._read_only:
             file.write(header)
             file.truncate(size)
 
@@ -88,7 +90,7 @@ class ShardWriter:
             raise ValueError(f"{name} was written already")
         shard, offset = self._offsets[name]
         content = tensor_bytes(tensor)
-        if not self._muted:
+        if not self._read_only:
             self._files[shard].seek(offset)
             self._files[shard].write(content)
         self.checksums[name] = hashlib.sha256(content).hexdigest()
@@ -120,7 +122,7 @@ class ShardWriter:
 
     def sync(self) -> None:
         """Make what was written so far survive a power cut."""
-        if self._muted:
+        if self._read_only:
             return
         for file in self._files:
             file.flush()

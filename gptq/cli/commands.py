@@ -19,7 +19,7 @@ from gptq.calibration.windows import is_held_out
 from gptq.checkpoint import hub
 from gptq.checkpoint.writer import file_bytes
 from gptq.cli.progress import Progress
-from gptq.compute.distributed import joined, launched_together
+from gptq.compute.distributed import current_ranks, process_group
 from gptq.config import Method, Override, QuantConfig
 from gptq.errors import InputError, printable
 from gptq.evaluation import evaluate, report
@@ -93,8 +93,8 @@ def _quantize(args: argparse.Namespace) -> int:
     config = _config(args)
     if args.push:
         hub.check_access(args.push)
-    with launched_together(args.device), Progress() as progress:
-        first = joined(choose_device(args.device)).rank == 0
+    with process_group(args.device), Progress() as progress:
+        first = current_ranks(choose_device(args.device)).rank == 0
         result = quantize(
             args.model,
             args.out,

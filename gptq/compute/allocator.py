@@ -1,38 +1,49 @@
-"""What the C library does with memory that was freed."""
+"""Tuning of glibc's malloc: whether freed memory is kept for the next tensor or returned to the system."""
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-def choose_allocator(frugal: bool) -> None:
-    """Tell the C library what to do with freed memory: `frugal`, give it back, otherwise keep it for the next tensor.
-
-    Each page of memory that is taken anew costs a fault, which in a run adds up to a fifth of its time. But glibc's
-    heap fragments: its holes can be as large as the largest tensor in it. So those that are much larger than a window's
-    activations (frugal: from 4 MB up) go back to the system in any case.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 2**22 if frugal else 2**25)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**17 if frugal else 2**30)  # M_TRIM_THRESHOLD
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # the parameters' numbers in malloc.h
+DEFAULT_THRESHOLD = 2**17  # 128 KiB, glibc's initial value of both
 
 
 @contextmanager
 def malloc_policy(frugal: bool) -> Iterator[None]:
-    """Inside, freed memory is handled as `choose_allocator` says; afterwards with the C library's defaults."""
+    """Inside, malloc is set as by `choose_allocator`; on exit both thresholds return to glibc's 128 KiB.
+
+    Setting M_MMAP_THRESHOLD disables glibc's dynamic threshold (by default it grows with the largest block that was
+    freed). No call enables it again, so after the first use a process keeps the fixed 128 KiB: every larger block is
+    a mapping of its own. malloc cannot be asked for its settings, so values that the process had set itself are lost.
+    """
     choose_allocator(frugal)
     try:
         yield
     finally:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
-            mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
+        _set_thresholds(DEFAULT_THRESHOLD, DEFAULT_THRESHOLD)
+
+
+def choose_allocator(frugal: bool) -> None:
+    """Set malloc's thresholds: return freed memory to the system if `frugal`, otherwise keep it for the next tensor.
+
+    Each page taken from the system costs a page fault; over a run these add up to a fifth of its time. But glibc's
+    heap fragments: a hole can be as large as the largest tensor in it. So blocks far larger than a window's
+    activations (from 32 MiB, if frugal from 4 MiB) are always separate mappings, which the system gets back when they
+    are freed.
+    """
+    _set_thresholds(2**22 if frugal else 2**25, 2**17 if frugal else 2**30)
+
+
+def _set_thresholds(mmap: int, trim: int) -> None:
+    """Set both thresholds in bytes; do nothing where the C library has no mallopt."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, mmap)
+        mallopt(M_TRIM_THRESHOLD, trim)
 
 
 def return_freed_memory() -> None:
-    """Give back to the system what the C library has kept; otherwise a process grows with every block."""
+    """Return the heap's free pages to the system; without it resident memory grows with every block."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,35 +1,35 @@
-"""Which instructions this CPU has that a kernel is chosen by."""
+"""CPU features that decide which kernel runs."""
 
 from functools import cache
 
 import torch
 
 
-def native_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 matrices in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported()) or has_tiles()
+def has_native_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported()) or has_amx()
 
 
-def has_tiles() -> bool:
-    """Whether the CPU has a unit for whole tiles of bfloat16 (AMX), which oneDNN uses."""
+def has_amx() -> bool:
+    """Whether the CPU has AMX, a matrix unit for tiles of bfloat16; oneDNN uses it."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 @cache
-def has_pairs() -> bool:
-    """Whether loops on pairs of bfloat16 numbers can be compiled (`simd.dot_pairs`)."""
-    return bool(torch.cpu._is_avx512_bf16_supported()) and _compiles_for_this_cpu()
+def has_avx512_bf16() -> bool:
+    """Whether numba can compile `simd.dot_bfloat16_pairs`, which needs AVX-512 with bfloat16."""
+    return bool(torch.cpu._is_avx512_bf16_supported()) and _numba_targets_this_cpu()
 
 
 @cache
-def has_shorts() -> bool:
-    """Whether loops on pairs of 16-bit integers can be compiled (`simd.dot_shorts`)."""
-    return bool(getattr(torch.cpu, "_is_avx2_supported", bool)()) and _compiles_for_this_cpu()
+def has_avx2() -> bool:
+    """Whether numba can compile `simd.dot_int16_pairs`, which needs AVX2."""
+    return bool(getattr(torch.cpu, "_is_avx2_supported", bool)()) and _numba_targets_this_cpu()
 
 
-def _compiles_for_this_cpu() -> bool:
-    """Whether numba has not been told to compile for another one, or for less than it has."""
-    from numba import config  # takes a moment
+def _numba_targets_this_cpu() -> bool:
+    """Whether numba compiles for this CPU with all its features: its environment variables can name another target."""
+    from numba import config  # slow to import
 
-    told = getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None)
-    return not told and bool(getattr(config, "ENABLE_AVX", True))
+    override = getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None)
+    return not override and bool(getattr(config, "ENABLE_AVX", True))

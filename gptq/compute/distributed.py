@@ -1,11 +1,11 @@
-"""Several processes at one run: each has some of the windows and some of the work, and the bytes are those of one.
+"""Data-parallel quantization: several processes share one run, and its output equals that of one process bit for bit.
 
-Float sums depend on their order, so nothing is added up across processes. What reaches a layer goes round, window by
-window, from the process whose forward it is to all; each adds its own tiles of the Hessian in the order of the windows
-and solves its own rows; tiles and rows are then exchanged. What a tile is does not depend on how many processes there
-are.
+A floating-point sum depends on its order, so no sum is reduced across processes. Each process runs the forward of its
+own windows and broadcasts each layer's inputs, window by window. Every process adds up its own panels of the Hessian in
+the order of the windows and solves its own tiles of rows; panels and tiles are then gathered. The size of a panel or
+tile does not depend on the number of processes.
 
-Processes are started by `torchrun` or `accelerate launch`, and joined with gloo on CPUs and NCCL on GPUs.
+Start the processes with `torchrun` or `accelerate launch`; they communicate by gloo on CPUs and by NCCL on GPUs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptq.errors import InputError
 
-DTYPES = (
+BROADCAST_DTYPES = (
     torch.float32,
     torch.bfloat16,
     torch.float16,
@@ -28,28 +28,32 @@ DTYPES = (
     torch.uint8,
     torch.bool,
 )
-MOST_DIMENSIONS = 6
+MAX_DIMENSIONS = 6
 CPU = torch.device("cpu")
-LOST = "another process of this run has ended; its own message says why"
+PROCESS_ENDED = "another process of this run has ended; its own message says why"
 
-Item = tuple[Tensor | None, ...]  # what one window brings to a layer
+Item = tuple[Tensor | None, ...]  # the tensors that reach a layer in one window
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among all of the run, and where tensors are when they go round."""
+    """This process's rank in the run, the number of processes, and the device that communicates."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
 
-    def windows(self, count: int) -> range:
-        """Those of `count` windows that run through the model here."""
+    def own_windows(self, count: int) -> range:
+        """Indices of the windows, out of `count`, whose forward this process runs."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def in_order(self, own: Iterable[Item], count: int, parts: int) -> Iterator[Item]:
-        """Every window's item of `parts` tensors in the order of the windows, `own` being those of this process.
+    def gather_windows(self, own: Iterable[Item], count: int, parts: int) -> Iterator[Item]:
+        """Yield the items of all windows in order; each process passes the items of its own windows.
 
+        Args:
+            own: items of this process's windows, in order.
+            count: number of windows of all processes.
+            parts: tensors in an item.
         Raises:
             InputError: another process has ended.
         """
@@ -58,71 +62,71 @@ class Ranks:
             return
         arriving = iter(own)
         for owner in range(self.size):
-            for _ in Ranks(owner, self.size).windows(count):
+            for _ in Ranks(owner, self.size).own_windows(count):
                 item = next(arriving) if owner == self.rank else (None,) * parts
                 yield tuple(self.broadcast(x, owner) for x in item)
 
     def broadcast(self, x: Tensor | None, owner: int) -> Tensor | None:
-        """The owner's tensor; None where it has none."""
-        header = torch.full((3 + MOST_DIMENSIONS,), -1, dtype=torch.int64)  # present, dtype, dimensions, shape
+        """Return the tensor that the process `owner` passes as x, on every process; None if the owner passes None."""
+        header = torch.full((3 + MAX_DIMENSIONS,), -1, dtype=torch.int64)  # present, dtype, dimensions, shape
         if owner == self.rank and x is not None:
-            header[:3] = torch.tensor([1, DTYPES.index(x.dtype), x.ndim])
+            header[:3] = torch.tensor([1, BROADCAST_DTYPES.index(x.dtype), x.ndim])
             header[3 : 3 + x.ndim] = torch.tensor(x.shape, dtype=torch.int64)
-        header = self._sent(header.to(self.device), owner)
+        header = self._broadcast_bytes(header.to(self.device), owner)
         present, dtype, dimensions, *shape = header.tolist()
         if present < 0:
             return None
         if owner != self.rank or x is None:
-            x = torch.empty(shape[:dimensions], dtype=DTYPES[dtype], device=self.device)
-        return self._sent(x.detach().contiguous(), owner)
+            x = torch.empty(shape[:dimensions], dtype=BROADCAST_DTYPES[dtype], device=self.device)
+        return self._broadcast_bytes(x.detach().contiguous(), owner)
 
-    def _sent(self, x: Tensor, owner: int) -> Tensor:
+    def _broadcast_bytes(self, x: Tensor, owner: int) -> Tensor:
         try:
             if x.numel():
                 dist.broadcast(x.reshape(-1).view(torch.uint8), owner)  # bytes: a backend need not know the dtype
         except RuntimeError as error:
-            raise InputError(LOST) from error
+            raise InputError(PROCESS_ENDED) from error
         return x
 
-    def least(self, number: int) -> int:
-        """The least of all processes' numbers."""
-        return number if self.size == 1 else self._reduced(number, dist.ReduceOp.MIN)
+    def minimum(self, number: int) -> int:
+        """The smallest of all processes' numbers."""
+        return number if self.size == 1 else self._all_reduce(number, dist.ReduceOp.MIN)
 
     def total(self, number: int) -> int:
         """The sum of all processes' numbers."""
-        return number if self.size == 1 else self._reduced(number, dist.ReduceOp.SUM)
+        return number if self.size == 1 else self._all_reduce(number, dist.ReduceOp.SUM)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.least(0)
+    def barrier(self) -> None:
+        """Wait until all processes have called this."""
+        self.minimum(0)
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds for one of the processes."""
-        return self.least(0 if flag else 1) == 0
+        """Whether the flag is set in at least one process."""
+        return self.minimum(0 if flag else 1) == 0
 
-    def _reduced(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
+    def _all_reduce(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
         found = torch.tensor(number, dtype=torch.int64, device=self.device)
         try:
             dist.all_reduce(found, operation)
         except RuntimeError as error:
-            raise InputError(LOST) from error
+            raise InputError(PROCESS_ENDED) from error
         return int(found)
 
     def owns(self, piece: int) -> bool:
-        """Whether this process does a piece of the work at a layer; they take turns."""
+        """Whether this process computes the given piece (a panel or tile) of a layer; pieces are dealt round-robin."""
         return piece % self.size == self.rank
 
-    def exchange(self, own: Mapping[int, Tensor], count: int) -> list[Tensor]:
-        """All of `count` pieces in order, where every process has its `own`."""
-        pieces = (self.piece(own.get(number), number) for number in range(count))
+    def gather_pieces(self, own: Mapping[int, Tensor], count: int) -> list[Tensor]:
+        """Return all `count` pieces in order; each process passes those it `owns`, by number."""
+        pieces = (self.broadcast_piece(own.get(number), number) for number in range(count))
         return [piece for piece in pieces if piece is not None]
 
-    def piece(self, own: Tensor | None, number: int) -> Tensor | None:
-        """A piece of the work, from the process that `owns` it."""
+    def broadcast_piece(self, own: Tensor | None, number: int) -> Tensor | None:
+        """Return a piece on every process; the process that `owns` it passes it as `own`, the others None."""
         return own if self.size == 1 else self.broadcast(own, number % self.size)
 
-    def told(self, text: str) -> str:
-        """What the first process says."""
+    def broadcast_text(self, text: str) -> str:
+        """Return the text that rank 0 passes, on every process."""
         if self.size == 1:
             return text
         content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
@@ -130,12 +134,15 @@ class Ranks:
         return "" if found is None else bytes(found.tolist()).decode()
 
 
-ALONE = Ranks()  # the processes, where there is one
+ALONE = Ranks()  # a run of a single process
 
 
 @contextmanager
-def launched_together(device: str) -> Iterator[None]:
-    """Inside, processes that `torchrun` or `accelerate launch` has started are joined; others stay alone."""
+def process_group(device: str) -> Iterator[None]:
+    """Inside, the processes of a `torchrun` or `accelerate launch` form torch's default process group.
+
+    Do nothing in a process that was started alone, or where a group exists already.
+    """
     if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
         yield
         return
@@ -149,8 +156,8 @@ def launched_together(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def joined(device: torch.device) -> Ranks:
-    """The processes that torch.distributed has joined; this one alone where none were."""
+def current_ranks(device: torch.device) -> Ranks:
+    """This process's rank in torch's default process group; rank 0 of 1 where there is no group."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -1,4 +1,4 @@
-"""Compiled loops on several threads of this process, as many as torch uses."""
+"""Run compiled loops on several threads of this process, as many as torch uses."""
 
 import ctypes
 from array import array
@@ -15,10 +15,10 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run_shares(function: Callable[..., None], arguments: tuple[Any, ...], shares: Shares) -> None:
-    """function(*arguments, *share) for every share; the function has to let go of the GIL while it works.
+    """Call function(*arguments, *share) for every share, in parallel; the function must release the GIL.
 
-    The threads are torch's own where it is built with GNU's OpenMP. After each of torch's operations these spin for a
-    while instead of sleeping: threads of ours would wait for a core that long, and spinning ones are there at once.
+    Use torch's own OpenMP threads where torch is built with GNU's OpenMP. After every torch operation these spin for a
+    while before they sleep: they start at once, whereas threads of our own would have to wait for a free core.
     """
     left = iter([*shares])
     failures: list[BaseException] = []
@@ -27,14 +27,14 @@ def run_shares(function: Callable[..., None], arguments: tuple[Any, ...], shares
         try:
             for share in left:
                 function(*arguments, *share)
-        except BaseException as failure:  # it cannot cross the C code between; raised again below
+        except BaseException as failure:  # it cannot pass through the C frames of OpenMP; raised again below
             failures.append(failure)
 
     threads, library = torch.get_num_threads(), _openmp()
     if threads == 1:
         work()
     elif library is not None:
-        body = _BODY(work)  # kept until all are done; ctypes.cast would tie it to itself, with all the arguments
+        body = _BODY(work)  # no ctypes.cast: it makes a reference cycle, which would keep all arguments alive
         library.GOMP_parallel(body, None, threads, 0)
     else:
         waiting = [_pool(threads).submit(work) for _ in range(threads - 1)]
@@ -46,13 +46,14 @@ def run_shares(function: Callable[..., None], arguments: tuple[Any, ...], shares
 
 
 def run_compiled(address: int, arguments: tuple[int, ...]) -> None:
-    """Call a compiled function on every thread at once, without Python, for work of microseconds.
+    """Call a compiled function once on every thread, without entering Python there; for work of microseconds.
 
     Args:
-        address: of a void(int64 *), which claims its share of the work by itself (see `gptq.compute.simd.claim`).
-        arguments: what it is given, all threads the same; addresses and sizes.
+        address: of a void(int64 *) function. It takes shares of the work itself, by incrementing a shared counter (see
+            `gptq.compute.simd.fetch_and_increment`).
+        arguments: the int64 table that every thread gets: addresses and sizes.
     """
-    held = array("q", arguments)  # quicker made than an array of ctypes
+    held = array("q", arguments)  # faster to make than a ctypes array
     table, _ = held.buffer_info()
     threads, library = torch.get_num_threads(), _openmp()
     if threads > 1 and library is not None:
@@ -66,14 +67,14 @@ def run_compiled(address: int, arguments: tuple[int, ...]) -> None:
 
 
 def shares_of(count: int, unit: int) -> Iterator[tuple[int, int]]:
-    """0 to `count` as a run for each thread, all but the last a multiple of `unit` long."""
+    """Split range(count) into one (start, stop) per thread; all but the last are a multiple of `unit` long."""
     share = -(-count // (torch.get_num_threads() * unit)) * unit
     return ((start, min(start + share, count)) for start in range(0, count, share))
 
 
 @cache
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP that torch brings along and has loaded."""
+    """GNU's OpenMP library as torch ships and has loaded it; None where torch has another one."""
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
         library = ctypes.CDLL(str(path))
         if hasattr(library, "GOMP_parallel"):

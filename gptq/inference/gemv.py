@@ -1,10 +1,11 @@
-"""x W^T for few rows of x, on packed words: one compiled loop, whatever numbers x is made of for it.
+"""Compiled GEMV on packed words: x W^T for few rows of x, without writing the weight to memory.
 
-Codes are never written out. A unit is 32 codes of LANES outputs, which are the lanes of vectors; how it meets its 32
-numbers of x depends on what the CPU is quick at, and the type of these numbers says how:
+The loop works on units: 32 consecutive inputs of LANES outputs, one output per vector lane. A unit's codes are
+multiplied by 32 numbers of x in the arithmetic that the CPU computes fastest. Each kind stores x in a type of its own,
+and numba selects the unit's kernel by that type:
 
     pairs     two bfloat16 numbers in 32 bits (`gptq.inference.gemv_bfloat16`)
-    shorts    integers of 16 bits, with a scale (`gptq.inference.gemv_int16`)
+    shorts    16-bit integers with one scale per unit (`gptq.inference.gemv_int16`)
     lanes     float32 (`gptq.inference.gemv_float32`)
 """
 
@@ -19,33 +20,37 @@ from numba.extending import intrinsic, overload
 from gptq.compute.simd import (
     FLOATS,
     LANES,
-    SOURCES,
+    SOURCE_DIGEST,
     TILE,
     add_group,
-    claim,
+    array_data,
     compiled,
-    data,
-    leave,
+    fetch_and_increment,
     load,
-    place_of,
+    load_unit,
     pointer,
     store,
-    unit_lines,
+    store_output,
+    strip_offset,
 )
 from gptq.inference import gemv_bfloat16, gemv_float32, gemv_int16
 
-ARGUMENTS = 12  # of a `worker`
-ADDING = {types.int32: gemv_bfloat16.add_unit, types.int16: gemv_int16.add_unit, types.float32: gemv_float32.add_unit}
-ORDERING = {types.int32: gemv_bfloat16.in_order, types.int16: gemv_int16.in_order, types.float32: gemv_float32.in_order}
+WORKER_ARGUMENTS = 12  # entries in the argument table of a `worker`
+ADD_UNIT = {types.int32: gemv_bfloat16.add_unit, types.int16: gemv_int16.add_unit, types.float32: gemv_float32.add_unit}
+PREPARE_ROW = {
+    types.int32: gemv_bfloat16.prepare_row,
+    types.int16: gemv_int16.prepare_row,
+    types.float32: gemv_float32.prepare_row,
+}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What x is made of."""
+    """The types of a kind of kernel."""
 
-    number: Any  # one of x, as of y, for its type
-    unit: Any  # type of the numbers of a unit
-    size: int  # how many there are
+    number: Any  # an example of x's and y's element type (int16: bfloat16 numbers viewed as int16)
+    unit: Any  # element type of a unit's x, as the kernel reads it
+    size: int  # elements in a unit's x
 
 
 KINDS = {
@@ -55,59 +60,62 @@ KINDS = {
 }
 
 
-def _adding_unit(context, words, at, x, x_at, sums, sums_at, width):  # type: ignore[no-untyped-def]
-    """sums[sums_at + i] += sum_c code_c of output i * x_c, for LANES outputs i and the 32 codes of a unit.
+def _add_unit_intrinsic(context, words, at, x, x_at, sums, sums_at, bits_tuple):  # type: ignore[no-untyped-def]
+    """_add_unit(...): multiply the codes of a unit by its x and add up, for LANES outputs.
 
-    The unit's words begin at words[at], its numbers of x at x_at; `width` is a tuple of `bits` numbers, as its length
-    is part of its type.
+        sums[sums_at + i] += codes[i] @ x_unit     codes: (LANES, 32), from words[at] on; x_unit: from x[x_at] on
+
+    `bits_tuple` is a tuple of `bits` numbers; its length is part of its type, so numba compiles a loop for each width.
     """
-    add_unit = ADDING[x.dtype]
+    add_unit = ADD_UNIT[x.dtype]
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, at, _, x_at, _, sums_at, _ = arguments
-        words, x, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 4))
-        lines = unit_lines(builder, words, at, len(width), ahead=True)
+        words, x, sums = (array_data(context, builder, signature, arguments, i) for i in (0, 2, 4))
+        lines = load_unit(builder, words, at, len(bits_tuple), prefetch_later=True)
         total = add_unit(builder, lines, builder.gep(x, [x_at]), load(builder, sums, sums_at, FLOATS))
         store(builder, total, sums, sums_at)
         return context.get_dummy_value()
 
     intp = types.intp
-    return types.void(words, intp, x, intp, sums, intp, width), emit
+    return types.void(words, intp, x, intp, sums, intp, bits_tuple), emit
 
 
-_add_unit: Any = intrinsic(_adding_unit)
+_add_unit: Any = intrinsic(_add_unit_intrinsic)
 
 
-def _in_order(x: Any, row: int, units: Any, x_sums: Any, columns: int, width: tuple[int, ...]) -> None:
-    """Row `row` of x as the numbers of its units, and the sums of its groups."""
+def _prepare_row(x: Any, row: int, units: Any, x_sums: Any, columns: int, bits_tuple: tuple[int, ...]) -> None:
+    """Convert row `row` of x to the units that the kernel reads, and write the sums of its groups to x_sums."""
 
 
-@overload(_in_order)
-def _typed_in_order(x, row, units, x_sums, columns, width):  # type: ignore[no-untyped-def]
-    in_order = ORDERING[units.dtype]
-    return lambda x, row, units, x_sums, columns, width: in_order(x, row, units, row, x_sums, columns, width)
+@overload(_prepare_row)
+def _overload_prepare_row(x, row, units, x_sums, columns, bits_tuple):  # type: ignore[no-untyped-def]
+    prepare_row = PREPARE_ROW[units.dtype]
+    return lambda x, row, units, x_sums, columns, bits_tuple: prepare_row(
+        x, row, units, row, x_sums, columns, bits_tuple
+    )
 
 
 @compiled
 def multiply(  # type: ignore[no-untyped-def]
-    words, x, x_sums, scale, zero, less, y, columns, width, start, stop
+    words, x, x_sums, scale, zero, less, y, columns, bits_tuple, start, stop
 ) -> None:
     """y[:, start:stop] = x W^T for W = scale (codes - zero), summed in float32.
 
         y_o = sum_g scale_go (sum_{k in g} code_ok x_k - zero_go sum_{k in g} x_k)
 
     Args:
-        words: int32, scale: float32 or int16, zero: uint8, each in strips as `layout.Layout` has them.
-        x: (rows, units, numbers of a unit), a unit for each 32 inputs.
-        x_sums: (rows, groups) float32, of x.
-        less: what codes are smaller by when they meet x.
-        y: (rows, outputs) float32, or int16 that are the bits of bfloat16 numbers; outputs are multiples of LANES.
-        columns: of a group, a multiple of 32.
-        width: a tuple of `bits` numbers.
+        words, scale, zero: int32, float32 or float16 viewed as int16, uint8; in the strips of `layout.Layout`.
+        x: (rows, units, elements of a unit), a unit for each 32 inputs.
+        x_sums: (rows, groups) float32, sums of x.
+        less: what the kernel subtracts from each code before it multiplies: half the range for pairs, otherwise 0.
+        y: (rows, outputs) float32, or bfloat16 viewed as int16; `outputs` is a multiple of LANES.
+        columns: inputs in a group, a multiple of 32.
+        bits_tuple: a tuple of `bits` numbers.
         start, stop: multiples of LANES.
     """
-    (rows, units, size), (_, groups), (_, outputs), bits = x.shape, x_sums.shape, y.shape, len(width)
-    sums, total = np.empty((rows, TILE), np.float32), np.empty((rows, TILE), np.float32)  # of a group, and of all
+    (rows, units, size), (_, groups), (_, outputs), bits = x.shape, x_sums.shape, y.shape, len(bits_tuple)
+    sums, total = np.empty((rows, TILE), np.float32), np.empty((rows, TILE), np.float32)  # of one group, of all groups
     low = start
     while low < stop:
         taken = min(stop, (low // TILE + 1) * TILE) - low
@@ -115,48 +123,51 @@ def multiply(  # type: ignore[no-untyped-def]
         for group in range(groups):
             sums[:] = np.float32(0)
             for unit in range(group * columns // 32, min((group + 1) * columns // 32, units)):
-                at = place_of(low, unit, units, outputs, bits)
+                at = strip_offset(low, unit, units, outputs, bits)
                 for v in range(0, taken, LANES):
                     for row in range(rows):
-                        _add_unit(words, at + v * bits, x, (row * units + unit) * size, sums, row * TILE + v, width)
-            place = place_of(low, group, groups, outputs, 1)
+                        _add_unit(
+                            words, at + v * bits, x, (row * units + unit) * size, sums, row * TILE + v, bits_tuple
+                        )
+            place = strip_offset(low, group, groups, outputs, 1)
             for row in range(rows):
                 for v in range(0, taken, LANES):
                     add_group(total, row * TILE + v, sums, x_sums[row, group], scale, zero, place + v, less)
         for row in range(rows):
             for v in range(0, taken, LANES):
-                leave(total, row * TILE + v, y, row * outputs + low + v)
+                store_output(total, row * TILE + v, y, row * outputs + low + v)
         low += taken
 
 
 @cache
 def worker(kind: str, bits: int, halves: bool) -> Any:
-    """`multiply` as a function for `threads.run_compiled`, which claims some of the outputs until there are none left.
+    """Compile `multiply` as a C function for `threads.run_compiled`; threads take shares of outputs until none is left.
 
-    Its arguments: 0, outputs in a share, rows, inputs, outputs, groups, columns of a group, and the addresses of words,
-    x (rows, inputs), scale, zero and y (rows, outputs). For pairs x and y are bfloat16, otherwise float32. Scales are
-    float32, or if `halves` float16.
+    Its argument table: 0 (the shared counter), outputs in a share, rows, inputs, outputs, groups, columns of a group,
+    and the addresses of words, x (rows, inputs), scale, zero and y (rows, outputs). For pairs x and y are bfloat16,
+    otherwise float32. Scales are float16 if `halves`, otherwise float32.
     """
     of_x, unit_type, size = KINDS[kind].number, KINDS[kind].unit, KINDS[kind].size
-    width, number = (SOURCES,) * bits, np.int16(0) if halves else np.float32(0)  # compiled anew for other sources
+    bits_tuple = (SOURCE_DIGEST,) * bits  # captured by `work`, so that it is compiled again when any source changes
+    number = np.int16(0) if halves else np.float32(0)
     less = np.float32(2 ** (bits - 1) if kind == "pairs" else 0)
 
     def work(table):  # type: ignore[no-untyped-def]
-        given = carray(table, (ARGUMENTS,))
+        given = carray(table, (WORKER_ARGUMENTS,))
         share, rows, inputs, outputs = given[1], given[2], given[3], given[4]
         groups, columns, at = given[5], given[6], given[7:]
-        words = carray(pointer(at[0], np.int32(0)), (inputs // 32 * len(width) * outputs,))
+        words = carray(pointer(at[0], np.int32(0)), (inputs // 32 * len(bits_tuple) * outputs,))
         x = carray(pointer(at[1], of_x), (rows, inputs))
         scale = carray(pointer(at[2], number), (groups * outputs,))
         zero = carray(pointer(at[3], np.uint8(0)), (groups * outputs,))
         y = carray(pointer(at[4], of_x), (rows, outputs))
         units, x_sums = np.empty((rows, inputs // 32, size), unit_type), np.empty((rows, groups), np.float32)
         for row in range(rows):
-            _in_order(x, row, units, x_sums, columns, width)
-        start = claim(table) * share
+            _prepare_row(x, row, units, x_sums, columns, bits_tuple)
+        start = fetch_and_increment(table) * share
         while start < outputs:
             stop = min(start + share, outputs)
-            multiply(words, units, x_sums, scale, zero, less, y, columns, width, start, stop)
-            start = claim(table) * share
+            multiply(words, units, x_sums, scale, zero, less, y, columns, bits_tuple, start, stop)
+            start = fetch_and_increment(table) * share
 
     return cfunc(types.void(types.CPointer(types.int64)), cache=True)(work)

@@ -1,10 +1,9 @@
-"""A unit of packed words times x in float32, for any CPU; and packed words written out as weights.
+"""Float32 kernel for a unit of packed words, for any CPU; and a loop that dequantizes packed words to a weight.
 
-Thirty-two codes of an output fill `bits` words, whatever the width (see `packing`), and in `layout.Layout` those of
-LANES outputs lie side by side. They are the lanes of a vector, and a unit of 32 codes is unrolled:
-mask, convert, multiply-add. A code is not shifted down: its number in place is 2^shift times too large, and the input
-that it meets is made as much smaller beforehand, which is exact. Only codes that straddle two words, or reach the sign
-bit, are shifted.
+32 codes of an output fill `bits` words at any width (see `gptq.formats.packing`), and in `layout.Layout` the words of
+LANES outputs lie side by side, one output per vector lane. The 32 codes of a unit are unrolled: mask, convert,
+multiply-add. A code is not shifted down to bit 0. Left in place it is 2^shift times too large, so its input is scaled
+by 2^-shift beforehand, which is exact. Only codes that straddle two words or reach the sign bit are shifted.
 """
 
 from collections.abc import Iterator
@@ -21,70 +20,75 @@ from gptq.compute.simd import (
     FLOATS,
     INT,
     LANES,
+    array_data,
     compiled,
-    constants,
-    data,
+    constant_vector,
     load,
     load_bytes,
     load_scales,
+    load_unit,
     multiply_add,
-    place_of,
     splat,
     store,
-    unit_lines,
+    strip_offset,
 )
 
 
-def in_place(bits: int) -> list[bool]:
-    """Which of a unit's 32 codes the loop leaves where they are in their word."""
+def stays_in_place(bits: int) -> list[bool]:
+    """For each of a unit's 32 codes, whether it is used in place, without a shift."""
     return [c * bits % 32 + bits < 32 for c in range(32)]
 
 
-def prescale(bits: int) -> list[float]:
-    """What the inputs of a unit's 32 codes are multiplied by beforehand."""
-    return [2.0 ** -(c * bits % 32) if stays else 1.0 for c, stays in enumerate(in_place(bits))]
+def prescale_factors(bits: int) -> list[float]:
+    """For each of a unit's 32 codes, the factor by which its input is scaled beforehand."""
+    return [2.0 ** -(c * bits % 32) if stays else 1.0 for c, stays in enumerate(stays_in_place(bits))]
 
 
 def _codes(builder: Any, lines: list[Any]) -> Iterator[Any]:
-    """The 32 codes of a unit as vectors of floats, those that stay in place 2^shift times too large."""
+    """Yield the 32 codes of a unit for LANES outputs, as FLOATS: codes[:, c] / prescale_factors(bits)[c]."""
     bits = len(lines)
     mask = 2**bits - 1
-    for c, stays in enumerate(in_place(bits)):
+    for c, stays in enumerate(stays_in_place(bits)):
         word, shift = divmod(c * bits, 32)
         if stays:
-            code = builder.and_(lines[word], constants(mask << shift))
+            code = builder.and_(lines[word], constant_vector(mask << shift))
         elif shift + bits == 32:
-            code = builder.lshr(lines[word], constants(shift))
+            code = builder.lshr(lines[word], constant_vector(shift))
         else:
-            low = builder.lshr(lines[word], constants(shift))
-            high = builder.shl(lines[word + 1], constants(32 - shift))
-            code = builder.and_(builder.or_(low, high), constants(mask))
+            low = builder.lshr(lines[word], constant_vector(shift))
+            high = builder.shl(lines[word + 1], constant_vector(32 - shift))
+            code = builder.and_(builder.or_(low, high), constant_vector(mask))
         yield builder.sitofp(code, FLOATS)
 
 
 def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
-    """total + sum_c code_c x_c of LANES outputs, over the 32 codes of a unit; x points to 32 numbers, prescaled."""
+    """Add the product of a unit's codes and x to the total of LANES outputs.
+
+    total + codes @ x     codes: (LANES, 32); x points to 32 numbers, already scaled by `prescale_factors`
+    """
     for c, code in enumerate(_codes(builder, lines)):
         factor = builder.load(builder.gep(x, [ir.Constant(INT, c)]))
         total = multiply_add(builder, code, splat(builder, factor), total)
     return total
 
 
-def _writing_unit(context, words, at, scale, zero, grid_at, weight, weight_at, width):  # type: ignore[no-untyped-def]
-    """weight[weight_at + c * stride of weight + i] = scale_i (code_c of output i - zero_i), c below 32.
+def _write_unit_intrinsic(context, words, at, scale, zero, grid_at, weight, weight_at, bits_tuple):  # type: ignore[no-untyped-def]
+    """_write_unit(...): dequantize a unit for LANES outputs.
 
-    The first of LANES scales and zeros is at grid_at.
+        weight[weight_at + c * stride + i] = scale[grid_at + i] * (codes[i, c] - zero[grid_at + i])
+
+    c < 32, i < LANES; `stride` is the number of columns of weight.
     """
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, at, _, _, grid_at, _, weight_at, _ = arguments
-        words, scale, zero, weight = (data(context, builder, signature, arguments, i) for i in (0, 2, 3, 5))
+        words, scale, zero, weight = (array_data(context, builder, signature, arguments, i) for i in (0, 2, 3, 5))
         line = context.make_array(signature.args[5])(context, builder, arguments[5])
         weight_stride = cgutils.unpack_tuple(builder, line.shape, 2)[1]
         s = load_scales(builder, scale, grid_at)
         z = load_bytes(builder, zero, grid_at)
-        factors = prescale(len(width))
-        for c, code in enumerate(_codes(builder, unit_lines(builder, words, at, len(width)))):
+        factors = prescale_factors(len(bits_tuple))
+        for c, code in enumerate(_codes(builder, load_unit(builder, words, at, len(bits_tuple)))):
             factor = splat(builder, ir.Constant(FLOAT, factors[c]))
             difference = builder.fsub(builder.fmul(code, factor), z)
             store(builder, builder.fmul(s, difference), weight, weight_at)
@@ -92,16 +96,20 @@ def _writing_unit(context, words, at, scale, zero, grid_at, weight, weight_at, w
         return context.get_dummy_value()
 
     intp = types.intp
-    return types.void(words, intp, scale, zero, intp, weight, intp, width), emit
+    return types.void(words, intp, scale, zero, intp, weight, intp, bits_tuple), emit
 
 
-def _scaling_unit(context, x, at, units, units_at, sums, width):  # type: ignore[no-untyped-def]
-    """A unit's 32 numbers of x, from `at` on, prescaled, from units_at on; LANES parts of their sum join sums."""
+def _scale_unit_intrinsic(context, x, at, units, units_at, sums, bits_tuple):  # type: ignore[no-untyped-def]
+    """_scale_unit(...): scale a unit's x, and add it up in LANES partial sums.
+
+    units[units_at : units_at + 32] = x[at : at + 32] * prescale_factors(bits)
+    sums += x[at : at + 32].reshape(-1, LANES).sum(0)
+    """
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, at, _, units_at, _, _ = arguments
-        x, units, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 4))
-        nowhere, factors = ir.Constant(at.type, 0), prescale(len(width))
+        x, units, sums = (array_data(context, builder, signature, arguments, i) for i in (0, 2, 4))
+        nowhere, factors = ir.Constant(at.type, 0), prescale_factors(len(bits_tuple))
         total = load(builder, sums, nowhere, FLOATS)
         for i in range(0, 32, LANES):
             part, by = load(builder, x, builder.add(at, ir.Constant(at.type, i)), FLOATS), factors[i : i + LANES]
@@ -112,34 +120,41 @@ def _scaling_unit(context, x, at, units, units_at, sums, width):  # type: ignore
         return context.get_dummy_value()
 
     intp = types.intp
-    return types.void(x, intp, units, intp, sums, width), emit
+    return types.void(x, intp, units, intp, sums, bits_tuple), emit
 
 
-_write_unit: Any = intrinsic(_writing_unit)
-_scale_unit: Any = intrinsic(_scaling_unit)
+_write_unit: Any = intrinsic(_write_unit_intrinsic)
+_scale_unit: Any = intrinsic(_scale_unit_intrinsic)
 
 
 @compiled
-def in_order(x, row, units, to, x_sums, columns, width):  # type: ignore[no-untyped-def]
-    """Line `to` of units (lines, inputs / 32, 32) float32 is line `row` of x, prescaled, x_sums its groups' sums."""
+def prepare_row(x, row, units, to, x_sums, columns, bits_tuple):  # type: ignore[no-untyped-def]
+    """Write row `row` of x, scaled, to line `to` of units (lines, inputs / 32, 32) float32, and its groups' sums.
+
+    x_sums[to, group] = x[row, inputs of the group].sum()
+    """
     inputs, sums = x.shape[1], np.empty(LANES, np.float32)
     for group in range(x_sums.shape[1]):
         sums[:] = np.float32(0)
         for k in range(group * columns, min((group + 1) * columns, inputs), 32):
-            _scale_unit(x, row * inputs + k, units, to * inputs + k, sums, width)
+            _scale_unit(x, row * inputs + k, units, to * inputs + k, sums, bits_tuple)
         x_sums[to, group] = sums.sum()
 
 
 @compiled
-def decode(words, scale, zero, weight, outputs, columns, width, first, start, stop) -> None:  # type: ignore[no-untyped-def]
-    """weight (inputs, outputs here) becomes W^T in float32, outputs first + start to first + stop.
+def decode(words, scale, zero, weight, outputs, columns, bits_tuple, first, start, stop) -> None:  # type: ignore[no-untyped-def]
+    """Dequantize some outputs: weight[:, start:stop] = W^T[:, first + start : first + stop].
 
-    The rest is as for `rows.multiply`.
+    Args:
+        weight: (inputs, outputs of this call) float32.
+        outputs: number of all outputs, padded.
+        first: the output in weight's first column.
+        words, scale, zero, columns, bits_tuple, start, stop: as for `gemv.multiply`.
     """
-    bits, here, units = len(width), weight.shape[1], weight.shape[0] // 32
+    bits, here, units = len(bits_tuple), weight.shape[1], weight.shape[0] // 32
     groups = -(-weight.shape[0] // columns)
     for low in range(start, stop, LANES):
         for unit in range(units):
-            at = place_of(first + low, unit, units, outputs, bits)
-            grid_at = place_of(first + low, unit * 32 // columns, groups, outputs, 1)
-            _write_unit(words, at, scale, zero, grid_at, weight, unit * 32 * here + low, width)
+            at = strip_offset(first + low, unit, units, outputs, bits)
+            grid_at = strip_offset(first + low, unit * 32 // columns, groups, outputs, 1)
+            _write_unit(words, at, scale, zero, grid_at, weight, unit * 32 * here + low, bits_tuple)

@@ -1,10 +1,10 @@
-"""A unit of packed words times x in 16 bits, for CPUs without products of bfloat16: integers, added up exactly.
+"""16-bit integer kernel for a unit of packed words, for CPUs without bfloat16 products (AVX2); sums are exact.
 
-One instruction multiplies sixteen pairs of 16-bit integers and adds up each pair, where it would be eight products of
-float32. So the 32 numbers of x that a unit meets are rounded to 16 bits, by a scale of their own: none is off by more
-than about 2^-16 of the largest (2^-15 for codes of 3 bits). Two codes in the halves of a word are a pair. They are not
-shifted down for it: masked in place they are 2^shift times too large, so those with the same shift are added up by
-themselves, and their sum is shifted when the unit is done, which loses nothing.
+One instruction (`simd.dot_int16_pairs`) multiplies pairs of 16-bit integers and adds up each pair: twice as many
+products as a float32 multiply-add of the same vector width. So a unit's 32 numbers of x are rounded to 16-bit integers
+with one scale per unit; the error of each is at most about 2^-16 of the largest (2^-15 for codes of 3 bits). Two codes
+in the halves of a word form a pair. They are not shifted down: masked in place they are 2^shift times too large.
+Products of the same shift are summed separately, and each sum is shifted once at the end of the unit, which is exact.
 """
 
 from collections.abc import Iterator
@@ -21,56 +21,62 @@ from gptq.compute.simd import (
     INT,
     INTS,
     LANES,
-    chosen,
+    array_data,
     compiled,
-    constants,
-    data,
-    dot_shorts,
-    largest_of,
+    constant_vector,
+    dot_int16_pairs,
     load,
     multiply_add,
-    paired,
+    pair_order,
+    reduce_add,
+    reduce_max,
+    round_half_even,
+    shuffle,
     splat,
     store,
-    sum_of,
-    tens_of_three,
-    to_nearest,
+    three_bit_windows,
 )
 
-WIDTHS = 2, 3, 4, 8
-SMALLEST = 1e-30  # a unit whose numbers are all smaller counts as zero
-UNIT = 34  # numbers of 16 bits: 32 of x, and the 32 bits of their scale
+WIDTHS = 2, 3, 4, 8  # bits of the codes that the kernel supports
+SMALLEST_INPUT = 1e-30  # a unit whose largest |x| is not above this is treated as zero
+UNIT = 34  # int16 elements of a unit's x: 32 numbers, and their float32 scale in two elements
 
 
 def _pairs(builder: Any, lines: list[Any]) -> Iterator[tuple[int, Any]]:
-    """The 16 pairs of a unit, of LANES outputs each, and how many bits too high they are."""
+    """Yield the 16 pairs of a unit's codes for LANES outputs, each with its shift: the codes times 2^shift.
+
+    The pairs are in the order of `simd.pair_order`.
+    """
     bits = len(lines)
     if bits == 3:
-        yield from _pairs_of_three(builder, lines)
+        yield from _three_bit_pairs(builder, lines)
         return
     mask = (2**bits - 1) * 0x10001
     for line in lines:
         for shift in range(0, 16, bits):
             if shift == 8:
-                line = builder.lshr(line, constants(8))
-            yield shift % 8, builder.and_(line, constants(mask << shift % 8))
+                line = builder.lshr(line, constant_vector(8))
+            yield shift % 8, builder.and_(line, constant_vector(mask << shift % 8))
 
 
-def _pairs_of_three(builder: Any, lines: list[Any]) -> Iterator[tuple[int, Any]]:
-    """Of those in a low half everything is one bit higher; see `_rounding_unit`."""
+def _three_bit_pairs(builder: Any, lines: list[Any]) -> Iterator[tuple[int, Any]]:
+    """`_pairs` for 3 bits; codes in low halves are one bit higher than in high halves (see `_round_unit_intrinsic`)."""
     mask = 7 << 16 | 7 << 1
-    for window in tens_of_three(builder, lines):
+    for window in three_bit_windows(builder, lines):
         for i in range(5):
             if i == 3:
-                window = builder.lshr(window, constants(9))
-            yield 3 * (i % 3), builder.and_(window, constants(mask << 3 * (i % 3)))
+                window = builder.lshr(window, constant_vector(9))
+            yield 3 * (i % 3), builder.and_(window, constant_vector(mask << 3 * (i % 3)))
     third = lines[2]
-    low = builder.and_(builder.lshr(third, constants(25)), constants(7 << 1))
-    yield 0, builder.or_(low, builder.and_(builder.lshr(third, constants(13)), constants(7 << 16)))
+    low = builder.and_(builder.lshr(third, constant_vector(25)), constant_vector(7 << 1))
+    yield 0, builder.or_(low, builder.and_(builder.lshr(third, constant_vector(13)), constant_vector(7 << 16)))
 
 
 def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
-    """total + sum_c code_c x_c of LANES outputs, over the 32 codes of a unit; x points to its UNIT numbers."""
+    """Add the product of a unit's codes and x to the total of LANES outputs.
+
+    total + scale * (codes @ integers)     codes: (LANES, 32); x points to the unit's UNIT elements
+    """
     pairs_of_x = builder.bitcast(x, INT.as_pointer())
     sums: dict[int, Any] = {}
 
@@ -80,59 +86,67 @@ def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
         return found
 
     for p, (shift, pair) in enumerate(_pairs(builder, lines)):
-        product = dot_shorts(builder, pair, splat(builder, of_x(p)))
+        product = dot_int16_pairs(builder, pair, splat(builder, of_x(p)))
         sums[shift] = builder.add(sums[shift], product) if shift in sums else product
     whole, at = None, 0
     for shift in sorted(sums, reverse=True):
-        whole = sums[shift] if whole is None else builder.add(sums[shift], builder.ashr(whole, constants(at - shift)))
+        whole = (
+            sums[shift] if whole is None else builder.add(sums[shift], builder.ashr(whole, constant_vector(at - shift)))
+        )
         at = shift
     scale = builder.bitcast(of_x(16), FLOAT)
     return multiply_add(builder, builder.sitofp(whole, FLOATS), splat(builder, scale), total)
 
 
-def _rounding_unit(context, x, at, units, units_at, width):  # type: ignore[no-untyped-def]
-    """A unit's 32 numbers of x, from `at` on, rounded, and their scale, from units_at on; returns their sum.
+def _round_unit_intrinsic(context, x, at, units, units_at, bits_tuple):  # type: ignore[no-untyped-def]
+    """_round_unit(...): round a unit's x to integers with a common scale; return the sum of the rounded numbers.
 
-    That of what x is rounded to, which W is multiplied by exactly. If a number is not finite, neither is the scale. Of
-    3 bits, codes in a word's low half lie one bit higher than those in its high half, so what these meet is doubled.
+        scale = abs(x[at : at + 32]).max() / 32767;  integers = rint(x[at : at + 32] / scale).astype(np.int16)
+        units[units_at : units_at + UNIT] = integers[pair_order(bits)], scale;  return scale * integers.sum()
+
+    If a number is not finite, neither is the scale. At 3 bits, codes in the low half of a word lie one bit higher than
+    those in the high half. So integers are limited to 16383 there, those for high halves are doubled, and the stored
+    scale is halved.
     """
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, at, _, units_at, _ = arguments
-        x, units = (data(context, builder, signature, arguments, i) for i in (0, 2))
-        twice, order = len(width) == 3, paired(len(width))
+        x, units = (array_data(context, builder, signature, arguments, i) for i in (0, 2))
+        twice, order = len(bits_tuple) == 3, pair_order(len(bits_tuple))
         parts = [load(builder, x, builder.add(at, ir.Constant(at.type, i)), FLOATS) for i in (0, LANES)]
-        high, other = (builder.and_(builder.bitcast(part, INTS), constants(0x7FFFFFFF)) for part in parts)
+        high, other = (builder.and_(builder.bitcast(part, INTS), constant_vector(0x7FFFFFFF)) for part in parts)
         high = builder.select(builder.icmp_signed(">", high, other), high, other)  # bits of |x| are in its order
-        largest, most = builder.bitcast(largest_of(builder, high), FLOAT), ir.Constant(FLOAT, 32767 >> twice)
-        seen = builder.fcmp_ordered(">", largest, ir.Constant(FLOAT, SMALLEST))
+        largest, most = builder.bitcast(reduce_max(builder, high), FLOAT), ir.Constant(FLOAT, 32767 >> twice)
+        seen = builder.fcmp_ordered(">", largest, ir.Constant(FLOAT, SMALLEST_INPUT))
         inverse = splat(builder, builder.select(seen, builder.fdiv(most, largest), ir.Constant(FLOAT, 0)))
         step = builder.fdiv(largest, most)
-        first, second = (builder.fptosi(to_nearest(builder, builder.fmul(part, inverse)), INTS) for part in parts)
-        low, high = (builder.and_(chosen(builder, first, second, order[i::2]), constants(0xFFFF)) for i in (0, 1))
+        first, second = (builder.fptosi(round_half_even(builder, builder.fmul(part, inverse)), INTS) for part in parts)
+        low, high = (
+            builder.and_(shuffle(builder, first, second, order[i::2]), constant_vector(0xFFFF)) for i in (0, 1)
+        )
         unit = builder.bitcast(builder.gep(units, [units_at]), INT.as_pointer())
         nowhere = ir.Constant(at.type, 0)
-        store(builder, builder.or_(low, builder.shl(high, constants(16 + twice))), unit, nowhere)
+        store(builder, builder.or_(low, builder.shl(high, constant_vector(16 + twice))), unit, nowhere)
         scale = builder.fmul(step, ir.Constant(FLOAT, 0.5)) if twice else step
         builder.store(builder.bitcast(scale, INT), builder.gep(unit, [ir.Constant(at.type, LANES)])).align = 2
-        return builder.fmul(builder.sitofp(sum_of(builder, builder.add(first, second)), FLOAT), step)
+        return builder.fmul(builder.sitofp(reduce_add(builder, builder.add(first, second)), FLOAT), step)
 
     intp = types.intp
-    return types.float32(x, intp, units, intp, width), emit
+    return types.float32(x, intp, units, intp, bits_tuple), emit
 
 
-_round_unit: Any = intrinsic(_rounding_unit)
+_round_unit: Any = intrinsic(_round_unit_intrinsic)
 
 
 @compiled
-def in_order(x, row, units, to, x_sums, columns, width):  # type: ignore[no-untyped-def]
-    """Line `to` of units (lines, inputs / 32, UNIT) is line `row` of x (rows, inputs), rounded.
+def prepare_row(x, row, units, to, x_sums, columns, bits_tuple):  # type: ignore[no-untyped-def]
+    """Write row `row` of x (rows, inputs), rounded, to line `to` of units (lines, inputs / 32, UNIT) int16.
 
-    x_sums (lines, groups) are of what x is rounded to as well.
+    x_sums[to, group] is the sum of the rounded numbers of a group, so that zero points are applied exactly.
     """
     inputs = x.shape[1]
     for group in range(x_sums.shape[1]):
         total = np.float32(0)
         for k in range(group * columns, min((group + 1) * columns, inputs), 32):
-            total += _round_unit(x, row * inputs + k, units, (to * inputs + k) // 32 * UNIT, width)
+            total += _round_unit(x, row * inputs + k, units, (to * inputs + k) // 32 * UNIT, bits_tuple)
         x_sums[to, group] = total

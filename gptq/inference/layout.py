@@ -1,4 +1,4 @@
-"""The layout that the compiled loops read, made from a layer's stored tensors."""
+"""The memory layout of packed weights that the compiled loops read, and its conversion from stored tensors."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from gptq.formats.scheme import Scheme
 
 @dataclass(frozen=True)
 class Stored:
-    """A layer's stored tensors with what is needed to read them."""
+    """A layer's stored tensors, their scheme and the layer's shape."""
 
     packed: dict[str, Tensor]
     scheme: Scheme
@@ -33,28 +33,30 @@ class Stored:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the compiled loops read, from end to end.
+    """A weight's words, scales and zeros, rearranged so that the compiled loops read them sequentially.
 
-    Outputs are taken in strips of simd.TILE, the last of which may be narrower. A strip's words go unit by unit, 32
-    inputs each, and in a unit by simd.LANES outputs, of which the `bits` words lie one after the other, those of
-    neighbouring outputs side by side. Its scales and zeros go group by group. So a strip is one run in memory: pieces
-    of every line of the stored words would be read at two thirds of the rate.
+    Outputs are split into strips of simd.TILE; the last may be narrower. The numbers of a strip are contiguous:
+
+        words           strip, unit of 32 inputs, vector of LANES outputs, word of the unit (`bits` words), output
+        scale, zero     strip, group, output
+
+    Reading a strip out of the stored words instead, a piece of every line, reaches two thirds of the memory bandwidth.
     """
 
-    words: Tensor  # int32
-    scale: Tensor  # float32, or int16 that are the bits of float16 numbers where these say the same
-    zero: Tensor  # uint8
-    perm: Tensor | None  # (inputs,) order in which groups are runs
-    inputs: int  # padded to whole units
+    words: Tensor  # int32, flat
+    scale: Tensor  # flat, float16 viewed as int16; float32 if a scale is not exact in float16
+    zero: Tensor  # uint8, flat
+    perm: Tensor | None  # (inputs,) order of the inputs in which groups are contiguous; None: their own
+    inputs: int  # padded to a multiple of 32
     bits: int
-    columns: int
-    outputs: int
+    columns: int  # inputs in a group
+    outputs: int  # without padding
     width: int  # outputs padded to a multiple of simd.WIDE
-    whole: bool  # whether the words are those of the stored `qweight`, all of them and no others
+    whole: bool  # the words are a permutation of the stored `qweight`, which can be made from them
 
     @classmethod
     def of(cls, stored: Stored) -> "Layout | None":
-        """None where g_idx cannot be sorted into runs."""
+        """Make the layout of a layer; None where no order of the inputs makes its groups equal runs."""
         from gptq.compute import simd
 
         scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
@@ -87,18 +89,18 @@ class Layout:
         return self.scale.numel() // self.width
 
     def arranged(self, x: Tensor) -> Tensor:
-        """x (..., inputs) in the order of the words, padded with zeros, contiguous."""
+        """x (..., inputs) permuted to the order of the words, padded with zeros, contiguous."""
         if self.perm is not None:
             x = x[..., self.perm]
         missing = self.inputs - x.shape[-1]
         return (torch.nn.functional.pad(x, (0, missing)) if missing else x).contiguous()
 
     def left_of(self, y: Tensor) -> Tensor:
-        """y (..., width) without the padding of outputs."""
+        """Remove the padding from y (..., width): (..., outputs)."""
         return y if self.width == self.outputs else y[..., : self.outputs]
 
     def stored_words(self) -> Tensor:
-        """The words as they were stored, (units * bits, outputs), where these are the `whole`."""
+        """The stored `qweight` (units * bits, outputs), restored from the words; only if the layout is `whole`."""
         from gptq.compute import simd
 
         found = self.words.new_empty(self.inputs // 32, self.bits, self.width)
@@ -110,13 +112,13 @@ class Layout:
 
 
 def _halves(scale: Tensor) -> Tensor:
-    """Scales as `Layout` has them."""
+    """Scales in the dtype of `Layout.scale`."""
     halves = scale.to(torch.float16)
     return halves.view(torch.int16) if torch.equal(halves.float(), scale.float()) else scale.float()
 
 
 def _in_strips(lines: Tensor, size: int) -> Tensor:
-    """(units * size, outputs) in the order of Layout, (units * size * outputs,)."""
+    """Rearrange lines (units * size, outputs) to the order of `Layout`, (units * size * outputs,)."""
     from gptq.compute import simd
 
     strips = lines.unflatten(0, (-1, size)).split(simd.TILE, dim=-1)  # (units, size, outputs of a strip) each
@@ -124,4 +126,5 @@ def _in_strips(lines: Tensor, size: int) -> Tensor:
 
 
 def round_up(number: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least `number`."""
     return -(-number // unit) * unit

@@ -1,19 +1,20 @@
-"""x W^T for a packed W: which kernel computes it, and the layout that kernel reads.
+"""x W^T for a packed W: choose the kernel that computes it, and make the layout that the kernel reads.
 
-Every kernel keeps to one contract: `Product.multiply(x)` is x W^T for x (..., inputs), within the rounding of x's
-dtype, or where a CPU is quick at them, of 16-bit integers. `choose` picks by width, groups, dtype, device and number of
-rows; None stands for unpacking the weight and multiplying, which is always right. A layout is made from the stored
-tensors when a kernel is first used. Beside them it takes, per weight:
+The contract of every kernel: `Product.multiply(x)` is x W^T for x (..., inputs), exact up to rounding in x's dtype, or
+in 16-bit integers on CPUs that multiply these faster. `choose` decides by bits, groups, dtype, device and number of
+rows; None means to dequantize the weight and multiply, which always works. A layout is made from the stored tensors
+when a kernel is first used. It takes this memory per weight, in addition to the stored tensors:
 
-    pairs     CPU with AVX-512 for bfloat16, bfloat16, 2 to 8 bits, groups of whole 32s   3 bytes a group (scale and
-              zero; 5 where scales are no float16 numbers); the words, in the layout's order, take the place of the
-              stored ones, which `state_dict` makes of them; but with pack-quantized files, act-order or a shape that
-              fills no vectors they are a copy
-    lanes     any CPU, 2 to 8 bits, groups of whole 32s   the same. For few rows at 2, 3, 4 and 8 bits a CPU with AVX2
-              and without products of bfloat16 takes x for numbers of 16 bits (`gptq.inference.gemv_int16`)
-    int4pack  PyTorch's; CPU without AVX2, 4 bits, bfloat16        1/2 byte and 4 bytes a group
-    int8pack  PyTorch's; CPU without AVX2, 8 bits symmetric, one group per row, bfloat16     1 byte
-    triton    CUDA, 2, 3, 4, 8 bits                   1 byte a group (zero)
+    pairs     bfloat16 on CPUs with AVX-512 BF16; 2 to 8 bits, groups of a multiple of 32. 3 bytes a group for scale and
+              zero (5 if a scale is not exact in float16). The rearranged words replace the stored ones, which
+              `state_dict` restores. They are an additional copy for pack-quantized files, for act-order, and for shapes
+              that need padding.
+    lanes     any CPU; 2 to 8 bits, groups of a multiple of 32. The same memory as pairs. For few rows at 2, 3, 4 and 8
+              bits, CPUs with AVX2 but without bfloat16 products round x to 16-bit integers
+              (`gptq.inference.gemv_int16`)
+    int4pack  PyTorch's; bfloat16 on CPUs without AVX2, 4 bits. 1/2 byte a weight and 4 bytes a group
+    int8pack  PyTorch's; bfloat16 on CPUs without AVX2, 8 bits symmetric, one group per row. 1 byte a weight
+    triton    CUDA; 2, 3, 4, 8 bits. 1 byte a group for the zero
 """
 
 import importlib.util
@@ -26,14 +27,14 @@ import torch
 from torch import Tensor
 
 from gptq import formats
-from gptq.compute.cpu_features import has_pairs, has_shorts, has_tiles, native_bfloat16
+from gptq.compute.cpu_features import has_amx, has_avx2, has_avx512_bf16, has_native_bfloat16
 from gptq.compute.threads import run_compiled, run_shares, shares_of
 from gptq.inference.layout import Layout, Stored, round_up
 
-FEW_ROWS = 4  # to which decoding anew for every row is cheaper than writing the weight out
-FEW_SHORTS = 16  # the same where x is integers
-SHARE = 64  # a thread's outputs are a multiple of it
-DECODED = 2**22  # weights that are written out at a time, 16 MB in float32
+FEW_ROWS = 4  # up to this many rows, decoding the codes again for each row is faster than writing the weight out
+FEW_SHORTS = 16  # the same for x in 16-bit integers
+SHARE = 64  # each thread's number of outputs is a multiple of this
+DECODED = 2**22  # weights that are written out at a time, 16 MiB in float32
 
 
 class Product(Protocol):
@@ -41,11 +42,11 @@ class Product(Protocol):
 
 
 def choose(stored: Stored, dtype: torch.dtype, rows: int) -> str | None:
-    """The name of the kernel, or None where there is none but unpacking.
+    """The name of the kernel, or None to dequantize the weight and multiply.
 
     Args:
         dtype: of activations, float16, bfloat16 or float32.
-        rows: of activations, all windows' tokens together.
+        rows: tokens in a forward, all windows together.
     """
     scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
     if rows < 1 or dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -56,9 +57,9 @@ def choose(stored: Stored, dtype: torch.dtype, rows: int) -> str | None:
         return None
     few, whole = rows <= FEW_ROWS, inputs % stored.columns == 0 and not scheme.scattered
     units = stored.columns == inputs or stored.columns % 32 == 0
-    if units and dtype == torch.bfloat16 and not (has_tiles() and not few) and has_pairs():
+    if units and dtype == torch.bfloat16 and not (has_amx() and not few) and has_avx512_bf16():
         return "pairs"
-    if few and whole and dtype == torch.bfloat16 and not has_shorts():
+    if few and whole and dtype == torch.bfloat16 and not has_avx2():
         if scheme.bits == 4 and stored.columns in (32, 64, 128, 256) and outputs % 16 == 0:
             return "int4pack"
         if scheme.bits == 8 and scheme.sym and stored.columns == inputs and inputs % 16 == 0:  # else it crashes
@@ -67,7 +68,7 @@ def choose(stored: Stored, dtype: torch.dtype, rows: int) -> str | None:
 
 
 def make(name: str, stored: Stored) -> Product | None:
-    """The kernel with its layout; None where g_idx cannot be sorted into groups of equal size."""
+    """Make the kernel and its layout; None where g_idx cannot be sorted into groups of equal size."""
     makers: dict[str, Callable[[Stored], Product | None]] = {
         "pairs": Pairs.of,
         "lanes": Lanes.of,
@@ -85,11 +86,11 @@ def has_triton() -> bool:
 
 @dataclass(frozen=True)
 class FewRows:
-    """The compiled loop of `rows` on a layout, x being made of "pairs", "shorts" or "lanes"."""
+    """The compiled GEMV (`gptq.inference.gemv`) on a layout; its kind is "pairs", "shorts" or "lanes"."""
 
     kind: str
-    address: int  # of the worker
-    given: tuple[int, ...]  # of its arguments, what no call changes: sizes and, without x and y, addresses
+    address: int  # of the compiled worker
+    given: tuple[int, ...]  # the worker's constant arguments: sizes, and the addresses of words, scale and zero
 
     @classmethod
     def of(cls, layout: Layout, kind: str) -> "FewRows":
@@ -103,7 +104,7 @@ class FewRows:
     def multiply(self, x: Tensor) -> Tensor:
         """x W^T (..., padded outputs) for a contiguous x (..., padded inputs), both of the kind's dtype.
 
-        For one row a token's products are of microseconds, so this reshapes nothing.
+        A product with one row takes microseconds, so this avoids the overhead of reshapes.
         """
         inputs, width, groups, columns, words, scale, zero = self.given
         y = x.new_empty((*x.shape[:-1], width))
@@ -115,7 +116,7 @@ class FewRows:
 
 @dataclass(frozen=True)
 class Lanes:
-    """Compiled loops for any CPU: for few rows on the words themselves, for many on weights written out by tiles."""
+    """Compiled loops for any CPU: few rows multiply the packed words, many rows a weight dequantized tile by tile."""
 
     layout: Layout
     few: FewRows
@@ -127,7 +128,7 @@ class Lanes:
         layout = Layout.of(stored)
         if layout is None:
             return None
-        quick = has_shorts() and not has_pairs() and layout.bits in gemv_int16.WIDTHS
+        quick = has_avx2() and not has_avx512_bf16() and layout.bits in gemv_int16.WIDTHS
         return cls(layout, FewRows.of(layout, "shorts" if quick else "lanes"))
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class Lanes:
         from gptq.compute import simd
         from gptq.inference import gemv_float32
 
-        dtype = x.dtype if x.dtype == torch.bfloat16 and native_bfloat16() else torch.float32
+        dtype = x.dtype if x.dtype == torch.bfloat16 and has_native_bfloat16() else torch.float32
         own, x = self.layout, x.to(dtype)
         rows, inputs = x.shape
         y = torch.empty(rows, own.width, dtype=dtype, device="cpu")
@@ -160,7 +161,7 @@ class Lanes:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The compiled loops of `pairs`, for bfloat16 activations; sums are exact in float32."""
+    """The compiled loops of `gemv_bfloat16`, for bfloat16 activations; exact products are summed in float32."""
 
     layout: Layout
     few: FewRows
@@ -199,7 +200,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Int4Pack:
-    """PyTorch's product with 4-bit weights; it takes scale (code - 8) + offset, both in the activations' dtype."""
+    """PyTorch's kernel for 4-bit weights, scale (code - 8) + offset, with both in the activations' dtype."""
 
     words: Tensor  # opaque, (outputs, inputs / 2) uint8
     scale_and_offset: Tensor  # (groups, outputs, 2) bfloat16
@@ -222,7 +223,7 @@ class Int4Pack:
 
 @dataclass(frozen=True)
 class Int8Pack:
-    """PyTorch's product with signed bytes and a scale per output."""
+    """PyTorch's kernel for int8 weights with one scale per output."""
 
     codes: Tensor  # (outputs, inputs) int8
     scale: Tensor  # (outputs,) bfloat16
@@ -240,7 +241,7 @@ class Int8Pack:
 
 @dataclass(frozen=True)
 class TritonProduct:
-    """The kernel of `triton_product`, on GPTQ's stored tensors as they are; any g_idx."""
+    """The kernel of `triton_gemm`, on the tensors of GPTQ files as stored; any g_idx."""
 
     stored: Stored
     zero: Tensor  # (groups, outputs) uint8

@@ -1,7 +1,7 @@
-"""A Triton kernel that multiplies rows by packed words, for GPUs: a tile of codes is unpacked where it is multiplied.
+"""A Triton kernel for x W^T on packed words, for GPUs: each program unpacks a tile of codes and multiplies it at once.
 
-It reads GPTQ's stored tensors as they are, at any width and with any g_idx. triton is imported with this module; it
-comes with CUDA builds of torch.
+It reads the tensors of GPTQ files as stored, at any number of bits and with any g_idx. Importing this module imports
+triton, which comes with CUDA builds of torch.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_OUT, BLOCK_IN = 32, 64
+BLOCK_OUT, BLOCK_IN = 32, 64  # outputs and inputs in a tile of the weight
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -19,7 +19,10 @@ def _multiply(  # type: ignore[no-untyped-def]
     x_ptr, words_ptr, scale_ptr, zero_ptr, g_idx_ptr, y_ptr, rows, inputs, outputs, num_words,
     BITS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of y times OUT outputs."""
+    """One program computes a tile of y: ROWS rows by OUT outputs.
+
+    y[row, out] = sum_k x[row, k] * scale[g_idx[k], out] * (code[k, out] - zero[g_idx[k], out])
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     out = tl.program_id(1) * OUT + tl.arange(0, OUT)
     out_there = out < outputs
@@ -32,7 +35,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         at = word.to(tl.int64)[:, None] * outputs + out[None, :]
         code = tl.load(words_ptr + at, mask=there, other=0).to(tl.uint32, bitcast=True)
         code = code >> shift.to(tl.uint32)[:, None]
-        if 32 % BITS != 0:  # the rest of a code may begin the next word
+        if 32 % BITS != 0:  # a code may straddle two words
             straddles = (shift + BITS > 32) & (word + 1 < num_words)
             rest = tl.load(words_ptr + at + outputs, mask=there & straddles[:, None], other=0)
             left = tl.where(straddles, 32 - shift, 0).to(tl.uint32)

@@ -68,7 +68,7 @@ class WeightStream:
 
     def copy_ahead(self) -> None:
         """From now on what is read ahead goes to the device, where there is room for two blocks as they are stored."""
-        self.ahead.join(at_once=True)
+        self.ahead.join(cancel=True)
         self.ahead = CopyAhead(self._source, self.device)
 
     def read_ahead(self, names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptq import formats
-from gptq.checkpoint.atomic_folder import appearing_folder
+from gptq.checkpoint.atomic_folder import atomic_folder
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import TensorInfo, sha256
@@ -95,7 +95,7 @@ def convert(
 
     shards = _shards(source, plans)
     tensors = {name: info for shard in shards for name, info in shard.items()}
-    with appearing_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
+    with atomic_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
         writer = ShardWriter(partial_out, tensors, shards=[list(shard) for shard in shards])
         try:
             entries = _write_tensors(source, plans, writer, record, restored, progress)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gptq import formats
-from gptq.checkpoint.reader import Source, readable
+from gptq.checkpoint.reader import Source, readable_tensors
 from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import check_folder
 from gptq.config import Format
@@ -237,7 +237,7 @@ def _changed_schemes(folder: Path, recorded: list[dict[str, Any]]) -> Iterator[s
 
 def _lost(folder: Path, record: dict[str, Any]) -> Iterator[str]:
     """What of the record is in no file that can be opened, by layers where it belongs to one."""
-    missing = record["tensors"].keys() - readable(folder)
+    missing = record["tensors"].keys() - readable_tensors(folder)
     layers = {name.rpartition(".")[0] for name in missing} & {layer["stored"] for layer in record["layers"]}
     for layer in sorted(layers):
         yield f"{layer} is missing, wholly or in part: a file that it was in is gone or damaged"

@@ -122,7 +122,7 @@ class _LayerWalk:
             forward.advance()
         while True:
             standing = (order[f.standing.module] for f in chain(*self._flights) if f.standing)
-            at = self._state.run.ranks.least(min(standing, default=len(order)))
+            at = self._state.run.ranks.minimum(min(standing, default=len(order)))
             if at == len(order):
                 return
             self._pass(modules[at])

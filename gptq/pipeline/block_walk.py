@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from gptq.calibration.arrays import Inputs
 from gptq.compute.allocator import return_freed_memory
-from gptq.compute.matmul import quick_linears
+from gptq.compute.matmul import onednn_linears
 from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.forward import PausableForward, Pause, pause_instead, to_device, with_defaults
@@ -99,7 +99,7 @@ class BlockWalk:
             self._weights.fill(block.module, block.name, skip=block.linears.values())
             self._weights.read_ahead(_parameters_of_next(self.left))
             self._given = []
-            with quick_linears(block.module):
+            with onednn_linears(block.module):
                 yield block, self._calls(block)
             drop(block.module)
             return_freed_memory()

@@ -18,7 +18,7 @@ from gptq.output.results import Coverage, LayerResult, weight_histogram
 from gptq.pipeline.layer_inputs import LayerInputs
 from gptq.pipeline.row_tiles import LayerFigures, Rows, find_corrections, round_rows, solve_rows
 from gptq.pipeline.run import Run
-from gptq.solver.solve import TINY
+from gptq.solver.solve import SMALLEST_POWER
 
 
 @dataclass(frozen=True)
@@ -179,4 +179,4 @@ def original_weights(stop: nn.Module, state: BlockState) -> dict[nn.Module, nn.P
 def heldout_excess(results: Iterable[LayerResult]) -> float:
     """How much larger the sum of the layers' errors is on windows held out than on those learned from."""
     both = [(r.error, r.heldout_error) for r in results if r.heldout_error is not None]
-    return sum(held for _, held in both) / max(sum(error for error, _ in both), TINY) - 1 if both else 0.0
+    return sum(held for _, held in both) / max(sum(error for error, _ in both), SMALLEST_POWER) - 1 if both else 0.0

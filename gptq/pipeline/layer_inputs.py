@@ -15,7 +15,7 @@ from gptq.calibration.windows import is_held_out
 from gptq.compute.matmul import product
 from gptq.errors import InputError
 from gptq.pipeline.run import Run
-from gptq.solver.error_propagation import divide, full_correction
+from gptq.solver.error_propagation import divide_by_hessian, full_correction
 from gptq.solver.hessian import HeldOut, HessianAccumulator
 
 TOKENS_PER_INPUT = 2  # below this many tokens per input an expert's own Hessian is blended with that of all tokens
@@ -42,7 +42,7 @@ class Drift:
         """The drift in the form in which correcting this many rows costs least; C's memory is used again."""
         if self.divided or rows <= len(self.matrix):
             return self
-        return Drift(divide(self.matrix, factor), divided=True)
+        return Drift(divide_by_hessian(self.matrix, factor), divided=True)
 
     def correction(self, W: Tensor, factor: solver.Factor) -> Tensor:
         """W C H^-1 (rows, inputs) for W (rows, inputs)."""
@@ -82,14 +82,14 @@ def gather_inputs(
 ) -> InputSums:
     """Sum a layer's inputs over all windows; `arriving` brings the `windows` windows of this process."""
     total = run.ranks.total(windows)
-    pairs = ((x, original) for x, original in run.ranks.in_order(arriving, total, parts=2))
+    pairs = ((x, original) for x, original in run.ranks.gather_windows(arriving, total, parts=2))
     return accumulate(run.layers[name].inputs, pairs, total, run)
 
 
 def accumulate(
     num_inputs: int, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run
 ) -> InputSums:
-    """Sum the inputs of all windows, one window in HELD_OUT apart from the others."""
+    """Sum the inputs of all windows, one window in HELD_OUT_EVERY apart from the others."""
     device = run.weights.device
     sums = InputSums(HessianAccumulator(num_inputs, device, run.ranks), HeldOut(num_inputs, device))
     for i, (x, original) in enumerate(arriving):

@@ -31,7 +31,7 @@ def routing_of(pause: Pause | None, original: Pause | None) -> Item:
 
 def gather_routings(arriving: Iterable[Item], windows: int, run: Run) -> list[Routed]:
     """The routings of all processes' windows; `arriving` brings the `windows` windows of this process."""
-    items = run.ranks.in_order(arriving, run.ranks.total(windows), parts=3)
+    items = run.ranks.gather_windows(arriving, run.ranks.total(windows), parts=3)
     return [(x, experts, original) for x, experts, original in items if x is not None and experts is not None]
 
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from gptq import formats
 from gptq.calibration.arrays import Inputs
-from gptq.calibration.windows import Given, as_given, count_tokens, describe, is_held_out
-from gptq.checkpoint.atomic_folder import Unfinished, unfinished_folder, working_folder
+from gptq.calibration.windows import Calibration, count_tokens, describe_calibration, is_held_out, read_calibration
+from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder, partial_folder_of
 from gptq.checkpoint.tensors import TensorInfo, sha256
 from gptq.checkpoint.writer import ShardWriter, file_bytes
 from gptq.compute.allocator import malloc_policy, return_freed_memory
-from gptq.compute.distributed import Ranks, joined
+from gptq.compute.distributed import Ranks, current_ranks
 from gptq.compute.matmul import exact_float32
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
@@ -70,7 +70,7 @@ class Request:
 
     model: str
     config: QuantConfig
-    given: Given
+    given: Calibration
     revision: str | None
     trust_remote_code: bool
     batch_size: int | None
@@ -134,18 +134,18 @@ def quantize(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; at least one window has to be in flight")
     limits = memory_limit, gpu_memory_limit
-    given = as_given(calibration, config)
+    given = read_calibration(calibration, config)
     request = Request(str(model), config, given, revision, trust_remote_code, batch_size, limits, observer)
     plan = request.plan(config)
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
-    ranks = joined(where)
+    ranks = current_ranks(where)
     if ranks.size > 1 and config.tune_steps:
         raise InputError("blocks are tuned in one process; start one, or choose another --effort than 'best'")
 
     with ExitStack() as stack:
         stack.enter_context(malloc_policy(frugal=True))
-        working = stack.enter_context(unfinished_folder(Path(out))) if ranks.rank == 0 else working_folder(Path(out))
+        working = stack.enter_context(partial_folder(Path(out))) if ranks.rank == 0 else partial_folder_of(Path(out))
         begun = beginning(config, plan.source, where, compute, trust_remote_code)
         journal, notes = open_journal(working, begun, len(plan.blocks), ranks)
         prepared = _prepare(request, plan, where, compute, journal)
@@ -159,13 +159,13 @@ def quantize(
             notes += _quantize_checkpoint(request, prepared, store, working.root, ranks)
             _copy_the_rest(plan, writer, ranks, observer)
         finally:
-            prepared.weights.ahead.join(at_once=True)
+            prepared.weights.ahead.join(cancel=True)
             writer.abandon()
         chosen, after = next(iter(plan.layers.values())).format, file_bytes(plan.tensors)
         record = _record(request, prepared, after, store)
         if ranks.rank == 0:
             write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
-    ranks.wait()  # until OUT is there
+    ranks.barrier()  # until OUT is there
     ahead = prepared.weights.ahead
     observer.prefetched(ahead.nbytes, ahead.seconds, ahead.waited)
     observer.finished()
@@ -190,7 +190,7 @@ def _prepare(request: Request, plan: Plan, device: torch.device, dtype: torch.dt
     weights = WeightStream(plan.source, plan.names, device, dtype)
     if config.method != "gptq":
         return Prepared(plan, weights, None, [])
-    observer.stage(f"reading calibration data from {describe(request.given)}")
+    observer.stage(f"reading calibration data from {describe_calibration(request.given)}")
     windows, notes = enough_windows(request.given, plan, config, weights, request.trust_remote_code, observer, journal)
     if config.target_bits is not None or config.target_size is not None:
         in_flight = request.batch_size or len(windows)
@@ -212,15 +212,15 @@ def _chosen_widths(
     return found
 
 
-def _open_writer(working: Unfinished, tensors: dict[str, TensorInfo], ranks: Ranks) -> ShardWriter:
+def _open_writer(working: PartialFolder, tensors: dict[str, TensorInfo], ranks: Ranks) -> ShardWriter:
     """The first process writes; the others compute the same."""
     if ranks.rank == 0:
-        working.require_room(sum(info.nbytes for info in tensors.values()))
-        writer = ShardWriter(working.content, tensors, going_on=True)
-        ranks.wait()
+        working.require_disk_space(sum(info.nbytes for info in tensors.values()))
+        writer = ShardWriter(working.content, tensors, reuse_shards=True)
+        ranks.barrier()
         return writer
-    ranks.wait()  # until the shards are laid out
-    return ShardWriter(working.content, tensors, going_on=True, muted=True)
+    ranks.barrier()  # until the shards are laid out
+    return ShardWriter(working.content, tensors, reuse_shards=True, read_only=True)
 
 
 # --- the blocks -------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def _quantize_checkpoint(
         reruns_blocks=bool(config.tune_steps),
     )
     notes = _restore(plan, store, observer)
-    ranks.wait()  # before one of them writes what another still looks at
+    ranks.barrier()  # before one of them writes what another still looks at
     with malloc_policy(choice.frugal), torch.no_grad(), exact_float32(run.weights.device):
         left = plan.blocks
         if windows is not None and len(store.finished) < len(plan.blocks):
@@ -383,7 +383,7 @@ def _own_windows(windows: list[Inputs] | None, ranks: Ranks) -> list[Inputs] | N
     """Those windows that run through the model in this process."""
     if windows is not None and len(windows) < ranks.size:
         raise InputError(f"{len(windows)} calibration windows cannot be shared by {ranks.size} processes")
-    return None if windows is None else [windows[i] for i in ranks.windows(len(windows))]
+    return None if windows is None else [windows[i] for i in ranks.own_windows(len(windows))]
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def _record(request: Request, prepared: Prepared, after: int, store: BlockStore)
     return {
         "model": model_name(request.model),
         "config": request.config.to_dict(),
-        "calibration": None if windows is None else public_name(describe(request.given)),
+        "calibration": None if windows is None else public_name(describe_calibration(request.given)),
         "sizes": {
             "bits_per_weight": plan.bits_per_weight,
             "quantized_bytes_before": sum(source.tensors[name].nbytes for name in replaced),

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq.checkpoint.atomic_folder import Unfinished
+from gptq.checkpoint.atomic_folder import PartialFolder
 from gptq.compute.distributed import Ranks
 from gptq.models.blocks import Block
 from gptq.models.forward import run_through
@@ -16,21 +16,21 @@ from gptq.pipeline.journal import Copy, Journal
 from gptq.pipeline.run import Run
 
 
-def open_journal(working: Unfinished, begun: dict[str, Any], blocks: int, ranks: Ranks) -> tuple[Journal, list[str]]:
+def open_journal(working: PartialFolder, begun: dict[str, Any], blocks: int, ranks: Ranks) -> tuple[Journal, list[str]]:
     """The journal of an earlier run where it has finished something, otherwise a new one; and notes."""
     if ranks.rank:
-        copy = Copy(working.root, ranks.told(""))
+        copy = Copy(working.root, ranks.broadcast_text(""))
         return copy, copy.require_same(begun)
     journal = Journal(working.root)
     damaged = [f"{journal.file} is damaged; what it does not say any more is done again"] if journal.damaged else []
     if not journal.is_worth_keeping():
-        working.begin_anew()
+        working.clear()
         journal = Journal(working.root)
         journal.append("begun", begun)
-    working.promise = partial(journal.promise, blocks)
+    working.describe_kept = partial(journal.promise, blocks)
     notes = journal.require_same(begun)
-    working.go_on()
-    ranks.told(journal.text())
+    working.keep_shards()
+    ranks.broadcast_text(journal.text())
     return journal, [*damaged, *notes]
 
 

@@ -18,7 +18,7 @@ from gptq.planning.plan import LayerPlan
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.error_propagation import best_share
 from gptq.solver.hessian import output_power
-from gptq.solver.solve import ROWS, TINY
+from gptq.solver.solve import SMALLEST_POWER, TILE_ROWS
 
 SAMPLED_ROWS = 256  # rows per layer, about, that estimate the errors of RTN and on held-out windows
 DEFAULT_SHARE = 0.5  # of the correction, where no held-out window tells a better one (QEP's choice)
@@ -37,7 +37,7 @@ class Rows:
     def of(cls, weights: list[Tensor]) -> "Rows":
         """From each layer's weight (outputs, inputs)."""
         W = torch.cat(weights) if len(weights) > 1 else weights[0]
-        tiles = tuple(slice(start, min(start + ROWS, len(W))) for start in range(0, len(W), ROWS))
+        tiles = tuple(slice(start, min(start + TILE_ROWS, len(W))) for start in range(0, len(W), TILE_ROWS))
         bounds = [0, *accumulate(map(len, weights))]
         return cls(W, tuple(slice(start, stop) for start, stop in pairwise(bounds)), tiles)
 
@@ -79,11 +79,16 @@ class ErrorSums:
         Sampled rows say how much larger or smaller than the solve's error another error is. Taken by themselves they
         would be the errors of other rows: a few rows can hold most of a layer's power.
         """
-        error, sampled = self.error / max(self.power, TINY), self.sampled_error / max(self.sampled_power, TINY)
+        error = _ratio(self.error, self.power)
+        sampled = _ratio(self.sampled_error, self.sampled_power)
         scale = error / sampled if min(error, sampled) > ROUNDING else 1.0
-        held_out = None if inputs.held_out is None else scale * self.held_out_error / max(self.held_out_power, TINY)
-        rtn_error = scale * self.sampled_rtn_error / max(self.sampled_power, TINY)
+        held_out = None if inputs.held_out is None else scale * _ratio(self.held_out_error, self.held_out_power)
+        rtn_error = scale * _ratio(self.sampled_rtn_error, self.sampled_power)
         return LayerFigures(error, rtn_error, held_out, share, inputs.factor.damp, inputs.tokens)
+
+
+def _ratio(error: float, power: float) -> float:
+    return error / max(power, SMALLEST_POWER)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class LayerFigures:
 def round_rows(W: Tensor, plan: LayerPlan) -> tuple[solver.SolvedLayer, LayerFigures]:
     """The nearest codes of W (outputs, inputs), for a layer whose inputs are not known."""
     nearest = solver.round_to_nearest(W, plan.bits, plan.group_size, plan.sym)
-    error = nearest.error / max(float(W.double().square().sum()), TINY)
+    error = nearest.error / max(float(W.double().square().sum()), SMALLEST_POWER)
     return nearest, LayerFigures(error, error, heldout_error=None, share=None, damp=None, tokens=0)
 
 
@@ -119,7 +124,7 @@ def find_corrections(rows: Rows, inputs: LayerInputs, config: QuantConfig, ranks
             found = [_gain(rows.W[tile], by_tile[number], own, held_out) for own in inside]
             if None not in found:
                 gains[number] = torch.tensor(found, dtype=torch.float64, device=rows.W.device)  # (layers, 2)
-    exchanged = ranks.exchange(gains, len(rows.tiles))
+    exchanged = ranks.gather_pieces(gains, len(rows.tiles))
     if not exchanged:
         return Corrections(by_tile, (DEFAULT_SHARE,) * len(rows.layers))
     return Corrections(by_tile, tuple(best_share(*gain) for gain in torch.stack(exchanged).sum(0).tolist()))
@@ -154,7 +159,7 @@ def solve_rows(
         sums[number] = torch.tensor([astuple(one) for one in found], dtype=torch.float64, device=W.device)
     whole = _stacked(solved, len(rows.tiles), ranks)
     totals = [ErrorSums()] * len(rows.layers)
-    for of_layers in ranks.exchange(sums, len(rows.tiles)):  # (layers, sums) of each tile
+    for of_layers in ranks.gather_pieces(sums, len(rows.tiles)):  # (layers, sums) of each tile
         totals = [total + ErrorSums(*values) for total, values in zip(totals, of_layers.tolist(), strict=True)]
     return [
         (whole.take(layer), total.figures(inputs, share))
@@ -215,5 +220,5 @@ def sampled_rows(tile: slice, layer: slice) -> slice:
 def _stacked(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> solver.SolvedLayer:
     """All rows, one tile below the other, wherever they were solved."""
     names = [one.name for one in fields(solver.SolvedLayer)]
-    columns = [ranks.exchange({n: getattr(part, name) for n, part in parts.items()}, count) for name in names]
+    columns = [ranks.gather_pieces({n: getattr(part, name) for n, part in parts.items()}, count) for name in names]
     return solver.SolvedLayer.stack([solver.SolvedLayer(*tile) for tile in zip(*columns, strict=True)])

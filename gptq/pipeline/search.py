@@ -9,7 +9,7 @@ from torch import nn
 
 from gptq import solver
 from gptq.calibration.arrays import Inputs
-from gptq.calibration.windows import MOST_WINDOWS, Given, is_held_out, windows_of
+from gptq.calibration.windows import MAX_WINDOWS, Calibration, is_held_out, make_windows
 from gptq.compute.matmul import exact_float32
 from gptq.config import QuantConfig
 from gptq.errors import InputError
@@ -25,14 +25,14 @@ from gptq.pipeline.run import Observer, Run
 from gptq.pipeline.tune import first_tensor
 from gptq.planning.bit_allocation import Unit, choose, overrides_for, units_of
 from gptq.planning.plan import Plan
-from gptq.solver.solve import TINY
+from gptq.solver.solve import SMALLEST_POWER
 
 FEWEST_WINDOWS = 16  # that a search for enough windows tries
 ENOUGH = 0.1  # excess of the held-out error up to which more windows change little: it halves when windows double
 
 
 def enough_windows(
-    given: Given,
+    given: Calibration,
     plan: Plan,
     config: QuantConfig,
     weights: WeightStream,
@@ -48,19 +48,24 @@ def enough_windows(
     drawn = journal.find("windows")
     if drawn:
         count, notes = drawn[0]["count"], drawn[0]["notes"]
-        windows, _ = windows_of(given, count, plan.folder, plan.network, config, trust_remote_code)
+        windows, _ = make_windows(given, count, plan.folder, plan.network, config, trust_remote_code)
     elif config.num_samples == "auto":
         windows, notes = _search_windows(given, plan, config, weights, trust_remote_code, observer)
     else:
-        windows, notes = windows_of(given, config.num_samples, plan.folder, plan.network, config, trust_remote_code)
+        windows, notes = make_windows(given, config.num_samples, plan.folder, plan.network, config, trust_remote_code)
     journal.require_windows(windows, notes)
     return windows, notes
 
 
 def _search_windows(
-    given: Given, plan: Plan, config: QuantConfig, weights: WeightStream, trust_remote_code: bool, observer: Observer
+    given: Calibration,
+    plan: Plan,
+    config: QuantConfig,
+    weights: WeightStream,
+    trust_remote_code: bool,
+    observer: Observer,
 ) -> tuple[list[Inputs], list[str]]:
-    windows, notes = windows_of(given, FEWEST_WINDOWS, plan.folder, plan.network, config, trust_remote_code)
+    windows, notes = make_windows(given, FEWEST_WINDOWS, plan.folder, plan.network, config, trust_remote_code)
     if not isinstance(given, str):
         return windows, notes
     alone = replace(config, effort="fast", two_streams=False, tune_steps=0, target_bits=None, target_size=None)
@@ -69,10 +74,10 @@ def _search_windows(
         observer.stage(
             f"{len(windows)} windows: held-out error of the first block {excess:+.0%} beside the calibration's"
         )
-        if excess <= ENOUGH or 2 * len(windows) > MOST_WINDOWS:
+        if excess <= ENOUGH or 2 * len(windows) > MAX_WINDOWS:
             return windows, notes
         try:
-            windows, notes = windows_of(given, 2 * len(windows), plan.folder, plan.network, config, trust_remote_code)
+            windows, notes = make_windows(given, 2 * len(windows), plan.folder, plan.network, config, trust_remote_code)
         except InputError:  # the text has no more
             return windows, [*notes, f"the calibration text ends at {len(windows)} windows; more would help"]
 
@@ -213,4 +218,4 @@ def _with_errors(unit: Unit, errors: list[float]) -> Unit:
 def _relative_change(output: Any, original: Any) -> float:
     """Mean over tokens of ||y - y'||^2 / ||y'||^2."""
     y, wanted = first_tensor(output).double(), first_tensor(original).double()  # (..., tokens, width)
-    return float(((y - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=TINY)).mean())
+    return float(((y - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=SMALLEST_POWER)).mean())

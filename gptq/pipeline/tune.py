@@ -127,7 +127,7 @@ def _soft_weight(solved: SolvedLayer, scale: Tensor, offset: Tensor, bits: int) 
 
 def _harden(solved: SolvedLayer, scale: Tensor, offset: Tensor, bits: int) -> SolvedLayer:
     codes = (solved.codes + offset).clamp(0, 2**bits - 1).round().to(torch.uint8)
-    return replace(solved, codes=codes, scale=grid.as_stored(solved.scale * (1 + scale)))
+    return replace(solved, codes=codes, scale=grid.round_scale(solved.scale * (1 + scale)))
 
 
 def _distance(forward: Callable[[], Any], wanted: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ from gptq.errors import InputError
 from gptq.models.blocks import Block, fused_siblings
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
-from gptq.solver.error_propagation import ROWS as CORRECTED
-from gptq.solver.hessian import TOKENS
-from gptq.solver.solve import ROWS
+from gptq.solver.error_propagation import CHUNK_ROWS
+from gptq.solver.hessian import CHUNK_TOKENS
+from gptq.solver.solve import TILE_ROWS
 
 MARGIN = 0.05  # of a limit that is kept free for what the model does not know of
 SHARE = 0.8  # of the memory that is free which a run takes unless it is told otherwise
@@ -207,13 +207,13 @@ def _at_layers(group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtyp
     n, rows = group[0].inputs, sum(layer.outputs for layer in group)
     C = 4 * n * n if config.two_streams else 0
     known, size = _known(group[0], tokens, config, dtype), 4 * rows * n
-    gathered = 2 * config.streams * dtype.itemsize * TOKENS * n  # inputs in one tensor, and in another order
+    gathered = 2 * config.streams * dtype.itemsize * CHUNK_TOKENS * n  # inputs in one tensor, and in another order
     yield known + C + gathered  # and factorizing; H and C alone are less
     copies = 2 if len(group) > 1 else 1  # the weights one by one, and as one matrix
     aims = size if config.two_streams else 0
-    yield known + C + copies * (size + aims) + 20 * CORRECTED * n
+    yield known + C + copies * (size + aims) + 20 * CHUNK_ROWS * n
     spent = len(group) == 1 and n > rows
-    part = 24 * min(rows, ROWS) * n  # target, the solver's copy and errors, and what turns and dequantizes them
+    part = 24 * min(rows, TILE_ROWS) * n  # target, the solver's copy and errors, and what turns and dequantizes them
     yield known + (0 if spent else C) + copies * size + aims + part + rows * n * 2
 
 

@@ -1,9 +1,10 @@
-"""Sums of products of bfloat16 values, compiled: A^T B over tokens, exact products added up in float32.
+"""Compiled kernel for Gram matrices of bfloat16 values: A^T B over tokens, exact products summed in float32.
 
-Libraries round the result of such a product to bfloat16, or convert float32 factors on the way and take twice as long.
-A CPU's instruction for it adds two products at once to each of LANES sums, so two tokens lie side by side: the values
-of one input at both are one number of 32 bits. TALL x WIDE sums stay in registers while the tokens go by. Each sum is
-made by one thread in the order of the tokens, so how many threads there are changes no bit.
+torch rounds the result of a bfloat16 product to bfloat16; converting float32 factors inside the product takes twice as
+long. The CPU's instruction (`simd.dot_bfloat16_pairs`) adds two products to each of LANES sums, so tokens are stored in
+pairs: one input's values at two consecutive tokens share 32 bits. A register tile of TALL x WIDE sums runs over all
+tokens. Each sum is computed by one thread in the order of the tokens, so the number of threads does not change the
+result.
 """
 
 from typing import Any
@@ -15,28 +16,31 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from gptq.compute.simd import FLOATS, LANES, TALL, WIDE, compiled, data, load, store, sum_pairs
+from gptq.compute.simd import FLOATS, LANES, TALL, WIDE, array_data, compiled, load, store, sum_register_tile
 from gptq.compute.threads import run_shares, shares_of
 
-KEPT = 2**17  # pairs that are read again and again, half a megabyte: they stay in the second-level cache
+CACHED_PAIRS = 2**17  # pairs of the left factor reused from the second-level cache at a time, 512 KiB
 
 
 def add_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool) -> None:
-    """sums[panel] += a[:, panel]^T b for each panel, all of it, or at least what is right of the diagonal if `upper`.
+    """Add to each panel of rows: sums[panel] += a[:, panel]^T b.
 
     Args:
-        sums: (inputs, inputs) float32, contiguous; inputs are a multiple of WIDE, and so is where a panel begins.
-        a, b: what `in_pairs` makes of (tokens, inputs).
+        sums: (inputs, inputs) float32, contiguous; `inputs` and the panels' starts are multiples of WIDE.
+        a, b: (tokens, inputs) as returned by `pair_tokens`.
+        upper: the result is only needed right of the diagonal; most of the rest is skipped.
     """
     own = np.array([n for panel in panels for n in range(panel.start // WIDE, panel.stop // WIDE)])
     threads = min(torch.get_num_threads(), len(b))
     run_shares(_add_panels, (sums.numpy(), a.numpy(), b.numpy(), own, upper), [(n, threads) for n in range(threads)])
 
 
-def product_of_panel(a: Tensor, b: Tensor, panel: slice, start: int) -> Tensor:
-    """a[:, panel]^T b[:, start:], (panel, inputs - start) float32, of what `in_pairs` makes of (tokens, inputs).
+def panel_product(a: Tensor, b: Tensor, panel: slice, start: int) -> Tensor:
+    """a[:, panel]^T b[:, start:], (panel, inputs - start) float32.
 
-    The panel begins and ends at multiples of WIDE, and so does `start`.
+    Args:
+        a, b: (tokens, inputs) as returned by `pair_tokens`.
+        panel, start: bounds are multiples of WIDE.
     """
     sums = torch.zeros(panel.stop - panel.start, len(b) * WIDE - start)
     left, right = a[panel.start // WIDE : panel.stop // WIDE], b[start // WIDE :]
@@ -44,8 +48,11 @@ def product_of_panel(a: Tensor, b: Tensor, panel: slice, start: int) -> Tensor:
     return sums
 
 
-def in_pairs(x: Tensor) -> Tensor:
-    """(tokens, inputs) bfloat16 as (inputs / WIDE, tokens / 2, WIDE) int32; an odd last token is paired with zeros."""
+def pair_tokens(x: Tensor) -> Tensor:
+    """Rearrange (tokens, inputs) bfloat16 to (inputs / WIDE, tokens / 2, WIDE) int32.
+
+    Each int32 holds one input's values at two consecutive tokens; an odd last token is paired with zeros.
+    """
     tokens, inputs = x.shape
     pairs = torch.empty(inputs // WIDE, -(-tokens // 2), 2 * WIDE, dtype=torch.int16)
     arrays = x.contiguous().view(torch.int16).numpy(), pairs.numpy()
@@ -55,7 +62,10 @@ def in_pairs(x: Tensor) -> Tensor:
 
 @compiled
 def _pair_up(x, pairs, start, stop) -> None:  # type: ignore[no-untyped-def]
-    """pairs (panels, pairs of tokens, 2 WIDE) from x (tokens, inputs) for some of the panels."""
+    """Write panels start to stop of pairs (panels, tokens / 2, 2 WIDE) int16 from x (tokens, inputs) int16.
+
+    pairs[panel, k, 2 j + i] = x[2 k + i, panel * WIDE + j], i = 0 or 1
+    """
     nil = np.int16(0)
     for panel in range(start, stop):
         for k in range(pairs.shape[1]):
@@ -69,16 +79,18 @@ def _pair_up(x, pairs, start, stop) -> None:  # type: ignore[no-untyped-def]
                     line[2 * j], line[2 * j + 1] = first[j], nil
 
 
-def _adding_tile(context, a, a_at, b, b_at, depth, sums, at, stride):  # type: ignore[no-untyped-def]
-    """sums[at + i stride + j] += the products of pair i of a with pair j of b, over `depth` lines of WIDE pairs each.
+def _add_tile_intrinsic(context, a, a_at, b, b_at, depth, sums, at, stride):  # type: ignore[no-untyped-def]
+    """_add_tile(...): add the product of one register tile to the sums, over `depth` lines of WIDE pairs.
 
-    i is below TALL, j below WIDE; the first lines begin at a_at and b_at.
+        sums[at + i * stride + j] += (A.T @ B)[i, j]     i < TALL, j < WIDE
+
+    A (2 depth, TALL) and B (2 depth, WIDE) are the bfloat16 columns whose pairs begin at a[a_at] and b[b_at].
     """
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, a_at, _, b_at, depth, _, at, stride = arguments
-        a, b, sums = (data(context, builder, signature, arguments, i) for i in (0, 2, 5))
-        for row in sum_pairs(builder, builder.gep(a, [a_at]), WIDE, builder.gep(b, [b_at]), depth):
+        a, b, sums = (array_data(context, builder, signature, arguments, i) for i in (0, 2, 5))
+        for row in sum_register_tile(builder, builder.gep(a, [a_at]), WIDE, builder.gep(b, [b_at]), depth):
             for v, total in enumerate(row):
                 place = builder.add(at, ir.Constant(at.type, v * LANES))
                 store(builder, builder.fadd(load(builder, sums, place, FLOATS), builder.load(total)), sums, place)
@@ -89,14 +101,14 @@ def _adding_tile(context, a, a_at, b, b_at, depth, sums, at, stride):  # type: i
     return types.void(a, intp, b, intp, intp, sums, intp, intp), emit
 
 
-_add_tile: Any = intrinsic(_adding_tile)
+_add_tile: Any = intrinsic(_add_tile_intrinsic)
 
 
 @compiled
 def _add_panels(sums, left, right, own, upper, first, step) -> None:  # type: ignore[no-untyped-def]
-    """The panels `own` of left with every `step`-th panel of right, from the first on."""
+    """Multiply the panels `own` of left with every `step`-th panel of right from `first` on: one thread's share."""
     depth, stride = left.shape[1], sums.shape[1]
-    block = max(KEPT // (depth * WIDE), 1)
+    block = max(CACHED_PAIRS // (depth * WIDE), 1)
     for low in range(0, len(own), block):
         for column in range(first, len(right), step):
             for row in own[low : low + block]:

@@ -1,4 +1,4 @@
-"""The grid of a group: its scale and zero point, and the way from weights to integer codes and back.
+"""The grid of a group: fit its scale and zero point, quantize weights to integer codes, and dequantize them.
 
     code = clamp(round(w / scale) + zero, 0, 2^bits - 1)          w ~ scale * (code - zero)
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 SCALE_DTYPE = torch.float16
 SMALLEST_SCALE = 2.0**-24  # float16's smallest subnormal; a scale of 0 would divide by zero
-SHRINKS = torch.linspace(1, 0.3, 36).tolist()  # of the widest grid, that a search tries
+SHRINK_FACTORS = torch.linspace(1, 0.3, 36).tolist()  # widths that the grid search tries, relative to the min-max grid
 
 
 def fit(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
@@ -31,17 +31,17 @@ def fit(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     maxq = 2**bits - 1
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     if sym:
-        scale = as_stored(2 * torch.maximum(-low, high) / maxq)
+        scale = round_scale(2 * torch.maximum(-low, high) / maxq)
         zero = torch.full_like(scale, 2 ** (bits - 1))
     else:
-        # With zero at its lowest, 1, the largest code stands for (maxq - 1) * scale, which has to reach `high`.
-        scale = as_stored(torch.maximum((high - low) / maxq, high / (maxq - 1)))
+        # With the lowest zero point, 1, the largest code dequantizes to (maxq - 1) * scale, which must reach `high`.
+        scale = round_scale(torch.maximum((high - low) / maxq, high / (maxq - 1)))
         zero = torch.round(-low / scale).clamp(1, maxq)
     return scale, zero
 
 
-def as_stored(scale: Tensor) -> Tensor:
-    """Scales rounded to float16, none of them 0 (an exact 0, as all-zero weights give, becomes 1); the sign is kept.
+def round_scale(scale: Tensor) -> Tensor:
+    """Round scales to float16 and keep their sign and dtype; no result is 0. A scale of exactly 0 becomes 1.
 
     Raises:
         ValueError: a scale exceeds float16.
@@ -54,10 +54,10 @@ def as_stored(scale: Tensor) -> Tensor:
 
 
 def candidates(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """Grids to choose from for the columns of each row: from one that clips nothing down to one 0.3 times as wide.
+    """Candidate grids for the columns of each row: the min-max grid and narrower ones, down to 0.3 of it.
 
-    Symmetric grids come with both signs of the scale. Asymmetric ones shrink both ends alike and have the zero point
-    rounded both down and up.
+    Symmetric grids are tried with both signs of the scale. Asymmetric grids shrink both ends by the same factor, with
+    the zero point rounded down and rounded up.
 
     Args:
         w: (..., columns).
@@ -67,15 +67,15 @@ def candidates(w: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
         ValueError: a scale exceeds float16.
     """
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (...)
-    shrink = torch.tensor(SHRINKS, dtype=w.dtype, device=w.device).view(-1, *[1] * low.ndim)  # (shrinks, ...)
+    shrink = torch.tensor(SHRINK_FACTORS, dtype=w.dtype, device=w.device).view(-1, *[1] * low.ndim)  # (shrinks, ...)
     if sym:
-        below = 2 ** (bits - 1)  # points on the long side, one less on the other
+        below = 2 ** (bits - 1)  # grid points on the longer side; the other side has one less
         upright = torch.maximum(-low / below, high / (below - 1))
         turned = torch.maximum(high / below, -low / (below - 1))
-        scale = as_stored(torch.cat([shrink * upright, -shrink * turned]))
+        scale = round_scale(torch.cat([shrink * upright, -shrink * turned]))
         return scale, torch.full_like(scale, below)
     widest, _ = fit(w, bits, sym=False)
-    scale = as_stored(shrink * widest)
+    scale = round_scale(shrink * widest)
     zero = -low * shrink / scale  # (shrinks, ...)
     both = torch.cat([zero.floor(), zero.ceil()]).clamp(1, 2**bits - 1)
     return torch.cat([scale, scale]), both

@@ -10,41 +10,43 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptq.compute.cpu_features import has_pairs, has_tiles
+from gptq.compute.cpu_features import has_amx, has_avx512_bf16
 from gptq.compute.distributed import ALONE, Ranks
-from gptq.compute.matmul import product, products_of
+from gptq.compute.matmul import allow_bfloat16_matmul, product
 
-PANEL = 256  # rows of a symmetric sum that one product computes, from the diagonal on
-TOKENS = 1024  # that are added at a time: with fewer the sums are read and written too often, more take memory
+PANEL_ROWS = 256  # rows of H per matrix product, which computes them from the diagonal on to the right
+CHUNK_TOKENS = 1024  # tokens added per pass over H: fewer read and write H more often, more take memory
 
 
 class HessianAccumulator:
     """Sums x x^T of one layer input in float32, in the order in which windows arrive.
 
-    A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. Where the original
-    model's input x~ is given beside x, x~ x^T is summed as well. Windows come one by one, whole, so what comes out
-    depends on them and their order and on nothing else. Until there are TOKENS they wait, and must not be changed.
+    A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. If the original model's
+    input x~ is passed beside x, x~ x^T is summed as well. Every call adds one whole window, so the result depends on
+    the windows and their order alone. Windows are kept until they have CHUNK_TOKENS tokens together; the caller must
+    not modify them.
     """
 
     def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
-        """With several `ranks` each sums its own panels, so all have to be given the same windows and to ask alike."""
-        self._sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # right of the diagonal
+        """With several `ranks` each sums its own panels: all must add the same windows and call the same methods."""
+        self._sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # valid right of diagonal
         self._ranks = ranks
         self._original_sum: Tensor | None = None  # x~ x^T, once x~ differs from x
-        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # x and x~, all with one or all without
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # (x, x~) of windows to add; x~ in all or in none
         self.num_tokens = 0
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Add the input of one window, (..., num_inputs); every leading dimension counts tokens.
+        """Add the input of one window, (..., num_inputs); all leading dimensions count tokens.
 
-        An `original` of another shape (an expert that other tokens reached, say) tells nothing of the drift of these.
+        An `original` of another shape is ignored: its tokens are not those of x, as when a router sent other tokens to
+        an expert in the original model.
         """
-        x, original = as_rows(x, original)
+        x, original = flatten_tokens(x, original)
         if self._waiting and (self._waiting[0][1] is None) != (original is None):
             self._add_waiting()
         self._waiting.append((x, original))
         self.num_tokens += len(x)
-        if sum(len(rows) for rows, _ in self._waiting) >= TOKENS:
+        if sum(len(rows) for rows, _ in self._waiting) >= CHUNK_TOKENS:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
@@ -54,81 +56,87 @@ class HessianAccumulator:
         x, originals = torch.cat([rows for rows, _ in waiting]), [rows for _, rows in waiting if rows is not None]
         original = torch.cat(originals) if originals else None
         if original is not None and self._original_sum is None:
-            self._original_sum = _filled(self._sum.clone())  # until now nothing had drifted
-        for start in range(0, len(x), TOKENS):
-            rows = slice(start, start + TOKENS)
+            self._original_sum = _symmetrize(self._sum.clone())  # x~ was x until now
+        for start in range(0, len(x), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
             self._add(x[rows], None if original is None else original[rows])
 
     def _add(self, x: Tensor, original: Tensor | None) -> None:
-        panels = [slice(start, min(start + PANEL, x.shape[1])) for start in range(0, x.shape[1], PANEL)]
+        panels = [slice(start, min(start + PANEL_ROWS, x.shape[1])) for start in range(0, x.shape[1], PANEL_ROWS)]
         own = [panel for number, panel in enumerate(panels) if self._ranks.owns(number)]
-        x, original, add_products = _prepared(x, original)
+        x, original, add_products = _prepare_factors(x, original)
         add_products(self._sum, x, x, own, upper=True)
         if self._original_sum is not None:
             add_products(self._original_sum, x if original is None else original, x, own, upper=False)
 
     def mean(self) -> Tensor:
-        """H, (num_inputs, num_inputs) float32; zero where no token came."""
+        """H, (num_inputs, num_inputs) float32; zero without tokens."""
         self._add_waiting()
-        return _filled(self._complete(self._sum) / max(self.num_tokens, 1))
+        return _symmetrize(self._complete(self._sum) / max(self.num_tokens, 1))
 
     def drift_mean(self) -> Tensor | None:
-        """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None where nothing has drifted."""
+        """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None if x~ never differed from x."""
         self._add_waiting()
         if self._original_sum is None:
             return None
-        drift = self._complete(self._original_sum) - _filled(self._complete(self._sum))
+        drift = self._complete(self._original_sum) - _symmetrize(self._complete(self._sum))
         return drift.div_(max(self.num_tokens, 1))
 
     def take(self) -> tuple[Tensor, Tensor | None]:
-        """What `mean` and `drift_mean` give, in the memory of the sums, which end with this."""
+        """Return (`mean`, `drift_mean`), computed in place in the sums; the accumulator cannot be used afterwards."""
         self._add_waiting()
-        H, C, tokens = _filled(self._complete(self._sum)), self._original_sum, max(self.num_tokens, 1)
+        H, C, tokens = _symmetrize(self._complete(self._sum)), self._original_sum, max(self.num_tokens, 1)
         if C is not None:
             C = self._complete(C).sub_(H).div_(tokens)
         return H.div_(tokens), C
 
     def _complete(self, sums: Tensor) -> Tensor:
-        """The sums with the panels that other processes have."""
-        for number, start in enumerate(range(0, len(sums), PANEL)) if self._ranks.size > 1 else ():
-            panel = sums[start : start + PANEL]
-            found = self._ranks.piece(panel if self._ranks.owns(number) else None, number)
+        """Fill in the panels that other processes have summed."""
+        for number, start in enumerate(range(0, len(sums), PANEL_ROWS)) if self._ranks.size > 1 else ():
+            panel = sums[start : start + PANEL_ROWS]
+            found = self._ranks.broadcast_piece(panel if self._ranks.owns(number) else None, number)
             if found is not None and found.data_ptr() != panel.data_ptr():
                 panel.copy_(found)
         return sums
 
 
-def as_rows(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both as (tokens, num_inputs); None for an original that tells of no drift."""
+def flatten_tokens(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Reshape both to (tokens, num_inputs); the original becomes None if it equals x or has another shape."""
     rows = x.reshape(-1, x.shape[-1])
     if original is None or original.shape != x.shape or torch.equal(original, x):
         return rows, None
     return rows, original.reshape(-1, x.shape[-1])
 
 
-def _prepared(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None, Callable[..., None]]:
-    """x and x~ (tokens, num_inputs) as what adds up their products wants them, and that.
+def _prepare_factors(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None, Callable[..., None]]:
+    """Choose the function that adds up the products of x and x~ (tokens, num_inputs); convert both to its layout.
 
-    It is called with sums, a, b, panels and upper: sums[panel] += a[:, panel]^T b for each panel, or at least what is
-    right of the diagonal if `upper`.
+    Returns:
+        x, x~, and the function f(sums, a, b, panels, upper), which adds a[:, panel]^T b to sums[panel] for each panel;
+        with `upper` only the result right of the diagonal is valid.
     """
-    if _sums_in_float32(x):
+    if _has_mixed_precision_mm(x):
         return x, original, _add_half_products
-    if _goes_in_pairs(x):
-        from gptq.solver import gram_bf16  # compiles its loops
+    if _has_bf16_kernel(x):
+        from gptq.solver import gram_bf16  # imports numba
 
-        return gram_bf16.in_pairs(x), None if original is None else gram_bf16.in_pairs(original), gram_bf16.add_products
+        return (
+            gram_bf16.pair_tokens(x),
+            None if original is None else gram_bf16.pair_tokens(original),
+            gram_bf16.add_products,
+        )
     floats = None if original is None else original.float()
     return x.float(), floats, partial(_add_float_products, x.dtype)
 
 
-def _sums_in_float32(x: Tensor) -> bool:
-    """Whether torch can leave the product of x, of 16 bits, with its like in float32."""
+def _has_mixed_precision_mm(x: Tensor) -> bool:
+    """Whether torch can multiply matrices of x's dtype, 16 bits, and return float32 (torch.mm with out_dtype)."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype")
 
 
-def _goes_in_pairs(x: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or has_tiles() or not has_pairs():
+def _has_bf16_kernel(x: Tensor) -> bool:
+    """Whether `gram_bf16` handles x and is the fastest: with AMX, oneDNN is faster."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or has_amx() or not has_avx512_bf16():
         return False
     from gptq.compute import simd
 
@@ -136,7 +144,7 @@ def _goes_in_pairs(x: Tensor) -> bool:
 
 
 def _add_half_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool) -> None:
-    """On a GPU: factors of 16 bits, sums of 32."""
+    """On a GPU: factors of 16 bits, products summed in float32."""
     for panel in panels:
         right = slice(panel.start if upper else 0, None)
         sums[panel, right] += torch.mm(a[:, panel].T, b[:, right], out_dtype=torch.float32)
@@ -145,17 +153,17 @@ def _add_half_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], 
 def _add_float_products(
     held: torch.dtype, sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool
 ) -> None:
-    """Anywhere, on float32 numbers that `held` can hold."""
-    with products_of(held, a.device):
+    """On any device: float32 factors, whose values are exact in the dtype `held`."""
+    with allow_bfloat16_matmul(held, a.device):
         for panel in panels:
             right = slice(panel.start if upper else 0, None)
             sums[panel, right].addmm_(a[:, panel].T, b[:, right])
 
 
-def _filled(H: Tensor) -> Tensor:
-    """H in place, symmetric, when only what is right of the diagonal was computed."""
-    for start in range(0, len(H), PANEL):
-        stop = min(start + PANEL, len(H))
+def _symmetrize(H: Tensor) -> Tensor:
+    """Copy the part of H right of the diagonal to the left of it, in place."""
+    for start in range(0, len(H), PANEL_ROWS):
+        stop = min(start + PANEL_ROWS, len(H))
         H[stop:, start:stop] = H[start:stop, stop:].T
         square = H[start:stop, start:stop]
         square.copy_(square.triu() + square.triu(1).T)
@@ -163,20 +171,23 @@ def _filled(H: Tensor) -> Tensor:
 
 
 class HeldOut:
-    """Inputs that measure what was learned from others: as rows while these are fewer than the inputs, then as sums."""
+    """Held-out inputs of a layer, which measure the error on windows that the solver has not seen.
+
+    Tokens are kept as they are until there are more than inputs; from then on only H and C are kept.
+    """
 
     def __init__(self, num_inputs: int, device: torch.device) -> None:
         self.num_tokens = 0
         self._num_inputs, self._device = num_inputs, device
-        self._rows: list[tuple[Tensor, Tensor | None]] = []  # x and, where it differs, x~
+        self._rows: list[tuple[Tensor, Tensor | None]] = []  # (x, x~) of windows; x~ is None where it equals x
         self._sums: HessianAccumulator | None = None
         self._means: tuple[Tensor, Tensor | None] | None = None
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """As HessianAccumulator.add, until it is first asked."""
+        """As HessianAccumulator.add; only allowed before the first measurement."""
         if self._means is not None:
             raise RuntimeError("inputs come after what they measure")
-        self._rows.append(as_rows(x, original))
+        self._rows.append(flatten_tokens(x, original))
         self.num_tokens += len(self._rows[-1][0])
         if self.num_tokens > self._num_inputs:
             self._sums = self._sums or HessianAccumulator(self._num_inputs, self._device)
@@ -185,24 +196,24 @@ class HeldOut:
             self._rows = []
 
     def power(self, A: Tensor) -> float:
-        """Mean squared output of a token that the weight A (outputs, inputs) makes, summed over outputs."""
+        """Mean over tokens of ||A x||^2, for a weight A (outputs, inputs)."""
         if means := self._known_means():
             return output_power(A, means[0])
-        found = sum(float(_outputs(A, x).square_().sum(dtype=torch.float64)) for x, _ in self._rows)
+        found = sum(float(_layer_outputs(A, x).square_().sum(dtype=torch.float64)) for x, _ in self._rows)
         return found / max(self.num_tokens, 1)
 
     def agreement(self, W: Tensor, A: Tensor) -> float | None:
-        """Mean over tokens of (W d) . (A x), d = x~ - x; None where none drifted."""
+        """Mean over tokens of (W d) . (A x), d = x~ - x; None if x~ never differs from x."""
         if means := self._known_means():
             C = means[1]
-            return None if C is None else _weighed_product(W, A, C)
+            return None if C is None else _gram_dot(W, A, C)
         known = [(x, original) for x, original in self._rows if original is not None]
         if not known:
             return None
         found = 0.0
         for x, original in known:
             drift = (original.float() - x.float()).to(x.dtype)
-            found += float(_outputs(W, drift).mul_(_outputs(A, x)).sum(dtype=torch.float64))
+            found += float(_layer_outputs(W, drift).mul_(_layer_outputs(A, x)).sum(dtype=torch.float64))
         return found / max(self.num_tokens, 1)
 
     def _known_means(self) -> tuple[Tensor, Tensor | None] | None:
@@ -211,10 +222,11 @@ class HeldOut:
         return self._means
 
 
-def _outputs(A: Tensor, x: Tensor) -> Tensor:
-    """x A^T (tokens, outputs) in float32 or better, as exact as the dtype of x (tokens, inputs), for measuring alone.
+def _layer_outputs(A: Tensor, x: Tensor) -> Tensor:
+    """x A^T (tokens, outputs) in A's dtype, computed in the precision of x's dtype; only for measuring errors.
 
-    A forward rounds its weights to that dtype too, and a mean over many numbers does not tell the difference.
+    For bfloat16 x (tokens, inputs) the weight A is rounded to bfloat16, as in the model's own forward; in a mean over
+    many tokens the roundings cancel.
     """
     if x.dtype != torch.bfloat16:
         return product(x.to(A.dtype), A.T)
@@ -222,42 +234,42 @@ def _outputs(A: Tensor, x: Tensor) -> Tensor:
 
 
 def output_power(A: Tensor, H: Tensor) -> float:
-    """tr(A H A^T) of a weight A (rows, n) and a symmetric H (n, n): a token's mean squared output, summed over outputs.
+    """tr(A H A^T) of a weight A (rows, n) and a symmetric H (n, n): the mean of ||A x||^2 over tokens.
 
-    It is <A^T A, H>, for which half of A^T A will do. Where the machine multiplies bfloat16 in a fraction of the time,
-    A is rounded to it: in a sum over so many numbers the roundings cancel, to three digits and more.
+    Computed as <A^T A, H>, for which half of A^T A suffices. Where the machine multiplies bfloat16 much faster, A is
+    rounded to bfloat16: over n^2 terms the roundings cancel, which leaves three correct digits or more.
     """
     found = 0.0
-    for start, sums in _panels_of_product(A, A, upper=True):
-        weighed = sums.mul_(H[start : start + PANEL, start:])  # (panel, n - start)
-        found += float(2 * weighed.sum(dtype=torch.float64) - weighed[:, :PANEL].sum(dtype=torch.float64))
+    for start, sums in _gram_panels(A, A, upper=True):
+        weighed = sums.mul_(H[start : start + PANEL_ROWS, start:])  # (panel, n - start)
+        found += float(2 * weighed.sum(dtype=torch.float64) - weighed[:, :PANEL_ROWS].sum(dtype=torch.float64))
     return found
 
 
-def _weighed_product(A: Tensor, B: Tensor, C: Tensor) -> float:
-    """<A^T B, C> of A, B (rows, n) and C (n, n), as exact as `output_power`."""
-    panels = _panels_of_product(A, B, upper=False)
-    return sum(float(sums.mul_(C[start : start + PANEL]).sum(dtype=torch.float64)) for start, sums in panels)
+def _gram_dot(A: Tensor, B: Tensor, C: Tensor) -> float:
+    """<A^T B, C> of A, B (rows, n) and C (n, n), as precise as `output_power`."""
+    panels = _gram_panels(A, B, upper=False)
+    return sum(float(sums.mul_(C[start : start + PANEL_ROWS]).sum(dtype=torch.float64)) for start, sums in panels)
 
 
-def _panels_of_product(A: Tensor, B: Tensor, upper: bool) -> Iterator[tuple[int, Tensor]]:
-    """A^T B (n, n) of A, B (rows, n), PANEL rows at a time, and where they begin; if `upper` from the diagonal on."""
-    n, multiply = A.shape[1], _multiplier(A, B)
-    for start in range(0, n, PANEL):
-        yield start, multiply(slice(start, min(start + PANEL, n)), start if upper else 0)
+def _gram_panels(A: Tensor, B: Tensor, upper: bool) -> Iterator[tuple[int, Tensor]]:
+    """Yield A^T B (n, n) of A, B (rows, n) as (first row, PANEL_ROWS rows); with `upper` from the diagonal on."""
+    n, multiply = A.shape[1], _gram_panel_function(A, B)
+    for start in range(0, n, PANEL_ROWS):
+        yield start, multiply(slice(start, min(start + PANEL_ROWS, n)), start if upper else 0)
 
 
-def _multiplier(A: Tensor, B: Tensor) -> Callable[[slice, int], Tensor]:
-    """A function of a panel and a start that gives A[:, panel]^T B[:, start:], as exact as `output_power` says."""
-    none = A[:0].bfloat16()  # shows which way such numbers go
-    if A.dtype != torch.float32 or not (_sums_in_float32(none) or _goes_in_pairs(none)):
-        return lambda panel, start: A[:, panel].T @ B[:, start:]  # strides that `product` would copy each time
+def _gram_panel_function(A: Tensor, B: Tensor) -> Callable[[slice, int], Tensor]:
+    """The fastest function f(panel, start) = A[:, panel]^T B[:, start:]; as precise as `output_power` says."""
+    sample = A[:0].bfloat16()  # empty, to look up which kernel bfloat16 values of A's device and width would take
+    if A.dtype != torch.float32 or not (_has_mixed_precision_mm(sample) or _has_bf16_kernel(sample)):
+        return lambda panel, start: A[:, panel].T @ B[:, start:]  # `product` would copy these strides each time
     a = A.bfloat16()
     b = a if B is A else B.bfloat16()
-    if _sums_in_float32(none):
+    if _has_mixed_precision_mm(sample):
         return lambda panel, start: torch.mm(a[:, panel].T, b[:, start:], out_dtype=torch.float32)
 
     from gptq.solver import gram_bf16
 
-    left = gram_bf16.in_pairs(a)
-    return partial(gram_bf16.product_of_panel, left, left if b is a else gram_bf16.in_pairs(b))
+    left = gram_bf16.pair_tokens(a)
+    return partial(gram_bf16.panel_product, left, left if b is a else gram_bf16.pair_tokens(b))

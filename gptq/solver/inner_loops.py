@@ -1,8 +1,9 @@
-"""The two inner loops of the solver: choosing a block's codes column by column, and searching groups' grids.
+"""The solver's two inner loops: choose the codes of a block column by column, and search the grids of groups.
 
-On a CPU they are compiled (`inner_loops_cpu`), each thread with its own rows. On a GPU they are Triton kernels
-(`inner_loops_triton`) where Triton is installed; elsewhere the same arithmetic is written in whole-tensor operations.
-Weights are transposed here: a column of W is one contiguous line, (columns, rows).
+`choose_columns_reference` and `best_grid_reference` define the results; the compiled loops (`inner_loops_cpu`) and the
+Triton kernels (`inner_loops_triton`) compute the same. On a CPU the compiled loops run, each thread on its own rows; on
+a GPU the Triton kernels if Triton is installed; otherwise the reference itself.
+Weights are transposed here, (columns, rows): a column of W is contiguous.
 """
 
 from importlib.util import find_spec
@@ -19,9 +20,9 @@ from gptq.solver import grid
 def choose_columns(
     base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, zero: Tensor, groups: list[int], bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Round columns one after another, each where the changes of those before it leave it.
+    """Round columns one after another, each moved by the changes of the columns before it.
 
-        t_k = base_k + sum_{j<k} coupling[j, k] (Q_j - reference_j)          Q_k = the point of the grid next to t_k
+        t_k = base_k + sum_{j<k} coupling[j, k] (Q_j - reference_j)          Q_k = the grid point nearest to t_k
 
     Args:
         base, reference: (columns, rows).
@@ -31,24 +32,24 @@ def choose_columns(
         codes (columns, rows) uint8, Q and t (columns, rows).
     """
     if base.device.type != "cpu":
-        chosen = _fused().choose_columns if _is_fused(base) else choose_columns_plainly
+        chosen = _triton_kernels().choose_columns if _has_triton_kernel(base) else choose_columns_reference
         found: tuple[Tensor, Tensor, Tensor] = chosen(base, reference, coupling, scale, zero, groups, bits)
         return found
     from gptq.solver import inner_loops_cpu
 
-    rows, made = base.shape[1], max(base.shape[1], inner_loops_cpu.ROWS)
-    by_rows = [_lengthened(x, made) for x in (base, reference, scale, zero)]
-    codes = torch.empty(len(base), made, dtype=torch.uint8)
-    Q, t = base.new_empty(len(base), made), base.new_empty(len(base), made)
+    rows, padded_rows = base.shape[1], max(base.shape[1], inner_loops_cpu.TILE_ROWS)
+    by_rows = [_pad_rows(x, padded_rows) for x in (base, reference, scale, zero)]
+    codes = torch.empty(len(base), padded_rows, dtype=torch.uint8)
+    Q, t = base.new_empty(len(base), padded_rows), base.new_empty(len(base), padded_rows)
     given = (*by_rows[:2], coupling.T.contiguous(), *by_rows[2:], torch.tensor(groups), codes, Q, t)
-    _over_rows(inner_loops_cpu.columns, given, bits, shares_of(made, inner_loops_cpu.ROWS))
+    _run_on_all_rows(inner_loops_cpu.choose_columns, given, bits, shares_of(padded_rows, inner_loops_cpu.TILE_ROWS))
     return codes[:, :rows], Q[:, :rows], t[:, :rows]
 
 
-def choose_columns_plainly(
+def choose_columns_reference(
     base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, zero: Tensor, groups: list[int], bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`choose_columns` in whole-tensor operations, for any device."""
+    """The readable reference, for any device: the compiled and the Triton loop compute this."""
     t = base.clone()
     codes = torch.empty(base.shape, dtype=torch.uint8, device=base.device)
     Q, change = torch.empty_like(base), torch.empty_like(base)
@@ -62,33 +63,33 @@ def choose_columns_plainly(
 
 
 def best_grids(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """For each group of each row the candidate whose rounding of w errs least, sum_j importance_j (w_j - Q_j)^2.
+    """For each group of each row find the candidate grid with the least error, sum_j importance_j (w_j - Q_j)^2.
 
     Args:
         w: (groups, columns of a group, rows).
-        importance: (groups, columns of a group) not negative.
+        importance: (groups, columns of a group), not negative.
         scales, zeros: (candidates, groups, rows).
     Returns:
-        (groups, rows) number of the best candidate, the first of equal ones.
+        (groups, rows) index of the best candidate, the first of equal ones.
     """
     if w.device.type != "cpu":
-        if _is_fused(w):
-            found: Tensor = _fused().best_grids(w, importance, scales, zeros, bits)
+        if _has_triton_kernel(w):
+            found: Tensor = _triton_kernels().best_grids(w, importance, scales, zeros, bits)
             return found
         groups = zip(w, importance, scales.unbind(1), zeros.unbind(1), strict=True)
-        return torch.stack([best_grid_plainly(*group, bits) for group in groups])
+        return torch.stack([best_grid_reference(*group, bits) for group in groups])
     from gptq.solver import inner_loops_cpu
 
-    rows, made = w.shape[2], max(w.shape[2], inner_loops_cpu.ROWS)
-    best = torch.empty(len(w), made, dtype=torch.int64)
-    by_rows = [_lengthened(x, made) for x in (w, scales, zeros)]
+    rows, padded_rows = w.shape[2], max(w.shape[2], inner_loops_cpu.TILE_ROWS)
+    best = torch.empty(len(w), padded_rows, dtype=torch.int64)
+    by_rows = [_pad_rows(x, padded_rows) for x in (w, scales, zeros)]
     given = (best, by_rows[0], importance.contiguous(), *by_rows[1:])
-    _over_rows(inner_loops_cpu.grids, given, bits, shares_of(made, inner_loops_cpu.ROWS))
+    _run_on_all_rows(inner_loops_cpu.best_grids, given, bits, shares_of(padded_rows, inner_loops_cpu.TILE_ROWS))
     return best[:, :rows]
 
 
-def best_grid_plainly(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """`best_grids` of one group in whole-tensor operations, for any device."""
+def best_grid_reference(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """The readable reference for one group, for any device: the compiled and the Triton loop compute this."""
     errors = []
     for scale, zero in zip(scales, zeros, strict=True):
         Q = grid.dequantize(grid.quantize(w, scale, zero, bits), scale, zero)
@@ -96,22 +97,22 @@ def best_grid_plainly(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tens
     return torch.stack(errors).argmin(0)
 
 
-def _is_fused(x: Tensor) -> bool:
+def _has_triton_kernel(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype == torch.float32 and find_spec("triton") is not None
 
 
-def _fused() -> Any:
-    from gptq.solver import inner_loops_triton  # Triton comes with builds of torch for GPUs only
+def _triton_kernels() -> Any:
+    from gptq.solver import inner_loops_triton  # only GPU builds of torch bring Triton
 
     return inner_loops_triton
 
 
-def _lengthened(x: Tensor, rows: int) -> Tensor:
-    """Contiguous, with more rows (the last dimension) where compiled loops want them; what they hold does not count."""
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Make x contiguous and pad its last dimension to `rows`, the least number that compiled loops take."""
     return x.contiguous() if x.shape[-1] >= rows else pad(x, (0, rows - x.shape[-1]), value=1.0)
 
 
-def _over_rows(loop: Any, given: tuple[Tensor, ...], bits: int, shares: Shares) -> None:
-    """Run a compiled loop on all rows, shared out among the threads; rows do not know of each other."""
+def _run_on_all_rows(loop: Any, given: tuple[Tensor, ...], bits: int, shares: Shares) -> None:
+    """Run a compiled loop on all rows, split among the threads; rows are independent of each other."""
     maxq = given[1].new_tensor(2**bits - 1).numpy()[()]
     run_shares(loop, (*(x.numpy() for x in given), maxq), shares)

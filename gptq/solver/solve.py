@@ -22,8 +22,8 @@ from gptq.compute.matmul import product
 from gptq.solver import grid, inner_loops
 from gptq.solver.codes import Codes
 
-ROWS = 2048  # of one or several weights that are solved at a time: bounds the memory, and what a unit of work is
-TINY = 1e-30  # instead of a layer's output power where that is zero
+TILE_ROWS = 2048  # rows that are solved at a time, from one or several weights; bounds the memory
+SMALLEST_POWER = 1e-30  # lower bound of a layer's output power, so that a relative error never divides by zero
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Factor:
     perm: Tensor  # (n,) solving order: step k takes column perm[k]
     U: Tensor  # (n, n) unit upper triangular
     D: Tensor  # (n,)
-    damp: float  # fraction of the mean diagonal that was added at last
-    ridge: float  # the same as the number that was added
+    damp: float  # final damping as a fraction of the mean diagonal
+    ridge: float  # the number that was added to the diagonal: damp * mean diagonal
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class SolvedLayer(Codes):
         return float(self.row_errors.sum())
 
     def take(self, rows: slice) -> "SolvedLayer":
-        """Some of its rows."""
+        """A slice of the rows."""
         return SolvedLayer(self.codes[rows], self.scale[rows], self.zero[rows], self.g_idx, self.row_errors[rows])
 
     @classmethod
     def stack(cls, parts: "list[SolvedLayer]") -> "SolvedLayer":
-        """Rows of the same columns, one below the other."""
+        """Concatenate layers by rows; they must have the same columns and groups."""
         codes, scale, zero = (torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scale", "zero"))
         return cls(codes, scale, zero, parts[0].g_idx, torch.cat([part.row_errors for part in parts]))
 
 
 class NotPositiveDefiniteError(ArithmeticError):
-    """No damping up to the whole mean diagonal made the Hessian factor."""
+    """The Hessian has no Cholesky factor, even with damping equal to its whole mean diagonal."""
 
 
 def natural_order(H: Tensor) -> Tensor:
@@ -69,43 +69,43 @@ def natural_order(H: Tensor) -> Tensor:
 
 
 def act_order(H: Tensor) -> Tensor:
-    """Columns with the largest mean squared input first; equal ones in their own order."""
+    """Columns by decreasing mean squared input; the sort is stable."""
     return torch.argsort(H.diagonal(), descending=True, stable=True)
 
 
 def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01) -> Factor:
-    """LDL of the damped Hessian, through one Cholesky factorization of the matrix turned end for end.
+    """LDL factorization of the damped Hessian, by one Cholesky factorization of the matrix in reversed order.
 
-    Damping starts at damp_percent of the mean diagonal and grows tenfold until the matrix factors. An input that is
-    always zero keeps a diagonal of the ridge alone, is coupled to nothing and so rounds to nearest. A Hessian that is
-    all zero has no scale to damp by and becomes the identity.
+    Damping starts at damp_percent of the mean diagonal and grows tenfold until the factorization succeeds. An input
+    that is always zero has only the ridge on its diagonal and no coupling, so its column rounds to nearest. An all-zero
+    Hessian is replaced by the identity, because it has no mean diagonal to scale the damping.
 
     Args:
         H: (n, n) symmetric.
         perm: (n,) permutation of the columns.
     Raises:
-        NotPositiveDefiniteError: H is far from positive semi-definite, which no sum of x x^T is, or not finite.
+        NotPositiveDefiniteError: H is not finite, or far from positive semi-definite; a sum of x x^T never is.
     """
     mean_diagonal = float(H.diagonal().mean())
     backwards = perm.flip(0)
     damp, info = damp_percent, torch.empty((), dtype=torch.int32, device=H.device)
     while True:
-        L = H[backwards[:, None], backwards].mT  # (n, n) symmetric; its columns are contiguous, as LAPACK wants them
+        L = H[backwards[:, None], backwards].mT  # (n, n) symmetric, column-major as LAPACK expects
         ridge = damp * mean_diagonal if mean_diagonal > 0 else 1.0
         L.diagonal().add_(ridge)
-        torch.linalg.cholesky_ex(L, out=(L, info))  # in place, as is all that follows
+        torch.linalg.cholesky_ex(L, out=(L, info))  # in place, like all steps below
         if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
             break
         if damp >= 1:
             raise NotPositiveDefiniteError(f"not positive definite with {damp:.0%} of its mean diagonal added")
         damp = min(10 * damp, 1.0)
-    _reverse(L.mT.view(-1))  # turned end for end in both dimensions, L is upper triangular, and H = L L^T
+    _reverse(L.mT.view(-1))  # reversed in both dimensions, L is upper triangular and H[perm][:, perm] = L L^T
     d = L.diagonal().clone()
     return Factor(H, perm, L.div_(d), d.square(), damp, ridge)
 
 
 def _reverse(values: Tensor) -> None:
-    """Turn a contiguous tensor (n,) end for end in place."""
+    """Reverse a contiguous tensor (n,) in place."""
     half = len(values) // 2
     for start in range(0, half, 2**20):
         stop = min(start + 2**20, half)
@@ -125,16 +125,16 @@ def solve(
     search: bool = False,
     block_size: int = 128,
 ) -> SolvedLayer:
-    """Choose the codes of W one column at a time, each where the errors before it are best made up for.
+    """Choose the codes of W one column at a time; each column compensates the errors of the columns before it.
 
     Args:
         W: (rows, columns) float32 or float64; the solve runs in this dtype.
         factor: of the layer's input Hessian, in the same dtype.
         group_size: columns per scale and zero point; the last group may be shorter.
-        static_groups: fit grids to W; otherwise to the compensated weights when a group's first column is reached,
-            and groups are runs of columns in solving order.
-        search: take of many grids the one that errs least, columns weighted by the diagonal of H; otherwise the
-            smallest that clips nothing.
+        static_groups: fit the grids to W before the solve. Otherwise groups are runs of columns in solving order, and
+            each grid is fitted to the compensated weights when the solve reaches the group's first column.
+        search: of many candidate grids, take the one with the least squared error, columns weighted by the diagonal of
+            H; otherwise the smallest grid that clips nothing.
         block_size: columns per lazy update; changes the speed, not the codes.
     Raises:
         ValueError: a scale does not fit its stored dtype.
@@ -159,10 +159,10 @@ def solve(
         if not static_groups and start % group_size == 0:
             group = slice(start, min(start + group_size, columns))
             weighting = None if importance is None else importance[perm[group]]
-            reached = _compensated(Wt, E, U, group)
+            reached = _compensate_group(Wt, E, U, group)
             scale[groups[start]], zero[groups[start]] = _fit(reached, bits, len(reached), sym, weighting)
         base = Wt[start:stop]
-        if start:  # (block, rows) w' as far as earlier blocks go
+        if start:  # (block, rows) w' with the errors of all earlier blocks
             base = base + product(U[:start, start:stop].T, E[:start])
         codes[start:stop], Q, reached = inner_loops.choose_columns(
             base, Wt[start:stop], -U[start:stop, start:stop], scale, zero, groups[start:stop], bits
@@ -183,10 +183,10 @@ def solve(
 def fit_groups(
     W: Tensor, bits: int, group_size: int, sym: bool, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Grids of all groups of W (rows, columns); scale and zero are (rows, groups). The last may be short.
+    """Fit the grids of all groups of W (rows, columns); scale and zero are (rows, groups). The last group may be short.
 
     Args:
-        importance: (columns,) weights of the squared errors that a searched grid makes smallest; None for the
+        importance: (columns,) search for the grid with the least squared error, weighted by these; None takes the
             smallest grid that clips nothing.
     """
     scale, zero = _fit(W.T.contiguous(), bits, group_size, sym, importance)
@@ -194,7 +194,7 @@ def fit_groups(
 
 
 def _fit(Wt: Tensor, bits: int, group_size: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same for contiguous columns, (columns, rows); scale and zero are (groups, rows)."""
+    """`fit_groups` of a transposed W, contiguous (columns, rows); scale and zero are (groups, rows)."""
     columns, rows = Wt.shape
     whole = columns // group_size * group_size
     found = []
@@ -202,13 +202,13 @@ def _fit(Wt: Tensor, bits: int, group_size: int, sym: bool, importance: Tensor |
         if stop > start:
             w = Wt[start:stop].view(-1, size, rows)  # (groups, columns of a group, rows)
             found.append(
-                _fit_alike(w, bits, sym, None if importance is None else importance[start:stop].view(-1, size))
+                _fit_equal_groups(w, bits, sym, None if importance is None else importance[start:stop].view(-1, size))
             )
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 
-def _fit_alike(w: Tensor, bits: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero (groups, rows) of groups (groups, columns of a group, rows) of the same size."""
+def _fit_equal_groups(w: Tensor, bits: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Fit groups of equal size, w (groups, columns of a group, rows); scale and zero are (groups, rows)."""
     if importance is None:
         return grid.fit(w.mT, bits, sym)
     scales, zeros = grid.candidates(w.mT, bits, sym)  # (candidates, groups, rows)
@@ -216,11 +216,11 @@ def _fit_alike(w: Tensor, bits: int, sym: bool, importance: Tensor | None) -> tu
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
-def _compensated(Wt: Tensor, E: Tensor, U: Tensor, group: slice) -> Tensor:
-    """What Algorithm 1 has made of a group's columns when its first one is reached, (group, rows).
+def _compensate_group(Wt: Tensor, E: Tensor, U: Tensor, group: slice) -> Tensor:
+    """The weights of a group as Algorithm 1 has updated them when it reaches the group's first column, (group, rows).
 
-    Those are the weights that best make up for E while all columns from here on are free, so each also answers to its
-    neighbours' moving: W_g + P with P = E U[:start, g] would hold them still; the way out is P U[g, g]^-1.
+    They compensate E best while all columns from here on are free. W_g + P, with P = E U[:start, g], would compensate
+    it if each column moved alone, the others fixed at W; with all of them free the change is P U[g, g]^-1.
     """
     P = product(U[: group.start, group].T, E[: group.start])  # (group, rows)
     free: Tensor = torch.linalg.solve_triangular(U[group, group].T, P, upper=False, unitriangular=True)
@@ -228,7 +228,7 @@ def _compensated(Wt: Tensor, E: Tensor, U: Tensor, group: slice) -> Tensor:
 
 
 def _column_blocks(columns: int, block_size: int, span: int) -> list[tuple[int, int]]:
-    """Blocks of at most block_size columns, none of which crosses a multiple of span."""
+    """(start, stop) of blocks of at most block_size columns; no block crosses a multiple of span."""
     return [
         (start, min(start + block_size, begin + span, columns))
         for begin in range(0, columns, span)
@@ -237,7 +237,7 @@ def _column_blocks(columns: int, block_size: int, span: int) -> list[tuple[int, 
 
 
 def round_to_nearest(W: Tensor, bits: int, group_size: int, sym: bool) -> SolvedLayer:
-    """Every weight to the nearest point of its group's grid, each by itself; `error` is ||W - Q||^2 (H = I)."""
+    """Round every weight to the nearest point of its group's grid; `error` is ||W - Q||^2 (H = I)."""
     scale, zero = fit_groups(W, bits, group_size, sym)  # (rows, groups)
     g_idx = torch.arange(W.shape[1], device=W.device) // group_size
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)

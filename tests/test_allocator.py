@@ -1,0 +1,40 @@
+"""malloc's settings: what they keep, and that they end with the run."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import ctypes, resource
+from gptq.compute.allocator import malloc_policy, return_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+def kept(size):  # bytes that stay resident after a block was used and freed
+    return_freed_memory()
+    before = resident()
+    block = libc.malloc(size)
+    libc.memset(block, 1, size)
+    libc.free(block)
+    return resident() - before
+
+with malloc_policy(frugal=False):
+    print(kept(2**24) > 2**23, kept(2**26) > 2**23)
+with malloc_policy(frugal=True):
+    print(kept(2**24) > 2**23, kept(2**26) > 2**23)
+print(kept(2**24) > 2**23, kept(2**26) > 2**23)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_blocks_are_kept_inside_a_generous_policy_and_nowhere_else() -> None:
+    """16 MiB are below the generous threshold of 32 MiB and above the frugal one; 64 MiB are above both."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "False", "False", "False", "False"]
