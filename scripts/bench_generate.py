@@ -79,7 +79,7 @@ def tensors_of(made: Any) -> Iterator[Tensor]:
 def memory(model: torch.nn.Module) -> tuple[int, int]:
     """Bytes of all weights, and of what kernels hold beyond the stored tensors; what is shared counts once."""
     held = [*model.parameters(), *model.buffers()]
-    made = [layer._made for layer in model.modules() if isinstance(layer, QuantLinear)]
+    made = [layer._product for layer in model.modules() if isinstance(layer, QuantLinear)]
     state = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
     whole = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held, *tensors_of(made)]}
     return sum(whole.values()), sum(whole.values()) - sum(state.values())

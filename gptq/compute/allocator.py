@@ -5,22 +5,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # the parameters' numbers in malloc.h
-DEFAULT_THRESHOLD = 2**17  # 128 KiB, glibc's initial value of both
+USUAL_MMAP, USUAL_TRIM = 2**25, 2**26  # bytes; where glibc's dynamic thresholds end once 32 MiB have been freed
 
 
 @contextmanager
 def malloc_policy(frugal: bool) -> Iterator[None]:
-    """Inside, malloc is set as by `choose_allocator`; on exit both thresholds return to glibc's 128 KiB.
+    """Inside, malloc is set as by `choose_allocator`; on exit to what a process with large tensors usually has.
 
-    Setting M_MMAP_THRESHOLD disables glibc's dynamic threshold (by default it grows with the largest block that was
-    freed). No call enables it again, so after the first use a process keeps the fixed 128 KiB: every larger block is
-    a mapping of its own. malloc cannot be asked for its settings, so values that the process had set itself are lost.
+    By default glibc raises both thresholds with the largest block that was freed, up to 32 and 64 MiB. Setting one ends
+    that, and no call starts it again; so on exit they get the values at which they end. malloc cannot be asked for its
+    settings, so values that the process had set itself are lost.
     """
     choose_allocator(frugal)
     try:
         yield
     finally:
-        _set_thresholds(DEFAULT_THRESHOLD, DEFAULT_THRESHOLD)
+        _set_thresholds(USUAL_MMAP, USUAL_TRIM)
 
 
 def choose_allocator(frugal: bool) -> None:

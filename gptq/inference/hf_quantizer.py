@@ -13,6 +13,7 @@ from gptq.errors import InputError
 from gptq.formats.packed_layers import match_layers, packed_layers
 from gptq.formats.quantization_config import read_quantization
 from gptq.inference.load import replace_linear
+from gptq.inference.quant_linear import prepare_for_inference
 from gptq.models.tensor_names import Names
 
 
@@ -40,6 +41,10 @@ class PackedQuantizer(HfQuantizer):
             if bias is None and f"{own}.bias" in source.tensors:
                 bias = torch.nn.Parameter(torch.empty(layer.outputs, dtype=model.dtype, device="meta"))
             replace_linear(model, name, empty, None if bias is None else bias.data, layer.scheme)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        prepare_for_inference(model)
+        return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

@@ -1,5 +1,6 @@
 """`load`: build a model from a folder, quantized layers packed."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from gptq.formats.name_rules import Quantization
 from gptq.formats.packed_layers import match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.formats.scheme import Scheme
-from gptq.inference.quant_linear import QuantLinear, logger
+from gptq.inference.quant_linear import QuantLinear, prepare_for_inference
 from gptq.models.blocks import shape
-from gptq.models.build import empty_model, model_class, take_experts_apart
+from gptq.models.build import OpenModel, empty_model, model_class, open_model
 from gptq.models.hf_config import choose_device, choose_dtype, read_config
-from gptq.models.tensor_names import Names, check_tensors
+from gptq.models.tensor_names import check_tensors
 from gptq.models.weights import WeightStream
 
+logger = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
 
 
@@ -51,9 +53,11 @@ def load(
     if quantization is None:
         return _load_plain(source, hf_config, where, compute, trust_remote_code)
     stored_as = read_quantization(folder / "config.json", quantization)
-    network = empty_model(hf_config, trust_remote_code, source)
+    opened = open_model(folder, trust_remote_code)
+    network = opened.network
     network.config.use_cache = True
-    _fill(network, source, stored_as, where, compute)
+    _fill(opened, stored_as, where, compute)
+    prepare_for_inference(network)
     if (folder / "generation_config.json").is_file():
         try:
             network.generation_config = GenerationConfig.from_pretrained(folder)
@@ -97,12 +101,9 @@ def _load_plain(
     return network
 
 
-def _fill(
-    network: PreTrainedModel, source: Source, quantization: Quantization, device: torch.device, dtype: torch.dtype
-) -> None:
+def _fill(opened: OpenModel, quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
     """Give an empty model its tensors, packed layers taking the place of linear ones; what is tied is tied again."""
-    names = Names(network, set(source.tensors))
-    take_experts_apart(network, names)
+    network, source, names = opened.network, opened.source, opened.names
     layers = packed_layers(source, quantization)
     stored = match_layers(network, names, source, layers)
     left_over = {*check_tensors(network, names, source.tensors, stored)}

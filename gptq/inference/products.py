@@ -1,25 +1,22 @@
-"""x W^T for a packed W: choose the kernel that computes it, and make the layout that the kernel reads.
+"""x W^T for a packed W: the product that a layer is prepared with, and the kernels that it chooses from.
 
-The contract of every kernel: `Product.multiply(x)` is x W^T for x (..., inputs), exact up to rounding in x's dtype, or
-in 16-bit integers on CPUs that multiply these faster. `choose` decides by bits, groups, dtype, device and number of
-rows; None means to dequantize the weight and multiply, which always works. A layout is made from the stored tensors
-when a kernel is first used. It takes this memory per weight, in addition to the stored tensors:
+The contract: `Product.multiply(x)` is x W^T for x (..., inputs), exact up to rounding in x's dtype, or in 16-bit
+integers on CPUs that multiply these faster. `prepare` makes the layout that the kernels of a device read; None means to
+dequantize the weight and multiply, which always works. A kernel is compiled when it is first used.
 
-    pairs     bfloat16 on CPUs with AVX-512 BF16; 2 to 8 bits, groups of a multiple of 32. 3 bytes a group for scale and
-              zero (5 if a scale is not exact in float16). The rearranged words replace the stored ones, which
-              `state_dict` restores. They are an additional copy for pack-quantized files, for act-order, and for shapes
-              that need padding.
-    lanes     any CPU; 2 to 8 bits, groups of a multiple of 32. The same memory as pairs. For few rows at 2, 3, 4 and 8
-              bits, CPUs with AVX2 but without bfloat16 products round x to 16-bit integers
-              (`gptq.inference.gemv_int16`)
-    int4pack  PyTorch's; bfloat16 on CPUs without AVX2, 4 bits. 1/2 byte a weight and 4 bytes a group
-    int8pack  PyTorch's; bfloat16 on CPUs without AVX2, 8 bits symmetric, one group per row. 1 byte a weight
-    triton    CUDA; 2, 3, 4, 8 bits. 1 byte a group for the zero
+On a CPU, for 2 to 8 bits and groups of a multiple of 32, a layout takes 3 bytes a group for scale and zero (5 if a
+scale is not exact in float16). Its words replace the stored ones, which `state_dict` restores; they are an additional
+copy for pack-quantized files, for act-order, and for shapes that need padding. The kernels on it, by x:
+
+    pairs     bfloat16 on CPUs with AVX-512 BF16; many rows not where the CPU has AMX
+    shorts    few rows at 2, 3, 4 and 8 bits on CPUs with AVX2 but without bfloat16 products: x in 16-bit integers
+    lanes     anything else: float32; many rows multiply a weight that is dequantized tile by tile
+
+On a GPU a Triton kernel reads GPTQ's stored tensors as they are; 1 byte a group for the zero.
 """
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -35,53 +32,77 @@ FEW_ROWS = 4  # up to this many rows, decoding the codes again for each row is f
 FEW_SHORTS = 16  # the same for x in 16-bit integers
 SHARE = 64  # each thread's number of outputs is a multiple of this
 DECODED = 2**22  # weights that are written out at a time, 16 MiB in float32
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))  # of activations
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, list[int]]  # words, scale, zero, order, sizes
 
 
 class Product(Protocol):
+    """The product of one layer, on one device."""
+
     def multiply(self, x: Tensor) -> Tensor: ...  # (..., inputs) -> (..., outputs), both in x's dtype
 
+    def operands(self) -> Operands:
+        """What it consists of, for the operator of compiled models; `sizes` begins with the number of outputs."""
 
-def choose(stored: Stored, dtype: torch.dtype, rows: int) -> str | None:
-    """The name of the kernel, or None to dequantize the weight and multiply.
 
-    Args:
-        dtype: of activations, float16, bfloat16 or float32.
-        rows: tokens in a forward, all windows together.
-    """
-    scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
-    if rows < 1 or dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return None
+def prepare(stored: Stored) -> Product | None:
+    """The product of a layer where its tensors lie; None to dequantize the weight and multiply."""
     if stored.device.type == "cuda":
-        return "triton" if formats.FORMATS[scheme.format].inputs_first and has_triton() else None
-    if stored.device.type != "cpu":
+        return TritonProduct.of(stored) if formats.FORMATS[stored.scheme.format].inputs_first and has_triton() else None
+    if stored.device.type != "cpu" or not (stored.columns == stored.inputs or stored.columns % 32 == 0):
         return None
-    few, whole = rows <= FEW_ROWS, inputs % stored.columns == 0 and not scheme.scattered
-    units = stored.columns == inputs or stored.columns % 32 == 0
-    if units and dtype == torch.bfloat16 and not (has_amx() and not few) and has_avx512_bf16():
-        return "pairs"
-    if few and whole and dtype == torch.bfloat16 and not has_avx2():
-        if scheme.bits == 4 and stored.columns in (32, 64, 128, 256) and outputs % 16 == 0:
-            return "int4pack"
-        if scheme.bits == 8 and scheme.sym and stored.columns == inputs and inputs % 16 == 0:  # else it crashes
-            return "int8pack"
-    return "lanes" if units else None
-
-
-def make(name: str, stored: Stored) -> Product | None:
-    """Make the kernel and its layout; None where g_idx cannot be sorted into groups of equal size."""
-    makers: dict[str, Callable[[Stored], Product | None]] = {
-        "pairs": Pairs.of,
-        "lanes": Lanes.of,
-        "int4pack": Int4Pack.of,
-        "int8pack": Int8Pack.of,
-        "triton": TritonProduct.of,
-    }
-    return makers[name](stored)
+    layout = Layout.of(stored)
+    return None if layout is None else CpuProduct(layout)
 
 
 @cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class CpuProduct:
+    """Compiled loops on a layout."""
+
+    layout: Layout
+    _few: dict[str, "FewRows"] = field(default_factory=dict, compare=False, repr=False)  # by kind, once they were used
+
+    def multiply(self, x: Tensor) -> Tensor:
+        layout, kind = self.layout, self.kind(x)
+        x_arranged = layout.arranged(x)
+        few = FEW_SHORTS if kind == "shorts" else FEW_ROWS
+        if x_arranged.numel() <= layout.inputs * few:
+            y = self._few_rows(kind).multiply(x_arranged if kind == "pairs" else x_arranged.float())
+        else:
+            multiply_many = _multiply_pairs if kind == "pairs" else _multiply_lanes
+            y = multiply_many(layout, x_arranged.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return layout.left_of(y).to(x.dtype)
+
+    def kind(self, x: Tensor) -> str:
+        """The kernel for x (..., inputs): "pairs", "shorts" or "lanes"."""
+        if x.dtype == torch.bfloat16 and has_avx512_bf16():
+            few = x.numel() <= FEW_ROWS * x.shape[-1]
+            return "pairs" if few or not has_amx() else "lanes"
+        from gptq.inference import gemv_int16
+
+        quick = has_avx2() and not has_avx512_bf16() and self.layout.bits in gemv_int16.WIDTHS
+        return "shorts" if quick else "lanes"
+
+    def _few_rows(self, kind: str) -> "FewRows":
+        if kind not in self._few:
+            self._few[kind] = FewRows.of(self.layout, kind)
+        return self._few[kind]
+
+    def operands(self) -> Operands:
+        own = self.layout
+        return own.words, own.scale, own.zero, own.perm, [own.outputs, own.inputs, own.bits, own.columns, own.width]
+
+    @classmethod
+    def of_operands(
+        cls, words: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None, sizes: list[int]
+    ) -> "CpuProduct":
+        outputs, inputs, bits, columns, width = sizes
+        return cls(Layout(words, scale, zero, order, inputs, bits, columns, outputs, width, whole=False))
 
 
 @dataclass(frozen=True)
@@ -114,156 +135,100 @@ class FewRows:
         return y
 
 
-@dataclass(frozen=True)
-class Lanes:
-    """Compiled loops for any CPU: few rows multiply the packed words, many rows a weight dequantized tile by tile."""
+def _multiply_lanes(layout: Layout, x: Tensor) -> Tensor:
+    """x W^T (rows, padded outputs) for x (rows, padded inputs), on weights dequantized tile by tile."""
+    from gptq.compute import simd
+    from gptq.inference import gemv_float32
 
-    layout: Layout
-    few: FewRows
-
-    @classmethod
-    def of(cls, stored: Stored) -> "Lanes | None":
-        from gptq.inference import gemv_int16
-
-        layout = Layout.of(stored)
-        if layout is None:
-            return None
-        quick = has_avx2() and not has_avx512_bf16() and layout.bits in gemv_int16.WIDTHS
-        return cls(layout, FewRows.of(layout, "shorts" if quick else "lanes"))
-
-    def multiply(self, x: Tensor) -> Tensor:
-        arranged = self.layout.arranged(x)
-        if arranged.numel() <= self.layout.inputs * (FEW_SHORTS if self.few.kind == "shorts" else FEW_ROWS):
-            y = self.few.multiply(arranged.float())
-        else:
-            y = self._many(arranged.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        return self.layout.left_of(y).to(x.dtype)
-
-    def _many(self, x: Tensor) -> Tensor:
-        """x W^T (rows, padded outputs) for x (rows, padded inputs)."""
-        from gptq.compute import simd
-        from gptq.inference import gemv_float32
-
-        dtype = x.dtype if x.dtype == torch.bfloat16 and has_native_bfloat16() else torch.float32
-        own, x = self.layout, x.to(dtype)
-        rows, inputs = x.shape
-        y = torch.empty(rows, own.width, dtype=dtype, device="cpu")
-        step = max(DECODED // inputs // simd.TILE, 1) * simd.TILE
-        for first in range(0, own.width, step):
-            taken = min(step, own.width - first)
-            weight = torch.empty(inputs, taken, dtype=torch.float32, device="cpu")  # of the tile, transposed
-            arrays = _arrays(own.words, own.scale, own.zero, weight)
-            given = (*arrays, own.width, own.columns, (0,) * own.bits, first)
-            run_shares(gemv_float32.decode, given, shares_of(taken, SHARE))
-            torch.mm(x, weight.to(dtype), out=y[:, first : first + taken])
-        return y
+    dtype = x.dtype if x.dtype == torch.bfloat16 and has_native_bfloat16() else torch.float32
+    x = x.to(dtype)
+    rows, inputs = x.shape
+    y = torch.empty(rows, layout.width, dtype=dtype, device="cpu")
+    step = max(DECODED // inputs // simd.TILE, 1) * simd.TILE
+    for first in range(0, layout.width, step):
+        taken = min(step, layout.width - first)
+        weight = torch.empty(inputs, taken, dtype=torch.float32, device="cpu")  # of the tile, transposed
+        arrays = _arrays(layout.words, layout.scale, layout.zero, weight)
+        given = (*arrays, layout.width, layout.columns, (0,) * layout.bits, first)
+        run_shares(gemv_float32.decode, given, shares_of(taken, SHARE))
+        torch.mm(x, weight.to(dtype), out=y[:, first : first + taken])
+    return y
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The compiled loops of `gemv_bfloat16`, for bfloat16 activations; exact products are summed in float32."""
+def _multiply_pairs(layout: Layout, x: Tensor) -> Tensor:
+    """x W^T (rows, padded outputs) bfloat16 for x (rows, padded inputs) bfloat16; sums are exact in float32."""
+    from gptq.compute import simd
+    from gptq.inference import gemv_bfloat16
 
-    layout: Layout
-    few: FewRows
-
-    @classmethod
-    def of(cls, stored: Stored) -> "Pairs | None":
-        layout = Layout.of(stored)
-        return None if layout is None else cls(layout, FewRows.of(layout, "pairs"))
-
-    def multiply(self, x: Tensor) -> Tensor:
-        arranged = self.layout.arranged(x)
-        if arranged.numel() <= self.layout.inputs * FEW_ROWS:
-            y = self.few.multiply(arranged)
-        else:
-            y = self._many(arranged.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        return self.layout.left_of(y)
-
-    def _many(self, x: Tensor) -> Tensor:
-        """x W^T (rows, padded outputs) for x (rows, padded inputs)."""
-        from gptq.compute import simd
-        from gptq.inference import gemv_bfloat16
-
-        own, (rows, inputs) = self.layout, x.shape
-        y = torch.empty(rows, own.width, dtype=torch.bfloat16, device="cpu")
-        count = -(-rows // simd.TALL)
-        tiles = torch.empty(count, inputs // 2, simd.TALL, dtype=torch.int32, device="cpu")
-        sums = torch.empty(own.groups, count * simd.TALL, dtype=torch.float32, device="cpu")
-        arrays = _arrays(x.view(torch.int16), tiles, sums)
-        run_shares(gemv_bfloat16.arrange, (*arrays, own.columns, (0,) * own.bits), shares_of(count, 1))
-        arrays = _arrays(own.words, tiles, sums, own.scale, own.zero, y.view(torch.int16))
-        run_shares(
-            gemv_bfloat16.multiply_many, (*arrays, own.columns, (0,) * own.bits), shares_of(own.width, simd.WIDE)
-        )
-        return y
-
-
-@dataclass(frozen=True)
-class Int4Pack:
-    """PyTorch's kernel for 4-bit weights, scale (code - 8) + offset, with both in the activations' dtype."""
-
-    words: Tensor  # opaque, (outputs, inputs / 2) uint8
-    scale_and_offset: Tensor  # (groups, outputs, 2) bfloat16
-    columns: int
-
-    @classmethod
-    def of(cls, stored: Stored) -> "Int4Pack":
-        integers = stored.codes()
-        scale = integers.scale.float()
-        offset = scale * (8 - integers.zero.float())
-        words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.codes.int(), 1)
-        return cls(words, torch.stack([scale.T, offset.T], -1).to(torch.bfloat16).contiguous(), stored.columns)
-
-    def multiply(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            _rows_of(x), self.words, self.columns, self.scale_and_offset
-        )
-        return y.view(*x.shape[:-1], -1)
-
-
-@dataclass(frozen=True)
-class Int8Pack:
-    """PyTorch's kernel for int8 weights with one scale per output."""
-
-    codes: Tensor  # (outputs, inputs) int8
-    scale: Tensor  # (outputs,) bfloat16
-
-    @classmethod
-    def of(cls, stored: Stored) -> "Int8Pack":
-        integers = stored.codes()
-        signed = (integers.codes.int() - 128).to(torch.int8).contiguous()
-        return cls(signed, integers.scale[:, 0].to(torch.bfloat16).contiguous())
-
-    def multiply(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.aten._weight_int8pack_mm(_rows_of(x), self.codes, self.scale)
-        return y.view(*x.shape[:-1], -1)
+    rows, inputs = x.shape
+    y = torch.empty(rows, layout.width, dtype=torch.bfloat16, device="cpu")
+    count = -(-rows // simd.TALL)
+    tiles = torch.empty(count, inputs // 2, simd.TALL, dtype=torch.int32, device="cpu")
+    sums = torch.empty(layout.groups, count * simd.TALL, dtype=torch.float32, device="cpu")
+    widths = layout.columns, (0,) * layout.bits
+    run_shares(gemv_bfloat16.arrange, (*_arrays(x.view(torch.int16), tiles, sums), *widths), shares_of(count, 1))
+    arrays = _arrays(layout.words, tiles, sums, layout.scale, layout.zero, y.view(torch.int16))
+    run_shares(gemv_bfloat16.multiply_many, (*arrays, *widths), shares_of(layout.width, simd.WIDE))
+    return y
 
 
 @dataclass(frozen=True)
 class TritonProduct:
-    """The kernel of `triton_gemm`, on the tensors of GPTQ files as stored; any g_idx."""
+    """The kernel of `triton_gemm`, on GPTQ's stored tensors as they are; any g_idx."""
 
-    stored: Stored
+    words: Tensor  # (words, outputs) int32
+    scale: Tensor  # (groups, outputs)
     zero: Tensor  # (groups, outputs) uint8
+    g_idx: Tensor  # (inputs,) int32
+    bits: int
 
     @classmethod
     def of(cls, stored: Stored) -> "TritonProduct":
-        zero = formats.decode_zeros(stored.packed, stored.scheme, stored.outputs)
-        return cls(stored, zero.T.contiguous())
+        packed = stored.packed
+        zero = formats.decode_zeros(packed, stored.scheme, stored.outputs).T.contiguous()
+        return cls(packed["qweight"], packed["scales"], zero, packed["g_idx"], stored.scheme.bits)
 
     def multiply(self, x: Tensor) -> Tensor:
         from gptq.inference import triton_gemm
 
-        packed = self.stored.packed
-        y = triton_gemm.multiply(
-            _rows_of(x), packed["qweight"], packed["scales"], self.zero, packed["g_idx"], self.stored.scheme.bits
-        )
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = triton_gemm.multiply(rows, self.words, self.scale, self.zero, self.g_idx, self.bits)
         return y.view(*x.shape[:-1], -1)
 
+    def operands(self) -> Operands:
+        return self.words, self.scale, self.zero, self.g_idx, [self.words.shape[1], self.bits]
 
-def _rows_of(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    @classmethod
+    def of_operands(
+        cls, words: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None, sizes: list[int]
+    ) -> "TritonProduct":
+        if order is None:
+            raise TypeError("the kernel for GPUs needs g_idx")
+        return cls(words, scale, zero, order, sizes[1])
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:
     return [tensor.contiguous().numpy() for tensor in tensors]
+
+
+# --- the operator of compiled models ----------------------------------------------------------------------------------
+
+
+def _on_cpu(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None, sizes: list[int]) -> Tensor:
+    """`CpuProduct.multiply` as one operator, which a compiler does not look into; contiguous, as it is told."""
+    return CpuProduct.of_operands(words, scale, zero, order, sizes).multiply(x).contiguous()
+
+
+def _on_cuda(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None, sizes: list[int]) -> Tensor:
+    return TritonProduct.of_operands(words, scale, zero, order, sizes).multiply(x).contiguous()
+
+
+def _shape(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None, sizes: list[int]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sizes[0])
+
+
+_operators = torch.library.Library("gptq", "FRAGMENT")  # others may have operators of that name
+_operators.define("multiply(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor? order, int[] sizes) -> Tensor")
+_operators.impl("multiply", _on_cpu, "CPU")
+_operators.impl("multiply", _on_cuda, "CUDA")
+_operators.impl("multiply", _shape, "Meta")

@@ -1,8 +1,5 @@
-"""QuantLinear, a linear layer that keeps its weight packed, and `load`, which builds a model of them."""
+"""QuantLinear, a linear layer that keeps its weight packed, and the step that prepares a model for inference."""
 
-import itertools
-import logging
-import weakref
 from typing import Any
 
 import torch
@@ -12,19 +9,18 @@ from gptq import formats
 from gptq.compute.allocator import return_freed_memory
 from gptq.formats.scheme import Scheme
 from gptq.inference import products
-from gptq.inference.layout import Layout, Stored
+from gptq.inference.layout import Stored
 
-logger = logging.getLogger(__name__)
-LEFT_BEHIND = 2**24  # bytes of freed words, from which on the heap gives its room back
+TRIM_EVERY = 2**24  # bytes of stored words that were replaced, after which the heap's free pages are returned
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
 
 
 class QuantLinear(nn.Module):
     """y = x W^T + bias, W (outputs, inputs) held as the stored tensors, its buffers under their names in the file.
 
-    `products` chooses the kernel. A layout that it made lies beside the buffers until the layer is moved or loaded
-    anew; it is no part of the state, of copies or of pickles. Where it holds the stored words in another order they are
-    not there twice: their buffer is None, and the state is put together when it is asked for.
+    As it is made, a layer dequantizes its weight in every forward. `prepare` makes the layout that the kernels of its
+    device read, which may take the place of the stored words: their buffer is None then. State, copies and pickles hold
+    the stored tensors in any case. A prepared layer that is moved or loaded anew is prepared again.
     """
 
     bias: Tensor | None
@@ -38,15 +34,26 @@ class QuantLinear(nn.Module):
         for suffix, tensor in packed.items():
             self.register_buffer(suffix, tensor)
         self.register_buffer("bias", bias)
-        self._words: Layout | None = None  # that took the place of the stored words
-        self._number = _number(self)
-        self._forget_layouts()
+        self.is_prepared = False
+        self._product: products.Product | None = None
+        self._operands: products.Operands | None = None
 
-    def _forget_layouts(self) -> None:
+    def prepare(self) -> int:
+        """Choose the product for the device of the stored tensors; returns how many bytes of these it has replaced."""
+        self._restore()
+        self.is_prepared = True
+        stored = Stored(self.packed(), self.scheme, self.out_features, self.in_features)
+        self._product = product = products.prepare(stored)
+        self._operands = None if product is None else product.operands()
+        if not (isinstance(product, products.CpuProduct) and product.layout.whole):
+            return 0
+        self._buffers["qweight"] = None
+        return product.layout.words.nbytes
+
+    def _restore(self) -> None:
+        """Be as it was made: stored tensors alone."""
         self._buffers.update(self.packed())
-        self._made: dict[str, products.Product | None] = {}  # kernels with their layouts, by name
-        self._chosen: dict[tuple[Any, ...], products.Product | None] = {}  # by what `products.choose` looks at
-        self._words = None
+        self.is_prepared, self._product, self._operands = False, None, None
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors, by their names in the file."""
@@ -54,10 +61,10 @@ class QuantLinear(nn.Module):
 
     def _stored(self, suffix: str) -> Tensor:
         held = self._buffers[suffix]
+        if held is None and isinstance(self._product, products.CpuProduct):
+            return self._product.layout.stored_words()
         if held is None:
-            if self._words is None:
-                raise RuntimeError(f"this layer has lost its {suffix}")
-            return self._words.stored_words()
+            raise RuntimeError(f"this layer has lost its {suffix}")
         return held
 
     @property
@@ -69,47 +76,33 @@ class QuantLinear(nn.Module):
         return formats.decode(self.packed(), self.scheme).weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling()
-        if traced and not (_is_exporting() or self._wants_gradient(x)):
-            found: Tensor = torch.ops.gptq.multiply(x, self._number, self.out_features)
-            return found
-        product = None if traced else self._product(x)
-        if product is None:
-            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-        y, bias = product.multiply(x), self._buffers["bias"]  # looking up an attribute that is None takes microseconds
+        product, bias = self._product, self._buffers["bias"]  # an attribute lookup that finds None takes microseconds
+        if product is None or x.dtype not in products.DTYPES or not x.numel() or self._has_to_be_seen(x):
+            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        if torch.compiler.is_compiling() and self._operands is not None:
+            y: Tensor = torch.ops.gptq.multiply(x, *self._operands)
+        else:
+            y = product.multiply(x)
         return y if bias is None else y + bias
 
-    def _product(self, x: Tensor) -> products.Product | None:
-        """The kernel for this input; None to unpack, as where autograd has to see what is computed."""
-        if self._wants_gradient(x):
-            return None
-        kind = x.dtype, x.device, min(x.numel() // self.in_features, products.FEW_ROWS + 1)
-        if kind not in self._chosen:
-            self._chosen[kind] = self._choose(*kind)
-        return self._chosen[kind]
-
-    def _wants_gradient(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and x.requires_grad
-
-    def _choose(self, dtype: torch.dtype, device: torch.device, rows: int) -> products.Product | None:
-        stored = Stored(self.packed(), self.scheme, self.out_features, self.in_features)
-        name = products.choose(stored, dtype, rows) if device == stored.device else None
-        if name is not None and name not in self._made:
-            self._made[name] = made = products.make(name, stored)
-            if isinstance(made, products.Lanes | products.Pairs) and made.layout.whole and self._words is None:
-                self._words, self._buffers["qweight"] = made.layout, None
-                del stored  # the last to hold the words
-                _gave_way(made.layout.words.nbytes)
-        return None if name is None else self._made[name]
+    def _has_to_be_seen(self, x: Tensor) -> bool:
+        """Whether autograd or an exported graph has to see what is computed."""
+        return (torch.is_grad_enabled() and x.requires_grad) or (torch.compiler.is_compiling() and _is_exporting())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":  # .to(), .cuda(), ...
-        self._forget_layouts()
+        was_prepared = self.is_prepared
+        self._restore()
         super()._apply(fn, recurse)
+        if was_prepared:
+            self.prepare()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget_layouts()
+        was_prepared = self.is_prepared
+        self._restore()
         super()._load_from_state_dict(*args, **kwargs)
+        if was_prepared:
+            self.prepare()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -118,61 +111,29 @@ class QuantLinear(nn.Module):
                 destination[prefix + suffix] = self._stored(suffix)
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
-        return {
-            **self.__dict__,
-            "_buffers": {**self._buffers, **self.packed()},
-            "_made": {},
-            "_chosen": {},
-            "_words": None,
-            "_number": None,
-        }
+        stored = {**self._buffers, **self.packed()}
+        return {**self.__dict__, "_buffers": stored, "_product": None, "_operands": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._number = _number(self)
+        if self.is_prepared:
+            self.prepare()
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bits={self.scheme.bits}, format={self.scheme.format}"
 
 
-_layers: "weakref.WeakValueDictionary[int, QuantLinear]" = weakref.WeakValueDictionary()  # all there are, by number
-_numbers = itertools.count()
-_left_behind = 0  # bytes that layouts have freed since the heap gave its room back
+def prepare_for_inference(network: nn.Module) -> None:
+    """Prepare all packed layers of a loaded model for the device on which they are.
 
-
-def _number(layer: QuantLinear) -> int:
-    number = next(_numbers)
-    _layers[number] = layer
-    return number
-
-
-def _gave_way(size: int) -> None:
-    """To count `size` bytes of stored words of which another layout took the place.
-
-    The heap keeps the room that small layers leave, at last as much as the model takes. Looking for it costs a
+    The heap keeps the pages of replaced words, in the end as many as the model takes. Returning them takes a
     millisecond, so it is done once for many layers.
     """
-    global _left_behind
-    _left_behind += size
-    if _left_behind >= LEFT_BEHIND:
-        _left_behind = 0
-        return_freed_memory()
-
-
-def _multiply(x: Tensor, layer: int, outputs: int) -> Tensor:
-    """A layer's output as one operator of a compiled model, for kernels are nothing that a compiler could look into.
-
-    Contiguous, as compiled code is told, where some kernels leave out the end of each row.
-    """
-    return _layers[layer].forward(x).contiguous()
-
-
-def _shape_of_product(x: Tensor, layer: int, outputs: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], outputs)
-
-
-_operators = torch.library.Library("gptq", "FRAGMENT")  # others may have operators of that name
-_operators.define("multiply(Tensor x, int layer, int outputs) -> Tensor")
-_operators.impl("multiply", _multiply, "CompositeExplicitAutograd")
-_operators.impl("multiply", _shape_of_product, "Meta")
+    replaced = 0
+    for layer in network.modules():
+        if isinstance(layer, QuantLinear):
+            replaced += layer.prepare()
+            if replaced >= TRIM_EVERY:
+                return_freed_memory()
+                replaced = 0

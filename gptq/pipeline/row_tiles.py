@@ -82,8 +82,8 @@ class ErrorSums:
         error = _ratio(self.error, self.power)
         sampled = _ratio(self.sampled_error, self.sampled_power)
         scale = error / sampled if min(error, sampled) > ROUNDING else 1.0
-        held_out = None if inputs.held_out is None else scale * _ratio(self.held_out_error, self.held_out_power)
-        rtn_error = scale * _ratio(self.sampled_rtn_error, self.sampled_power)
+        held_out = None if inputs.held_out is None else _ratio(scale * self.held_out_error, self.held_out_power)
+        rtn_error = _ratio(scale * self.sampled_rtn_error, self.sampled_power)
         return LayerFigures(error, rtn_error, held_out, share, inputs.factor.damp, inputs.tokens)
 
 
