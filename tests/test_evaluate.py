@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptq import InputError, QuantConfig, compare, load, perplexity, quantize
-from gptq.evaluation import evaluate
+from gptq.evaluation import evaluate, quality
 from gptq.models.hf_config import read_tokenizer
 from tests.conftest import MakeModel
 
@@ -106,12 +106,12 @@ def test_a_comparison_with_something_else_is_refused(make_model: MakeModel, text
 
 
 def test_measurements_are_kept_beside_the_model_once_each(tmp_path: Path) -> None:
-    first = {"data": "a.txt", "original": None, "seq_len": 16, "windows": 2, "perplexity": 3.0}
-    evaluate.save(tmp_path, first)
-    evaluate.save(tmp_path, first | {"data": "b.txt"})
-    evaluate.save(tmp_path, first | {"perplexity": 4.0})
-    assert [(m["data"], m["perplexity"]) for m in evaluate.read_quality(tmp_path)] == [("b.txt", 3.0), ("a.txt", 4.0)]
+    first = quality.Measurement(data="a.txt", original=None, seq_len=16, windows=2, perplexity=3.0)
+    quality.add_measurement(tmp_path, first)
+    quality.add_measurement(tmp_path, first.model_copy(update={"data": "b.txt"}))
+    quality.add_measurement(tmp_path, first.model_copy(update={"perplexity": 4.0}))
+    assert [(m.data, m.perplexity) for m in quality.read_measurements(tmp_path)] == [("b.txt", 3.0), ("a.txt", 4.0)]
     assert [file.name for file in tmp_path.iterdir()] == ["quality.json"]
     (tmp_path / "quality.json").write_text("{}")
     with pytest.raises(InputError, match="is damaged"):
-        evaluate.read_quality(tmp_path)
+        quality.read_measurements(tmp_path)

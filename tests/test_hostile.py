@@ -22,7 +22,7 @@ from gptq.calibration.arrays import read_arrays
 from gptq.calibration.text import documents
 from gptq.checkpoint.reader import Source, read_index
 from gptq.checkpoint.untrusted import MAX_DEPTH, check_folder, read_json
-from gptq.evaluation.evaluate import read_quality
+from gptq.evaluation.quality import read_measurements
 from gptq.evaluation.report import write_report
 from gptq.formats import Scheme, name_rules
 from gptq.formats.name_rules import Quantization
@@ -435,7 +435,7 @@ def test_a_record_is_held_against_what_records_are(do: Callable[[dict[str, Any]]
 def test_a_quality_file_is_held_against_what_they_are(measured: Any, folder: Path) -> None:
     (folder / "quality.json").write_text(json.dumps({"measurements": [measured]}))
     with pytest.raises(InputError, match=r"quality\.json, to be deleted, is damaged"):
-        read_quality(folder)
+        read_measurements(folder)
     assert cli.main(["report", str(folder)]) == 2
 
 
@@ -530,7 +530,7 @@ def test_a_flipped_bit_in_any_tensor_is_found_and_named(
     whole = file.read_bytes()
     size = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + size])
-    packed = {layer["stored"] for layer in read_record(folder)["layers"]}
+    packed = {layer.stored for layer in read_record(folder).layers}
     draw = np.random.default_rng(0)
     seen = set()
     assert verify.verify(folder).problems == []
@@ -557,7 +557,7 @@ def test_missing_and_damaged_shards_are_found_with_the_layers_in_them(make_model
     one = tmp_path / "one"
     tensors = load_file(one / "model.safetensors")
     (one / "model.safetensors").unlink()
-    layers = sorted({layer["stored"] for layer in read_record(one)["layers"]})
+    layers = sorted({layer.stored for layer in read_record(one).layers})
     parts: list[dict[str, torch.Tensor]] = [{}, {}]
     for key, tensor in tensors.items():
         parts[key.startswith("model.layers.1.")][key] = tensor

@@ -11,8 +11,9 @@ import torch
 
 from gptq import InputError, QuantConfig, quantize
 from gptq.checkpoint.reader import Source
-from gptq.evaluation import charts, evaluate, report
+from gptq.evaluation import charts, evaluate, quality, report
 from gptq.evaluation.charts import Chart, Series
+from gptq.evaluation.quality import Measurement
 from gptq.inference.load import load
 from gptq.output import record, results, verify
 from tests.conftest import MakeModel
@@ -70,7 +71,8 @@ def test_the_record_holds_what_the_files_hold(make_model: MakeModel, text_file: 
     made = quantize(source, out, FAST, calibration=text_file)
     recorded = record.read_record(out)
     content = verify.inspect(out)
-    assert recorded["sizes"] == {
+    assert recorded.sizes is not None
+    assert recorded.sizes.to_dict() == {
         "bits_per_weight": content.bits_per_weight,
         "quantized_bytes_before": 4 * sum(layer.outputs * layer.inputs for layer in content.layers),
         "quantized_bytes_after": content.quantized_bytes,
@@ -79,13 +81,13 @@ def test_the_record_holds_what_the_files_hold(make_model: MakeModel, text_file: 
         "calibration_tokens": 4 * 32,
     }
     network = load(out)
-    for layer in recorded["layers"]:
-        linear = network.get_submodule(layer["name"])
+    for layer in recorded.layers:
+        linear = network.get_submodule(layer.name or "")
         codes = (linear.weight / linear.scales.T.float()[:, linear.g_idx]).round().long() + 4  # type: ignore[operator,index,arg-type]
-        assert layer["code_histogram"] == torch.bincount(codes.flatten(), minlength=8).tolist()
-        stored = Source(source).read(f"{layer['stored']}.weight")
-        assert layer["weight_range"] == float(stored.abs().max())
-        assert sum(layer["weight_histogram"]) == stored.numel() == layer["outputs"] * layer["inputs"]
+        assert layer.code_histogram == torch.bincount(codes.flatten(), minlength=8).tolist()
+        stored = Source(source).read(f"{layer.stored}.weight")
+        assert layer.weight_range == float(stored.abs().max())
+        assert sum(layer.weight_histogram or []) == stored.numel() == (layer.outputs or 0) * (layer.inputs or 0)
 
 
 def test_the_page_is_whole_by_itself_and_shows_every_layer(
@@ -93,9 +95,8 @@ def test_the_page_is_whole_by_itself_and_shows_every_layer(
 ) -> None:
     out = tmp_path / "<out> & more"
     quantize(make_model("llama"), out, FAST, calibration=text_file)
-    evaluate.save(
-        out, {"data": "a.txt", "original": "x", **evaluate.summarize(torch.rand(3, 4).double(), 32).to_dict()}
-    )
+    found = json.loads(json.dumps(evaluate.summarize(torch.rand(3, 4).double(), 32).to_dict()))
+    quality.add_measurement(out, Measurement(data="a.txt", original="x", **found))
     page, pictures = report.write_report(out)
     text = page.read_text(encoding="utf-8")
     parsed = Page(text)
@@ -105,12 +106,12 @@ def test_the_page_is_whole_by_itself_and_shows_every_layer(
     assert "url(" not in text
     assert "@import" not in text
     assert "<out> & more" in parsed.text
-    layers = record.read_record(out)["layers"]
+    layers = record.read_record(out).layers
     assert parsed.tags["details"] == len(layers) == 14
     for layer in layers:
-        assert f"{layer['stored']}, as quantized, calibration data: {100 * layer['error']:.3g} %" in parsed.text
-    (measured,) = evaluate.read_quality(out)
-    assert f"{measured['kl']:.4f}" in parsed.text
+        assert f"{layer.stored}, as quantized, calibration data: {100 * (layer.error or 0):.3g} %" in parsed.text
+    (measured,) = quality.read_measurements(out)
+    assert f"{measured.kl:.4f}" in parsed.text
     assert {picture.stem for picture in pictures} == {"errors", "bits", "size", "coverage", "weights", "codes"}
     assert all(picture.read_bytes().startswith(b"\x89PNG") and picture.parent == page.parent for picture in pictures)
     assert verify.verify(out).problems == []

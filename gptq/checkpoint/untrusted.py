@@ -5,8 +5,6 @@ by a pipe nor led to files elsewhere, which a run would copy into its result and
 """
 
 import json
-import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,44 +83,3 @@ def _check_values(content: Any) -> None:
         if not level:
             return
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-
-
-Check = Callable[[Any], bool]
-
-
-def number(low: float, high: float, kind: type = float) -> Check:
-    """Whether a value is a number from `low` to `high`, a whole one where `kind` is int."""
-    kinds = (int,) if kind is int else (int, float)
-    return lambda value: type(value) in kinds and math.isfinite(value) and low <= value <= high
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def optional(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def list_of(check: Check, most: float = math.inf) -> Check:
-    return lambda value: isinstance(value, list) and len(value) <= most and all(map(check, value))
-
-
-def dict_of(check: Check, key: Check = is_text) -> Check:
-    return lambda value: isinstance(value, dict) and all(key(k) and check(v) for k, v in value.items())
-
-
-def check_fields(values: Any, fields: Mapping[str, Check], needed: tuple[str, ...], where: str) -> None:
-    """Hold an object that a file of our own should hold against what its fields may be; others are let be.
-
-    Raises:
-        InputError: it is none, lacks a field, or a field is something else; names it.
-    """
-    if not isinstance(values, dict):
-        raise InputError(f"{where} is damaged: {str(values)[:80]!r} is not an object")
-    for key in needed:
-        if key not in values:
-            raise InputError(f"{where} is damaged: {key!r} is missing")
-    for key, check in fields.items():
-        if key in values and not check(values[key]):
-            raise InputError(f"{where} is damaged: {key!r} is {str(values[key])[:80]!r}")

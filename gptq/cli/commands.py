@@ -23,11 +23,12 @@ from gptq.compute.distributed import current_ranks, process_group
 from gptq.config import Method, Override, QuantConfig
 from gptq.errors import InputError, printable
 from gptq.evaluation import evaluate, report
+from gptq.evaluation.quality import Measurement, add_measurement, read_measurements
 from gptq.formats import compatibility
 from gptq.models.hf_config import choose_device, choose_dtype, fitting_seq_len
 from gptq.output import verify
 from gptq.output.convert import convert
-from gptq.output.record import public_name, read_record
+from gptq.output.record import PerplexityRecord, public_name, read_record
 from gptq.pipeline.quantize import Result, quantize
 from gptq.pipeline.run import Observer
 from gptq.pipeline.search import FEWEST_WINDOWS
@@ -238,7 +239,7 @@ def _eval(args: argparse.Namespace) -> int:
     if args.save:  # what could go wrong at the end is tried first
         if not folder.is_dir():
             raise InputError(f"--save writes beside the model, and {args.model} is not a folder")
-        evaluate.read_quality(folder)
+        read_measurements(folder)
     if args.card:
         read_record(Path(args.model))  # before the work
     with Progress() as progress:
@@ -259,9 +260,9 @@ def _eval(args: argparse.Namespace) -> int:
             f"note: windows are {found.seq_len} tokens, the model's limit, instead of {args.seq_len}", file=sys.stderr
         )
     if args.save:
-        evaluate.save(folder, {"data": args.data, "original": args.against, **found.to_dict()})
+        add_measurement(folder, Measurement(data=args.data, original=args.against, **_numbers(found)))
     if args.card:
-        verify.note_perplexity(args.model, {"data": public_name(args.data), **found.to_dict()})
+        verify.note_perplexity(args.model, PerplexityRecord(data=public_name(args.data), **_numbers(found)))
     if args.json:
         _print_json(found.to_dict())
         return 0
@@ -271,6 +272,14 @@ def _eval(args: argparse.Namespace) -> int:
     else:
         print(f"perplexity {found.perplexity:.4f} over {text}")
     return 0
+
+
+def _numbers(found: evaluate.Perplexity) -> dict[str, Any]:
+    """What was measured, in JSON's values."""
+    numbers = found.to_dict()
+    if numbers.get("intervals"):
+        numbers["intervals"] = {name: list(ends) for name, ends in numbers["intervals"].items()}
+    return numbers
 
 
 def _print_comparison(found: evaluate.Comparison, text: str) -> None:

@@ -1,7 +1,7 @@
 """One description of a chart, drawn twice: as SVG for a page, whose colours the page's style decides, and as PNG."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -18,7 +18,7 @@ class Series:
     """Numbers along the x axis; None where there is none."""
 
     name: str
-    values: list[float | None]
+    values: Sequence[float | None]
 
 
 @dataclass(frozen=True)

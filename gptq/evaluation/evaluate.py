@@ -1,6 +1,5 @@
 """Perplexity of a model on a text, and how far a quantized model's predictions are from the original's."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gptq import calibration
 from gptq.checkpoint.hub import resolve
-from gptq.checkpoint.untrusted import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
 from gptq.errors import InputError
 from gptq.inference.load import load
 from gptq.models.blocks import find_blocks
@@ -22,7 +20,6 @@ from gptq.models.forward import check_tokens, run
 from gptq.models.hf_config import choose_dtype, fitting_seq_len, read_config, read_tokenizer
 from gptq.models.tensor_names import check_tensors
 from gptq.models.weights import WeightStream
-from gptq.output.results import QUALITY
 from gptq.pipeline.block import set_original_weights
 from gptq.pipeline.block_walk import BlockWalk
 
@@ -286,41 +283,3 @@ def original_logits(
             yield output.logits[0, :-1]
             done += len(blocks)
             progress(done, total)
-
-
-# --- what was measured, kept beside the model -------------------------------------------------------------------------
-
-
-def save(folder: Path, measured: dict[str, Any]) -> None:
-    """Add a measurement to the folder's quality.json; it replaces one of the same text, windows and original."""
-    setting = ("data", "original", "seq_len", "windows")
-    kept = [old for old in read_quality(folder) if any(old.get(key) != measured.get(key) for key in setting)]
-    content = json.dumps({"measurements": [*kept, measured]}, indent=2, ensure_ascii=False)
-    partial_file = folder / f"{QUALITY}.partial"
-    partial_file.write_text(content + "\n", encoding="utf-8")
-    partial_file.replace(folder / QUALITY)
-
-
-def read_quality(folder: Path) -> list[dict[str, Any]]:
-    """The measurements that `save` kept, none if there is no file.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    file = folder / QUALITY
-    if not file.is_file():
-        return []
-    content = read_json(file)
-    check_fields(content, {"measurements": list_of(lambda _: True)}, ("measurements",), f"{file}, to be deleted,")
-    measurements: list[dict[str, Any]] = content["measurements"]
-    for measured in measurements:
-        check_fields(measured, MEASURED, ("perplexity", "data"), f"{file}, to be deleted,")
-    return measurements
-
-
-NUMBER, COUNT = number(-1e30, 1e30), number(0, 2**60, int)
-MEASURED: dict[str, Check] = {
-    "data": is_text, "original": optional(is_text), "windows": COUNT, "seq_len": COUNT, "tokens": COUNT,
-    **dict.fromkeys(("perplexity", "original_perplexity", "gap", "kl", "top1_agreement"), NUMBER),
-    "intervals": optional(dict_of(lambda ends: list_of(NUMBER, 2)(ends) and len(ends) == 2)),
-}  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Any
 from gptq.checkpoint.untrusted import check_folder
 from gptq.evaluation import charts
 from gptq.evaluation.charts import Chart, Series
-from gptq.evaluation.evaluate import read_quality
-from gptq.output.record import read_record
+from gptq.evaluation.quality import Measurement, read_measurements
+from gptq.output.record import LayerRecord, Record, WrittenRecord, read_record
 from gptq.output.results import QUALITY
 
 PAGE = "index.html"
@@ -65,7 +65,7 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
         InputError: the folder has no record, or a damaged one.
     """
     check_folder(folder)
-    record, measurements = read_record(folder), read_quality(folder)
+    record, measurements = read_record(folder), read_measurements(folder)
     figures = {name: draw(record) for name, draw in FIGURES.items()}
     drawn = {name: chart for name, chart in figures.items() if chart}
     to = to or folder / "report"
@@ -74,7 +74,7 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
     page.write_text(_page(folder.resolve().name, record, measurements, drawn), encoding="utf-8")
     pictures = []
     if find_spec("matplotlib"):
-        worst = max(record["layers"], key=lambda layer: layer["error"] or 0.0)
+        worst = max(record.layers, key=lambda layer: layer.error or 0.0)
         for name, chart in {**drawn, **_histograms(worst)}.items():
             pictures.append(_own_file(to / f"{name}.png"))
             charts.png(chart, pictures[-1])
@@ -91,41 +91,41 @@ def _own_file(path: Path) -> Path:
 # --- the record as charts ---------------------------------------------------------------------------------------------
 
 
-def errors(record: dict[str, Any]) -> Chart | None:
-    layers = record["layers"]
-    if not _measured(layers):
+def errors(record: Record) -> Chart | None:
+    layers = record.layers
+    if not _known_errors(layers):
         return None
-    if _rounded(record):
-        series = [Series("round to nearest", _column(layers, "error"))]
+    if record.is_rounded:
+        series = [Series("round to nearest", [layer.error for layer in layers])]
         return _by_layer(record, "Relative weight error", series, percent=True)
     series = [
-        Series("as quantized, calibration data", _column(layers, "error")),
-        Series("round to nearest, calibration data", _column(layers, "rtn_error")),
+        Series("as quantized, calibration data", [layer.error for layer in layers]),
+        Series("round to nearest, calibration data", [layer.rtn_error for layer in layers]),
     ]
-    if any(layer.get("heldout_error") is not None for layer in layers):
-        series.append(Series("as quantized, held-out data", _column(layers, "heldout_error")))
+    if any(layer.heldout_error is not None for layer in layers):
+        series.append(Series("as quantized, held-out data", [layer.heldout_error for layer in layers]))
     return _by_layer(record, "Relative output error", series, percent=True)
 
 
-def bits(record: dict[str, Any]) -> Chart | None:
-    if not any(layer.get("bits") for layer in record["layers"]):
+def bits(record: Record) -> Chart | None:
+    if not any(layer.bits for layer in record.layers):
         return None
-    return _by_layer(record, "Bits of a code", [Series("bits", _column(record["layers"], "bits"))], "bars")
+    return _by_layer(record, "Bits of a code", [Series("bits", [layer.bits for layer in record.layers])], "bars")
 
 
-def coverage(record: dict[str, Any]) -> Chart | None:
-    layers = record["layers"]
-    if _rounded(record) or not any(layer.get("tokens") for layer in layers):
+def coverage(record: Record) -> Chart | None:
+    layers = record.layers
+    if record.is_rounded or not any(layer.tokens for layer in layers):
         return None
-    return _by_layer(record, "Calibration tokens", [Series("tokens", _column(layers, "tokens"))], "bars")
+    return _by_layer(record, "Calibration tokens", [Series("tokens", [layer.tokens for layer in layers])], "bars")
 
 
-def size(record: dict[str, Any]) -> Chart | None:
-    sizes = record.get("sizes")
+def size(record: Record) -> Chart | None:
+    sizes = record.sizes
     if not sizes:
         return None
-    quantized = [sizes["quantized_bytes_before"], sizes["quantized_bytes_after"]]
-    files = [sizes["file_bytes_before"], sizes["file_bytes_after"]]
+    quantized = [sizes.quantized_bytes_before, sizes.quantized_bytes_after]
+    files = [sizes.file_bytes_before, sizes.file_bytes_after]
     others = [max(file - part, 0) for file, part in zip(files, quantized, strict=True)]
     series = [Series("quantized layers", quantized), Series("everything else", others)]
     names = ["before", "after"]
@@ -133,27 +133,21 @@ def size(record: dict[str, Any]) -> Chart | None:
     return Chart("Size of the weight files", "", "bytes", series, "bars", names, ticks, width=440)
 
 
-FIGURES: dict[str, Callable[[dict[str, Any]], Chart | None]] = {
+FIGURES: dict[str, Callable[[Record], Chart | None]] = {
     "errors": errors, "bits": bits, "size": size, "coverage": coverage,
 }  # fmt: skip
 
 
-def _rounded(record: dict[str, Any]) -> bool:
-    return bool((record["config"] or {}).get("method") == "rtn")
+def _known_errors(layers: list[LayerRecord]) -> list[tuple[float, float]]:
+    """Each layer's error and round-to-nearest's, where they are known; of another tool's layers they are not."""
+    return [
+        (layer.error, layer.rtn_error) for layer in layers if layer.error is not None and layer.rtn_error is not None
+    ]
 
 
-def _measured(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The layers whose errors are known; of a converted file of another tool there are none."""
-    return [layer for layer in layers if layer["error"] is not None and layer["rtn_error"] is not None]
-
-
-def _column(layers: list[dict[str, Any]], key: str) -> list[float | None]:
-    return [layer.get(key) for layer in layers]
-
-
-def _by_layer(record: dict[str, Any], title: str, series: list[Series], kind: str = "dots", **options: Any) -> Chart:
+def _by_layer(record: Record, title: str, series: list[Series], kind: str = "dots", **options: Any) -> Chart:
     """A chart with a position per layer, and ticks where blocks begin."""
-    names = [layer["stored"] for layer in record["layers"]]
+    names = [layer.stored for layer in record.layers]
     starts = [(i, number) for i, number in enumerate(map(_block, names)) if i == 0 or number != _block(names[i - 1])]
     every = -(-len(starts) // MAX_TICKS)
     ticks: dict[float, str] = {float(i): number for i, number in starts[::every]}
@@ -164,20 +158,20 @@ def _block(name: str) -> str:
     return next((part for part in name.split(".") if part.isdigit()), "")
 
 
-def _histograms(layer: dict[str, Any]) -> dict[str, Chart]:
+def _histograms(layer: LayerRecord) -> dict[str, Chart]:
     """Of the weights and codes of one layer, as far as they were recorded."""
     found = {}
-    if layer.get("weight_histogram") and "weight_range" in layer:
-        counts, largest = layer["weight_histogram"], layer["weight_range"]
+    if layer.weight_histogram and layer.weight_range is not None:
+        counts, largest = layer.weight_histogram, layer.weight_range
         ends = {-0.5: -largest, len(counts) / 2 - 0.5: 0.0, len(counts) - 0.5: largest}
         ticks = {at: f"{value:.3g}" for at, value in ends.items()}
-        title = f"Weights of {layer['stored']} before quantization"
+        title = f"Weights of {layer.stored} before quantization"
         found["weights"] = Chart(title, "weight", "how many", [Series("weights", counts)], "bars", [], ticks, width=440)
-    if layer.get("code_histogram") and "bits" in layer:
-        counts = layer["code_histogram"]
-        width, every = 2 ** layer["bits"] // len(counts), max(1, len(counts) // 16)
+    if layer.code_histogram and layer.bits is not None:
+        counts = layer.code_histogram
+        width, every = 2**layer.bits // len(counts), max(1, len(counts) // 16)
         ticks = {float(i): str(i * width) for i in range(0, len(counts), every)}
-        title = f"Codes of {layer['stored']}"
+        title = f"Codes of {layer.stored}"
         found["codes"] = Chart(title, "code", "how many", [Series("codes", counts)], "bars", [], ticks, width=440)
     return found
 
@@ -185,7 +179,7 @@ def _histograms(layer: dict[str, Any]) -> dict[str, Chart]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _page(name: str, record: dict[str, Any], measurements: list[dict[str, Any]], drawn: dict[str, Chart]) -> str:
+def _page(name: str, record: WrittenRecord, measurements: list[Measurement], drawn: dict[str, Chart]) -> str:
     body = "".join(
         [
             f"<h1>{escape(name)}</h1>",
@@ -204,38 +198,38 @@ def _page(name: str, record: dict[str, Any], measurements: list[dict[str, Any]],
     )
 
 
-def _settings(record: dict[str, Any]) -> str:
-    config = record["config"] or {}
+def _settings(record: WrittenRecord) -> str:
+    config = record.config or {}
     shown = [f"{key} {value}" for key, value in config.items()]
-    calibrated = f"calibrated on {record['calibration']}" if record.get("calibration") else "no calibration"
-    return f"Written by {record.get('quantizer', 'an unknown version')}; {calibrated}; {', '.join(shown)}."
+    calibrated = f"calibrated on {record.calibration}" if record.calibration else "no calibration"
+    return f"Written by {record.quantizer or 'an unknown version'}; {calibrated}; {', '.join(shown)}."
 
 
-def _cards(record: dict[str, Any], measurements: list[dict[str, Any]]) -> Iterator[str]:
-    layers, sizes = record["layers"], record.get("sizes")
+def _cards(record: Record, measurements: list[Measurement]) -> Iterator[str]:
+    layers, sizes = record.layers, record.sizes
     yield _card(str(len(layers)), "quantized layers")
     if sizes:
-        yield _card(f"{sizes['bits_per_weight']:.2f}", "bits per weight in them, everything stored counted")
-        before, after = (f"{charts.label(sizes[f'file_bytes_{when}'], False)}B" for when in ("before", "after"))
+        yield _card(f"{sizes.bits_per_weight:.2f}", "bits per weight in them, everything stored counted")
+        before, after = (f"{charts.label(size, False)}B" for size in (sizes.file_bytes_before, sizes.file_bytes_after))
         yield _card(after, f"on disk, {before} before")
-    measured = _measured(layers)
-    if measured and not _rounded(record):
-        kept = sum(layer["error"] for layer in measured) / max(sum(layer["rtn_error"] for layer in measured), 1e-30)
+    errors = _known_errors(layers)
+    if errors and not record.is_rounded:
+        kept = sum(error for error, _ in errors) / max(sum(rtn_error for _, rtn_error in errors), 1e-30)
         yield _card(f"{kept:.0%}", "of round-to-nearest's layer errors remain")
     if measurements:
         last = measurements[-1]
-        text = str(last["data"]).rpartition("/")[2]
-        original = f"; the original's is {last['original_perplexity']:.3f}" if "original_perplexity" in last else ""
-        yield _card(f"{last['perplexity']:.3f}", f"perplexity on {text}{original}")
-        if "kl" in last:
-            yield _card(f"{last['kl']:.4f}", "KL divergence from the original, nats per token")
+        text = last.data.rpartition("/")[2]
+        original = "" if last.original_perplexity is None else f"; the original's is {last.original_perplexity:.3f}"
+        yield _card(f"{last.perplexity:.3f}", f"perplexity on {text}{original}")
+        if last.kl is not None:
+            yield _card(f"{last.kl:.4f}", "KL divergence from the original, nats per token")
 
 
 def _card(number: str, what: str) -> str:
     return f'<div class="card"><b>{escape(number)}</b>{escape(what)}</div>'
 
 
-def _quality(measurements: list[dict[str, Any]]) -> str:
+def _quality(measurements: list[Measurement]) -> str:
     if not measurements:
         return (
             '<h2>Perplexity and KL divergence</h2><p class="soft">Not measured yet: <code>gptq eval OUT --against '
@@ -248,17 +242,19 @@ def _quality(measurements: list[dict[str, Any]]) -> str:
         ("kl", "KL, nats per token", "{:.4f}"),
         ("top1_agreement", "top-1 agreement", "{:.2%}"),
     )
-    columns = [column for column in known_columns if any(column[0] in measured for measured in measurements)]
+    columns = [
+        column for column in known_columns if any(measured.number(column[0]) is not None for measured in measurements)
+    ]
     head = "".join(f"<th>{title}</th>" for _, title, _ in columns)
     rows = []
     for measured in measurements:
-        cells = [f"{escape(str(measured['data']))}<br><small>{escape(_windows(measured))}</small>"]
+        cells = [f"{escape(measured.data)}<br><small>{escape(_windows(measured))}</small>"]
         for key, _, form in columns:
-            ends = (measured.get("intervals") or {}).get(key)
+            number, ends = measured.number(key), (measured.intervals or {}).get(key)
             interval = f"<br><small>{form.format(ends[0])} to {form.format(ends[1])}</small>" if ends else ""
-            cells.append(form.format(measured[key]) + interval if key in measured else "")
+            cells.append("" if number is None else form.format(number) + interval)
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    known = any(measured.get("intervals") for measured in measurements)
+    known = any(measured.intervals for measured in measurements)
     note = '<p class="soft">Small: 95 % paired bootstrap intervals over windows.</p>' if known else ""
     return (
         '<h2>Perplexity and KL divergence</h2><div class="wide">'
@@ -266,15 +262,13 @@ def _quality(measurements: list[dict[str, Any]]) -> str:
     )
 
 
-def _windows(measured: dict[str, Any]) -> str:
-    return (
-        f"{measured['windows']} windows of {measured['seq_len']} tokens"
-        if {"windows", "seq_len"} <= measured.keys()
-        else ""
-    )
+def _windows(measured: Measurement) -> str:
+    if measured.windows is None or measured.seq_len is None:
+        return ""
+    return f"{measured.windows} windows of {measured.seq_len} tokens"
 
 
-def _section(key: str, chart: Chart, record: dict[str, Any]) -> str:
+def _section(key: str, chart: Chart, record: Record) -> str:
     marks = [
         f'<span><svg viewBox="0 0 10 10"><circle class="c{i}" cx="5" cy="5" r="5"/></svg> {escape(series.name)}</span>'
         for i, series in enumerate(chart.series)
@@ -286,19 +280,19 @@ def _section(key: str, chart: Chart, record: dict[str, Any]) -> str:
     )
 
 
-def _explained(key: str, record: dict[str, Any]) -> str:
-    layers = record["layers"]
-    if key == "errors" and _rounded(record):
+def _explained(key: str, record: Record) -> str:
+    layers = record.layers
+    if key == "errors" and record.is_rounded:
         return "||W - Q||² / ||W||² of each layer's weight W and what is stored for it, Q."
     if key == "coverage":
-        fewest = min(layers, key=lambda layer: (layer.get("tokens") or 0) / (layer.get("inputs") or 1))
-        tokens = fewest.get("tokens") or 0
-        ratio = f", {tokens / fewest['inputs']:.0f} per input" if fewest.get("inputs") else ""
-        total = record.get("sizes", {}).get("calibration_tokens")
+        fewest = min(layers, key=lambda layer: (layer.tokens or 0) / (layer.inputs or 1))
+        tokens = fewest.tokens or 0
+        ratio = f", {tokens / fewest.inputs:.0f} per input" if fewest.inputs else ""
+        total = record.sizes.calibration_tokens if record.sizes else None
         which = f"Of {total} calibration tokens those" if total else "Calibration tokens"
         return (
             f"{which} that reached each layer. They choose its codes: with few per input, a layer is fitted to chance. "
-            f"Fewest: {fewest['stored']} with {tokens}{ratio}."
+            f"Fewest: {fewest.stored} with {tokens}{ratio}."
         )
     return {
         "errors": "||(W - Q) X||² / ||W X||² of each layer, for inputs X that went through the quantized layers before "
@@ -308,26 +302,27 @@ def _explained(key: str, record: dict[str, Any]) -> str:
     }[key]
 
 
-def _layers(record: dict[str, Any]) -> str:
-    rows = "".join(_layer(layer, record) for layer in record["layers"])
+def _layers(record: Record) -> str:
+    rows = "".join(_layer(layer, record) for layer in record.layers)
     return f"<h2>Every layer</h2><p>A layer opens to the histograms of its weights and codes.</p>{rows}"
 
 
-def _layer(layer: dict[str, Any], record: dict[str, Any]) -> str:
-    facts = [f"{layer['bits']} bits"] if "bits" in layer else []
-    if "group_size" in layer:
-        facts.append(f"groups of {layer['group_size']}")
-    if "inputs" in layer and "outputs" in layer:
-        facts.append(f"{layer['outputs']} x {layer['inputs']}")
-    for key, what in (("error", "error"), ("rtn_error", "round-to-nearest")):
-        if layer[key] is not None and (key == "error" or not _rounded(record)):
-            facts.append(f"{what} {charts.label(layer[key], True)}")
-    if layer.get("heldout_error") is not None:
-        facts.append(f"held-out {charts.label(layer['heldout_error'], True)}")
+def _layer(layer: LayerRecord, record: Record) -> str:
+    facts = [] if layer.bits is None else [f"{layer.bits} bits"]
+    if layer.group_size is not None:
+        facts.append(f"groups of {layer.group_size}")
+    if layer.inputs is not None and layer.outputs is not None:
+        facts.append(f"{layer.outputs} x {layer.inputs}")
+    if layer.error is not None:
+        facts.append(f"error {charts.label(layer.error, True)}")
+    if layer.rtn_error is not None and not record.is_rounded:
+        facts.append(f"round-to-nearest {charts.label(layer.rtn_error, True)}")
+    if layer.heldout_error is not None:
+        facts.append(f"held-out {charts.label(layer.heldout_error, True)}")
     pictures = "".join(
         f"<figure><figcaption>{escape(chart.title)}</figcaption>{charts.svg(replace(chart, title=key))}</figure>"
         for key, chart in _histograms(layer).items()
     )
     content = f'<div class="pair">{pictures}</div>' if pictures else "<p>This record holds no histograms.</p>"
-    summary = f"<summary>{escape(layer['stored'])} <span>{escape(', '.join(facts))}</span></summary>"
+    summary = f"<summary>{escape(layer.stored)} <span>{escape(', '.join(facts))}</span></summary>"
     return f"<details>{summary}{content}</details>"

@@ -16,11 +16,13 @@ name, the first match wins, and `-:` in front means "not quantized".
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
+from gptq.checkpoint.json_objects import Options, read_options
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format, QuantConfig
@@ -206,14 +208,38 @@ def dynamic_rules(everywhere: Scheme, layers: Layers, kept: Collection[str]) -> 
     return rules
 
 
+def _require_gptq_bits(bits: int) -> int:
+    if bits not in GPTQ_BITS:
+        raise ValueError("width")
+    return bits
+
+
+def _require_group_size(size: int) -> int:
+    if size != -1 and size < 1:
+        raise ValueError("size")
+    return size
+
+
+class _SchemeOptions(Options):
+    bits: Annotated[int, AfterValidator(_require_gptq_bits)] = Field(description="GPTQ files hold 2, 3, 4 or 8")
+    group_size: Annotated[int, AfterValidator(_require_group_size)] = Field(
+        description="it is -1 or a number of columns"
+    )
+    sym: bool = Field(False, description="it is true or false")  # without it, the zero points in the file are used
+    desc_act: bool = Field(False, description="it is true or false")
+
+
+class _Rules(Options):
+    dynamic: Annotated[dict[str, dict[str, Any]], BeforeValidator(lambda rules: rules or {})] = Field(
+        {}, description="it holds rules by expression, each an object of options"
+    )
+
+
 def _read_schemes(where: str | Path, quantization: Mapping[str, Any], name: Format) -> Quantization:
     by_gptqmodel = name == GptqV1.name and any(maker.startswith("gptqmodel") for maker in _makers(quantization))
-    everywhere = _read_scheme(where, quantization, name, by_gptqmodel)
+    everywhere = _read_scheme(str(where), quantization, name, by_gptqmodel)
     rules: list[tuple[str, Scheme | None]] = []
-    dynamic = quantization.get("dynamic") or {}
-    if not isinstance(dynamic, dict) or not all(isinstance(options, dict) for options in dynamic.values()):
-        raise InputError(f"{where} says dynamic {dynamic!r}; it holds rules by expression, each an object of options")
-    for rule, options in dynamic.items():
+    for rule, options in read_options(_Rules, quantization, str(where)).dynamic.items():
         pattern = re.sub(r"^[+-]:", "", rule)
         check_expression(f"{where}, dynamic", pattern)
         if rule.startswith("-:"):
@@ -231,13 +257,6 @@ def _makers(quantization: Mapping[str, Any]) -> list[str]:
     return [str(maker) for maker in makers] if isinstance(makers, list | tuple) else [str(makers)]
 
 
-def _read_scheme(where: str | Path, values: Mapping[str, Any], name: Format, by_gptqmodel: bool) -> Scheme:
-    bits, group_size = values.get("bits"), values.get("group_size")
-    sym, desc_act = values.get("sym", False), values.get("desc_act", False)  # without `sym`, zero points are read
-    if type(bits) is not int or bits not in GPTQ_BITS:
-        raise InputError(f"{where} says bits {bits!r}; GPTQ files hold 2, 3, 4 or 8")
-    if type(group_size) is not int or (group_size != -1 and group_size < 1):
-        raise InputError(f"{where} says group_size {group_size!r}; it is -1 or a number of columns")
-    if type(sym) is not bool or type(desc_act) is not bool:
-        raise InputError(f"{where} says sym {sym!r} and desc_act {desc_act!r}; each is true or false")
-    return Scheme(bits, group_size, sym, name, desc_act, by_gptqmodel)
+def _read_scheme(where: str, values: Mapping[str, Any], name: Format, by_gptqmodel: bool) -> Scheme:
+    read = read_options(_SchemeOptions, values, where)
+    return Scheme(read.bits, read.group_size, read.sym, name, read.desc_act, by_gptqmodel)

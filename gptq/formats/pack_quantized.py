@@ -17,11 +17,13 @@ Linear) and a list of what to ignore.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from gptq.checkpoint.json_objects import Options, read_options
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format, QuantConfig
@@ -151,20 +153,15 @@ class PackQuantized(FileFormat):
         }
 
     def read_config(self, where: str | Path, quantization: Mapping[str, Any]) -> Quantization:
-        kind, groups = quantization.get("format"), quantization.get("config_groups")
-        if kind not in (self.name, "mixed-precision") or not isinstance(groups, dict) or not groups:
-            raise InputError(
-                f"{where} says format {kind!r} with {len(groups) if isinstance(groups, dict) else 'no'} config_groups; "
-                f"of compressed-tensors files those in {self.name!r} format are read"
-            )
+        read = read_options(_Config, quantization, str(where))
         exact: list[tuple[str, Scheme | None]] = []
         expressions: list[tuple[str, Scheme | None]] = []
         everywhere: Scheme | None = None
-        for name, group in groups.items():
-            if not isinstance(group, dict):
-                raise InputError(f"{where} has {group!r} for {name}, not an object")
-            scheme = self._read_group(f"{where}, {name},", group)
-            for target in _read_targets(where, group.get("targets", ())):
+        for name, values in read.config_groups.items():
+            group = read_options(_Group, values, f"{where}, {name},")
+            weights = read_options(_Weights, group.weights, f"{where}, {name},")
+            scheme = Scheme(weights.num_bits, weights.columns, weights.symmetric, self.name, weights.is_scattered)
+            for target in _checked_targets(where, group.targets):
                 if target == "Linear":
                     everywhere = scheme
                 elif target.startswith("re:"):
@@ -173,43 +170,94 @@ class PackQuantized(FileFormat):
                     exact.append((f"{re.escape(target)}$", scheme))
         ignored = [
             (target[3:] if target.startswith("re:") else f"{re.escape(target)}$", None)
-            for target in _read_targets(where, quantization.get("ignore"))
+            for target in _checked_targets(where, read.ignore)
         ]
         return Quantization(self.name, everywhere, (*ignored, *exact, *expressions))
 
-    def _read_group(self, where: str, group: Mapping[str, Any]) -> Scheme:
-        """Raises InputError for what is not weights of integers in groups or rows."""
-        weights = group.get("weights") or {}
-        if not isinstance(weights, dict):
-            raise InputError(f"{where} has {weights!r} for its weights, not an object")
-        bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-        strategy = strategy or ("channel" if size in (-1, None) else "group")
-        for key in ("input_activations", "output_activations"):
-            if group.get(key):
-                raise InputError(f"{where} quantizes {key.replace('_', ' ')}; only weights are read")
-        if group.get("format") not in (None, self.name):
-            raise InputError(f"{where} says format {group['format']!r}; {self.name!r} is read")
-        if weights.get("type", "int") != "int" or type(bits) is not int or not 1 <= bits <= 8:
-            raise InputError(
-                f"{where} says num_bits {bits!r} of type {weights.get('type')!r}; 1 to 8 bits of 'int' are read"
-            )
-        columns = -1 if strategy == "channel" else size
+
+# --- quantization_config ----------------------------------------------------------------------------------------------
+
+
+def _require_format(name: str | None) -> str | None:
+    if name not in (PackQuantized.name, None):
+        raise ValueError("format")
+    return name
+
+
+def _require_known_format(name: str) -> str:
+    return name if name == "mixed-precision" else _require_format(name) or name
+
+
+def _require_nothing(value: Any) -> None:
+    if value:
+        raise ValueError("something")
+
+
+def _require_int(kind: str) -> str:
+    if kind != "int":
+        raise ValueError("type")
+    return kind
+
+
+Targets = Annotated[list[str], BeforeValidator(lambda listed: listed or [])]
+ReadFormat = Annotated[str | None, AfterValidator(_require_format)]
+Nothing = Annotated[Any, AfterValidator(_require_nothing)]
+
+
+class _Config(Options):
+    format: Annotated[str, AfterValidator(_require_known_format)] = Field(
+        description="of compressed-tensors files those in 'pack-quantized' format are read"
+    )
+    config_groups: Annotated[dict[str, Any], Field(min_length=1)] = Field(
+        description="it is an object that holds groups"
+    )
+    ignore: Targets = Field([], description="it is a list of names")
+
+
+class _Group(Options):
+    targets: Targets = Field([], description="it is a list of names")
+    weights: Annotated[dict[str, Any], BeforeValidator(lambda weights: weights or {})] = Field(
+        {}, description="it is an object"
+    )
+    input_activations: Nothing = Field(None, description="only weights are read")
+    output_activations: Nothing = Field(None, description="only weights are read")
+    format: ReadFormat = Field(None, description="'pack-quantized' is read")
+
+
+class _Weights(Options):
+    num_bits: Annotated[int, Field(ge=1, le=8)] = Field(description="1 to 8 bits are read")
+    type: Annotated[str, AfterValidator(_require_int)] = Field("int", description="codes of 'int' are read")
+    strategy: Any = None
+    group_size: Any = None
+    symmetric: bool = Field(True, description="it is true or false")
+    actorder: Any = None
+
+    @property
+    def columns(self) -> int:
+        """Columns per group, -1 for one group per row."""
+        size: int = -1 if self._strategy == "channel" else self.group_size
+        return size
+
+    @property
+    def _strategy(self) -> Any:
+        return self.strategy or ("channel" if self.group_size in (-1, None) else "group")
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether groups are not runs of columns."""
+        return self.actorder in ("group", "dynamic", True)
+
+    @model_validator(mode="after")
+    def _require_size(self) -> "_Weights":
+        strategy, columns = self._strategy, self.columns
         if strategy not in ("group", "channel") or type(columns) is not int or columns < -1 or columns == 0:
-            raise InputError(
-                f"{where} says strategy {strategy!r}, group_size {size!r}; a 'group' has a size, or 'channel'"
-            )
-        scattered = weights.get("actorder") in ("group", "dynamic", True)
-        symmetric = weights.get("symmetric", True)
-        if type(symmetric) is not bool:
-            raise InputError(f"{where} says symmetric {symmetric!r}; it is true or false")
-        return Scheme(bits, columns, symmetric, self.name, scattered)
+            said = f"strategy {strategy!r}, group_size {self.group_size!r}"
+            raise ValueError(f"says {said}; a 'group' has a size, or it is a 'channel'")
+        return self
 
 
-def _read_targets(where: str | Path, listed: Any) -> list[str]:
-    targets = listed or []
-    if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
-        raise InputError(f"{where} has the targets or exceptions {listed!r}, which are not a list of names")
+def _checked_targets(where: str | Path, targets: list[str]) -> list[str]:
     for target in targets:
         if target.startswith("re:"):
             check_expression(where, target[3:])
-    return list(targets)
+    return targets

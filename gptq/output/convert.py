@@ -22,7 +22,8 @@ from gptq.models.blocks import find_blocks, is_transposed
 from gptq.models.build import empty_model, take_experts_apart
 from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names, check_tensors
-from gptq.output.record import model_name, quantization_config, read_record, unquantized_linears, write_files
+from gptq.output.files import quantization_config, unquantized_linears, write_files
+from gptq.output.record import LayerRecord, OriginRecord, Record, model_name, read_record
 from gptq.output.results import RECORD
 
 
@@ -83,7 +84,7 @@ def convert(
     linears = Linears(layers, *unquantized_linears(network, names, find_blocks(network)[0], stored))
     record = _record(model, folder, quantization, read.format)
     written = read_quantization("the new config.json", quantization_config(chosen, linears, record))
-    restored = (record.get("origin") or {}).get("format") == chosen
+    restored = record.origin is not None and record.origin.format == chosen
     schemes = written.schemes(targets)
     plans = {
         own: (packed[own], _written_scheme(schemes[own], scheme, own, packed[own].inputs))
@@ -98,12 +99,12 @@ def convert(
     with atomic_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
         writer = ShardWriter(partial_out, tensors, shards=[list(shard) for shard in shards])
         try:
-            entries = _write_tensors(source, plans, writer, record, restored, progress)
+            checksums = _write_tensors(source, plans, writer, record, restored, progress)
             writer.close()
         finally:
             writer.abandon()
-        model_names = {own: name for name, own in stored.items()}
-        record["layers"] = record["layers"] or [{"name": model_names[entry["stored"]], **entry} for entry in entries]
+        if not record.layers:
+            record = record.model_copy(update={"layers": _layer_records(stored, plans, checksums)})
         write_files(folder, partial_out, chosen, linears, record, writer.checksums)
         after = sum(file.stat().st_size for file in partial_out.glob("*.safetensors"))
     return Converted(str(out), chosen, len(plans), _notes(plans), source.file_bytes, after)
@@ -147,21 +148,21 @@ def _refuse_zero_points_of_0(source: Source, plans: dict[str, tuple[PackedLayer,
             )
 
 
-def _record(model: str | Path, folder: Path, quantization: dict[str, Any], kind: Format) -> dict[str, Any]:
+def _record(model: str | Path, folder: Path, quantization: dict[str, Any], kind: Format) -> Record:
     """What is known of how the layers were made: our own record, or that another tool made them, in these words."""
     if (folder / RECORD).is_file():
-        record = read_record(folder)
-        return {key: value for key, value in record.items() if key not in ("quantizer", "tensors", "files")}
+        return read_record(folder).without_checksums()
     meta = quantization.get("meta")
     maker = meta.get("quantizer") if isinstance(meta, dict) else None
-    return {
-        "model": model_name(model),
-        "config": None,
-        "calibration": None,
-        "layers": [],
-        "made_by": ", ".join(map(str, maker)) if isinstance(maker, list) else maker or quantization.get("quant_method"),
-        "origin": {"format": kind, "quantization_config": quantization},
-    }
+    made_by = ", ".join(map(str, maker)) if isinstance(maker, list) else maker or quantization.get("quant_method")
+    return Record(
+        model=model_name(model),
+        config=None,
+        calibration=None,
+        layers=[],
+        made_by=None if made_by is None else str(made_by),
+        origin=OriginRecord(format=kind, quantization_config=quantization),
+    )
 
 
 def _shards(source: Source, plans: dict[str, tuple[PackedLayer, Scheme]]) -> list[dict[str, TensorInfo]]:
@@ -186,31 +187,50 @@ def _write_tensors(
     source: Source,
     plans: dict[str, tuple[PackedLayer, Scheme]],
     writer: ShardWriter,
-    record: dict[str, Any],
+    record: Record,
     restored: bool,
     progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
-    """Write every tensor; returns an entry of the record for every layer, without its name in the model."""
-    recorded = {entry["stored"]: entry["weight_sha256"] for entry in record["layers"]}
-    entries = []
+) -> dict[str, str]:
+    """Write every tensor; returns the checksums of the layers' weights."""
+    recorded = {layer.stored: layer.weight_sha256 for layer in record.layers}
+    checksums: dict[str, str] = {}
     for name, (layer, scheme) in plans.items():
         codes = formats.decode(read_packed(source, name, layer), layer.scheme)
-        checksum = sha256(codes.weight())
-        if recorded.get(name, checksum) != checksum:
+        checksums[name] = sha256(codes.weight())
+        if recorded.get(name, checksums[name]) != checksums[name]:
             raise InputError(f"{name} does not unpack to the weight that was chosen for it; see `gptq verify`")
         for suffix, tensor in formats.encode(codes, scheme, layer.scale_dtype, allow_zero=restored).items():
             writer.write(f"{name}.{suffix}", tensor)
-        entries.append(
-            {
-                "stored": name, "bits": scheme.bits, "group_size": scheme.columns(layer.inputs),
-                "error": None, "rtn_error": None, "damp": None, "tokens": None, "weight_sha256": checksum,
-            }
-        )  # fmt: skip
-        progress(len(entries), len(plans))
+        progress(len(checksums), len(plans))
     for name in source.tensors:
         if name in writer.checksums and not writer.checksums[name]:
             writer.write(name, source.read(name))
-    return entries
+    return checksums
+
+
+def _layer_records(
+    stored: dict[str, str], plans: dict[str, tuple[PackedLayer, Scheme]], checksums: dict[str, str]
+) -> list[LayerRecord]:
+    """What is known of layers that another tool quantized.
+
+    Args:
+        stored: names in the checkpoint by those in the model.
+    """
+    model_names = {own: name for name, own in stored.items()}
+    return [
+        LayerRecord(
+            name=model_names[own],
+            stored=own,
+            bits=scheme.bits,
+            group_size=scheme.columns(layer.inputs),
+            error=None,
+            rtn_error=None,
+            damp=None,
+            tokens=None,
+            weight_sha256=checksums[own],
+        )
+        for own, (layer, scheme) in plans.items()
+    ]
 
 
 def _notes(plans: dict[str, tuple[PackedLayer, Scheme]]) -> list[str]:

@@ -2,13 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from gptq import formats
 from gptq.config import Format
 from gptq.errors import printable
 from gptq.formats.compatibility import engines
 from gptq.formats.scheme import Layers
+from gptq.output.record import Record
 from gptq.output.results import RECORD
 from gptq.version import __version__
 
@@ -25,10 +25,10 @@ def card_metadata(card: Path) -> dict[str, str]:
     return {key: value for key, value in entries if key in KEPT_METADATA}
 
 
-def model_card(chosen: Format, layers: Layers, record: dict[str, Any]) -> str:
+def model_card(chosen: Format, layers: Layers, record: Record) -> str:
     """README.md of a model repository: what this is, how it was made, what was measured, how to load it."""
-    name, made = record.get("model"), record["config"]
-    front = {"library_name": " transformers", **record.get("card_metadata", {})}
+    name = record.model
+    front = {"library_name": " transformers", **(record.card_metadata or {})}
     if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         front |= {"base_model": f" {name}", "base_model_relation": " quantized"}
     widths = sorted({scheme.bits for scheme, _ in layers.values()})
@@ -40,19 +40,21 @@ def model_card(chosen: Format, layers: Layers, record: dict[str, Any]) -> str:
         f"Written by `gptq` {__version__}; `gptq verify` compares the files with `{RECORD}`.",
         "",
     ]
-    lines += ["## How it was made", "", *_options(made, record), ""]
-    lines += _measured(record)
-    apart = record.get("experts")  # transformers fuses experts when it loads, and then has no layers for them
-    usage = ("import gptq", "", 'model = gptq.load("this folder")') if apart else formats.FORMATS[chosen].usage
+    lines += ["## How it was made", "", *_options(record), ""]
+    lines += _measurements(record)
+    # transformers fuses experts when it loads, and then has no layers for them
+    own = ("import gptq", "", 'model = gptq.load("this folder")')
+    usage = own if record.experts else formats.FORMATS[chosen].usage
     lines += ["## How to load it", "", "```python", *usage, "```", "", "## What loads it", ""]
     lines += [f"- {engine.name}: {'yes' if engine.takes else 'no'}, {engine.why}" for engine in engines(layers)]
     return "\n".join(lines) + "\n"
 
 
-def _options(made: dict[str, Any] | None, record: dict[str, Any]) -> list[str]:
+def _options(record: Record) -> list[str]:
+    made = record.config
     if made is None:
-        return [f"By another tool ({_inline(record.get('made_by') or 'which did not say its name')}), and converted."]
-    rows = {**made, "calibration": record["calibration"] or "none"}
+        return [f"By another tool ({_inline(record.made_by or 'which did not say its name')}), and converted."]
+    rows = {**made, "calibration": record.calibration or "none"}
     own = [(pattern, ", ".join(f"{k} {v}" for k, v in options.items())) for pattern, options in made["overrides"]]
     rows["overrides"] = "; ".join(f"`{pattern}`: {options}" for pattern, options in own).replace("|", "\\|") or "none"
     return ["| option | value |", "| --- | --- |", *(f"| {key} | {_inline(value)} |" for key, value in rows.items())]
@@ -66,19 +68,16 @@ def _inline(value: object) -> str:
     return printable(str(value)).translate({ord("<"): "&lt;", ord(">"): "&gt;"})
 
 
-def _measured(record: dict[str, Any]) -> list[str]:
-    errors = [entry for entry in record["layers"] if entry["error"] is not None]
-    found = [
-        f"- perplexity {entry['perplexity']:.4f} on `{_inline(entry['data'])}` ({entry['tokens']} tokens in windows of "
-        f"{entry['seq_len']})"
-        for entry in record.get("perplexity", [])
+def _measurements(record: Record) -> list[str]:
+    lines = [
+        f"- perplexity {measured.perplexity:.4f} on `{_inline(measured.data)}` ({measured.tokens} tokens in windows of "
+        f"{measured.seq_len})"
+        for measured in record.perplexity or []
     ]
+    errors = [(layer.error, layer.name or layer.stored) for layer in record.layers if layer.error is not None]
     if errors:
-        worst = max(errors, key=lambda entry: entry["error"])
-        mean = sum(entry["error"] for entry in errors) / len(errors)
-        what = "output on the calibration text" if record["calibration"] else "weight"
-        found.append(
-            f"- relative error of a layer's {what}: {mean:.2%} on average, "
-            f"{worst['error']:.2%} at `{_inline(worst.get('name', worst['stored']))}`"
-        )
-    return ["## Measured", "", *found, ""] if found else []
+        worst, name = max(errors, key=lambda entry: entry[0])
+        mean = sum(error for error, _ in errors) / len(errors)
+        what = "output on the calibration text" if record.calibration else "weight"
+        lines.append(f"- relative error of a layer's {what}: {mean:.2%} on average, {worst:.2%} at `{_inline(name)}`")
+    return ["## Measured", "", *lines, ""] if lines else []

@@ -1,52 +1,157 @@
-"""What is written beside the tensors: configuration, tokenizer, model card, and the record that `verify` compares with.
+"""quantization_record.json: how each layer was made and the checksums of what was written, as typed values.
 
 Nothing here holds a time or a path, so that the same run makes the same bytes.
 """
 
 import json
 import re
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from torch import nn
+from pydantic import AfterValidator, Field
 
-from gptq.checkpoint.atomic_folder import copy_files
-from gptq.checkpoint.tensors import sha256_file
-from gptq.checkpoint.untrusted import Check, check_fields, dict_of, is_text, list_of, number, optional, read_json
-from gptq.config import Format, QuantConfig
+from gptq.checkpoint.json_objects import Count, IfPresent, JsonObject, Printable, read_object
+from gptq.checkpoint.untrusted import read_json
+from gptq.config import FORMATS, Format
 from gptq.errors import InputError
-from gptq.formats import FORMATS
 from gptq.formats.quantization_config import quantization_of
-from gptq.formats.scheme import Layers, Linears
-from gptq.models.blocks import LINEAR, Block
-from gptq.models.tensor_names import Names
-from gptq.output.model_card import card_metadata, model_card
-from gptq.output.results import CARD, CODE_BINS, QUALITY, RECORD, WEIGHT_BINS, LayerResult
-from gptq.planning.plan import LayerPlan, Plan
-from gptq.version import __version__
-
-COPIED_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".md", "LICENSE", "NOTICE")
+from gptq.output.results import CARD, CODE_BINS, RECORD, WEIGHT_BINS, LayerResult
+from gptq.planning.plan import LayerPlan
 
 
-def linears_of(plan: Plan) -> Linears:
-    """The linear layers of a model that is planned."""
-    return Linears(plan.stored_layers, *unquantized_linears(plan.network, plan.names, plan.all_blocks, plan.layers))
+def _require_file_name(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError("a path")
+    return name
 
 
-def unquantized_linears(
-    network: nn.Module, names: Names, blocks: list[Block], layers: Collection[str]
-) -> tuple[list[str], list[str]]:
-    """Of the linear layers that are not in `layers` (by their names in the model), those inside the blocks and others.
+def _require_known_format(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError("format")
+    return name
 
-    Those inside by their names in the checkpoint; of those outside, no other than the model's is needed. Among these
-    are routers that are linear layers and more, which readers of the file must not take for packed.
-    """
-    kept = [name for block in blocks for name in block.linears if name not in layers]
-    others = [name for name, module in network.named_modules() if isinstance(module, LINEAR)]
-    inside = {*layers, *kept}
-    return [names.find_layer(name) for name in kept], [name for name in others if name not in inside]
+
+Error = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Bytes = Annotated[float, Field(ge=0, le=2**60, allow_inf_nan=False)]
+FileName = Annotated[Printable, AfterValidator(_require_file_name)]
+
+
+class LayerRecord(JsonObject):
+    """How one layer was made; see `LayerResult`."""
+
+    stored: Printable  # its name in the checkpoint
+    name: IfPresent[Printable] = None  # in the model
+    bits: IfPresent[Annotated[int, Field(ge=1, le=8)]] = None
+    group_size: IfPresent[Count] = None
+    error: Error | None
+    rtn_error: Error | None
+    heldout_error: Error | None = None
+    share: Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)] | None = None
+    damp: Error | None = None
+    tokens: Count | None = None
+    weight_sha256: str
+    outputs: IfPresent[Count] = None
+    inputs: IfPresent[Count] = None
+    weight_range: IfPresent[Error] = None
+    weight_histogram: IfPresent[Annotated[list[Count], Field(max_length=WEIGHT_BINS)]] = None
+    code_histogram: IfPresent[Annotated[list[Count], Field(max_length=CODE_BINS)]] = None
+
+
+class SizesRecord(JsonObject):
+    """Bytes of the quantized layers and of all safetensors files, before and after."""
+
+    __pydantic_extra__: dict[str, Annotated[int | float, Field(ge=0, le=2**60)]]
+    bits_per_weight: Bytes
+    quantized_bytes_before: Count
+    quantized_bytes_after: Count
+    file_bytes_before: Count
+    file_bytes_after: Count
+    calibration_tokens: IfPresent[Count] = None
+
+
+class BlockRecord(JsonObject):
+    """How far a block's output was from the original's before and after its tuning; see `BlockError`."""
+
+    name: str
+    solved: float
+    tuned: float
+
+
+class ExpertsRecord(JsonObject):
+    """How many calibration tokens each of a layer's experts saw; see `Coverage`."""
+
+    name: str
+    all_tokens: Count
+    tokens: list[Count]
+    blended: list[Count]
+
+
+class PerplexityRecord(JsonObject):
+    """A perplexity that was measured later."""
+
+    perplexity: Error
+    data: str
+    tokens: Count
+    seq_len: Count
+
+
+class OriginRecord(JsonObject):
+    """What another tool's file said of itself before it was converted."""
+
+    format: Annotated[Format, AfterValidator(_require_known_format)]
+    quantization_config: dict[str, Any]
+
+
+class Record(JsonObject):
+    """How a checkpoint was quantized; `config` holds `QuantConfig.to_dict`, and is None for another tool's."""
+
+    model: str | None = None
+    config: dict[str, Any] | None
+    calibration: str | None
+    sizes: IfPresent[SizesRecord] = None
+    layers: list[LayerRecord]
+    blocks: IfPresent[list[BlockRecord]] = None
+    experts: IfPresent[list[ExpertsRecord]] = None
+    made_by: str | None = None
+    origin: IfPresent[OriginRecord] = None
+    perplexity: IfPresent[list[PerplexityRecord]] = None
+    card_metadata: IfPresent[dict[str, str]] = None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the layers were rounded to nearest, without calibration."""
+        return bool((self.config or {}).get("method") == "rtn")
+
+
+class WrittenRecord(Record):
+    """A record as it lies in a folder, with the checksums of what lies beside it."""
+
+    quantizer: IfPresent[str] = None
+    tensors: dict[Printable, str]
+    files: dict[FileName, str]
+
+    def without_checksums(self) -> Record:
+        """How the checkpoint was quantized, apart from the files in which it lies."""
+        kept = self.to_dict()
+        return Record(**{key: value for key, value in kept.items() if key not in ("quantizer", "tensors", "files")})
+
+
+def layer_records(
+    plans: dict[str, LayerPlan],
+    results: list[LayerResult],
+    weight_checksums: dict[str, str],
+    spreads: dict[str, dict[str, Any]],
+) -> list[LayerRecord]:
+    """What the record says of each layer."""
+    records = []
+    for result in results:
+        plan = plans[result.name]
+        values = {"stored": plan.stored, **asdict(result), "weight_sha256": weight_checksums[result.name]}
+        del values["seconds"]
+        values |= {"outputs": plan.outputs, "inputs": plan.inputs, **spreads[result.name]}
+        records.append(LayerRecord(**values))
+    return records
 
 
 def model_name(model: str | Path) -> str:
@@ -59,159 +164,27 @@ def public_name(source: str) -> str:
     return Path(source).name if source.startswith(("/", ".", "~")) else source
 
 
-def layer_entries(
-    plans: dict[str, LayerPlan],
-    results: list[LayerResult],
-    weight_checksums: dict[str, str],
-    spreads: dict[str, dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """What the record says of each layer."""
-    entries = []
-    for result in results:
-        plan = plans[result.name]
-        entry = {"stored": plan.stored, **asdict(result), "weight_sha256": weight_checksums[result.name]}
-        del entry["seconds"]
-        entry |= {"outputs": plan.outputs, "inputs": plan.inputs, **spreads[result.name]}
-        entries.append(entry)
-    return entries
+def read_record(folder: Path) -> WrittenRecord:
+    """Raises InputError if the folder has no record, or a damaged one."""
+    file = folder / RECORD
+    if not file.is_file():
+        raise InputError(f"{folder} has no {RECORD}, so there is nothing to go by; another tool wrote it")
+    record = read_object(WrittenRecord, read_json(file), str(file))
+    if len({layer.stored for layer in record.layers}) < max(len(record.layers), 1):
+        raise InputError(f"{file} is damaged: it has no layers, or two entries for one")
+    return record
 
 
-def quantization_config(chosen: Format, linears: Linears, record: dict[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a file in a format, from how its layers are stored and how they were made.
-
-    A file of another tool keeps its own words where they are in that format.
-    """
-    origin, made, file_format = record.get("origin"), record["config"], FORMATS[chosen]
-    if origin and origin["format"] == chosen:
-        return dict(origin["quantization_config"])
-    if origin and FORMATS[origin["format"]].quant_method == file_format.quant_method:
-        return file_format.rename_config(origin["quantization_config"])
-    return file_format.write_config(linears, None if made is None else QuantConfig.from_dict(made))
-
-
-def write_files(
-    source: Path,
-    out: Path,
-    chosen: Format,
-    linears: Linears,
-    record: dict[str, Any],
-    checksums: dict[str, str],
-    changes: dict[str, Any] | None = None,
-) -> None:
-    """Write config.json, quantize_config.json (GPTQ), the source's small files, the model card, and the record.
-
-    Args:
-        record: `config`, `calibration`, `layers` and what else is known of how the layers were made.
-        checksums: of the tensors, by name.
-        changes: in config.json, section by section.
-    """
-    of_formats = {name for known in FORMATS.values() for name in known.config_files}
-    written = {"config.json", *of_formats, RECORD, CARD, QUALITY}  # the source's quality is not the result's
-    copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
-    quantization = quantization_config(chosen, linears, record)
-    hf_config = read_json(source / "config.json")
-    _write_json(out / "config.json", _merged(hf_config, changes or {}) | {"quantization_config": quantization})
-    for name in FORMATS[chosen].config_files:
-        _write_json(out / name, quantization)
-    metadata = card_metadata(source / CARD)
-    described = {**record, "card_metadata": metadata} if metadata else record
-    (out / CARD).write_text(model_card(chosen, linears.layers, described), encoding="utf-8")
-    files = {p.name: sha256_file(p) for p in sorted(out.iterdir()) if p.suffix != ".safetensors"}
-    whole = {
-        "quantizer": f"gptq {__version__}",
-        **described,
-        "tensors": dict(sorted(checksums.items())),
-        "files": files,
-    }
-    _write_json(out / RECORD, whole)
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes`, section by section; sections that `values` lacks are left out."""
-    merged = dict(values)
-    for key, change in changes.items():
-        if not isinstance(change, dict):
-            merged[key] = change
-        elif isinstance(values.get(key), dict):
-            merged[key] = _merged(values[key], change)
-    return merged
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     text = re.sub(r"\[[-\d,.\se]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # histograms on one line
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Raises InputError if the folder has no record, or a damaged one."""
-    file = folder / RECORD
-    if not file.is_file():
-        raise InputError(f"{folder} has no {RECORD}, so there is nothing to go by; another tool wrote it")
-    record = read_json(file)
-    check_fields(record, RECORDED, ("files", "tensors", "config", "calibration", "layers"), str(file))
-    for entry in record["layers"]:
-        check_fields(entry, OF_LAYER, ("stored", "weight_sha256", "error", "rtn_error"), str(file))
-    if len({entry["stored"] for entry in record["layers"]}) < max(len(record["layers"]), 1):
-        raise InputError(f"{file} is damaged: it has no layers, or two entries for one")
-    return record
-
-
-def is_claimed(folder: Path) -> bool:
+def claims_record(folder: Path) -> bool:
     """Whether a folder's own words say that there is a record: the model card's, or those of a GPTQ file."""
     card, quantization = folder / CARD, quantization_of(folder) or {}
     mentioned = card.is_file() and RECORD in card.read_text(encoding="utf-8", errors="replace")
     meta = quantization.get("meta")
     makers = meta.get("quantizer") if isinstance(meta, dict) else None
     return mentioned or (isinstance(makers, list) and any(str(maker).startswith("gptq:") for maker in makers))
-
-
-def _plain(name: Any) -> bool:
-    """Whether a name is that of a file in the folder itself, which can be printed."""
-    return is_text(name) and name.isprintable() and Path(name).name == name
-
-
-def _anything(_: Any) -> bool:
-    return True
-
-
-def _named(name: Any) -> bool:
-    return is_text(name) and name.isprintable()
-
-
-SIZES = {
-    "bits_per_weight", "quantized_bytes_before", "quantized_bytes_after", "file_bytes_before", "file_bytes_after",
-}  # fmt: skip
-COUNT, ERROR = number(0, 2**60, int), number(0, 1e30)
-OF_LAYER: dict[str, Check] = {
-    "stored": _named, "name": _named, "weight_sha256": is_text, "bits": number(1, 8, int), "group_size": COUNT,
-    "error": optional(ERROR), "rtn_error": optional(ERROR), "heldout_error": optional(ERROR),
-    "share": optional(number(-1e30, 1e30)), "damp": optional(ERROR), "tokens": optional(COUNT), "outputs": COUNT,
-    "inputs": COUNT, "weight_range": ERROR, "weight_histogram": list_of(COUNT, WEIGHT_BINS),
-    "code_histogram": list_of(COUNT, CODE_BINS),
-}  # fmt: skip
-RECORDED: dict[str, Check] = {
-    "files": dict_of(is_text, _plain), "tensors": dict_of(is_text, _named), "config": optional(dict_of(_anything)),
-    "layers": list_of(_anything), "model": optional(is_text), "calibration": optional(is_text), "quantizer": is_text,
-    "made_by": optional(is_text), "card_metadata": dict_of(is_text),
-    "sizes": lambda sizes: dict_of(number(0, 2**60))(sizes) and sizes.keys() >= SIZES,
-    "perplexity": list_of(lambda entry: isinstance(entry, dict) and all(
-        check(entry.get(key)) for key, check in MEASURED.items())),
-    "origin": lambda origin: isinstance(origin, dict) and origin.get("format") in tuple(FORMATS)
-    and isinstance(origin.get("quantization_config"), dict),
-}  # fmt: skip
-MEASURED: dict[str, Check] = {"perplexity": ERROR, "data": is_text, "tokens": COUNT, "seq_len": COUNT}
-
-
-# --- the model card ---------------------------------------------------------------------------------------------------
-
-
-def add_perplexity(folder: Path, entry: dict[str, Any], chosen: Format, layers: Layers) -> None:
-    """Write a measured perplexity into a folder's record and model card."""
-    record = read_record(folder)
-    if record["config"] is not None:
-        QuantConfig.from_dict(record["config"])  # the card lists its options
-    record["perplexity"] = [*record.get("perplexity", []), entry]
-    (folder / CARD).write_text(model_card(chosen, layers, record), encoding="utf-8")
-    record["files"][CARD] = sha256_file(folder / CARD)
-    _write_json(folder / RECORD, record)

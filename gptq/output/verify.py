@@ -22,7 +22,8 @@ from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.models.build import empty_model, take_experts_apart
 from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names, check_tensors
-from gptq.output.record import add_perplexity, is_claimed, read_record
+from gptq.output.files import add_perplexity
+from gptq.output.record import LayerRecord, PerplexityRecord, WrittenRecord, claims_record, read_record
 from gptq.output.results import RECORD
 
 
@@ -84,11 +85,11 @@ def inspect(folder: str | Path) -> Content:
     """
     folder = Path(folder)
     source, quantization = _open(folder)
-    errors: dict[str, dict[str, Any]] = {}
+    recorded: dict[str, LayerRecord] = {}
     if (folder / RECORD).is_file():
-        errors = {layer["stored"]: layer for layer in read_record(folder)["layers"]}
+        recorded = {layer.stored: layer for layer in read_record(folder).layers}
     packed = packed_layers(source, quantization)
-    layers = [_layer_content(source, name, layer, errors.get(name, {})) for name, layer in packed.items()]
+    layers = [_layer_content(source, name, layer, recorded.get(name)) for name, layer in packed.items()]
     of_layers = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in layer.suffixes}
     quantized = sum(layer.nbytes for layer in layers)
     return Content(
@@ -102,7 +103,7 @@ def inspect(folder: str | Path) -> Content:
     )
 
 
-def note_perplexity(folder: str | Path, measured: dict[str, Any]) -> None:
+def note_perplexity(folder: str | Path, measured: PerplexityRecord) -> None:
     """Write a measured perplexity into the record and the model card of a folder that this package wrote.
 
     Raises:
@@ -125,7 +126,7 @@ def _open(folder: Path) -> tuple[Source, Quantization]:
     return Source(folder), read_quantization(folder / "config.json", quantization)
 
 
-def _layer_content(source: Source, name: str, layer: PackedLayer, recorded: dict[str, Any]) -> LayerContent:
+def _layer_content(source: Source, name: str, layer: PackedLayer, recorded: LayerRecord | None) -> LayerContent:
     scheme = layer.scheme
     g_idx = formats.decode_groups(read_packed(source, name, layer, with_codes=False), scheme, layer.inputs)
     group_size = int(torch.bincount(g_idx).max())
@@ -138,8 +139,8 @@ def _layer_content(source: Source, name: str, layer: PackedLayer, recorded: dict
         inputs=layer.inputs,
         ordered_groups=bool((g_idx == torch.arange(layer.inputs) // group_size).all()),
         nbytes=layer.nbytes,
-        error=recorded.get("error"),
-        rtn_error=recorded.get("rtn_error"),
+        error=recorded.error if recorded else None,
+        rtn_error=recorded.rtn_error if recorded else None,
     )
 
 
@@ -159,24 +160,24 @@ def verify(folder: str | Path) -> Verification:
         source, quantization = _open(folder)
         packed = packed_layers(source, quantization)
         problems = [*_inconsistent(folder, source, packed)]
-        if is_claimed(folder):
+        if claims_record(folder):
             lost = f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it"
             problems = [lost, *problems]
         return Verification(False, len(packed), len(source.tensors), 0, problems)
     check_folder(folder)
     record = read_record(folder)
-    problems = [*_changed_files(folder, record["files"])]
+    problems = [*_changed_files(folder, record.files)]
     if any(problem.startswith(("config.json", QUANTIZE_CONFIG)) for problem in problems):
-        problems += _changed_schemes(folder, record["layers"])
+        problems += _changed_schemes(folder, record.layers)
     try:
         source, quantization = _open(folder)
         packed = packed_layers(source, quantization)
     except InputError as error:
         problems += [str(error), *_lost(folder, record)]
     else:
-        problems += [*_changed_tensors(source, record["tensors"])]
-        problems += _changed_weights(source, packed, record["layers"])
-    return Verification(True, len(record["layers"]), len(record["tensors"]), len(record["files"]), problems)
+        problems += [*_changed_tensors(source, record.tensors)]
+        problems += _changed_weights(source, packed, record.layers)
+    return Verification(True, len(record.layers), len(record.tensors), len(record.files), problems)
 
 
 def _inconsistent(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
@@ -219,26 +220,26 @@ def _changed_files(folder: Path, recorded: dict[str, str]) -> Iterator[str]:
             yield f"{name} was changed after it was written"
 
 
-def _changed_schemes(folder: Path, recorded: list[dict[str, Any]]) -> Iterator[str]:
+def _changed_schemes(folder: Path, recorded: list[LayerRecord]) -> Iterator[str]:
     """Layers of which the folder's configuration says another width or group size than the record."""
     try:
         quantization = read_quantization(folder / "config.json", quantization_of(folder) or {})
-        schemes = quantization.schemes(layer["stored"] for layer in recorded)
+        schemes = quantization.schemes(layer.stored for layer in recorded)
     except InputError:
         return  # it will be said when the checkpoint is opened
     for layer in recorded:
-        if not {"bits", "group_size", "inputs"} <= layer.keys():
+        if layer.bits is None or layer.group_size is None or layer.inputs is None:
             continue
-        scheme, was = schemes[layer["stored"]], f"{layer['bits']} bits in groups of {layer['group_size']}"
-        now = f"{scheme.bits} bits in groups of {scheme.columns(layer['inputs'])}" if scheme else "not quantized"
+        scheme, was = schemes[layer.stored], f"{layer.bits} bits in groups of {layer.group_size}"
+        now = f"{scheme.bits} bits in groups of {scheme.columns(layer.inputs)}" if scheme else "not quantized"
         if now != was:
-            yield f"{layer['stored']} was written with {was}, but its configuration says {now}"
+            yield f"{layer.stored} was written with {was}, but its configuration says {now}"
 
 
-def _lost(folder: Path, record: dict[str, Any]) -> Iterator[str]:
+def _lost(folder: Path, record: WrittenRecord) -> Iterator[str]:
     """What of the record is in no file that can be opened, by layers where it belongs to one."""
-    missing = record["tensors"].keys() - readable_tensors(folder)
-    layers = {name.rpartition(".")[0] for name in missing} & {layer["stored"] for layer in record["layers"]}
+    missing = record.tensors.keys() - readable_tensors(folder)
+    layers = {name.rpartition(".")[0] for name in missing} & {layer.stored for layer in record.layers}
     for layer in sorted(layers):
         yield f"{layer} is missing, wholly or in part: a file that it was in is gone or damaged"
     for name in sorted(missing):
@@ -256,11 +257,11 @@ def _changed_tensors(source: Source, recorded: dict[str, str]) -> Iterator[str]:
             yield f"the tensor {name} was changed after it was written"
 
 
-def _changed_weights(source: Source, packed: dict[str, PackedLayer], recorded: list[dict[str, Any]]) -> Iterator[str]:
-    for name in sorted(packed.keys() ^ {layer["stored"] for layer in recorded}):
+def _changed_weights(source: Source, packed: dict[str, PackedLayer], recorded: list[LayerRecord]) -> Iterator[str]:
+    for name in sorted(packed.keys() ^ {layer.stored for layer in recorded}):
         yield f"{name} is {'packed but not recorded' if name in packed else 'recorded but not packed'}"
     for layer in recorded:
-        stored = layer["stored"]
+        stored = layer.stored
         if stored not in packed:
             continue  # reported above
         try:
@@ -268,5 +269,5 @@ def _changed_weights(source: Source, packed: dict[str, PackedLayer], recorded: l
         except (InputError, ValueError) as error:
             yield f"{stored} cannot be unpacked: {error}"
             continue
-        if sha256(weight) != layer["weight_sha256"]:
+        if sha256(weight) != layer.weight_sha256:
             yield f"{stored} does not unpack to the weight that was chosen for it"

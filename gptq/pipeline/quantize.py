@@ -29,7 +29,8 @@ from gptq.models.blocks import Block
 from gptq.models.forward import run_through
 from gptq.models.hf_config import choose_device, choose_dtype
 from gptq.models.weights import WeightStream, drop
-from gptq.output.record import layer_entries, linears_of, model_name, public_name, write_files
+from gptq.output.files import linears_of, write_files
+from gptq.output.record import Record, layer_records, model_name, public_name
 from gptq.output.results import BlockError, LayerResult, code_histogram
 from gptq.pipeline.block import solve_block
 from gptq.pipeline.block_result import BlockResult
@@ -403,7 +404,7 @@ def _copy_the_rest(plan: Plan, writer: ShardWriter, ranks: Ranks, observer: Obse
         writer.close()
 
 
-def _record(request: Request, prepared: Prepared, after: int, store: BlockStore) -> dict[str, Any]:
+def _record(request: Request, prepared: Prepared, after: int, store: BlockStore) -> Record:
     """What is written about the run beside the tensors; `after` is the size of the written files."""
     plan, windows, results = prepared.plan, prepared.windows, store.finished.values()
     source, layers = plan.source, plan.layers
@@ -411,7 +412,7 @@ def _record(request: Request, prepared: Prepared, after: int, store: BlockStore)
     checksums = {name: checksum for result in results for name, checksum in result.weight_checksums.items()}
     histograms = {name: dict(counts) for result in results for name, counts in result.histograms.items()}
     coverage = [asdict(seen) for result in results for seen in result.coverage]
-    return {
+    values = {
         "model": model_name(request.model),
         "config": request.config.to_dict(),
         "calibration": None if windows is None else public_name(describe_calibration(request.given)),
@@ -423,10 +424,11 @@ def _record(request: Request, prepared: Prepared, after: int, store: BlockStore)
             "file_bytes_after": after,
             "calibration_tokens": count_tokens(windows or []),
         },
-        "layers": layer_entries(layers, _layer_results(store), checksums, histograms),
+        "layers": layer_records(layers, _layer_results(store), checksums, histograms),
         "blocks": [asdict(error) for result in results for error in result.errors],
         **({"experts": coverage} if coverage else {}),
     }
+    return Record.model_validate(values)
 
 
 def _layer_results(store: BlockStore) -> list[LayerResult]:

@@ -1,0 +1,64 @@
+"""quality.json: what was measured of a model, kept beside it."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from gptq.checkpoint.json_objects import Count, IfPresent, JsonObject, read_object
+from gptq.checkpoint.untrusted import read_json
+from gptq.output.results import QUALITY
+
+Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
+
+
+class Measurement(JsonObject):
+    """A perplexity on a text, or a comparison with the original; see `evaluate.Comparison` for the numbers."""
+
+    data: str
+    original: str | None = None
+    perplexity: Number
+    tokens: IfPresent[Count] = None
+    windows: IfPresent[Count] = None
+    seq_len: IfPresent[Count] = None
+    original_perplexity: IfPresent[Number] = None
+    gap: IfPresent[Number] = None
+    kl: IfPresent[Number] = None
+    top1_agreement: IfPresent[Number] = None
+    intervals: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]] | None = None
+
+    def number(self, name: str) -> float | None:
+        """One of the five numbers, None where it was not measured."""
+        found: float | None = getattr(self, name)
+        return found
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What was measured: the text, its windows, and the original."""
+        return self.data, self.original, self.seq_len, self.windows
+
+
+class _QualityFile(JsonObject):
+    measurements: list[Measurement]
+
+
+def read_measurements(folder: Path) -> list[Measurement]:
+    """The measurements in the folder's quality.json, none if there is no file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = folder / QUALITY
+    if not file.is_file():
+        return []
+    return read_object(_QualityFile, read_json(file), f"{file}, to be deleted,").measurements
+
+
+def add_measurement(folder: Path, measured: Measurement) -> None:
+    """Write a measurement into the folder's quality.json; it replaces an earlier one of the same setting."""
+    kept = [earlier for earlier in read_measurements(folder) if earlier.setting != measured.setting]
+    content = {"measurements": [one.to_dict() for one in (*kept, measured)]}
+    partial_file = folder / f"{QUALITY}.partial"
+    partial_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial_file.replace(folder / QUALITY)

@@ -1,0 +1,114 @@
+"""What is written beside the tensors: configuration, tokenizer, model card, record."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gptq.checkpoint.atomic_folder import copy_files
+from gptq.checkpoint.tensors import sha256_file
+from gptq.checkpoint.untrusted import read_json
+from gptq.config import Format, QuantConfig
+from gptq.formats import FORMATS
+from gptq.formats.scheme import Layers, Linears
+from gptq.models.blocks import LINEAR, Block
+from gptq.models.tensor_names import Names
+from gptq.output.model_card import card_metadata, model_card
+from gptq.output.record import PerplexityRecord, Record, read_record, write_json
+from gptq.output.results import CARD, QUALITY, RECORD
+from gptq.planning.plan import Plan
+from gptq.version import __version__
+
+COPIED_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".md", "LICENSE", "NOTICE")
+
+
+def linears_of(plan: Plan) -> Linears:
+    """The linear layers of a model that is planned."""
+    return Linears(plan.stored_layers, *unquantized_linears(plan.network, plan.names, plan.all_blocks, plan.layers))
+
+
+def unquantized_linears(
+    network: nn.Module, names: Names, blocks: list[Block], layers: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Of the linear layers that are not in `layers` (by their names in the model), those inside the blocks and others.
+
+    Those inside by their names in the checkpoint; of those outside, no other than the model's is needed. Among these
+    are routers that are linear layers and more, which readers of the file must not take for packed.
+    """
+    kept = [name for block in blocks for name in block.linears if name not in layers]
+    others = [name for name, module in network.named_modules() if isinstance(module, LINEAR)]
+    inside = {*layers, *kept}
+    return [names.find_layer(name) for name in kept], [name for name in others if name not in inside]
+
+
+def quantization_config(chosen: Format, linears: Linears, record: Record) -> dict[str, Any]:
+    """The `quantization_config` of a file in a format, from how its layers are stored and how they were made.
+
+    A file of another tool keeps its own words where they are in that format.
+    """
+    origin, file_format = record.origin, FORMATS[chosen]
+    if origin and origin.format == chosen:
+        return dict(origin.quantization_config)
+    if origin and FORMATS[origin.format].quant_method == file_format.quant_method:
+        return file_format.rename_config(origin.quantization_config)
+    return file_format.write_config(linears, None if record.config is None else QuantConfig.from_dict(record.config))
+
+
+def write_files(
+    source: Path,
+    out: Path,
+    chosen: Format,
+    linears: Linears,
+    record: Record,
+    checksums: dict[str, str],
+    changes: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json, quantize_config.json (GPTQ), the source's small files, the model card, and the record.
+
+    Args:
+        record: how the layers were made.
+        checksums: of the tensors, by name.
+        changes: in config.json, section by section.
+    """
+    of_formats = {name for known in FORMATS.values() for name in known.config_files}
+    written = {"config.json", *of_formats, RECORD, CARD, QUALITY}  # the source's quality is not the result's
+    copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
+    quantization = quantization_config(chosen, linears, record)
+    hf_config = read_json(source / "config.json")
+    write_json(out / "config.json", _merge(hf_config, changes or {}) | {"quantization_config": quantization})
+    for name in FORMATS[chosen].config_files:
+        write_json(out / name, quantization)
+    metadata = card_metadata(source / CARD)
+    described = record.model_copy(update={"card_metadata": metadata}) if metadata else record
+    (out / CARD).write_text(model_card(chosen, linears.layers, described), encoding="utf-8")
+    whole = {
+        "quantizer": f"gptq {__version__}",
+        **described.to_dict(),
+        "tensors": dict(sorted(checksums.items())),
+        "files": {p.name: sha256_file(p) for p in sorted(out.iterdir()) if p.suffix != ".safetensors"},
+    }
+    write_json(out / RECORD, whole)
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, section by section; sections that `values` lacks are left out."""
+    merged = dict(values)
+    for key, change in changes.items():
+        if not isinstance(change, dict):
+            merged[key] = change
+        elif isinstance(values.get(key), dict):
+            merged[key] = _merge(values[key], change)
+    return merged
+
+
+def add_perplexity(folder: Path, measured: PerplexityRecord, chosen: Format, layers: Layers) -> None:
+    """Write a measured perplexity into a folder's record and model card."""
+    record = read_record(folder)
+    if record.config is not None:
+        QuantConfig.from_dict(record.config)  # the card lists its options
+    measurements = [*(record.perplexity or []), measured]
+    record = record.model_copy(update={"perplexity": measurements})
+    (folder / CARD).write_text(model_card(chosen, layers, record), encoding="utf-8")
+    files = {**record.files, CARD: sha256_file(folder / CARD)}
+    write_json(folder / RECORD, record.model_copy(update={"files": files}).to_dict())
