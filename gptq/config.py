@@ -1,12 +1,14 @@
 """QuantConfig: everything that decides which bytes come out, and nothing else."""
 
 import re
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args
 
 from gptq.errors import InputError
 
 Method = Literal["gptq", "rtn"]
+METHODS: tuple[Method, ...] = get_args(Method)
 EFFORTS: dict[str, dict[str, Any]] = {  # what each level sets where an option is not given
     "fast": {"search": True, "desc_act": True, "sweeps": 1, "two_streams": False, "tune_steps": 0},
     "balanced": {"search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0},
@@ -16,6 +18,77 @@ Format = Literal["gptq", "gptq_v2", "pack-quantized"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 BITS = range(2, 9)
 TUNE_WINDOWS = 8  # calibration windows in each step of block tuning
+T = TypeVar("T")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+# --- options, written down once: the command line is made of them -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How the command line asks for a field of QuantConfig.
+
+    A field that is true or false by default has a flag without a value that says the opposite. A field that is None by
+    default, because `effort` decides, and that is not a number has a flag with a `--no-` form.
+    """
+
+    name: str
+    help: str
+    metavar: str | None
+    choices: tuple[str, ...] | None
+    parse: Callable[[str], Any] | None  # the value from its text; None for a flag without a value
+
+
+def option(
+    default: T,
+    help: str,  # noqa: A002
+    *,
+    flag: str = "",
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    parse: Callable[[str], Any] | None = None,
+) -> T:
+    """A field of QuantConfig with its default and its flag.
+
+    Args:
+        flag: its name without the dashes; that of the field if it is not given.
+        parse: by default the type of the default, int where that is None, for a flag with a metavar or choices.
+    """
+    if parse is None and (metavar or choices):
+        parse = {int: int, float: float}.get(type(default), int if default is None else str)
+    made: T = field(default=default, metadata={"flag": Flag(flag, help, metavar, choices, parse)})
+    return made
+
+
+def flags() -> dict[str, Flag]:
+    """The flag of each field of QuantConfig, by the field's name."""
+    named = {one.name: one.metadata["flag"] for one in fields(QuantConfig)}
+    return {name: replace(flag, name=f"--{(flag.name or name).replace('_', '-')}") for name, flag in named.items()}
+
+
+def parse_count(text: str) -> int | Literal["auto"]:
+    """A number of calibration windows, or "auto"; raises InputError."""
+    if text == "auto":
+        return "auto"
+    _require(bool(re.fullmatch(r"\s*[+-]?\d+\s*", text)), f"{text!r} is neither a number nor 'auto'")
+    return int(text)
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from 3.5GB or 900MiB; raises InputError."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kKMGT]?)(i?)B?", text)
+    if not found:
+        raise InputError(f"{text!r} is not a size such as 3.5GB or 900MiB")
+    power = "kMGT".find(found[2].replace("K", "k")) + 1 if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -66,9 +139,11 @@ class Override:
 
     @classmethod
     def of(cls, value: Any) -> "Override":
-        """An override from a pair (pattern, options), as JSON holds it; raises InputError for anything else."""
+        """An override from its text, or from a pair (pattern, options), as JSON holds it; raises InputError."""
         if isinstance(value, Override):
             return value
+        if isinstance(value, str):
+            return cls.parse(value)
         try:
             pattern, options = value
             unknown = set(options) - {field.name for field in fields(cls)[1:]}
@@ -137,26 +212,51 @@ class QuantConfig:
         InputError: an option is out of its range.
     """
 
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    effort: str = "balanced"
-    search: bool | None = None
-    desc_act: bool | None = None
-    sweeps: int | None = None
-    two_streams: bool | None = None
-    tune_steps: int | None = None
-    static_groups: bool = True
-    method: Method = "gptq"
-    damp_percent: float = 0.01
-    num_samples: int | Literal["auto"] = 128
-    seq_len: int = 2048
-    seed: int = 0
-    format: Literal["auto", Format] = "auto"
-    target_bits: float | None = None
-    target_size: int | None = None
-    lm_head: bool = False
-    overrides: tuple[Override, ...] = ()
+    bits: int = option(4, "2 to 8", metavar="N")
+    group_size: int = option(128, "inputs per scale; -1: one per row", metavar="N")
+    sym: bool = option(True, "give every group a zero point of its own", flag="asym")
+    effort: str = option(
+        "balanced",
+        "fast: one forward per window; balanced: two, and lower perplexity; best: blocks tuned as well, some forty "
+        "times as long; the five below follow from it",
+        choices=tuple(EFFORTS),
+    )
+    search: bool | None = option(None, "search each group's grid instead of taking one without clipping")
+    desc_act: bool | None = option(None, "quantize inputs with large activations first (act-order)")
+    sweeps: int | None = option(None, "rounds of refitting scales and codes after the solve", metavar="N")
+    two_streams: bool | None = option(None, "make up for what earlier layers have changed")
+    tune_steps: int | None = option(None, "steps of gradient descent on each solved block", metavar="N")
+    static_groups: bool = option(
+        True, "fit scales as columns are reached; with --desc-act this needs g_idx", flag="dynamic-groups"
+    )
+    method: Method = option(  # noqa: RUF009 (its default is a text)
+        "gptq",
+        "rtn: round to nearest, without calibration, so that --effort and what follows from it mean nothing",
+        choices=METHODS,
+    )
+    damp_percent: float = option(0.01, "fraction of the Hessian's mean diagonal", metavar="X")
+    num_samples: int | Literal["auto"] = option(
+        128, "calibration windows; auto: as many as pay", flag="samples", metavar="N", parse=parse_count
+    )
+    seq_len: int = option(2048, "tokens per window", metavar="N")
+    seed: int = option(0, "of the choice of windows", metavar="N")
+    format: Literal["auto", Format] = option(
+        "auto",
+        "gptq (v1), gptq_v2, or compressed-tensors' pack-quantized; auto is what most engines take",
+        choices=("auto", *FORMATS),
+    )
+    target_bits: float | None = option(None, "mixed widths: bits per weight on the average", metavar="X", parse=float)
+    target_size: int | None = option(
+        None, "mixed widths: of the files, such as 3.5GB", metavar="SIZE", parse=parse_size
+    )
+    lm_head: bool = option(False, "quantize the output head too, untied from the embedding where it was tied")
+    overrides: tuple[Override, ...] = option(
+        (),
+        "options of the layers in whose names RE is found: 'down_proj:bits=8,group_size=32', 'layers.0.:skip'; may be "
+        "repeated, later ones win",
+        flag="override",
+        metavar="RE:OPTS",
+    )
 
     def __post_init__(self) -> None:
         _require(
@@ -169,12 +269,12 @@ class QuantConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check_target()
-        for field in fields(self):
-            if field.name.startswith("target_") or (field.name, getattr(self, field.name)) == ("num_samples", "auto"):
+        for one in fields(self):
+            if one.name.startswith("target_") or (one.name, getattr(self, one.name)) == ("num_samples", "auto"):
                 continue
-            value, kind = getattr(self, field.name), type(levels.get(field.name, field.default))
+            value, kind = getattr(self, one.name), type(levels.get(one.name, one.default))
             number = kind is float and type(value) is int
-            _require(type(value) is kind or number, f"{field.name} is {value!r}; it has to be of type {kind.__name__}")
+            _require(type(value) is kind or number, f"{one.name} is {value!r}; it has to be of type {kind.__name__}")
         _check_grid(self.bits, self.group_size)
         _require(self.method in ("gptq", "rtn"), f"method is {self.method!r}; it is 'gptq' or 'rtn'")
         _require(
@@ -235,17 +335,3 @@ class QuantConfig:
         unknown = sorted(set(values) - known)
         _require(not unknown, f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         return cls(**values)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise InputError(message)
-
-
-def parse_size(text: str) -> int:
-    """Bytes, from 3.5GB or 900MiB; raises InputError."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kKMGT]?)(i?)B?", text)
-    if not found:
-        raise InputError(f"{text!r} is not a size such as 3.5GB or 900MiB")
-    power = "kMGT".find(found[2].replace("K", "k")) + 1 if found[2] else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

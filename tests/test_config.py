@@ -1,11 +1,15 @@
 """Options are checked when they are made, and survive JSON."""
 
 import json
+import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from gptq import InputError, QuantConfig
+from gptq.cli.arguments import parser
+from gptq.config import flags
 
 
 def test_json_both_ways() -> None:
@@ -25,6 +29,30 @@ def test_json_both_ways() -> None:
 def test_an_option_out_of_range_is_named_with_its_value(option: str, value: Any) -> None:
     with pytest.raises(InputError, match=rf"^{option} is '?{value}"):
         QuantConfig(**{option: value})
+
+
+def test_every_option_is_explained_and_has_a_flag_that_sets_it() -> None:
+    arguments = (QuantConfig.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+    explained = re.findall(r"^ {8}(\w+): ", arguments, re.MULTILINE)
+    assert explained == [one.name for one in fields(QuantConfig)] == [*flags()]
+    given = {"sym": False, "search": True, "desc_act": True, "two_streams": True, "static_groups": False,
+             "lm_head": True}  # fmt: skip
+    texts = {"method": "rtn", "effort": "best", "format": "gptq_v2", "overrides": "down_proj:bits=8",
+             "num_samples": "auto", "damp_percent": "0.5", "target_bits": "3.5", "target_size": "3GB"}  # fmt: skip
+    values = {
+        **texts,
+        "overrides": ["down_proj:bits=8"],
+        "damp_percent": 0.5,
+        "target_bits": 3.5,
+        "target_size": 3 * 10**9,
+    }
+    for name, flag in flags().items():
+        text = [] if name in given else [texts.get(name, "7")]
+        args = parser().parse_args(["quantize", "MODEL", "OUT", flag.name, *text])
+        assert getattr(args, name) == {**given, **values}.get(name, 7), flag.name
+        others = flags().keys() - {name}
+        assert not any(other in args for other in others)  # what is not given is left to QuantConfig
+    assert parser().parse_args(["quantize", "MODEL", "OUT", "--no-search"]).search is False
 
 
 def test_config_is_frozen() -> None:

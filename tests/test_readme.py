@@ -27,7 +27,7 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_is_understood(line: str) -> None:
-    parser, prefix = (lenet.parser(), LENET) if line.startswith(LENET) else (cli._parser(), "gptq ")
+    parser, prefix = (lenet.parser(), LENET) if line.startswith(LENET) else (cli.parser(), "gptq ")
     arguments = shlex.split(line.removeprefix(prefix), comments=True)
     command = parser.parse_args(arguments).command
     assert callable(command) or command in COMMANDS

@@ -1,30 +1,33 @@
 """The command line's arguments; it is read before torch and transformers, so that help and mistakes are quick."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from gptq.config import EFFORTS, FORMATS, QuantConfig, parse_size
+from gptq.config import FORMATS, Flag, QuantConfig, flags, parse_size
 from gptq.errors import InputError
 from gptq.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 `verify` found a difference, 2 bad input or interrupted."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    if "bits" in args and (args.target_bits is not None or args.target_size is not None):
-        parser.error("--bits is the width of all layers, and --target-bits and --target-size choose each layer's")
+    own = parser()
+    args = own.parse_args(arguments)
+    if "bits" in args and ("target_bits" in args or "target_size" in args):
+        own.error("--bits is the width of all layers, and --target-bits and --target-size choose each layer's")
     from gptq.cli.commands import run  # imports everything
 
     return run(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gptq", description="Quantize Hugging Face checkpoints with GPTQ.")
-    parser.add_argument("--version", action="version", version=f"gptq {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    made = argparse.ArgumentParser(prog="gptq", description="Quantize Hugging Face checkpoints with GPTQ.")
+    made.add_argument("--version", action="version", version=f"gptq {__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     source_help = (
         "a .txt, .jsonl or .parquet file (column `text`), a folder that datasets loads (FOLDER:SPLIT), "
         "or a Hub data set (wikitext:wikitext-2-raw-v1:test)"
@@ -86,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("demo", help="quantize and measure the small model that ships with the package")
     p.add_argument("--json", action="store_true", help="one JSON object to stdout")
-    return parser
+    return made
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -95,84 +98,57 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-def _samples(text: str) -> Any:
-    return text if text == "auto" else int(text)
+def _parser_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same for argparse, which prints the sentence of an error of its own kind."""
 
+    @wraps(parse)
+    def parse_text(text: str) -> Any:
+        try:
+            return parse(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
 
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return parse_text
 
 
 def _add_options(parser: argparse.ArgumentParser, source_help: str) -> None:
-    """The options that QuantConfig is made of, and the calibration text."""
-    parser.add_argument(
-        "--bits", type=int, default=argparse.SUPPRESS, metavar="N", help=f"2 to 8 (default: {QuantConfig.bits})"
-    )
-    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="inputs per scale; -1: one per row")
-    parser.add_argument("--asym", action="store_true", help="give every group a zero point of its own")
-    parser.add_argument(
-        "--format", choices=("auto", *FORMATS), default="auto",
-        help="gptq (v1), gptq_v2, or compressed-tensors' pack-quantized; auto is what most engines take",
-    )  # fmt: skip
-    parser.add_argument(
-        "--override", action="append", default=[], metavar="RE:OPTS",
-        help="options of the layers in whose names RE is found: 'down_proj:bits=8,group_size=32', 'layers.0.:skip'; "
-        "may be repeated, later ones win",
-    )  # fmt: skip
-    parser.add_argument(
-        "--lm-head",
-        action="store_true",
-        help="quantize the output head too, untied from the embedding where it was tied",
-    )
-    parser.add_argument(
-        "--effort", choices=tuple(EFFORTS), default="balanced",
-        help="fast: one forward per window; balanced: two, and lower perplexity; best: blocks tuned as well, "
-        "some forty times as long; the five below follow from it",
-    )  # fmt: skip
-    parser.add_argument("--target-bits", type=float, metavar="X", help="mixed widths: bits per weight on the average")
-    parser.add_argument("--target-size", type=_size, metavar="SIZE", help="mixed widths: of the files, such as 3.5GB")
-    yes_no = argparse.BooleanOptionalAction
-    parser.add_argument(
-        "--search", action=yes_no, help="search each group's grid instead of taking one without clipping"
-    )
-    parser.add_argument("--desc-act", action=yes_no, help="quantize inputs with large activations first (act-order)")
-    parser.add_argument("--sweeps", type=int, metavar="N", help="rounds of refitting scales and codes after the solve")
-    parser.add_argument("--two-streams", action=yes_no, help="make up for what earlier layers have changed")
-    parser.add_argument("--tune-steps", type=int, metavar="N", help="steps of gradient descent on each solved block")
-    parser.add_argument(
-        "--dynamic-groups",
-        action="store_true",
-        help="fit scales as columns are reached; with --desc-act this needs g_idx",
-    )
-    parser.add_argument(
-        "--method", choices=("gptq", "rtn"), default="gptq",
-        help="rtn: round to nearest, without calibration, so that --effort and what follows from it mean nothing",
-    )  # fmt: skip
+    """What QuantConfig is made of, and what of a run changes no byte of the result: calibration text and memory."""
+    for one in fields(QuantConfig):
+        _add_option(parser, one.name, one.default, flags()[one.name])
     parser.add_argument(
         "--calibration", default="c4", metavar="SRC",
         help=f"{source_help}; for other models than text's, a .npz or .safetensors file (or a folder of them) of what "
         "the model is called on: pixel_values, input_features, input_ids and attention_mask ...",
     )  # fmt: skip
     parser.add_argument(
-        "--samples", type=_samples, default=128, metavar="N", help="calibration windows; auto: as many as pay"
-    )
-    parser.add_argument("--seq-len", type=int, default=2048, metavar="N", help="tokens per window")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of windows")
-    parser.add_argument(
-        "--damp-percent", type=float, default=0.01, metavar="X", help="fraction of the Hessian's mean diagonal"
-    )
-    parser.add_argument(
         "--batch-size", type=int, metavar="N",
         help="calibration windows in mid-block at once: fewer than all saves memory and repeats forwards; same bytes",
     )  # fmt: skip
     parser.add_argument(
-        "--memory-limit", type=_size, metavar="SIZE",
+        "--memory-limit", type=_parser_of(parse_size), metavar="SIZE",
         help="of the process, such as 3GiB; by default most of what is free. It changes the time, not a byte",
     )  # fmt: skip
-    parser.add_argument("--gpu-memory-limit", type=_size, metavar="SIZE", help="the same for a GPU's memory")
+    parser.add_argument(
+        "--gpu-memory-limit", type=_parser_of(parse_size), metavar="SIZE", help="the same for a GPU's memory"
+    )
+
+
+def _add_option(parser: argparse.ArgumentParser, name: str, default: Any, flag: Flag) -> None:
+    """A flag whose value is stored under the name of its field, and only if it is given."""
+    shown = (
+        flag.help
+        if default is None or default == () or isinstance(default, bool)
+        else f"{flag.help} (default: {default})"
+    )
+    if flag.parse is None:
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if default is not None:
+            how = {"action": "store_const", "const": not default}
+    else:
+        how = {"type": _parser_of(flag.parse), "metavar": flag.metavar, "choices": flag.choices}
+        if default == ():
+            how["action"] = "append"
+    parser.add_argument(flag.name, dest=name, default=argparse.SUPPRESS, help=shown, **how)
 
 
 def _add_push(parser: argparse.ArgumentParser) -> None:

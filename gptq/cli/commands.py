@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from gptq.checkpoint import hub
 from gptq.checkpoint.writer import file_bytes
 from gptq.cli.progress import Progress
 from gptq.compute.distributed import current_ranks, process_group
-from gptq.config import Method, Override, QuantConfig
+from gptq.config import QuantConfig
 from gptq.errors import InputError, printable
 from gptq.evaluation import evaluate, report
 from gptq.evaluation.quality import Measurement, add_measurement, read_measurements
@@ -65,29 +66,8 @@ def _kept(error: BaseException) -> str:
 
 
 def _config(args: argparse.Namespace) -> QuantConfig:
-    method: Method = args.method
-    return QuantConfig(
-        bits=getattr(args, "bits", QuantConfig.bits),
-        group_size=args.group_size,
-        sym=not args.asym,
-        effort=args.effort,
-        search=args.search,
-        desc_act=args.desc_act,
-        sweeps=args.sweeps,
-        two_streams=args.two_streams,
-        tune_steps=args.tune_steps,
-        static_groups=not args.dynamic_groups,
-        method=method,
-        damp_percent=args.damp_percent,
-        num_samples=args.samples,
-        seq_len=args.seq_len,
-        seed=args.seed,
-        format=args.format,
-        target_bits=args.target_bits,
-        target_size=args.target_size,
-        lm_head=args.lm_head,
-        overrides=tuple(Override.parse(text) for text in args.override),
-    )
+    """The options that were given; QuantConfig knows the others."""
+    return QuantConfig.from_dict({one.name: getattr(args, one.name) for one in fields(QuantConfig) if one.name in args})
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -129,7 +109,7 @@ def _push(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     config = _config(args)
     arrays = config.method == "gptq" and is_arrays(args.calibration)
-    sample = read_arrays(args.calibration, 1, args.seed)[0] if arrays else None
+    sample = read_arrays(args.calibration, 1, config.seed)[0] if arrays else None
     plan = plan_checkpoint(args.model, config, args.revision, args.trust_remote_code, sample)
     found = compatibility.engines(plan.stored_layers)
     layers = list(plan.layers.values())
