@@ -1,4 +1,4 @@
-"""Text or arrays become seeded windows."""
+"""Turn text or arrays into calibration windows, reproducibly from a seed."""
 
 from gptq.calibration.text import documents, draw_windows, evaluation_windows, tokenize
 

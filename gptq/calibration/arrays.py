@@ -1,4 +1,4 @@
-"""Calibration inputs as arrays by the names of the model's arguments, from files or from Python."""
+"""Calibration inputs given as arrays, from files or from Python, named after the arguments of the model's forward."""
 
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -13,15 +13,13 @@ from torch import Tensor
 from gptq.errors import InputError, first_line
 
 ARRAY_SUFFIXES = (".npz", ".safetensors")
-MAX_COMPRESSION, UNPACKED_ALLOWANCE = (
-    100,
-    2**28,
-)  # compressed arrays may be so many times as large as their file, or have 256 MB
-Inputs = dict[str, Tensor]  # what a model is called on in one window, by its arguments' names; (1, ...) each
+MAX_COMPRESSION = 100  # largest accepted ratio of a compressed file's unpacked size to its own
+UNPACKED_ALLOWANCE = 2**28  # unpacked bytes, 256 MiB, that are accepted at any ratio
+Inputs = dict[str, Tensor]  # the arguments of the model's forward for one window, by name; (1, ...) each
 
 
 def is_arrays(source: str) -> bool:
-    """Whether a source is a file of arrays or a folder of nothing else."""
+    """Whether a source is a file of arrays, or a folder that contains only such files."""
     path = Path(source)
     if path.is_dir():
         files = [file for file in path.iterdir() if file.is_file()]
@@ -30,10 +28,10 @@ def is_arrays(source: str) -> bool:
 
 
 def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
-    """Windows from files of arrays, in the order of the files' names; of more than num_samples a seeded choice.
+    """Read windows from a file or folder of arrays; draw num_samples of them with the seed.
 
     Raises:
-        InputError: a file cannot be read, or the arrays of one differ in how many windows they hold.
+        InputError: a file cannot be read, or its arrays have different numbers of windows.
     """
     path = Path(source)
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
@@ -43,6 +41,7 @@ def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
 
 
 def _load_arrays(file: Path) -> Mapping[str, Any]:
+    """The arrays of a file by name; raises InputError if it cannot be read."""
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     try:
@@ -53,12 +52,12 @@ def _load_arrays(file: Path) -> Mapping[str, Any]:
             return dict(arrays)
     except InputError:
         raise
-    except Exception as error:  # zip, header or pickle trouble, of many types
+    except Exception as error:  # numpy, zipfile and safetensors raise many types
         raise InputError(f"{file} could not be read as arrays: {first_line(error)}") from error
 
 
 def _check_unpacked_size(file: Path) -> None:
-    """Raises InputError where a few compressed bytes stand for gigabytes; other errors where it is no archive."""
+    """Raises InputError if the unpacked size is too large (a zip bomb), other errors if the file is no archive."""
     with zipfile.ZipFile(file) as archive:
         size = sum(member.file_size for member in archive.infolist())
     if size > max(MAX_COMPRESSION * file.stat().st_size, UNPACKED_ALLOWANCE):
@@ -66,10 +65,10 @@ def _check_unpacked_size(file: Path) -> None:
 
 
 def as_inputs(batches: Iterable[Mapping[str, Any]]) -> list[Inputs]:
-    """Windows from dicts of arrays (windows, ...); where there is an attention_mask, padding at the end is cut off.
+    """Split dicts of arrays (windows, ...) into windows; padding at the end, given by attention_mask, is cut off.
 
     Raises:
-        InputError: something is no array, the arrays of a dict do not fit each other, or names differ between dicts.
+        InputError: a value is not an array, the arrays of a dict differ in length, or the dicts differ in names.
     """
     windows: list[Inputs] = []
     for batch in batches:
@@ -90,9 +89,9 @@ def as_inputs(batches: Iterable[Mapping[str, Any]]) -> list[Inputs]:
 
 
 def _trim_padding(window: Inputs) -> Inputs:
-    """Integers as the models want them, and without the tokens at the end that a mask hides.
+    """Convert integers to int64, and cut off the padding at the end, which attention_mask marks.
 
-    Their activations would count as tokens, though nothing depends on them.
+    Padding would otherwise enter the Hessian, although no output depends on it.
     """
     whole = {name: x.long() if x.dtype in (torch.int32, torch.int16, torch.uint8) else x for name, x in window.items()}
     mask = whole.get("attention_mask")

@@ -1,19 +1,19 @@
-"""Text -> seeded windows of tokens, for calibration and for perplexity; or arrays for models of other kinds.
+"""Read text sources and cut them into windows of tokens, for calibration and for perplexity.
 
-A source is written SRC on the command line:
+The command line calls a source SRC:
 
     book.txt                          one text
-    rows.jsonl, rows.parquet          the column `text`, one document a row; .json.gz and .jsonl.gz too
+    rows.jsonl, rows.parquet          the column `text`, one document per row; also .json.gz and .jsonl.gz
     FOLDER, FOLDER:SPLIT              a folder that `datasets` loads
     NAME, NAME:SPLIT, NAME:CONFIG:SPLIT   a data set on the Hub, e.g. wikitext:wikitext-2-raw-v1:test
-    c4                                the slice of C4 that the GPTQ paper calibrates on (its first training shard);
-                                      where text is measured, or as c4:validation, its first validation shard
+    c4                                the part of C4 that the GPTQ paper calibrates on, its first training shard; in
+                                      evaluations, or as c4:validation, its first validation shard
 
-For calibration also
+For calibration also (see `gptq.calibration.arrays`)
 
-    images.npz, pairs.safetensors     arrays by the names of the model's arguments (pixel_values, input_features,
+    images.npz, pairs.safetensors     arrays named after the model's arguments (pixel_values, input_features,
                                       input_ids, attention_mask, decoder_input_ids ...), first dimension: windows
-    FOLDER                            of such files
+    FOLDER                            a folder of such files
 """
 
 from collections.abc import Sequence
@@ -29,22 +29,22 @@ from gptq.errors import InputError, first_line
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-SMALL_SOURCE = 16_000_000  # characters: up to here a source is tokenized whole, beyond it only the rows drawn
+SMALL_SOURCE = 16_000_000  # characters up to which a source is tokenized whole; of a larger one only the rows drawn
 C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
 
 def load_dataset(*args: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`, whose import takes 90 MB and a second, where it is needed."""
+    """`datasets.load_dataset`, imported on first use: the import takes a second and 90 MB."""
     import datasets
 
     return datasets.load_dataset(*args, **options)
 
 
 def documents(source: str, default_split: str, column: str = "text") -> Sequence[str]:
-    """The rows of text of a source, in its own order.
+    """The rows of text of a source, in order.
 
     Raises:
-        InputError: it does not exist, cannot be reached, or has no text; with the choices there are.
+        InputError: it does not exist, cannot be reached, or has no text; names the splits or columns there are.
     """
     file, split = _local_path(source)
     if file is None:
@@ -68,7 +68,7 @@ def documents(source: str, default_split: str, column: str = "text") -> Sequence
 
 
 def _local_path(source: str) -> tuple[Path | None, str]:
-    """PATH or PATH:SPLIT, where PATH exists."""
+    """Split PATH or PATH:SPLIT into path and split; the path is None if it does not exist."""
     if Path(source).exists():
         return Path(source), ""
     path, _, split = source.rpartition(":")
@@ -76,6 +76,7 @@ def _local_path(source: str) -> tuple[Path | None, str]:
 
 
 def _hub_dataset(source: str, default_split: str) -> "Dataset":
+    """Load NAME, NAME:SPLIT or NAME:CONFIG:SPLIT from the Hub."""
     name, *rest = source.split(":")
     config, split = ("", "") if not rest else ("", rest[0]) if len(rest) == 1 else (rest[0], rest[1])
     if (
@@ -99,6 +100,7 @@ def _hub_dataset(source: str, default_split: str) -> "Dataset":
 
 
 def _choose_split(loaded: Any, split: str, source: str) -> "Dataset":
+    """The named split, or the only one there is."""
     splits = cast("DatasetDict", loaded)
     if split in splits:
         return splits[split]
@@ -109,6 +111,7 @@ def _choose_split(loaded: Any, split: str, source: str) -> "Dataset":
 
 
 def _text_column(rows: "Dataset", source: str, column: str) -> Sequence[str]:
+    """A column of strings, checked to be valid UTF-8."""
     if column not in rows.column_names:
         raise InputError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
     kind = getattr(rows.features[column], "dtype", "no text")
@@ -116,13 +119,13 @@ def _text_column(rows: "Dataset", source: str, column: str) -> Sequence[str]:
         raise InputError(f"the column {column!r} of {source} holds {kind}, not strings")
     try:
         rows.data.column(column).validate(full=True)
-    except ValueError as error:  # where it is read, pyarrow takes for granted that it is UTF-8
+    except ValueError as error:  # reading does not check: pyarrow assumes valid UTF-8
         raise InputError(f"the column {column!r} of {source} cannot be read: {first_line(error)}") from error
     return cast(Sequence[str], rows[column])
 
 
 def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The two tokens (BERT's [CLS] and [SEP], say) between which an encoder reads every text; or none."""
+    """The two special tokens around every text of an encoder (such as BERT's [CLS] and [SEP]); or an empty list."""
     ends = _token_ids("", tokenizer, special_tokens=True)
     return ends if len(ends) == 2 else []
 
@@ -137,9 +140,9 @@ def draw_windows(
 ) -> Tensor:
     """Draw calibration windows: (num_samples, seq_len) int64 tokens, without padding and without overlap.
 
-    A small source is tokenized as one text, cut into windows, and a seeded choice of them taken in seeded order. From
-    a large one, rows are visited in seeded order, and each window starts at a row and runs on into the next ones.
-    Where a `frame` of two tokens is given, every window begins and ends with them.
+    A small source is tokenized as one text and cut into windows, which are drawn at random with the seed. Of a large
+    source, rows are visited in random order; each window starts at a row and continues into the next rows. With a
+    `frame` of two tokens, every window begins with the first and ends with the second.
 
     Raises:
         InputError: the text is too short; says how many tokens it has and how many are needed.
@@ -172,6 +175,7 @@ def _draw_windows(
 
 
 def _is_small(rows: Sequence[str], characters: int) -> bool:
+    """Whether the rows have at most this many characters; stops reading at the limit."""
     total = 0
     for row in rows:
         total += len(row or "")
@@ -216,15 +220,15 @@ def _require_tokens(tokens: int, num_samples: int, seq_len: int, whole: int) -> 
 
 
 def tokenize(rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True) -> Tensor:
-    """Rows joined by blank lines as one run of tokens (tokens,), a beginning-of-text token at most at the start."""
-    text = "\n\n".join(row or "" for row in rows)  # a missing value is an empty row
+    """Join rows by blank lines and tokenize them as one text: (tokens,). Special tokens occur only at its ends."""
+    text = "\n\n".join(row or "" for row in rows)  # a missing value counts as an empty row
     return torch.tensor(_token_ids(text, tokenizer, special_tokens), dtype=torch.int64)
 
 
 def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[int]:
     try:
         ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-    except Exception as error:  # any type, depending on what its files hold
+    except Exception as error:  # of any type, depending on the tokenizer's files
         raise InputError(f"the tokenizer fails on the text: {first_line(error)}") from error
     return ids
 
@@ -232,7 +236,7 @@ def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bo
 def evaluation_windows(
     rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, limit: int | None
 ) -> Tensor:
-    """The papers' perplexity windows: the whole text in order, cut without overlap, (windows, seq_len).
+    """Windows for perplexity as in the papers: the whole text in order, cut without overlap, (windows, seq_len).
 
     Raises:
         InputError: the text is shorter than one window.

@@ -1,4 +1,4 @@
-"""What the model is called on in each calibration window: from text, arrays, or ready tokens."""
+"""Calibration windows: the inputs of the model's forward in each window, made from text, arrays or tokens."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,17 +15,20 @@ from gptq.errors import InputError
 from gptq.models.forward import check_tokens
 from gptq.models.hf_config import fitting_seq_len, read_tokenizer
 
-MAX_WINDOWS = 1024  # that a search for enough windows tries
+MAX_WINDOWS = 1024  # most windows that the automatic choice of their number tries
+HELD_OUT_EVERY = 8  # every 8th window is held out: it measures the error and does not enter the solve
 
-Calibration = str | Tensor | list[Inputs]
-
-HELD_OUT_EVERY = 8  # one calibration window in so many measures what the solver learned from the others
+Calibration = str | Tensor | list[Inputs]  # a source of text, token windows (windows, tokens), or the model's inputs
 
 
 def read_calibration(
     calibration: str | Path | Tensor | Iterable[Mapping[str, Any]], config: QuantConfig
 ) -> Calibration:
-    """What to calibrate on: a source of text, windows of tokens, or what the model is called on in each window."""
+    """Check the `calibration` argument of `gptq.quantize`, and read it if it is a file of arrays.
+
+    Raises:
+        InputError: it is none of the accepted kinds, or cannot be read.
+    """
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2 or calibration.dtype not in (torch.int64, torch.int32) or not calibration.numel():
             raise InputError("calibration windows are a (windows, tokens) tensor of integer token numbers")
@@ -47,7 +50,11 @@ def make_windows(
     config: QuantConfig,
     trust_remote_code: bool,
 ) -> tuple[list[Inputs], list[str]]:
-    """What `network`, whose tokenizer is in `folder`, is called on in each window; and notes."""
+    """Make the inputs of each window for `network`, whose tokenizer is in `folder`; also return notes for the user.
+
+    Raises:
+        InputError: the source cannot be read, is too short, or does not fit the model.
+    """
     if isinstance(given, list):
         return given, []
     notes: list[str] = []
@@ -66,6 +73,7 @@ def make_windows(
 
 
 def describe_calibration(given: Calibration) -> str:
+    """The source's name, or the kind and number of the given windows."""
     if isinstance(given, str):
         return given
     if isinstance(given, Tensor):
@@ -74,9 +82,10 @@ def describe_calibration(given: Calibration) -> str:
 
 
 def count_tokens(windows: list[Inputs]) -> int:
-    """Of text; 0 for other inputs."""
+    """Number of text tokens in the windows; 0 if they hold other inputs only."""
     return sum(x.numel() for inputs in windows for name, x in inputs.items() if name.endswith("input_ids"))
 
 
 def is_held_out(window: int, windows: int) -> bool:
+    """Whether the window with this index, of `windows`, is held out; with fewer than HELD_OUT_EVERY none is."""
     return windows >= HELD_OUT_EVERY and window % HELD_OUT_EVERY == HELD_OUT_EVERY - 1

@@ -1,4 +1,4 @@
-"""Bytes on disk, one tensor at a time."""
+"""Read and write checkpoints one tensor at a time; local folders and the Hub."""
 
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source

@@ -1,6 +1,6 @@
-"""A folder that appears whole or not at all: it takes its name only when the last byte is on disk.
+"""Write an output folder atomically: it gets its name OUT only when all its bytes are on disk.
 
-Until then it is OUT.partial/checkpoint, and beside it in OUT.partial lies what a later run needs to go on (see
+Until then its files are in OUT.partial/checkpoint. OUT.partial also holds what a later run needs to resume (see
 `gptq.pipeline.journal`).
 """
 
@@ -15,37 +15,38 @@ from pathlib import Path
 
 from gptq.errors import InputError
 
-MARKER = ".unfinished"  # says that a working folder is ours to empty
-CONTENT = "checkpoint"  # in the working folder: what becomes OUT
+MARKER = ".unfinished"  # file in OUT.partial that shows that we made the folder and may empty it
+CONTENT = "checkpoint"  # subfolder of OUT.partial that is renamed to OUT
 
 
 @dataclass
 class PartialFolder:
     """The working folder of a run, OUT.partial.
 
-    When the run fails, `promise` says what the folder keeps for a later one; empty: nothing, so it is removed.
+    When the run fails, `describe_kept` returns a sentence about what the folder keeps for resuming; it is shown with
+    the error. An empty string means that nothing is kept, and the folder is removed.
     """
 
     root: Path
-    content: Path  # becomes OUT
-    describe_kept: Callable[[], str] = str
+    content: Path  # is renamed to OUT
+    describe_kept: Callable[[], str] = str  # str() is empty
 
     def clear(self) -> None:
-        """Remove what an earlier run left."""
+        """Remove all files of an earlier run."""
         _empty(self.root)
         self.content.mkdir()
         sync_path(self.root)
 
     def keep_shards(self) -> None:
-        """Keep the shards of an earlier run, and nothing that makes them look like a checkpoint."""
+        """Keep the shards of an earlier run; remove the other files, so that they do not look like a checkpoint."""
         self.content.mkdir(exist_ok=True)
         for file in self.content.iterdir():
             if file.suffix != ".safetensors":
                 file.unlink()
 
     def require_disk_space(self, needed_bytes: int) -> None:
-        """Raises InputError if the disk has less than that beyond what `content` takes."""
-        here = sum(512 * file.stat().st_blocks for file in self.content.iterdir())  # shards have holes
+        """Raises InputError if the free disk space and the space of `content` together are less than that."""
+        here = sum(512 * file.stat().st_blocks for file in self.content.iterdir())  # shards are sparse files
         free = shutil.disk_usage(self.root).free
         if free < needed_bytes - here:
             more = f"{(needed_bytes - here) / 1e6:,.1f} MB{' more' if here else ''}"
@@ -53,19 +54,20 @@ class PartialFolder:
 
 
 def partial_folder_of(out: Path) -> PartialFolder:
-    """Where `out` is made; another process may be making it."""
+    """The working folder for `out`, which may not exist yet; does not lock it."""
     root = out.resolve().with_name(out.name + ".partial")
     return PartialFolder(root, root / CONTENT)
 
 
 @contextmanager
 def partial_folder(out: Path) -> Iterator[PartialFolder]:
-    """A working folder beside `out`, whose content takes that name when the body succeeds.
+    """Lock and yield a working folder beside `out`; rename its content to `out` when the body succeeds.
 
-    When the body fails, the folder is removed, unless there is something to promise; then the error says it.
+    When the body fails, the folder is removed, unless it keeps something for resuming; then the error says so.
 
     Raises:
-        InputError: `out` exists and is not empty, cannot be made, or the disk is or becomes too small.
+        InputError: `out` exists and is not empty, cannot be made, or the disk is too small or gets full; another run
+            has locked the folder.
     """
     out = out.resolve()
     root = partial_folder_of(out).root
@@ -78,7 +80,7 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
     with _exclusive_lock(root, out):
         working = partial_folder_of(out)
         try:
-            require_unused(out)  # the run that we waited for may have been writing it
+            require_unused(out)  # again, now that the folder is locked
             (root / MARKER).touch()
             yield working
             for file in working.content.iterdir():
@@ -99,7 +101,7 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
 
 
 def _raise_with_remedy(error: BaseException, out: Path, root: Path, kept: str) -> None:
-    """Raise InputError for what the user can mend, and let any other error carry the promise as a note."""
+    """Raise InputError for an error that the user can fix; attach the sentence on what is kept to any other error."""
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         problem = f"writing {out} failed ({where}{error.strerror or error})"
@@ -110,16 +112,17 @@ def _raise_with_remedy(error: BaseException, out: Path, root: Path, kept: str) -
         raise InputError(f"{problem}; {kept or 'nothing is left there'}") from error
     if kept and isinstance(error, InputError):
         raise InputError(f"{error}; {kept}") from error
-    if kept:  # as BaseException.add_note does, which Python 3.10 lacks
+    if kept:  # BaseException.add_note, which Python 3.10 does not have
         vars(error)["__notes__"] = [*getattr(error, "__notes__", []), kept]
 
 
 def _mount_point(path: Path) -> Path:
+    """The mount point of the file system that holds the path."""
     return next(p for p in (path, *path.parents) if p.is_mount() or p == p.parent)
 
 
 def _empty(root: Path) -> None:
-    """Remove all but the marker: a run that is killed on the way leaves a folder that is still known as ours."""
+    """Remove all but the marker, so that after a kill in the middle the folder is still recognized as ours."""
     for left_over in root.iterdir():
         if left_over.is_dir() and not left_over.is_symlink():
             shutil.rmtree(left_over)
@@ -128,6 +131,7 @@ def _empty(root: Path) -> None:
 
 
 def _remove(root: Path) -> None:
+    """Remove the working folder, the marker last; give up silently if the system refuses."""
     with suppress(OSError):
         _empty(root)
         (root / MARKER).unlink(missing_ok=True)
@@ -136,10 +140,10 @@ def _remove(root: Path) -> None:
 
 @contextmanager
 def atomic_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder that takes the name `out` when the body succeeds, and is removed when it fails.
+    """Yield an empty folder that is renamed to `out` when the body succeeds, and removed when it fails.
 
     Raises:
-        InputError: as `partial_folder`.
+        InputError: as `partial_folder`, or the disk has less than `needed_bytes` free.
     """
     with partial_folder(out) as working:
         working.clear()
@@ -148,7 +152,7 @@ def atomic_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def require_unused(out: Path) -> None:
-    """Raises InputError if `out` is occupied, or the folder it is made in somebody else's."""
+    """Raises InputError if `out` exists and is not empty, is a mount point, or OUT.partial was not made by us."""
     partial = out.with_name(out.name + ".partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty; choose another name or remove it")
@@ -160,6 +164,7 @@ def require_unused(out: Path) -> None:
 
 @contextmanager
 def _exclusive_lock(folder: Path, out: Path) -> Iterator[None]:
+    """Hold an flock on the folder, which ends with the process; raises InputError if another run holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,6 +176,7 @@ def _exclusive_lock(folder: Path, out: Path) -> Iterator[None]:
 
 
 def sync_path(path: Path) -> None:
+    """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,7 +185,7 @@ def sync_path(path: Path) -> None:
 
 
 def copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> Iterable[str]:
-    """Copy the plain files of a folder whose name is wanted; returns their names."""
+    """Copy the regular files of a folder whose name passes `wanted`; return their names."""
     names = sorted(p.name for p in source.iterdir() if p.is_file() and wanted(p.name))
     for name in names:
         shutil.copyfile(source / name, target / name)

@@ -1,4 +1,4 @@
-"""A checkpoint folder as a model repository on the Hub, through huggingface_hub, which finds the token by itself."""
+"""Download models from the Hub and upload checkpoint folders, through huggingface_hub, which finds the token itself."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ LOG_IN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def check_access(repo: str) -> None:
-    """Before hours of work: is the repository's name one, and is somebody logged in?
+    """Check before a long run that its result can be pushed: a valid repository name, and a login.
 
     Raises:
-        InputError: no, or the Hub cannot be asked.
+        InputError: the name is invalid, nobody is logged in, or the Hub cannot be reached.
     """
     try:
         validate_repo_id(repo)
@@ -34,10 +34,10 @@ def check_access(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Upload a folder into a model repository, made where it does not exist; returns its address.
+    """Upload a folder to a model repository, which is created if necessary; return its URL.
 
     Raises:
-        InputError: the Hub did not take it; the folder stays as it is.
+        InputError: the upload failed; the folder is unchanged.
     """
     api = HfApi()
     try:
@@ -60,9 +60,9 @@ def resolve(model: str, revision: str | None) -> Path:
     """A local checkpoint folder, or the local copy of a Hub repository (safetensors, configuration and tokenizer only).
 
     Raises:
-        InputError: neither exists, or the folder holds what may not be opened (see `check_folder`).
+        InputError: neither exists, or the folder fails `check_folder`.
     """
-    from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
+    from huggingface_hub import snapshot_download  # slow to import; a local folder does not need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     folder = Path(model)
@@ -74,7 +74,7 @@ def resolve(model: str, revision: str | None) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"{model}: no such folder")
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE", "NOTICE"]
-    doubles = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
+    doubles = ["consolidated*", "original/*"]  # second copies of the weights, in the authors' own format
     try:
         copy = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Tensors fetched while something else is computed: from the disk, and to a GPU."""
+"""Prefetch tensors in a background thread: from disk to the page cache, or to GPU memory."""
 
 import threading
 import time
@@ -12,32 +12,32 @@ from gptq.checkpoint.reader import Source
 
 
 class ReadAhead:
-    """Brings tensors from the disk into the page cache in a thread of its own, so that reading them later is quick.
+    """Reads tensors in a background thread, so that the system's page cache holds them when they are needed.
 
-    It holds no memory itself: the cache is the system's, which takes it back when it has better use for it.
+    It holds no memory itself; the system evicts pages of the cache under memory pressure.
     """
 
     def __init__(self, source: Source) -> None:
-        self.seconds = 0.0  # that the thread spent reading, beside whatever else went on
-        self.waited = 0.0  # that `join` stood still for it
-        self.nbytes = 0
+        self.seconds = 0.0  # time the thread spent reading
+        self.waited = 0.0  # time `join` waited for the thread
+        self.nbytes = 0  # bytes read
         self._source = source
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
     def start(self, names: list[str]) -> None:
-        """Fetch these tensors; a fetch under way comes to its end first."""
+        """Start to read these tensors; first wait for an earlier call to finish."""
         self.join()
         self._stop.clear()
         self._thread = threading.Thread(target=self._fetch, args=(names,), name="gptq-read-ahead", daemon=True)
         self._thread.start()
 
     def take(self, name: str) -> Tensor | None:
-        """Nothing: whoever wants a tensor reads it."""
+        """Return None: the caller reads the tensor itself, from the page cache."""
         return None
 
     def join(self, cancel: bool = False) -> None:
-        """Wait for what is under way; `cancel` gives it up."""
+        """Wait for the thread to finish; with `cancel` it stops after the current piece."""
         began = time.perf_counter()
         if cancel:
             self._stop.set()
@@ -48,7 +48,7 @@ class ReadAhead:
 
     def _fetch(self, names: list[str]) -> None:
         began, piece = time.perf_counter(), memoryview(bytearray(2**20))
-        with suppress(OSError):  # it only saves time: who really reads will say what is wrong
+        with suppress(OSError):  # prefetching only saves time; the actual read reports errors
             for name in names:
                 with self._source.file_of(name).open("rb", buffering=0) as file:
                     start, stop = self._source.byte_range(name)
@@ -59,15 +59,16 @@ class ReadAhead:
 
 
 class CopyAhead:
-    """Brings tensors to a GPU, as they are stored, in a thread and a CUDA stream of its own, and holds them there.
+    """Reads tensors in a background thread and copies them to a GPU on its own CUDA stream, in their stored dtype.
 
-    At once it holds at most those of the last two calls of `start`, as the first of these may still be in use.
+    It holds the tensors of the last two calls of `start` until they are taken, because those of the earlier call may
+    still be needed when the later one starts.
     """
 
     def __init__(self, source: Source, device: torch.device) -> None:
-        self.seconds = 0.0  # that the thread spent reading, beside whatever else went on
-        self.waited = 0.0  # that `take` stood still for it
-        self.nbytes = 0
+        self.seconds = 0.0  # time the thread spent reading
+        self.waited = 0.0  # time `take` waited for the thread
+        self.nbytes = 0  # bytes read
         self._source = source
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -76,13 +77,13 @@ class CopyAhead:
         self._next: dict[str, Future[tuple[Tensor, torch.cuda.Event | None]]] = {}
 
     def start(self, names: list[str]) -> None:
-        """Fetch these tensors, after those of the last call; what is older is forgotten."""
+        """Queue these tensors behind those of the last call; drop those of the call before it."""
         for forgotten in self._last.values():
             forgotten.cancel()
         self._last, self._next = self._next, {name: self._thread.submit(self._fetch, name) for name in names}
 
     def take(self, name: str) -> Tensor | None:
-        """The tensor, on the GPU, in memory of its own; None where it was not fetched, or was taken before.
+        """The tensor on the GPU, owned by the caller; None if it was not prefetched, or memory was short.
 
         Raises:
             InputError: it holds NaN or infinity.
@@ -93,18 +94,18 @@ class CopyAhead:
         began = time.perf_counter()
         try:
             tensor, arrived = coming.result()
-        except RuntimeError:  # no memory, on the GPU or to be pinned: this only saves time, so it is read once more
+        except RuntimeError:  # out of GPU or pinned memory: the caller reads the tensor itself
             return None
         finally:
             self.waited += time.perf_counter() - began
         if arrived is not None:
             used_by = torch.cuda.current_stream(self._device)
             used_by.wait_event(arrived)
-            tensor.record_stream(used_by)  # or its memory might be given to the next copy too early
+            tensor.record_stream(used_by)  # keeps the allocator from reusing the memory before this stream is done
         return tensor
 
     def join(self, cancel: bool = False) -> None:
-        """Wait for what is under way; `cancel` gives up what has not begun. Nothing can be fetched after this."""
+        """Wait for the thread and end it; with `cancel` drop tensors not yet begun. `start` fails after this."""
         self._thread.shutdown(cancel_futures=cancel)
         self._last, self._next = {}, {}
 
@@ -112,7 +113,7 @@ class CopyAhead:
         began = time.perf_counter()
         tensor, arrived = self._source.read(name), None
         if self._stream is not None:
-            with torch.cuda.stream(self._stream):  # a copy from pinned memory is made while this thread goes on
+            with torch.cuda.stream(self._stream):  # copies from pinned memory are asynchronous
                 tensor = tensor.pin_memory().to(self._device, non_blocking=True)
                 arrived = self._stream.record_event()
         self.nbytes += tensor.nbytes

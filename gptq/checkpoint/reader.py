@@ -1,9 +1,4 @@
-"""Checkpoints as safetensors, both ways: read one tensor at a time, write each as it comes.
-
-Reading checks every header against its file before the first weight is used. Writing lays out all shards beforehand
-(the sizes of the result are known before it is computed), so tensors go to their final place in any order and are
-forgotten.
-"""
+"""Read a safetensors checkpoint one tensor at a time; every header is checked before the first weight is used."""
 
 import json
 from contextlib import suppress
@@ -18,7 +13,7 @@ from gptq.checkpoint.tensors import DTYPES, INDEX, SINGLE, TensorInfo
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
 
-CHUNK_BYTES = 2**24  # of a tensor that is read or converted at a time
+CHUNK_BYTES = 2**24  # bytes of a tensor that are read and converted at a time
 CONVERT_HINT = (
     "pickled weights are not read. Convert them once, where you trust them: "
     "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), and the tokenizer likewise"
@@ -37,7 +32,7 @@ class Source:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
-        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # with where the tensors begin behind them
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # (offset of the tensor data, parsed header)
         listed, files = _find_shards(folder)
         for file in files:
             for name, info in _read_header(file).items():
@@ -53,14 +48,16 @@ class Source:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
     def file_bytes(self) -> int:
+        """Bytes of all files, headers included."""
         return sum(file.stat().st_size for file in set(self._file_of.values()))
 
     def byte_range(self, name: str) -> tuple[int, int]:
-        """Where a tensor's bytes begin and end in its file, whose header was checked when the folder was opened."""
+        """The offsets in its file at which a tensor's bytes begin and end."""
         file = self._file_of[name]
         if file not in self._headers:
             with file.open("rb") as opened:
@@ -78,7 +75,7 @@ class Source:
         return self._file_of[name]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in memory of its own, as stored or, where it holds floating-point numbers, in `dtype`.
+        """Copy the tensor to memory, in its stored dtype; floating-point tensors in `dtype` if given.
 
         Raises:
             InputError: it holds NaN or infinity.
@@ -86,7 +83,9 @@ class Source:
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=(stored.dtype.is_floating_point and dtype) or stored.dtype)
         for rows in self._row_chunks(stored):
-            with safe_open(self._file_of[name], framework="pt") as file:  # closed each time, so that no pages pile up
+            with safe_open(
+                self._file_of[name], framework="pt"
+            ) as file:  # closing unmaps the file, so that its pages do not add to resident memory
                 piece: Tensor = file.get_slice(name)[rows] if rows else file.get_tensor(name)
                 if stored.dtype.is_floating_point and not _is_finite(piece):
                     raise InputError(
@@ -96,14 +95,14 @@ class Source:
         return tensor
 
     def _row_chunks(self, stored: TensorInfo) -> list[tuple[slice, ...]]:
-        """Which rows are read at a time: about CHUNK_BYTES of them, and a tensor without rows at once."""
+        """Indices of runs of rows of about CHUNK_BYTES; a scalar or small tensor is one run."""
         if stored.nbytes <= CHUNK_BYTES or not stored.shape:
             return [()]
         step = max(1, CHUNK_BYTES * stored.shape[0] // stored.nbytes)
         return [(slice(start, start + step),) for start in range(0, stored.shape[0], step)]
 
     def read_unchecked(self, name: str) -> Tensor:
-        """The tensor as stored, finite or not, in memory of its own."""
+        """Copy the tensor to memory as stored, without a check for NaN and infinity."""
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name).clone()
         return tensor
@@ -112,13 +111,13 @@ class Source:
 def _is_finite(piece: Tensor) -> bool:
     if not piece.numel():
         return True
-    ends = (piece if piece.dtype.itemsize > 1 else piece.float()).aminmax()  # NaN where there is one
+    ends = (piece if piece.dtype.itemsize > 1 else piece.float()).aminmax()  # NaN if any number is NaN
     return bool(torch.isfinite(ends.min) and torch.isfinite(ends.max))
 
 
 def _find_shards(folder: Path) -> tuple[set[str], list[Path]]:
-    """Names that an index lists (none for a single file), and the safetensors files of a checkpoint folder."""
-    if (folder / SINGLE).is_file():  # before an index, as in transformers
+    """The tensor names that the index lists (none for a single file), and the safetensors files of the folder."""
+    if (folder / SINGLE).is_file():  # takes precedence over an index, as in transformers
         return set(), [folder / SINGLE]
     index = folder / INDEX
     if index.is_file():
@@ -143,7 +142,7 @@ def _find_shards(folder: Path) -> tuple[set[str], list[Path]]:
 
 
 def readable_tensors(folder: Path) -> set[str]:
-    """Names of the tensors in those safetensors files of a folder that are not damaged, whatever an index lists."""
+    """Names of the tensors in all undamaged safetensors files of a folder; an index is ignored."""
     names: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with suppress(InputError):
@@ -152,10 +151,10 @@ def readable_tensors(folder: Path) -> set[str]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Names of shards by the names of the tensors that the folder's index lists.
+    """The folder's index: the file name of the shard of each tensor.
 
     Raises:
-        InputError: it is not an index, or names a file that could not be a shard beside it.
+        InputError: it is not an index, or a shard is not a safetensors file name in the same folder.
     """
     index = folder / INDEX
     shard_of = read_json(index).get("weight_map")
@@ -168,7 +167,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Of each tensor; safetensors itself checks that they fill the file, without a gap or an overlap."""
+    """Read a file's header; safetensors checks that the tensors fill the file without gaps and overlaps."""
     try:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# In the order in which safetensors lays tensors out: wide types first, so that every tensor is aligned.
+# In the order in which safetensors lays out a file: wide types first, so that every tensor is aligned.
 DTYPES = {
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
     "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32,
@@ -23,7 +23,7 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of a tensor."""
+    """A tensor's entry in a safetensors header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

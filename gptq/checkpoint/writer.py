@@ -1,4 +1,7 @@
-"""Write a checkpoint as safetensors: all shards are laid out first, then tensors go to their place in any order."""
+"""Write a safetensors checkpoint: lay out all shards first, then write each tensor to its place, in any order.
+
+The layout needs only dtypes and shapes, which are known before the tensors are computed; so none is kept in memory.
+"""
 
 import hashlib
 import json
@@ -15,13 +18,13 @@ from torch import Tensor
 from gptq.checkpoint.atomic_folder import sync_path
 from gptq.checkpoint.tensors import DTYPE_CODES, DTYPES, INDEX, SINGLE, TensorInfo, tensor_bytes
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000  # bytes of tensors in a shard
 
 
 class ShardWriter:
     """Writes a checkpoint whose tensors are known in advance, one tensor at a time, in any order.
 
-    Shards are what `safetensors.torch.save_file` makes of the same tensors, byte for byte, with the Hub's names.
+    The shards equal those of `safetensors.torch.save_file` byte for byte, and have the file names of the Hub.
     """
 
     def __init__(
@@ -33,10 +36,14 @@ class ShardWriter:
         reuse_shards: bool = False,
         read_only: bool = False,
     ) -> None:
-        """Lay out `shards`, lists of names, or shards of at most so many bytes that do not part a layer's tensors.
+        """Lay out the shards.
 
-        With `going_on` shards that an earlier writer laid out alike are opened as they are; which of their tensors were
-        written is for `adopt` to say. With `read_only` another process writes what this one computes as well.
+        Args:
+            shards: names of the tensors in each shard. By default tensors are split in order into shards of at most
+                `max_shard_bytes`, and those of one layer stay together.
+            reuse_shards: keep the content of shards that an earlier writer laid out identically. `adopt` then says
+                which tensors are written.
+            read_only: only compute checksums, because another process writes the same tensors to the same files.
         """
         self.folder = folder
         self._read_only = read_only
@@ -78,10 +85,10 @@ class ShardWriter:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in its place.
+        """Write a tensor to its place.
 
         Raises:
-            ValueError: it is not the tensor that was announced, or comes a second time.
+            ValueError: its dtype or shape differs from the layout, or it was written before.
         """
         announced = self._tensors[name]
         if (tensor.dtype, tuple(tensor.shape)) != (announced.dtype, announced.shape):
@@ -96,7 +103,7 @@ class ShardWriter:
         self.checksums[name] = hashlib.sha256(content).hexdigest()
 
     def adopt(self, checksums: Mapping[str, str]) -> bool:
-        """Take tensors that an earlier writer wrote for written, if all of them have these checksums."""
+        """Mark tensors of an earlier writer as written, if all have these checksums on disk; return whether they do."""
         if any(name not in self._tensors or self._digest(name) != checksum for name, checksum in checksums.items()):
             return False
         self.checksums.update(checksums)
@@ -112,7 +119,7 @@ class ShardWriter:
         return digest.hexdigest()
 
     def read(self, name: str) -> Tensor:
-        """A tensor that was written."""
+        """Read back a tensor that was written."""
         info, (shard, offset) = self._tensors[name], self._offsets[name]
         if not info.nbytes:
             return torch.empty(info.shape, dtype=info.dtype)
@@ -121,7 +128,7 @@ class ShardWriter:
         return torch.frombuffer(content, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
 
     def sync(self) -> None:
-        """Make what was written so far survive a power cut."""
+        """Flush all that was written to the disk, so that it survives a power failure."""
         if self._read_only:
             return
         for file in self._files:
@@ -130,7 +137,7 @@ class ShardWriter:
         sync_path(self.folder)
 
     def close(self) -> None:
-        """Raises ValueError if an announced tensor never came."""
+        """Sync and close all files; raises ValueError if a tensor of the layout was never written."""
         missing = [name for name, checksum in self.checksums.items() if not checksum]
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
@@ -138,7 +145,7 @@ class ShardWriter:
         self.abandon()
 
     def abandon(self) -> None:
-        """Close the files as they are; a full disk has been reported by then."""
+        """Close all files without checks; errors are ignored, because a full disk was reported by the write."""
         for file in self._files:
             with suppress(OSError):
                 file.close()
@@ -164,14 +171,14 @@ def _split_into_shards(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> 
 
 
 def file_bytes(tensors: dict[str, TensorInfo]) -> int:
-    """What the safetensors files that `ShardWriter` makes of these tensors take together."""
+    """The total size of the files that `ShardWriter` makes of these tensors."""
     shards = _split_into_shards(tensors, MAX_SHARD_BYTES)
     headers = sum(len(_encode_header({name: tensors[name] for name in names})[0]) for names in shards)
     return headers + sum(info.nbytes for info in tensors.values())
 
 
 def _encode_header(tensors: dict[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """A shard's header and each tensor's offset behind it."""
+    """Return a shard's header and the offset of each tensor after it."""
     offsets: dict[str, int] = {}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,1 +1,1 @@
-"""What the machine can do: products, threads, SIMD, memory, processes."""
+"""Machine-level building blocks: matrix products, threads, SIMD, memory allocation, process groups."""
