@@ -1,1 +1,1 @@
-"""A LeNet in int8 by its largest absolute values, and what GPTQ buys over that: `python -m lenet_baseline --help`."""
+"""A LeNet quantized to int8 by max-abs scales and compared with GPTQ: `python -m lenet_baseline --help`."""

@@ -20,7 +20,7 @@ import datasets
 
 from gptq.errors import InputError
 from lenet_baseline import compare as comparison
-from lenet_baseline.activations import record
+from lenet_baseline.activations import record_activations
 from lenet_baseline.data import DIGITS, load
 from lenet_baseline.integer import load_integers, quantize_lenet, run_integers, save_integers, simulate
 from lenet_baseline.maxabs import RULES
@@ -32,7 +32,7 @@ DESCRIPTION = "A LeNet in int8 by its largest absolute values, and the same laye
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 bad input or interrupted."""
+    """Run one command; return the exit code: 0 success, 2 bad input or interrupted."""
     args = parser().parse_args(arguments)
     datasets.disable_progress_bars()
     try:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except InputError as error:
         print(f"lenet_baseline: {error}", file=sys.stderr)
-    except BrokenPipeError:  # what read our output has gone; Python would complain once more when it exits
+    except BrokenPipeError:  # the reader of our output has closed it; without this, Python reports it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"lenet_baseline: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
@@ -80,14 +80,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    return _whole(text, 1)
+    return _integer_from(text, 1)
 
 
 def _seed(text: str) -> int:
-    return _whole(text, 0)
+    return _integer_from(text, 0)
 
 
-def _whole(text: str, least: int) -> int:
+def _integer_from(text: str, least: int) -> int:
     if not text.isdecimal() or not least <= int(text) < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
     return int(text)
@@ -117,7 +117,7 @@ def _train(args: argparse.Namespace) -> None:
 def _quantize(args: argparse.Namespace) -> None:
     data = load(args.data)
     model, path = train_or_reuse(args.out, data, args.bias, args.seed, args.epochs or data.epochs)
-    activations = record(model, data.train.draw(comparison.CALIBRATION_IMAGES, args.seed))
+    activations = record_activations(model, data.train.draw(comparison.CALIBRATION_IMAGES, args.seed))
     scales = "channel" if args.per_channel else "tensor"
     written = path.with_name(path.name.replace("float-", f"int8-{args.range}-{scales}-", 1))
     save_integers(quantize_lenet(model, activations, args.range, args.per_channel), written)

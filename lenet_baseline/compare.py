@@ -1,4 +1,4 @@
-"""Float, int8 and weight-only quantization of the same models on the same test images -> results.json."""
+"""Compare float, int8 and weight-only quantization of the same models on the same test images; write results.json."""
 
 import json
 import math
@@ -12,34 +12,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gptq.errors import InputError
-from lenet_baseline.activations import Activations, record
+from lenet_baseline.activations import Activations, record_activations
 from lenet_baseline.data import Data
 from lenet_baseline.integer import IntegerLeNet, quantize_lenet, run_integers, simulate
 from lenet_baseline.maxabs import RULES, full_range, three_sigma_range
-from lenet_baseline.model import LAYERS, Bias, LeNet, write
+from lenet_baseline.model import LAYERS, Bias, LeNet, write_atomically
 from lenet_baseline.train import accuracy, logits, train_or_reuse
 from lenet_baseline.weight_only import BITS, METHODS, quantize_model
 
-VERSION = 1
+VERSION = 1  # of the format of results.json
 RESULTS = "results.json"
-CALIBRATION_IMAGES = 1024
-CONFIDENCE = 0.95
-MARGIN = 0.005  # of accuracy that int8 may cost
-BINS = 50
+CALIBRATION_IMAGES = 1024  # training images that set the ranges of activations and GPTQ's Hessians
+CONFIDENCE_LEVEL = 0.95
+ACCURACY_MARGIN = 0.005  # largest loss of accuracy at which int8 still counts as equal to float: half a point
+HISTOGRAM_BINS = 50
 
 Json = dict[str, Any]
 
 
 def compare(data: Data, out: Path, bias: Bias, epochs: int, num_seeds: int) -> Json:
-    """Train or reuse one model a seed, quantize each in every way, write OUT/results.json and return its content.
+    """Train or reuse one model per seed, quantize each by all methods, write OUT/results.json and return its content.
 
-    A seed decides a model's training and its calibration images, so an interval over seeds covers both.
+    The seed decides a model's training and its calibration images, so an interval over seeds covers both.
     """
     runs, distributions = [], {}
     for seed in range(num_seeds):
         model, _ = train_or_reuse(out, data, bias, seed, epochs)
         images = data.train.draw(CALIBRATION_IMAGES, seed)
-        activations = record(model, images)
+        activations = record_activations(model, images)
         if seed == 0:
             distributions = _distributions(model, activations)
         runs.append(_run(model, activations, images, data, seed))
@@ -56,15 +56,15 @@ def compare(data: Data, out: Path, bias: Bias, epochs: int, num_seeds: int) -> J
         "summary": summarize(runs),
         "distributions": distributions,
     }
-    write(out / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(out / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     return results
 
 
 def read_results(out: Path) -> Json:
-    """The results that an earlier `compare` left in a folder.
+    """Read the results that an earlier `compare` wrote to a folder.
 
     Raises:
-        InputError: there are none, or they are not such results.
+        InputError: the file is missing, is not such a file, or has another version.
     """
     path = out / RESULTS
     try:
@@ -101,7 +101,7 @@ def _run(model: LeNet, activations: Activations, images: Tensor, data: Data, see
 def _int8(net: IntegerLeNet, data: Data, per_channel: bool) -> Json:
     simulated = logits(lambda x: simulate(net, x), data.test)
     integers = logits(lambda x: run_integers(net, x), data.test)
-    mistaken = torch.relu(simulated).argmax(1)  # what a ReLU behind fc3 would have said
+    mistaken = torch.relu(simulated).argmax(1)  # the predictions with a ReLU after fc3
     return {
         "rule": net.rule,
         "scales": "channel" if per_channel else "tensor",
@@ -124,7 +124,7 @@ def _distributions(model: LeNet, activations: Activations) -> Json:
 
 def _distribution(values: Tensor) -> Json:
     low, high = full_range(values)
-    counts, edges = torch.histogram(values.flatten().double(), BINS, range=(low, high))
+    counts, edges = torch.histogram(values.flatten().double(), HISTOGRAM_BINS, range=(low, high))
     return {
         "full_range": [low, high],
         "three_sigma_range": list(three_sigma_range(values)),
@@ -162,16 +162,16 @@ def summarize(runs: list[Json]) -> Json:
 
 
 def interval(values: list[float]) -> Json:
-    """Mean and Student's confidence interval; no interval from one value."""
+    """Mean and Student's t confidence interval; low and high are None for a single value."""
     mean, n = fmean(values), len(values)
     if n < 2:
         return {"mean": mean, "low": None, "high": None}
-    half = float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    half = float(student_t.ppf((1 + CONFIDENCE_LEVEL) / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def difference(values: list[float], others: list[float]) -> Json:
-    """Paired by seed, with a verdict on the sign: `better`, `worse`, `equal`, or `not shown`."""
+    """Interval of the differences paired by seed, with a verdict on the sign: better, worse, equal, or not shown."""
     found = interval([a - b for a, b in zip(values, others, strict=True)])
     return {**found, "verdict": _verdict(found)}
 
@@ -190,7 +190,7 @@ def _verdict(found: Json) -> str:
 
 
 def table(results: Json) -> str:
-    """What the numbers say, for a terminal; accuracies in per cent, differences in points."""
+    """The results as text for a terminal; accuracies in per cent, differences in percentage points."""
     summary, settings = results["summary"], results["settings"]
     name, images, seeds = results["data"]["name"], results["data"]["test_images"], settings["seeds"]
     lines = [
@@ -211,7 +211,7 @@ def table(results: Json) -> str:
         lines.append(f"  {label:42}{_percent(row)}   {_points(row['minus_float'])}")
     lines += ["", f"{'difference of accuracy, points':44}    mean     {_interval_head(seeds)}"]
     int8 = summary["int8"][0]["minus_float"]
-    lines.append(f"  {'int8 max-abs per tensor minus float':42}{_percent(int8, '+')}   {_closeness(int8)}")
+    lines.append(f"  {'int8 max-abs per tensor minus float':42}{_percent(int8, '+')}   {_margin_verdict(int8)}")
     for other, label in (("rtn", "nearest"), ("max_abs", "max-abs")):
         for row in summary[f"gptq_minus_{other}"]:
             words = f"{row['bits']} bits, GPTQ minus {label}"
@@ -228,11 +228,15 @@ def _range_lines(distributions: Json) -> list[str]:
     return lines
 
 
-def _closeness(found: Json) -> str:
-    """Whether int8 stays within half a point below float."""
-    if found["low"] is None or found["low"] < -MARGIN <= found["high"]:
-        return f"not shown to be within {100 * MARGIN} points"
-    return f"within {100 * MARGIN} points" if found["low"] >= -MARGIN else f"not within {100 * MARGIN} points"
+def _margin_verdict(found: Json) -> str:
+    """Say whether the interval shows that int8 loses at most ACCURACY_MARGIN."""
+    if found["low"] is None or found["low"] < -ACCURACY_MARGIN <= found["high"]:
+        return f"not shown to be within {100 * ACCURACY_MARGIN} points"
+    return (
+        f"within {100 * ACCURACY_MARGIN} points"
+        if found["low"] >= -ACCURACY_MARGIN
+        else f"not within {100 * ACCURACY_MARGIN} points"
+    )
 
 
 def _interval_head(seeds: int) -> str:

@@ -1,4 +1,4 @@
-"""Images with their labels: CIFAR-10 by name or from a folder, or handwritten digits that need no download."""
+"""Load labelled images: CIFAR-10 from the Hub or a folder, or scikit-learn's handwritten digits without a download."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from tqdm import tqdm
 from gptq.errors import InputError
 from lenet_baseline.model import IMAGE
 
-DIGITS = "digits"
-IMAGE_COLUMNS = ("img", "image")  # uoft-cs/cifar10 writes img, most others image
+DIGITS = "digits"  # name of the data set that needs no download
+IMAGE_COLUMNS = ("img", "image")  # column names: img in uoft-cs/cifar10, image in most other data sets
 CLASSES = 10
 
 
@@ -31,7 +31,7 @@ class Images:
         return len(self.labels)
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """A seeded choice of at most `count` of the images, normalized."""
+        """Draw at most `count` images at random with the seed; normalized, (n, 3, 32, 32) float32."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
         return normalize(self.pixels[chosen])
 
@@ -41,13 +41,13 @@ class Data:
     name: str
     train: Images
     test: Images
-    flips: bool  # a mirrored photograph is as good a photograph; a mirrored digit is none
-    epochs: int  # by default
-    batch_size: int  # of training
+    flips: bool  # whether training may mirror images: a mirrored photograph is valid, a mirrored digit is not
+    epochs: int  # default number of training epochs
+    batch_size: int  # training images per step
 
     @property
     def fingerprint(self) -> str:
-        """Of every training and test pixel and label."""
+        """Hash of all training and test pixels and labels."""
         digest = hashlib.sha256()
         for images in (self.train, self.test):
             digest.update(images.pixels.numpy().tobytes())
@@ -56,15 +56,15 @@ class Data:
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 0 to 255 -> float32 -1 to 1."""
+    """Map uint8 0 to 255 to float32 -1 to 1."""
     return pixels.float() / 127.5 - 1
 
 
 def load(source: str = DIGITS) -> Data:
-    """`digits`, a folder, or a name on the Hub; in the layout of uoft-cs/cifar10: train and test, img and label.
+    """Load `digits`, or a folder or Hub data set like uoft-cs/cifar10: splits train and test, columns img and label.
 
     Raises:
-        InputError: it cannot be read, lacks a split or a column, or holds an image of another shape or another label.
+        InputError: it cannot be read, lacks a split or a column, or has an image of another shape or an invalid label.
     """
     if source == DIGITS:
         return _digits()
@@ -86,7 +86,7 @@ def load(source: str = DIGITS) -> Data:
 
 
 def _digits() -> Data:
-    """scikit-learn's 1,797 digits of 8x8 pixels from 0 to 16, scaled to 3x32x32; one fixed, stratified split 4 to 1."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, scaled up to 3x32x32, in one fixed and stratified 4 to 1 split."""
     digits = load_digits()
     small = torch.from_numpy(digits.images).float()[:, None]  # (n, 1, 8, 8)
     large = functional.interpolate(small * (255 / 16), size=IMAGE[1:], mode="bilinear", align_corners=False)

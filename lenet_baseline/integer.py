@@ -2,9 +2,10 @@
 
     y = clamp(round(n_output * (W x + b)), -128, 127)              W, x int8; b and the accumulator int32
 
-n_output is kept as multiplier * 2^-shift with a multiplier of 22 bits. 31 bits of accumulator times 22 are 53, which
-float64 holds exactly, so the simulated path (floats that hold integers) and the truly integer path (no float at all
-behind the image) are equal bit for bit, ties included. 22 bits move a scale by less than one part in 4 million.
+n_output is stored as multiplier * 2^-shift with a multiplier of 22 bits. The product with a 31-bit accumulator has at
+most 53 bits, which float64 represents exactly. So the simulated path (float64 tensors with integer values) and the
+integer path (no floats after the image is quantized) are equal bit for bit, ties included. Rounding to 22 bits changes
+a scale by less than one part in 4 million.
 """
 
 from collections.abc import Callable
@@ -29,11 +30,22 @@ from lenet_baseline.maxabs import (
     quantize_input,
     quantize_weights,
 )
-from lenet_baseline.model import BIASED, LAYERS, WEIGHT_SHAPES, Bias, LeNet, read, require, save, unfold, walk
+from lenet_baseline.model import (
+    BIASED,
+    LAYERS,
+    WEIGHT_SHAPES,
+    Bias,
+    LeNet,
+    read,
+    require_tensors,
+    run_layers,
+    save,
+    unfold,
+)
 
-MULTIPLIER_BITS = 22
-LARGEST_SHIFT = 62  # an int64 has no more to give; reached only by scales below 2^-40, whose outputs are all 0
-BATCH = 50  # images unfolded at once, 12 MB in int32
+MULTIPLIER_BITS = 22  # bits of the fixed-point multiplier of an output scale
+MAX_SHIFT = 62  # largest shift of an int64; only scales below 2^-40 reach it, and their outputs are all 0
+BATCH_IMAGES = 50  # images that run together; their unfolded patches take 12 MB in int32
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class IntegerLayer:
     weight: Tensor  # (outputs, ...) int8
     bias: Tensor | None  # (outputs,) int32
     multiplier: Tensor  # (1,) or (outputs,) int32, per tensor or per channel
-    shift: Tensor  # the same shape, int32: n_output = multiplier * 2^-shift
+    shift: Tensor  # like multiplier; n_output = multiplier * 2^-shift
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class IntegerLeNet:
 def quantize_lenet(
     model: LeNet, activations: Activations, rule: Rule = "max-abs", per_channel: bool = False
 ) -> IntegerLeNet:
-    """Weights, activations and biases of the float model to integers, by the ranges of recorded activations."""
+    """Quantize weights, activations and biases of the float model, with scales from recorded activations."""
     n_input = input_scale(activations.inputs["conv1"], rule)
     before: list[tuple[Tensor, Tensor]] = []
     layers: dict[str, IntegerLayer] = {}
@@ -72,22 +84,22 @@ def quantize_lenet(
 
 
 def fixed_point(scale: Tensor, name: str = "layer") -> tuple[Tensor, Tensor]:
-    """Multiplier and shift, both int32 (1,) or (outputs,), with multiplier * 2^-shift the scale to 22 bits.
+    """Multiplier and shift, both int32 (1,) or (outputs,): multiplier * 2^-shift is the scale rounded to 22 bits.
 
     Raises:
-        InputError: a scale is not a positive number below 2^21; a layer's outputs are then far below its integers.
+        InputError: a scale is not positive or not below 2^21.
     """
     scale = scale.double().reshape(-1)
     bad = scale[~((scale > 0) & (scale < 2.0 ** (MULTIPLIER_BITS - 1)))]
     if bad.numel():
         raise InputError(f"{name}: an output scale of {float(bad[0]):.3g} is no fixed-point number; are weights tiny?")
     _, exponent = torch.frexp(scale)  # scale in [2^(exponent - 1), 2^exponent)
-    shift = (MULTIPLIER_BITS - exponent).clamp(max=LARGEST_SHIFT)  # at least 1
+    shift = (MULTIPLIER_BITS - exponent).clamp(max=MAX_SHIFT)  # at least 1
     return torch.round(torch.ldexp(scale, shift)).to(torch.int32), shift.to(torch.int32)
 
 
 def check_accumulator(layer: IntegerLayer, name: str) -> None:
-    """Raises InputError where some int8 input could take an accumulator out of int32."""
+    """Raises InputError if an accumulator could overflow int32 for some int8 input."""
     largest = layer.weight.long().abs().flatten(1).sum(1) * -INT8[0]  # (outputs,)
     if layer.bias is not None:
         largest += layer.bias.long().abs()
@@ -102,7 +114,7 @@ def check_accumulator(layer: IntegerLayer, name: str) -> None:
 
 
 def simulated_layer(layer: IntegerLayer, x: Tensor) -> Tensor:
-    """One layer in float64 that holds integers: what an int8 layer does, said with torch's own layers."""
+    """One layer of the simulated path: torch's own operations on float64 tensors with integer values."""
     weight, bias = layer.weight.double(), None if layer.bias is None else layer.bias.double()
     multiply = functional.conv2d if weight.ndim == 4 else functional.linear
     y = multiply(x, weight, bias)  # exact: every sum is below 2^53
@@ -111,14 +123,14 @@ def simulated_layer(layer: IntegerLayer, x: Tensor) -> Tensor:
 
 
 def integer_layer(layer: IntegerLayer, x: Tensor) -> Tensor:
-    """One layer with integers only, (n, ...) int8 to (n, outputs, ...) int8. Ties go to even, as in torch.round."""
+    """One layer of the integer path, (n, ...) int8 to (n, outputs, ...) int8. Ties round to even, as in torch.round."""
     rows, *kernel = layer.weight.shape
     patches = unfold(x, layer.weight).to(torch.int32)  # (n * positions, inputs)
     accumulator = patches @ layer.weight.to(torch.int32).flatten(1).T  # (n * positions, outputs) int32
     if layer.bias is not None:
         accumulator += layer.bias
     product = accumulator.long() * layer.multiplier  # below 2^53
-    half_down = (1 << (layer.shift.long() - 1)) - 1  # just under one half, so that a tie needs an odd quotient to go up
+    half_down = (1 << (layer.shift.long() - 1)) - 1  # one less than a half, so that a tie rounds up only if `odd`
     odd = (product >> layer.shift) & 1
     y = ((product + half_down + odd) >> layer.shift).clamp(*INT8).to(torch.int8)
     if len(kernel) == 3:
@@ -129,25 +141,25 @@ def integer_layer(layer: IntegerLayer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def simulate(net: IntegerLeNet, images: Tensor) -> Tensor:
-    """Float images (n, 3, 32, 32) to logits (n, 10): float64 that holds integers."""
+    """Run float images (n, 3, 32, 32) on the simulated path; logits (n, 10) are float64 with integer values."""
     return _run(net, images, lambda name, x: simulated_layer(net.layers[name], x.double()))
 
 
 @torch.no_grad()
 def run_integers(net: IntegerLeNet, images: Tensor) -> Tensor:
-    """Float images (n, 3, 32, 32) to int8 logits (n, 10); behind the image's quantization nothing is a float."""
+    """Run float images (n, 3, 32, 32) on the integer path; logits (n, 10) are int8."""
     return _run(net, images, lambda name, x: integer_layer(net.layers[name], x))
 
 
 def _run(net: IntegerLeNet, images: Tensor, layer: Callable[[str, Tensor], Tensor]) -> Tensor:
-    return torch.cat([walk(quantize_input(part, net.n_input), layer) for part in images.split(BATCH)])
+    return torch.cat([run_layers(quantize_input(part, net.n_input), layer) for part in images.split(BATCH_IMAGES)])
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def save_integers(net: IntegerLeNet, path: Path) -> None:
-    """int8 weights, int32 biases, multipliers and shifts, and n_input float64, as safetensors."""
+    """Write int8 weights, int32 biases, multipliers and shifts, and float64 n_input as safetensors."""
     tensors = {"n_input": torch.tensor([net.n_input], dtype=torch.float64)}
     for name, layer in net.layers.items():
         for field, tensor in vars(layer).items():
@@ -157,10 +169,10 @@ def save_integers(net: IntegerLeNet, path: Path) -> None:
 
 
 def load_integers(path: Path) -> IntegerLeNet:
-    """The int8 model of a file.
+    """Load an int8 model.
 
     Raises:
-        InputError: the file is missing, corrupt, or not of such a model, or its numbers cannot be run in int32.
+        InputError: the file is missing, corrupt, or not an int8 LeNet, or an accumulator could overflow int32.
     """
     tensors, settings = read(path)
     bias, rule = cast(Bias, str(settings.get("bias"))), cast(Rule, str(settings.get("rule")))
@@ -174,7 +186,7 @@ def load_integers(path: Path) -> IntegerLeNet:
         expected |= {f"{name}.multiplier": (scales, torch.int32), f"{name}.shift": (scales, torch.int32)}
         if name in BIASED[bias]:
             expected[f"{name}.bias"] = (shape[:1], torch.int32)
-    require(tensors, expected, path)
+    require_tensors(tensors, expected, path)
     layers = {
         name: IntegerLayer(
             tensors[f"{name}.weight"],
@@ -194,5 +206,5 @@ def _check_fixed_point(layer: IntegerLayer, name: str) -> None:
     multiplier, shift = layer.multiplier, layer.shift
     if bool(((multiplier < 0) | (multiplier > 2**MULTIPLIER_BITS)).any()):
         raise InputError(f"{name}.multiplier leaves 0 to 2^{MULTIPLIER_BITS}; delete the file and run again")
-    if bool(((shift < 1) | (shift > LARGEST_SHIFT)).any()):
-        raise InputError(f"{name}.shift leaves 1 to {LARGEST_SHIFT}; delete the file and run again")
+    if bool(((shift < 1) | (shift > MAX_SHIFT)).any()):
+        raise InputError(f"{name}.shift leaves 1 to {MAX_SHIFT}; delete the file and run again")

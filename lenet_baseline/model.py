@@ -3,7 +3,7 @@
     image 3x32x32 -> conv1 6@5x5 -> ReLU -> pool 2 -> conv2 16@5x5 -> ReLU -> pool 2
                   -> fc1 120 -> ReLU -> fc2 84 -> ReLU -> fc3 10 logits
 
-`walk` is this drawing, once: the float, the simulated and the integer path differ only in what they do at a layer.
+`run_layers` implements this structure once; the float, simulated and integer paths pass it different layer functions.
 """
 
 import json
@@ -31,14 +31,14 @@ WEIGHT_SHAPES = {
 }
 BIASED: dict[Bias, tuple[str, ...]] = {"none": (), "fc3": ("fc3",), "all": LAYERS}
 IMAGE = (3, 32, 32)
-METADATA = "lenet_baseline"
+METADATA_KEY = "lenet_baseline"
 
 
-def walk(x: Tensor, layer: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """Lead images (n, 3, 32, 32) to logits (n, 10), doing `layer(name, x)` at each layer.
+def run_layers(x: Tensor, layer: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """Run images (n, 3, 32, 32) to logits (n, 10), calling `layer(name, x)` for each layer.
 
-    ReLU and max-pooling are the same on floats and on integers. The logits keep their sign: a ReLU after fc3 would make
-    all-negative logits equal, and class 0 of such images.
+    ReLU and max-pooling are the same for floats and integers. There is no ReLU after fc3: it would map negative logits
+    to equal zeros, so an image with only negative logits would always get class 0.
     """
     for name in LAYERS:
         x = layer(name, x)
@@ -54,12 +54,12 @@ def walk(x: Tensor, layer: Callable[[str, Tensor], Tensor]) -> Tensor:
 def _max_pool(x: Tensor) -> Tensor:
     if x.is_floating_point():
         return functional.max_pool2d(x, 2)
-    n, c, h, w = x.shape  # torch's own counts positions in x's dtype, and int8 runs out of them
+    n, c, h, w = x.shape  # torch's max_pool2d overflows on int8: it stores indices in x's dtype
     return x.reshape(n, c, h // 2, 2, w // 2, 2).amax((3, 5))
 
 
 class LeNet(nn.Module):
-    """The float model; `bias` says which layers have one. Its numbers are undefined until `initialize` or a file."""
+    """The float model; `bias` says which layers have a bias. Parameters are undefined until `initialize` or `load`."""
 
     def __init__(self, bias: Bias = "all") -> None:
         super().__init__()
@@ -67,11 +67,11 @@ class LeNet(nn.Module):
         for name, (rows, columns, *kernel) in WEIGHT_SHAPES.items():
             biased = name in BIASED[bias]
             size = (columns, rows, kernel[0]) if kernel else (columns, rows)
-            # nn's own first numbers would come out of the process's global generator
+            # skip torch's initialization, which draws from the process's global generator
             self.add_module(name, nn.utils.skip_init(nn.Conv2d if kernel else nn.Linear, *size, bias=biased))
 
     def initialize(self, draw: torch.Generator) -> None:
-        """Weights and biases uniform within 1 / sqrt(inputs), torch's own default, from a generator of ours."""
+        """Draw weights and biases uniformly within 1 / sqrt(inputs), torch's default, from the given generator."""
         for name in LAYERS:
             bound = self.weight(name)[0].numel() ** -0.5
             for parameter in self.get_submodule(name).parameters():
@@ -90,15 +90,15 @@ class LeNet(nn.Module):
         return output
 
     def forward(self, images: Tensor) -> Tensor:
-        return walk(images, self.layer)
+        return run_layers(images, self.layer)
 
 
 def unfold(x: Tensor, weight: Tensor) -> Tensor:
-    """A layer's input as the rows of a matrix, of any dtype.
+    """Unfold a layer's input to the rows of a matrix; any dtype.
 
     Args:
-        x: (n, inputs), which stays as it is, or (n, c, h, w) before a convolution, which becomes its patches.
-        weight: the layer's, (outputs, inputs) or (outputs, c, k, k).
+        x: (n, inputs), returned as it is, or the input (n, c, h, w) of a convolution, which is cut into patches.
+        weight: the layer's weight, (outputs, inputs) or (outputs, c, k, k).
     Returns:
         (n, inputs) or (n * h' * w', c * k * k), columns in the order of weight.flatten(1).
     """
@@ -112,8 +112,8 @@ def unfold(x: Tensor, weight: Tensor) -> Tensor:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that it never exists incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
@@ -121,21 +121,26 @@ def write(path: Path, content: bytes) -> None:
 
 
 def save(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path) -> None:
-    """The same tensors and settings make the same bytes: safetensors shuffles metadata keys, so there is only one."""
+    """Write tensors and settings as safetensors, reproducibly.
+
+    All settings go into one metadata entry as JSON, because safetensors writes several entries in random order.
+    """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write(path, safetensors.torch.save(contiguous, {METADATA: json.dumps(dict(settings), sort_keys=True)}))
+    write_atomically(
+        path, safetensors.torch.save(contiguous, {METADATA_KEY: json.dumps(dict(settings), sort_keys=True)})
+    )
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and settings of a safetensors file; no settings where it was written by something else.
+    """Read tensors and settings of a safetensors file; settings are empty if another program wrote it.
 
     Raises:
-        InputError: it is not there, or not safetensors.
+        InputError: the file is missing or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            settings = (file.metadata() or {}).get(METADATA, "{}")
+            settings = (file.metadata() or {}).get(METADATA_KEY, "{}")
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file") from error
     except (SafetensorError, OSError) as error:
@@ -146,10 +151,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path}: its settings are not readable ({error}); delete it and run again") from error
 
 
-def require(
+def require_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], path: Path
 ) -> None:
-    """Raises InputError, naming the tensor, where names, shapes, dtypes differ, or a number is not finite."""
+    """Raises InputError, naming the tensor, if names, shapes or dtypes differ or a number is not finite."""
     if set(tensors) != set(expected):
         odd = sorted(set(tensors) ^ set(expected))[0]
         what = "has no tensor" if odd in expected else "has a tensor too many,"
@@ -163,15 +168,15 @@ def require(
 
 
 def load(path: Path) -> LeNet:
-    """A float model.
+    """Load a float model.
 
     Raises:
-        InputError: the file is missing, corrupt, or not of such a model; it names the tensor.
+        InputError: the file is missing, corrupt, or not a float LeNet; names the tensor.
     """
     tensors, _ = read(path)
     biased = tuple(name for name in LAYERS if f"{name}.bias" in tensors)
     bias: Bias = next((kind for kind, names in BIASED.items() if names == biased), "all")
     model = LeNet(bias)
-    require(tensors, {name: (tuple(t.shape), torch.float32) for name, t in model.state_dict().items()}, path)
+    require_tensors(tensors, {name: (tuple(t.shape), torch.float32) for name, t in model.state_dict().items()}, path)
     model.load_state_dict(tensors)
     return model

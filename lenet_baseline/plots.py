@@ -1,4 +1,4 @@
-"""Recorded results -> PNG. Nothing is computed here that is not a label."""
+"""Draw the figures of a results.json as PNG; computes nothing but labels and positions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +21,10 @@ LABELS = {
 
 
 def draw(results: Json, out: Path) -> list[Path]:
-    """Write the four figures of a `results.json` into a folder and return their paths.
+    """Draw the four figures of a `results.json` to a folder; return their paths.
 
     Raises:
-        InputError: the results lack something that a figure shows.
+        InputError: the results lack a value that a figure shows.
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -59,7 +59,7 @@ def _activations(results: Json) -> Figure:
         for axes, (name, found) in zip(row, results["distributions"][kind].items(), strict=True):
             _histogram(axes, found, "tab:gray")
             axes.set_yscale("log")
-            axes.set_ylim(bottom=0.5)  # below one activation
+            axes.set_ylim(bottom=0.5)  # so that a bin with one activation is visible
             axes.set(title=f"{words} {name}", xlabel="activation")
         row[0].set_ylabel("activations per bin")
     _range_legend(figure, panels[0][0])
@@ -92,7 +92,9 @@ def _accuracy(results: Json) -> Figure:
     axes.axhline(100 * summary["float"]["mean"], color=COLORS["float"], linewidth=1.2, label="float32")
     for place, (method, label) in enumerate(LABELS.items()):
         rows = [row for row in summary["weight_only"] if row["method"] == method]
-        x = [widths.index(row["bits"]) + 0.07 * (place - 1) for row in rows]  # side by side: no bar hides another
+        x = [
+            widths.index(row["bits"]) + 0.07 * (place - 1) for row in rows
+        ]  # side by side, so that intervals do not overlap
         _with_intervals(axes, x, rows, color=COLORS[method], marker=MARKERS[method], label=f"weights: {label}")
     whole = next(row for row in summary["int8"] if (row["rule"], row["scales"]) == ("max-abs", "tensor"))
     _with_intervals(

@@ -1,4 +1,4 @@
-"""Train the float model, or take the one that an earlier run left, and measure accuracy."""
+"""Train the float model, or reuse the file of an earlier run, and measure accuracy."""
 
 import sys
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from tqdm import tqdm
 from lenet_baseline.data import Data, Images, normalize
 from lenet_baseline.model import Bias, LeNet, load, save
 
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 3e-3  # peak of the one-cycle schedule
 WEIGHT_DECAY = 1e-2
-TEST_BATCH = 1000
+TEST_BATCH_IMAGES = 1000  # images per forward when accuracy is measured
 
 
 def train(data: Data, bias: Bias, seed: int, epochs: int) -> LeNet:
-    """AdamW with one cycle of the learning rate; the seed decides first weights, order and flips."""
+    """Train with AdamW and a one-cycle learning rate; the seed decides initial weights, order and flips."""
     draw = torch.Generator().manual_seed(seed)
     model = LeNet(bias)
     model.initialize(draw)
@@ -42,19 +42,19 @@ def train(data: Data, bias: Bias, seed: int, epochs: int) -> LeNet:
 
 
 def model_path(out: Path, data: Data, bias: Bias, seed: int, epochs: int) -> Path:
-    """Named by everything that decides the weights, so another recipe never takes an old model for its own."""
+    """The model's file; its name has all that decides the weights, so that other settings never reuse an old model."""
     return out / "models" / f"float-{data.fingerprint}-bias-{bias}-epochs{epochs}-seed{seed}.safetensors"
 
 
 def train_or_reuse(out: Path, data: Data, bias: Bias, seed: int, epochs: int) -> tuple[LeNet, Path]:
-    """The model of OUT/models, trained first where it is not there yet.
+    """Load the model from OUT/models; train it first if the file does not exist.
 
     Raises:
-        InputError: the file that is there is no such model.
+        InputError: the file is not such a model.
     """
     path = model_path(out, data, bias, seed, epochs)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
+        path.parent.mkdir(parents=True, exist_ok=True)  # fail before the training, not after it
         model = train(data, bias, seed, epochs)
         save(model.state_dict(), {"data": data.name, "bias": bias, "epochs": epochs, "seed": seed}, path)
     return load(path).requires_grad_(False), path
@@ -62,10 +62,10 @@ def train_or_reuse(out: Path, data: Data, bias: Bias, seed: int, epochs: int) ->
 
 @torch.no_grad()
 def logits(forward: Callable[[Tensor], Tensor], images: Images) -> Tensor:
-    """(n, 10)"""
-    return torch.cat([forward(normalize(pixels)) for pixels in images.pixels.split(TEST_BATCH)])
+    """Run a forward over all images in batches: (n, 10)."""
+    return torch.cat([forward(normalize(pixels)) for pixels in images.pixels.split(TEST_BATCH_IMAGES)])
 
 
 def accuracy(scores: Tensor, images: Images) -> float:
-    """The share of images whose largest logit is their label's; of equal logits the first class counts."""
+    """The fraction of images whose largest logit is that of their label; of equal logits the first class counts."""
     return float((scores.argmax(1) == images.labels).double().mean())

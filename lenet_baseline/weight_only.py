@@ -1,7 +1,7 @@
-"""Weights alone to 8, 4, 3, 2 bits, three ways: max-abs per tensor, round-to-nearest per channel, GPTQ per channel.
+"""Weight-only quantization to 8, 4, 3 and 2 bits: max-abs per tensor, round-to-nearest per channel, GPTQ per channel.
 
-Activations and biases stay float32. A convolution is the matrix of its unfolded patches, so the package's own solver
-does all layers. They go in order, and each layer's Hessian is of the inputs that the GPTQ layers before it make.
+Activations and biases stay float32. A convolution is a matrix product with unfolded patches, so the `gptq` solver
+handles all layers. Layers are quantized in order; each Hessian is computed from the outputs of the GPTQ layers before.
 """
 
 from dataclasses import dataclass
@@ -14,29 +14,29 @@ from gptq.compute.matmul import exact_float32
 from gptq.solver.hessian import HessianAccumulator, output_power
 from gptq.solver.solve import act_order, factorize, round_to_nearest, solve
 from lenet_baseline.maxabs import dequantize_weights, quantize_weights
-from lenet_baseline.model import LeNet, unfold, walk
+from lenet_baseline.model import LeNet, run_layers, unfold
 
 Method = Literal["max-abs", "rtn", "gptq"]
 METHODS: tuple[Method, ...] = ("max-abs", "rtn", "gptq")
 BITS = (8, 4, 3, 2)
-BATCH = 250  # images whose unfolded patches stand in memory at once
+BATCH_IMAGES = 250  # images whose unfolded patches are in memory at a time
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What one width made of a model, by method."""
+    """A model quantized at one number of bits, by method."""
 
     models: dict[Method, LeNet]
-    errors: dict[Method, dict[str, float]]  # by layer: tr(E H E^T) / tr(W H W^T), E = W - Q, on the inputs GPTQ saw
+    errors: dict[Method, dict[str, float]]  # by layer: tr(E H E^T) / tr(W H W^T), E = W - Q, with GPTQ's Hessian
 
 
 @torch.no_grad()
 def quantize_weight(W: Tensor, H: Tensor, method: Method, bits: int) -> Tensor:
-    """The dequantized weight, (outputs, inputs) float32.
+    """Quantize a weight and dequantize it: (outputs, inputs) float32.
 
     Args:
         W: (outputs, inputs) float32.
-        H: (inputs, inputs) float32, mean of x x^T over the layer's inputs; only GPTQ looks at it.
+        H: (inputs, inputs) float32, mean of x x^T over the layer's inputs; only GPTQ uses it.
     """
     if method == "max-abs":
         return dequantize_weights(*quantize_weights(W, bits))
@@ -48,7 +48,7 @@ def quantize_weight(W: Tensor, H: Tensor, method: Method, bits: int) -> Tensor:
 
 @torch.no_grad()
 def quantize_model(model: LeNet, bits: int, images: Tensor) -> Quantized:
-    """All layers at one width by every method, calibrated on images (n, 3, 32, 32)."""
+    """Quantize all layers to `bits` by every method, calibrated on images (n, 3, 32, 32)."""
     models = {method: _copy(model) for method in METHODS}
     errors: dict[Method, dict[str, float]] = {method: {} for method in METHODS}
 
@@ -62,7 +62,7 @@ def quantize_model(model: LeNet, bits: int, images: Tensor) -> Quantized:
             models[method].weight(name).copy_(Q.view(shape))
         return models["gptq"].layer(name, x)
 
-    walk(images, layer)
+    run_layers(images, layer)
     return Quantized(models, errors)
 
 
@@ -75,6 +75,6 @@ def _copy(model: LeNet) -> LeNet:
 def _hessian(x: Tensor, weight: Tensor) -> Tensor:
     accumulator = HessianAccumulator(weight[0].numel(), x.device)
     with exact_float32(x.device):
-        for part in x.split(BATCH):
+        for part in x.split(BATCH_IMAGES):
             accumulator.add(unfold(part, weight))
     return accumulator.mean()

@@ -12,7 +12,7 @@ from torch import Tensor
 from gptq.errors import InputError
 from lenet_baseline import compare, data, train, weight_only
 from lenet_baseline.__main__ import main
-from lenet_baseline.activations import record
+from lenet_baseline.activations import record_activations
 from lenet_baseline.model import LAYERS, LeNet
 from lenet_baseline.weight_only import BITS, METHODS
 
@@ -48,7 +48,7 @@ def test_gptq_is_below_nearest_and_nearest_below_max_abs_in_every_layer(
 def test_recorded_errors_are_those_of_the_outputs(bits: int, model: LeNet, images: Tensor) -> None:
     """tr(E H E^T) / tr(W H W^T) against the layer's outputs themselves, in float64, on the GPTQ model's inputs."""
     quantized = weight_only.quantize_model(model, bits, images)
-    inputs = record(quantized.models["gptq"], images).inputs
+    inputs = record_activations(quantized.models["gptq"], images).inputs
     for method in METHODS:
         for name in LAYERS:
             layer = torch.nn.functional.conv2d if name.startswith("conv") else torch.nn.functional.linear

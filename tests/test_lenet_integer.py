@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gptq.errors import InputError
 from lenet_baseline import integer
-from lenet_baseline.activations import record
+from lenet_baseline.activations import record_activations
 from lenet_baseline.integer import IntegerLayer, IntegerLeNet, quantize_lenet, run_integers, simulate
 from lenet_baseline.maxabs import RULES, Rule, quantize_input
-from lenet_baseline.model import BIASED, LAYERS, METADATA, WEIGHT_SHAPES, Bias, LeNet, walk
+from lenet_baseline.model import BIASED, LAYERS, METADATA_KEY, WEIGHT_SHAPES, Bias, LeNet, run_layers
 
 
 def random_model(rng: torch.Generator, bias: Bias = "all") -> LeNet:
@@ -33,7 +33,7 @@ def random_images(rng: torch.Generator, count: int = 20) -> Tensor:
 @pytest.mark.parametrize("bias", BIASED)
 def test_every_layer_is_equal_bit_for_bit(bias: Bias, rule: Rule, per_channel: bool, rng: torch.Generator) -> None:
     model, images = random_model(rng, bias), random_images(rng)
-    net = quantize_lenet(model, record(model, images), rule, per_channel)
+    net = quantize_lenet(model, record_activations(model, images), rule, per_channel)
     seen: list[str] = []
 
     def both(name: str, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def test_every_layer_is_equal_bit_for_bit(bias: Bias, rule: Rule, per_channel: b
         seen.append(name)
         return y
 
-    logits = walk(quantize_input(images, net.n_input), both)
+    logits = run_layers(quantize_input(images, net.n_input), both)
     assert tuple(seen) == LAYERS
     assert torch.equal(logits, run_integers(net, images))
     assert torch.equal(logits.double(), simulate(net, images))
@@ -89,7 +89,7 @@ def test_a_scale_that_fits_no_multiplier_is_refused(scale: float) -> None:
 def test_int8_follows_the_float_model(rng: torch.Generator) -> None:
     """Logits divided by their cumulative scale are the float model's, to a few steps of the int8 grid."""
     model, images = random_model(rng), random_images(rng, 50)
-    activations = record(model, images)
+    activations = record_activations(model, images)
     net = quantize_lenet(model, activations)
     step = float(activations.outputs["fc3"].abs().max()) / 127
     assert float((run_integers(net, images) * step - model(images)).abs().max()) < 8 * step
@@ -127,7 +127,7 @@ def test_an_accumulator_that_could_leave_int32_is_refused() -> None:
 
 def test_a_bias_too_large_for_its_scale_names_its_layer(rng: torch.Generator) -> None:
     model, images = random_model(rng, "fc3"), random_images(rng)
-    activations = record(model, images)
+    activations = record_activations(model, images)
     model.get_parameter("fc3.bias")[4] = 1e9
     with pytest.raises(InputError, match=r"fc3\.bias holds \d+, outside int32"):
         quantize_lenet(model, activations)
@@ -142,7 +142,7 @@ def test_the_file_gives_the_model_back_and_the_same_bytes(
     bias: Bias, per_channel: bool, rng: torch.Generator, tmp_path: Path
 ) -> None:
     model, images = random_model(rng, bias), random_images(rng)
-    net = quantize_lenet(model, record(model, images), "percentile", per_channel)
+    net = quantize_lenet(model, record_activations(model, images), "percentile", per_channel)
     integer.save_integers(net, tmp_path / "a.safetensors")
     again = integer.load_integers(tmp_path / "a.safetensors")
     integer.save_integers(again, tmp_path / "b.safetensors")
@@ -173,11 +173,11 @@ def test_a_file_that_is_no_int8_lenet_names_the_tensor(
 ) -> None:
     model = random_model(rng)
     path = tmp_path / "int8.safetensors"
-    integer.save_integers(quantize_lenet(model, record(model, random_images(rng))), path)
+    integer.save_integers(quantize_lenet(model, record_activations(model, random_images(rng))), path)
     tensors = {key: tensor for key, tensor in safetensors.torch.load_file(path).items() if key != name}
     if value is not None:
         tensors[name] = value
-    safetensors.torch.save_file(tensors, path, {METADATA: '{"bias": "all", "rule": "max-abs"}'})
+    safetensors.torch.save_file(tensors, path, {METADATA_KEY: '{"bias": "all", "rule": "max-abs"}'})
     with pytest.raises(InputError, match=message):
         integer.load_integers(path)
 

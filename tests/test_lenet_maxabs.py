@@ -48,16 +48,16 @@ def test_no_weight_moves_by_more_than_half_a_step(values: list[float]) -> None:
 def test_ranges_beside_max_abs() -> None:
     values = torch.cat([torch.ones(500), -torch.ones(499), torch.tensor([50.0])])
     mean, std = 51 / 1000, (3499 / 1000 - 0.051**2) ** 0.5
-    assert float(maxabs.largest(values)) == 50
-    assert float(maxabs.largest(values, "3-sigma")) == pytest.approx(mean + 3 * std)
-    assert float(maxabs.largest(values, "percentile")) == 1  # 999 of 1000 do not exceed it
+    assert float(maxabs.largest_magnitude(values)) == 50
+    assert float(maxabs.largest_magnitude(values, "3-sigma")) == pytest.approx(mean + 3 * std)
+    assert float(maxabs.largest_magnitude(values, "percentile")) == 1  # 999 of 1000 do not exceed it
     assert maxabs.three_sigma_range(values) == pytest.approx((mean - 3 * std, mean + 3 * std))
     assert maxabs.full_range(values) == (-1, 50)
 
 
 def test_three_sigma_never_widens_the_range() -> None:
     values = torch.tensor([-1.0, 1.0])
-    assert float(maxabs.largest(values, "3-sigma")) == 1
+    assert float(maxabs.largest_magnitude(values, "3-sigma")) == 1
     assert maxabs.three_sigma_range(values) == (-3, 3)
 
 
@@ -70,7 +70,7 @@ def test_what_leaves_a_narrower_range_is_clamped() -> None:
 
 
 def test_a_percentile_of_zero_falls_back_to_the_largest() -> None:
-    assert float(maxabs.largest(torch.tensor([0.0] * 2000 + [3.0]), "percentile")) == 3
+    assert float(maxabs.largest_magnitude(torch.tensor([0.0] * 2000 + [3.0]), "percentile")) == 3
 
 
 def test_input_scale_and_integers() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gptq.errors import InputError
 from lenet_baseline import data, model, train
-from lenet_baseline.activations import record
+from lenet_baseline.activations import record_activations
 from lenet_baseline.model import BIASED, LAYERS, Bias, LeNet
 from tests.conftest import DATA
 
@@ -61,7 +61,7 @@ def test_a_convolution_is_a_product_with_unfolded_patches(rng: torch.Generator) 
 
 def test_recorded_activations_are_the_layers_own(rng: torch.Generator) -> None:
     ours, x = random_model(rng), torch.randn(3, 3, 32, 32, generator=rng)
-    seen = record(ours, x)
+    seen = record_activations(ours, x)
     assert torch.equal(seen.inputs["conv1"], x)
     assert torch.equal(seen.outputs["fc3"], ours(x))
     assert (seen.outputs["conv1"] < 0).any()  # before ReLU
