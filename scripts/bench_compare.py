@@ -1,18 +1,18 @@
-"""Says what changed between two runs of a benchmark, beyond the noise that they measured themselves.
+"""Compare two runs of a benchmark; report what changed by more than the noise in their own repetitions.
 
     python scripts/bench_quantize.py --repeat 5 --json before.json
     python scripts/bench_quantize.py --repeat 5 --json after.json
     python scripts/bench_compare.py before.json after.json
 
-It reads what the other bench scripts write: any JSON whose numbers lie under names. Runs of a list that are named alike
-(by their `effort`, `name`, `dtype`, `bits`, ...) are repetitions, and so are numbers of a list. A figure changed if the
-medians lie further apart than
+Input is the JSON of the other bench scripts, or any JSON with named numbers. Runs in a list with the same `effort`,
+`name`, `dtype`, `bits`, ... are repetitions, and so are the numbers of a list. A figure has changed if the medians
+differ by more than
 
     3 x 1.4826 x sqrt(MAD_A^2 / n_A + MAD_B^2 / n_B)          MAD: median absolute deviation from the median
 
-(three standard errors, if noise were normal) and by at least --least percent; with one run on a side there is no noise
-to compare with, and only --least counts. Where threads, torch or the number of cores differ, a note says so. Exit code:
-0 nothing changed, 1 something did, 2 the files cannot be compared.
+(three standard errors of normal noise) and by at least --least percent. With a single run on both sides the noise is
+unknown and only --least counts. A note is printed if threads, torch or the number of cores differ. Exit code: 0 nothing
+changed, 1 something changed, 2 the files cannot be compared.
 """
 
 import argparse
@@ -24,17 +24,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-NAMING = ("effort", "name", "dtype", "bits", "stage", "vary", "value")  # what tells one run of a list from another
-MACHINE = ("torch", "cores", "threads", "machine")
-INPUTS = ("windows", "tokens", "width", "blocks", "vocab", "group_size", "prompt", "rounds")
-NORMAL = 1.4826  # standard deviations in a median absolute deviation
-ERRORS = 3.0
+NAMING = ("effort", "name", "dtype", "bits", "stage", "vary", "value")  # keys that identify a run in a list
+MACHINE = ("torch", "cores", "threads", "machine")  # keys whose differences are noted
+INPUTS = ("windows", "tokens", "width", "blocks", "vocab", "group_size", "prompt", "rounds")  # keys that must agree
+NORMAL = 1.4826  # ratio of the standard deviation to the median absolute deviation of normal noise
+ERRORS = 3.0  # standard errors by which medians must differ
 
-Figures = dict[str, list[float]]  # values of each figure over the repetitions
+Figures = dict[str, list[float]]  # values of each figure in all repetitions
 
 
 def figures(value: Any, path: str = "", found: Figures | None = None) -> Figures:
-    """Every number of a benchmark's JSON under its name; what has the same name was measured more than once."""
+    """Collect all numbers of a benchmark's JSON by name; numbers with the same name are repetitions."""
     found = defaultdict(list) if found is None else found
     if isinstance(value, dict):
         own = [str(value[key]) for key in NAMING if isinstance(value.get(key), str | int) and path]
@@ -51,14 +51,14 @@ def figures(value: Any, path: str = "", found: Figures | None = None) -> Figures
 
 
 def spread(values: list[float]) -> float:
-    """Squared standard error of the median, as far as the repetitions tell; 0 for a single one."""
+    """Squared standard error, estimated from the repetitions; 0 for a single value."""
     middle = statistics.median(values)
     deviation = NORMAL * statistics.median(abs(value - middle) for value in values)
     return deviation**2 / len(values)
 
 
 def changes(before: Figures, after: Figures, least: float) -> list[tuple[str, float, float, float]]:
-    """Name, medians and noise (in units of the figure) of what changed by more than that and `least` (a fraction)."""
+    """(name, median before, median after, noise) of figures that changed by more than noise and fraction `least`."""
     found = []
     for name in before.keys() & after.keys():
         old, new = statistics.median(before[name]), statistics.median(after[name])

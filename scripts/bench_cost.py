@@ -1,4 +1,4 @@
-"""Measure how the seconds of GPTQ's solve grow with the width of a layer, beside the naive order of the same steps.
+"""Measure how the time of GPTQ's solve grows with the width of a layer, compared with a naive order of the same steps.
 
     python scripts/bench_cost.py --plot cost.png
 
@@ -8,12 +8,12 @@ Three things are timed in float32 on a layer of R rows and n columns, with one s
     solve       all rows together, with that factor                                  R n^2      slope 2
     naive       each row by itself, a full n x n H^-1 downdated after each column    R n^3      slope 3
 
-A slope is the exponent of n at fixed R; `--rows 0` makes layers square, which adds 1 to the last two. It is fitted to
-the upper half of the widths. Theory counts arithmetic; a measured slope below it means that work which grows slower,
-such as the calls that each column makes, still takes most of the time. The naive order is that of OBQ with its columns
-in a fixed order. It is timed on 4 rows and multiplied up to R, at the widths that --naive-budget affords, and starts
-from a ready H^-1 whose inversion is not counted. The share of codes in those rows that equal the solver's is printed.
-Threads that wait for a busy core spoil the small widths: set OMP_NUM_THREADS to the number of free cores.
+A slope is the exponent of n at fixed R, fitted to the upper half of the widths; `--rows 0` makes layers square, which
+adds 1 to the last two. Theory counts arithmetic. A measured slope below it means that work of lower order, such as the
+overhead per column, still takes most of the time. The naive order is that of OBQ with its columns in a fixed order. It
+is timed on 4 rows and extrapolated to R, at widths whose time is below --naive-budget, and starts from H^-1, whose
+inversion is not timed. The fraction of codes in those rows that equal the solver's is printed. Set OMP_NUM_THREADS to
+the number of free cores: waiting for a busy core distorts the times at small widths.
 """
 
 import argparse
@@ -37,11 +37,11 @@ WARM_UPS, RUNS, NAIVE_ROWS = 1, 3, 4
 LABELS = {"factorize": "factorize", "solve": "solve", "naive": f"naive order, extrapolated from {NAIVE_ROWS} rows"}
 STYLES = {"factorize": "C2s", "solve": "C0o", "naive": "C3^"}  # colour and marker
 
-Point = dict[str, float]  # of one width: "width", "rows", seconds by the keys of LABELS, "equal"; without naive, less
+Point = dict[str, float]  # one width: "width", "rows", seconds by the keys of LABELS, "equal"; the naive ones optional
 
 
 def width_list(text: str) -> list[int]:
-    """At least three widths, the smallest first."""
+    """Parse at least three widths; return them in ascending order."""
     widths = sorted({int(width) for width in text.split(",")})
     if len(widths) < 3 or widths[0] < 8:
         raise argparse.ArgumentTypeError("takes at least three different widths, of 8 or more")
@@ -49,7 +49,7 @@ def width_list(text: str) -> list[int]:
 
 
 def random_layer(rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Weights (rows, width) and the Hessian (width, width) of inputs correlated through common causes."""
+    """Random weights (rows, width), and the Hessian (width, width) of inputs that are correlated by common factors."""
     draw = torch.Generator().manual_seed(SEED)
     tokens, causes = 2 * width, width // 8
     mixing = torch.randn(causes, width, generator=draw) / causes**0.5
@@ -58,11 +58,11 @@ def random_layer(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def solve_naively(W: Tensor, inverse_H: Tensor) -> Tensor:
-    """Codes of W (rows, columns), row after row; inverse_H is (columns, columns)."""
+    """Codes of W (rows, columns), solved row by row; inverse_H is (columns, columns)."""
     scales, zeros = solver.fit_groups(W, BITS, W.shape[1], sym=True)  # (rows, 1)
     codes = torch.empty_like(W)
     for i, w in enumerate(W.clone()):  # (columns,)
-        inverse = inverse_H.clone()  # every row eliminates every column anew: this is the extra factor of n
+        inverse = inverse_H.clone()  # each row eliminates all columns again, which costs the extra factor of n
         scale, zero = scales[i, 0], zeros[i, 0]
         for j in range(len(w)):
             h, pivot = inverse[j].clone(), inverse[j, j].clone()
@@ -74,7 +74,7 @@ def solve_naively(W: Tensor, inverse_H: Tensor) -> Tensor:
 
 
 def median_seconds(tasks: dict[str, Callable[[], object]], progress: "tqdm[None]") -> Point:
-    """Tasks take turns, so that a slow moment of the machine does not fall on one of them alone."""
+    """Median seconds of each task; tasks run in turns, so that a slow phase of the machine affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(WARM_UPS + RUNS):
         for name, task in tasks.items():
@@ -106,7 +106,7 @@ def measure(rows: int, width: int, with_naive: bool, progress: "tqdm[None]") -> 
 
 def measure_all(widths: list[int], fixed_rows: int, naive_budget: float) -> list[Point]:
     points: list[Point] = []
-    naive_seconds = 0.0  # of all naive runs at the last width, the one that compares codes included
+    naive_seconds = 0.0  # time of all naive runs at the last width, including the one that compares codes
     with tqdm(total=len(widths) * (WARM_UPS + RUNS), unit="round") as progress:
         for last, width in zip([widths[0], *widths], widths, strict=False):
             progress.set_description(f"width {width}")
@@ -118,7 +118,7 @@ def measure_all(widths: list[int], fixed_rows: int, naive_budget: float) -> list
 
 
 def slope(points: list[Point], name: str) -> float:
-    """The exponent fitted to the upper half of the widths, three at least; NaN where the naive order has fewer."""
+    """The exponent fitted to the upper half of the widths, at least three; NaN if fewer were measured."""
     logs = [(math.log(point["width"]), math.log(point[name])) for point in points if name in point]
     logs = logs[-max(3, math.ceil(len(logs) / 2)) :]
     return statistics.linear_regression(*zip(*logs, strict=True)).slope if len(logs) >= 3 else math.nan

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Tokens per second and memory of a Llama-shaped model: the original in bfloat16 and float32, and packed to fewer bits.
+"""Measure tokens per second and memory of a Llama-shaped model: original in bfloat16 and float32, and quantized.
 
-The model is random and written to a temporary folder, quantized by rounding to nearest (speed does not depend on how
-codes were chosen), with its output head, and loaded with `gptq.load`. Decoding is greedy `generate` at batch 1, and
-the seconds of its first token are taken off; prefill is one forward of a prompt. All models take turns in every
-round, and medians over the rounds are printed, so that a slow moment of the machine does not fall on one of them.
-"x best original" compares with the faster of the two originals, which on a CPU without bfloat16 products is float32.
+The model has random weights. It is quantized by round-to-nearest, output head included (speed does not depend on the
+choice of codes), and loaded with `gptq.load`. Decoding is greedy `generate` at batch size 1 without the time of the
+first token; prefill is one forward of a prompt. All models run in turns in every round and medians over the rounds are
+printed, so that a slow phase of the machine affects all of them. "x best original" compares with the faster of the two
+originals, which is float32 on a CPU without bfloat16 products.
 
-`--llama-cpp` adds llama.cpp on files of the same model, in an environment that the script makes below --environments
-from the package registry (compiling it takes minutes). All its matrices have the type that is named, its activations
-are rounded to int8, and its loop calls its C interface; it runs in a process of its own that sleeps while others run.
+`--llama-cpp` adds llama.cpp on GGUF files of the same model, in a virtual environment that is made below --environments
+from the package registry (compiling takes minutes). All its matrices have the given type, it rounds activations to
+int8, and it is driven through its C interface, in its own process that sleeps while the others run.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_peers import TORCH, make_environment
+from bench_peers import TORCH
+from peer_environment import make_environment
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,15 +41,15 @@ LLAMA_CPP = [["llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", TORCH]]
 
 @dataclass
 class Result:
-    """Of one model and dtype of activations."""
+    """The measurements of one model in one dtype of activations."""
 
     name: str
     dtype: str
-    bits: int  # 16 or 32: the original
-    weight_bytes: int  # everything that is held once the model has run both ways
-    layout_bytes: int  # of these, what kernels made for themselves
+    bits: int  # 16 or 32 for the original
+    weight_bytes: int  # bytes of weights and layouts after decoding and prefill
+    layout_bytes: int  # bytes of kernel layouts among them
     decode: float  # tokens per second
-    prefill: float
+    prefill: float  # tokens per second
 
 
 def make_model(folder: Path, args: argparse.Namespace) -> None:
@@ -77,7 +78,7 @@ def tensors_of(made: Any) -> Iterator[Tensor]:
 
 
 def memory(model: torch.nn.Module) -> tuple[int, int]:
-    """Bytes of all weights, and of what kernels hold beyond the stored tensors; what is shared counts once."""
+    """Bytes of all weights and layouts, and of the layouts beyond the stored tensors; shared storage counts once."""
     held = [*model.parameters(), *model.buffers()]
     made = [layer._product for layer in model.modules() if isinstance(layer, QuantLinear)]
     state = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
@@ -86,7 +87,7 @@ def memory(model: torch.nn.Module) -> tuple[int, int]:
 
 
 class Arrivals:
-    """A streamer that notes when the prompt comes, and then each token."""
+    """A streamer for `generate` that records the times at which the prompt and each token arrive."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -98,7 +99,7 @@ class Arrivals:
 
 
 def measure(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float]:
-    """Tokens per second of decoding, from the first to the last of `tokens`, and of prefill."""
+    """Tokens per second of decoding, from the first to the last of `tokens` new ones, and of prefill."""
     arrivals = Arrivals()
     with torch.no_grad():
         model.generate(prompt[:, :8], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
@@ -110,8 +111,8 @@ def measure(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float]:
     return (tokens - 1) / (last - first), prefill
 
 
-Measure = Callable[[int], tuple[float, float]]  # tokens to decode -> tokens per second of decoding and of prefill
-Sizes = Callable[[], tuple[int, int]]  # bytes of the weights, and of these what kernels made for themselves
+Measure = Callable[[int], tuple[float, float]]  # number of tokens to decode -> tokens per second of decode and prefill
+Sizes = Callable[[], tuple[int, int]]  # -> bytes of weights and layouts, and of layouts alone
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Contestant:
 
 
 def ours(folders: dict[int, Path], dtypes: list[str], prompt: Tensor) -> Iterator[Contestant]:
-    """The original, and packed models, in this process."""
+    """Load the original and the quantized models in this process."""
     for bits, folder in folders.items():
         for dtype in dtypes:
             model = load(folder, device="cpu", dtype=dtype)
@@ -136,7 +137,7 @@ def ours(folders: dict[int, Path], dtypes: list[str], prompt: Tensor) -> Iterato
 
 
 class LlamaCpp:
-    """A file of the same model in llama.cpp, in a process of its own that waits while the others run."""
+    """A GGUF file of the same model in llama.cpp, in its own process, which waits while the others run."""
 
     def __init__(self, python: str, file: Path, prompt: Tensor) -> None:
         command = [python, str(WORKER), "serve", str(file), str(torch.get_num_threads())]
@@ -169,7 +170,7 @@ def file_size(file: Path) -> tuple[int, int]:
 
 
 def theirs(kinds: list[str], original: Path, folder: Path, prompt: Tensor, environments: Path) -> Iterator[Contestant]:
-    """llama.cpp's files of these kinds."""
+    """Make llama.cpp's files of these types and load each."""
     python = make_environment(environments / "llama.cpp", LLAMA_CPP)
     subprocess.run([python, str(WORKER), "make", str(original), str(folder), *kinds], check=True)
     reference = load(original, device="cpu", dtype="bfloat16")
@@ -194,7 +195,7 @@ def run(args: argparse.Namespace) -> list[Result]:
         contestants = [*ours(folders, args.dtypes, prompt)]
         if args.llama_cpp:
             contestants += theirs(args.llama_cpp, original, Path(temporary), prompt, args.environments)
-        for contestant in contestants:  # layouts are made and loops compiled before anything is timed
+        for contestant in contestants:  # warm up: make layouts and compile loops before the timed rounds
             contestant.measure(2)
         found: list[list[tuple[float, float]]] = [[] for _ in contestants]
         for _ in range(args.rounds):

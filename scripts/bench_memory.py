@@ -1,15 +1,16 @@
-"""Quantize a checkpoint of Llama 2 7B's shape inside a memory limit, beside the arithmetic that it takes.
+"""Quantize a checkpoint of Llama 2 7B's shape inside a memory limit; report peak memory, and time against a floor.
 
     python scripts/bench_memory.py FOLDER               # 32 blocks, 13.5 GB of random weights; some 18 GB of disk
     python scripts/bench_memory.py FOLDER --blocks 2    # the same layers, two blocks of them
 
-The checkpoint is made in FOLDER/model, tensor by tensor and sharded, unless it is there already. A child process
-quantizes it at 4 bits with group size 128 on 8 x 256 random tokens, all else by default, and reports what the kernel
-counted as its peak resident memory (VmHWM). Before and after, the rate of a float32 matrix product is measured with as
-many threads, torch's `@` and the package's own; the floor is the number of floating-point operations that the run
-cannot do without (see gptq/planning/cost.py) over the better of a product's two rates. Random weights change no cost.
+The checkpoint is written to FOLDER/model, tensor by tensor and sharded, unless it exists. A child process quantizes it
+at 4 bits with group size 128 on 8 x 256 random tokens, with defaults otherwise, and reports its peak resident memory
+as counted by the kernel (VmHWM). Before and after, the rate of a float32 matrix product is measured with the same
+number of threads, for torch's `@` and for the package's own product. The floor is the number of floating-point
+operations that the run needs (see gptq/planning/cost.py) divided by the better of the two rates. Weights are random,
+which does not change the cost.
 
-Set OMP_NUM_THREADS to the number of cores that are free.
+Set OMP_NUM_THREADS to the number of free cores.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def tensors_of(blocks: int) -> dict[str, TensorInfo]:
 
 
 def make_checkpoint(folder: Path, blocks: int) -> None:
-    """Write it one tensor at a time; weights are as large as initialization makes them, norms are one."""
+    """Write the checkpoint one tensor at a time: weights as at initialization, norms 1."""
     folder.mkdir(parents=True)
     tensors = tensors_of(blocks)
     writer = ShardWriter(folder, tensors, SHARD_BYTES)
@@ -63,7 +64,7 @@ def make_checkpoint(folder: Path, blocks: int) -> None:
     for name, info in tensors.items():
         if len(info.shape) == 1:
             writer.write(name, torch.ones(info.shape, dtype=info.dtype))
-        else:  # bfloat16 halves the memory, and the time, of drawing
+        else:  # drawn in bfloat16, which takes half the memory and time
             writer.write(name, torch.empty(info.shape, dtype=info.dtype).normal_(std=0.02, generator=draw))
     writer.close()
     config = LlamaConfig(
@@ -79,7 +80,7 @@ def random_windows() -> Tensor:
 
 
 class FirstBlock(Observer):
-    """Notes when the blocks are begun."""
+    """Records the time at which the first block starts."""
 
     def started(self, num_blocks: int, weights: int) -> None:
         self.at = time.perf_counter()
@@ -92,7 +93,7 @@ class FirstBlock(Observer):
 
 
 def child(folder: Path, limit: str, config: QuantConfig) -> None:
-    """Quantize, and print what it took."""
+    """Quantize, and print time and memory as JSON."""
     began, observer = time.perf_counter(), FirstBlock()
     quantize(
         folder / "model", folder / "quantized", config, calibration=random_windows(),
@@ -130,7 +131,7 @@ def main() -> None:
     rates, plain = [cost.product_rate(cpu, torch.float32, 3)], cost.product_rate(cpu, torch.float32, 1, torch.matmul)
     shutil.rmtree(args.folder / "quantized", ignore_errors=True)
     command = [sys.executable, __file__, str(args.folder), "--memory-limit", args.memory_limit, "--effort", args.effort]
-    environment = {**os.environ, **ENVIRONMENT}  # what the command line starts with
+    environment = {**os.environ, **ENVIRONMENT}  # as the command line sets it
     done = subprocess.run([*command, "--child"], check=True, stdout=subprocess.PIPE, env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
     rates.append(cost.product_rate(cpu, torch.float32, 3))

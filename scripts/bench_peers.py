@@ -1,14 +1,13 @@
-"""Quantizes one model with this package and with other GPTQ tools, in turns, on the same tokens.
+"""Quantize one model with this package and with other GPTQ tools, in turns, on the same tokens; compare times.
 
     python scripts/bench_peers.py [--peers llm-compressor,gptqmodel] [--rounds 2] [--width 1024 ...] [--json FILE]
 
-Each tool runs in an environment of its own, which the script makes below --environments from the package registry, and
-each run in a process of its own, from a safetensors folder to a safetensors folder: 4 bits, symmetric, groups of 128,
-each tool's own default order and grid. The model and its tokens are those of bench_quantize.py. Importing a tool is
-not counted, its largest resident memory (VmHWM) is. Forwards are in bfloat16, or for all tools in float32 where the
-CPU does not multiply bfloat16 (libraries crawl there). Ours has the environment variables that its command sets. A
-round runs every tool once, the next one in reverse order. The code of the paper itself is on no registry and so not
-here.
+Each tool has its own virtual environment, made below --environments from the package registry, and each run its own
+process, from a safetensors folder to a safetensors folder: 4 bits, symmetric, groups of 128, each tool's own default
+order and grid. The model and its tokens are those of bench_quantize.py. The time excludes imports; the peak resident
+memory (VmHWM) includes them. Forwards are in bfloat16; on CPUs without bfloat16 products, where libraries are very slow
+in it, all tools use float32. Our run has the environment variables that its command sets. A round runs every tool once;
+every other round reverses the order. The paper's own code is not included, because it is in no package registry.
 """
 
 import argparse
@@ -16,13 +15,13 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_quantize import add_model_options, calibration_tokens, make_model
+from peer_environment import make_environment
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -35,15 +34,15 @@ print("MEASURED", json.dumps({"seconds": time.perf_counter() - start, "peak": 10
 """
 BEGIN = """
 import json, os, sys, time
-os.cpu_count = lambda: max(16, len(os.sched_getaffinity(0)))  # GPTQModel's pool of threads refuses machines with few
+os.cpu_count = lambda: max(16, len(os.sched_getaffinity(0)))  # GPTQModel's thread pool fails on machines with few cores
 import torch
 from safetensors.torch import load_file
 model, tokens, out = sys.argv[1:4]
 dtype = getattr(torch, sys.argv[4])
 """
 OURS = "ours"
-TORCH = f"torch=={torch.__version__.partition('+')[0]}"  # the same for all
-PACKAGES: dict[str, list[list[str]]] = {  # steps of pip; a build without isolation wants what is installed before it
+TORCH = f"torch=={torch.__version__.partition('+')[0]}"  # this process's version, for all tools
+PACKAGES: dict[str, list[list[str]]] = {  # steps of pip, see `make_environment`
     OURS: [],
     "llm-compressor": [[TORCH], ["llmcompressor==0.14.0.1"]],
     "gptqmodel": [
@@ -85,21 +84,8 @@ loaded.save(out)
 }
 
 
-def make_environment(folder: Path, steps: list[list[str]]) -> str:
-    """The Python of an environment with these packages; of this process where there are none."""
-    if not steps:
-        return sys.executable
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        for step in steps:
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *step], check=True)
-        (folder / "ready").touch()
-    return str(python)
-
-
 def run(tool: str, python: str, model: Path, tokens: Path, out: Path) -> dict[str, float]:
-    """Seconds and bytes of one run; raises RuntimeError with the end of what the tool said where it fails."""
+    """Seconds and peak bytes of one run; raises RuntimeError with the end of the tool's output if it fails."""
     command = [python, "-c", BEGIN + CODE[tool] + TELL, str(model), str(tokens), str(out)]
     command.append(str(choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))).partition(".")[2])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -116,7 +102,7 @@ def run(tool: str, python: str, model: Path, tokens: Path, out: Path) -> dict[st
 
 
 def add_tokenizer(model: Path, vocabulary: int) -> None:
-    """A word for each token: the peers want a tokenizer, though they are given tokens."""
+    """Add a tokenizer with one word per token: the other tools require one, although they are given tokens."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -126,7 +112,7 @@ def add_tokenizer(model: Path, vocabulary: int) -> None:
 
 
 def compare(pythons: dict[str, str], model: Path, tokens: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Every tool's runs."""
+    """Run all tools in turns; return the measurements of each tool's runs."""
     found: dict[str, list[dict[str, float]]] = {tool: [] for tool in pythons}
     for turn in range(rounds):
         for tool in list(pythons)[:: -1 if turn % 2 else 1]:

@@ -1,22 +1,22 @@
-"""Times a whole run, stage by stage, against the floor that its arithmetic sets at this machine's own rate of products.
+"""Time a whole run by stage, against the floor that its arithmetic sets at this machine's matrix product rate.
 
     python scripts/bench_quantize.py [--efforts plain,fast,balanced] [--width 1024 ...] [--json FILE] [--plot FILE.png]
 
-The model is a Llama of random weights, bf16, with one large value in a thousand so that scales and orders matter; the
-calibration tokens are random too. The floor counts what cannot be left out, each at the rate at which this process
-multiplies large matrices in the dtype that the stage can use (float32, or bf16 with float32 sums where forwards run in
-bf16), taken before and after each run, the better one:
+The model is a Llama with random bfloat16 weights, one in a thousand of them large, so that scales and column order
+matter; the calibration tokens are random too. The floor counts the necessary operations of each stage, at the rate of
+large matrix products in the dtype that the stage can use (float32, or bfloat16 with float32 sums where forwards run in
+bfloat16). The rate is measured before and after each run, and the better one counts:
 
     forward     2 x parameters x tokens, once
     Hessian     tokens x n^2 for each distinct input of n values       a symmetric product, half of it computed
     factorize   n^3 / 3 for each
     solve       r n^2 for each layer of r outputs
 
-Each effort runs in a process of its own, whose largest resident memory (VmHWM) is reported beside what importing the
-packages alone takes. `plain` is GPTQ in its natural order on the smallest grid that clips nothing; `default` has the
-default order and grid search, but neither sweeps nor a second stream; the others are the package's own levels. Times
-are exclusive: what a stage calls in another stage counts there only. They come from this script, which wraps the
-package's functions; the package has no timers.
+Each effort runs in its own process. Its peak resident memory (VmHWM) is reported beside that of importing the packages
+alone. `plain` is GPTQ in natural order on the smallest grid that clips nothing; `default` has the default order and
+grid search, but neither sweeps nor a second stream; the others are the package's own levels. Times are exclusive: a
+stage's time does not include other stages that it calls. The script measures them by wrapping the package's functions;
+the package has no timers.
 """
 
 import argparse
@@ -43,7 +43,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "best": {"effort": "best"},
 }
 STAGES = ("start", "read", "forward", "Hessian", "factorize", "solve", "pack", "write", "other")
-TIMED = {  # which functions make up a stage, by module; a class's methods as Class.method
+TIMED = {  # module -> function (or Class.method) -> the stage that its time counts for
     "gptq.models.weights": {"WeightStream.read": "read", "WeightStream.weight": "read"},
     "gptq.models.forward": {"PausableForward.advance": "forward"},
     "gptq.solver.hessian": {"HessianAccumulator.take": "Hessian"},  # adds the windows that still wait
@@ -58,7 +58,7 @@ WINDOWS, TOKENS, GROUP, BITS, SEED = 32, 512, 128, 4, 0
 
 
 class Clock:
-    """Seconds by stage, each without the stages inside it."""
+    """Seconds by stage, each without the stages called inside it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
@@ -94,7 +94,7 @@ class Clock:
 
 
 def make_model(folder: Path, width: int, blocks: int, intermediate: int, vocabulary: int) -> None:
-    """A Llama with four query heads per key head, as safetensors."""
+    """Write a random Llama with four query heads per key head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = max(width // 64, 4)
@@ -110,21 +110,21 @@ def make_model(folder: Path, width: int, blocks: int, intermediate: int, vocabul
             values = torch.randn(parameter.shape, generator=draw) / parameter.shape[1] ** 0.5
             if "embed" not in name:
                 values *= 1 + 9 * (torch.rand(parameter.shape, generator=draw) < 1e-3)
-        else:  # norms: some channels are much larger than others, as in trained models
+        else:  # norms with some channels much larger than others, as in trained models
             values = torch.exp(torch.randn(parameter.shape, generator=draw))
         parameter.data.copy_(values)
     model.bfloat16().save_pretrained(folder)
 
 
 def calibration_tokens(windows: int, tokens: int, vocabulary: int) -> Tensor:
-    """(windows, tokens), the frequent ones more often, as in text."""
+    """Random tokens (windows, tokens); low numbers are more frequent, as common words are in text."""
     draw = torch.Generator().manual_seed(SEED + 1)
     return (torch.rand(windows, tokens, generator=draw) ** 3 * (vocabulary - 3)).long() + 3
 
 
 def work(shapes: dict[str, tuple[int, int]], tokens: int) -> dict[str, float]:
-    """FLOPs by stage of the layers (outputs, inputs) of one model, by their names."""
-    inputs = {}  # distinct ones: queries, keys and values get the same, as do gate and up
+    """FLOPs by stage for a model's layers, shapes (outputs, inputs) by name."""
+    inputs = {}  # size of each distinct input: q, k and v share one, and so do gate and up
     for name, (_, columns) in shapes.items():
         block, _, own = name.rpartition(".")
         same = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(own, own)
@@ -138,13 +138,13 @@ def work(shapes: dict[str, tuple[int, int]], tokens: int) -> dict[str, float]:
 
 
 def peak_memory() -> float:
-    """Bytes: the largest resident memory of this process so far."""
+    """The peak resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024.0 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def run_child(model: Path, effort: str, windows: int, tokens: int, batch_size: int | None) -> None:
-    """One run in this process; prints what it measured as JSON on its last line."""
+    """Quantize in this process; print the measurements as JSON on the last line."""
     began = time.perf_counter()
     from gptq import QuantConfig
     from gptq.checkpoint.reader import Source
@@ -183,7 +183,7 @@ def run_child(model: Path, effort: str, windows: int, tokens: int, batch_size: i
 
 
 def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One run in a process of its own, between two measurements of the rate; with its floor."""
+    """Run an effort in its own process, between two measurements of the product rate; add the floor."""
     from transformers import AutoConfig
 
     from gptq.__main__ import ENVIRONMENT
@@ -199,7 +199,7 @@ def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any
         for kind in {dtype, torch.float32}:
             rates[kind] = max(rates.get(kind, 0.0), cost.product_rate(torch.device("cpu"), kind, 1.0))
         if not turn:
-            environment = ENVIRONMENT | os.environ  # as the command has it
+            environment = ENVIRONMENT | os.environ  # as the command sets it
             printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     flops = work({name: tuple(shape) for name, shape in found.pop("shapes").items()}, args.windows * args.tokens)
@@ -240,7 +240,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What to quantize, on what; shared with bench_peers.py."""
+    """Options for the model and its tokens; shared with bench_peers.py and bench_ranks.py."""
     parser.add_argument("--width", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--intermediate", type=int, default=2944, help="default: %(default)s")
     parser.add_argument("--blocks", type=int, default=8, help="default: %(default)s")

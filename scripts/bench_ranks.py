@@ -1,10 +1,9 @@
-"""Times one and several processes at the same run, in turns, with one thread each.
+"""Time the same run with one process and with several, in turns, one thread per process; compare the bytes.
 
     python scripts/bench_ranks.py [--ranks 2] [--rounds 2] [--width 1024 ...] [--json FILE]
 
-The model and its calibration tokens are those of bench_quantize.py; options are the package's defaults at 4 bits.
-Seconds are those of the whole command, started by torchrun, imports included; the shards of the results are compared
-byte for byte.
+The model and its calibration tokens are those of bench_quantize.py; options are the package's defaults at 4 bits. Times
+are of the whole command, started by torchrun, imports included. The shards of all results must be equal byte for byte.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 
 
 def quantize(model: Path, tokens: Path, out: Path, ranks: int) -> float:
-    """Seconds of a run in so many processes."""
+    """Run the command in `ranks` processes; return its seconds."""
     shutil.rmtree(out, ignore_errors=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "-m", "gptq"]
     command = [*launcher, "quantize", str(model), str(out), "--calibration", str(tokens), "--device", "cpu"]

@@ -1,10 +1,10 @@
-"""Time of each stage and memory of a run against width, depth and calibration tokens, beside what theory says.
+"""Measure each stage's time and a run's memory against width, depth and calibration tokens; compare with theory.
 
     python scripts/bench_scale.py --json scale.json --plot scale.png
 
-One of the three is varied, the others stay at the middle of their list. Models, tokens and stages are those of
-bench_quantize.py, each run a process of its own. A slope is the exponent of what is varied, fitted to the upper half of
-the values; the theoretical one counts arithmetic and bytes:
+One of the three is varied while the others stay at the middle of their list. Models, tokens and stages are those of
+bench_quantize.py; each run has its own process. A slope is the exponent of the varied size, fitted to the upper half of
+its values; the theoretical slope counts arithmetic and bytes:
 
     read, pack, write    bytes of the weights            width^2   depth^1   tokens^0
     forward              2 x weights x tokens            width^2   depth^1   tokens^1
@@ -13,8 +13,8 @@ the values; the theoretical one counts arithmetic and bytes:
     solve                outputs x inputs^2              width^3   depth^1   tokens^0
     memory               one block, all activations      between   depth^0   between 0 and 1
 
-A stage below its slope is one in which what grows slower still takes most of the time: attention, what is done for each
-column, what happens once. Memory is the peak without what importing the packages takes.
+A measured slope below theory means that work of lower order still takes most of the time: attention, overhead per
+column, fixed costs. Memory is the peak minus that of importing the packages.
 """
 
 import argparse
@@ -37,7 +37,7 @@ THEORY: dict[str, dict[str, float]] = {
 
 
 def slope(values: list[float], figures: list[float]) -> float:
-    """Least squares in logarithms over the upper half of the values, three of them at least."""
+    """Fit the exponent by least squares in logarithms, over the upper half of the values but at least three."""
     upper = max(len(values) // 2, min(len(values), 3))
     x, y = [math.log(v) for v in values[-upper:]], [math.log(max(f, 1e-9)) for f in figures[-upper:]]
     mean_x, mean_y = sum(x) / upper, sum(y) / upper
@@ -45,10 +45,10 @@ def slope(values: list[float], figures: list[float]) -> float:
 
 
 def run_one(width: int, depth: int, tokens: int, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds by stage, and memory in bytes."""
+    """Run one configuration; return seconds by stage, and memory in bytes."""
     own = argparse.Namespace(windows=tokens // args.window, tokens=args.window, batch_size=None)
     with tempfile.TemporaryDirectory() as folder:
-        intermediate = -(-width * 23 // (8 * GROUP)) * GROUP  # about Llama's share, in whole groups
+        intermediate = -(-width * 23 // (8 * GROUP)) * GROUP  # about Llama's ratio, a multiple of the group size
         make_model(Path(folder), width, depth, intermediate, args.vocabulary)
         found = measure(Path(folder), args.effort, own)
     return {stage: found["stages"][stage] for stage in SHOWN} | {

@@ -1,27 +1,24 @@
-"""Loads our pack-quantized files with llm-compressor's reader (compressed-tensors) and compares its logits with ours.
+"""Load our pack-quantized files with compressed-tensors, llm-compressor's reader; compare its logits with ours.
 
     python scripts/check_compressed_tensors.py --model MODEL --text TEXT.txt
 
-MODEL is a small Llama-like checkpoint. The script makes an environment (`--venv`), installs llm-compressor from the
-package registry, quantizes MODEL in every case below, and has plain transformers with compressed-tensors compute the
-logits of some windows in that environment, in float32 on both sides. The weight that it decompresses for each
-layer has to be ours bit for bit.
+MODEL is a small Llama-like checkpoint. The script makes a virtual environment (`--venv`), installs llm-compressor from
+the package registry, and quantizes MODEL in every case below. In the environment, transformers with compressed-tensors
+then computes the logits of some windows, in float32 on both sides. Each layer's decompressed weight must equal ours bit
+for bit.
 """
 
-import argparse
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from peer_environment import check_reader
+from safetensors.torch import load_file
 
-from gptq import Override, QuantConfig, load, quantize
+from gptq import Override, QuantConfig, load
 from gptq.inference.quant_linear import QuantLinear
 
-PACKAGES = ("llmcompressor==0.14.0.1",)
-THEIRS = """
+PACKAGES = [["torch"], ["llmcompressor==0.14.0.1"]]  # steps of pip
+READER = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,42 +46,8 @@ CASES = {
 }
 
 
-def make_environment(venv: Path) -> Path:
-    """An environment with llm-compressor."""
-    python = venv / "bin" / "python"
-    if not (venv / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "torch"], check=True)
-        subprocess.run([*pip, *PACKAGES], check=True)
-        (venv / "ready").touch()
-    return python
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a small checkpoint")
-    parser.add_argument("--text", required=True, help="calibration text, a .txt file")
-    parser.add_argument("--venv", type=Path, default=Path(tempfile.gettempdir()) / "llmcompressor-venv")
-    args = parser.parse_args()
-    python = make_environment(args.venv)
-    with tempfile.TemporaryDirectory() as work:
-        folders = {}
-        for number, (case, config) in enumerate(CASES.items()):
-            folders[case] = str(Path(work) / f"case{number}")
-            options = {**config.to_dict(), "num_samples": 32, "seq_len": 128}
-            quantize(args.model, folders[case], QuantConfig.from_dict(options), calibration=args.text)
-        ids = torch.randint(3, 400, (2, 64), generator=torch.Generator().manual_seed(0))
-        save_file({"input_ids": ids}, Path(work) / "input")
-        command = [str(python), "-c", THEIRS, str(Path(work) / "input"), *folders.values()]
-        printed = subprocess.run(command, capture_output=True, text=True)
-        if printed.returncode:
-            print(printed.stdout[-2000:], printed.stderr[-2000:], file=sys.stderr)
-            return 1
-        return compare(folders, ids)
-
-
-def compare(folders: dict[str, str], ids: torch.Tensor) -> int:
+def compare(folders: dict[str, str], ids: torch.Tensor, printed: str) -> int:
+    """Compare logits in float32, and dequantized weights bit for bit; print a line per case."""
     print(f"{'case':36} {'largest logit':>13} {'difference':>10}  weights")
     failed = False
     for case, folder in folders.items():
@@ -104,4 +67,5 @@ def compare(folders: dict[str, str], ids: torch.Tensor) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    description = (__doc__ or "").splitlines()[0]
+    sys.exit(check_reader(description, "llmcompressor-venv", PACKAGES, CASES, READER, compare))

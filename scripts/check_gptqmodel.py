@@ -1,29 +1,29 @@
-"""Loads our GPTQ files with GPTQModel's torch backend on a CPU and compares its logits with ours.
+"""Load our GPTQ files with GPTQModel's torch backend on a CPU; compare its logits with ours.
 
     python scripts/check_gptqmodel.py --model MODEL --text TEXT.txt
 
-MODEL is a small Llama-like checkpoint. The script makes an environment (`--venv`), installs GPTQModel from the package
-registry, quantizes MODEL in every case below, and has GPTQModel compute the logits of some windows in that environment.
-Both sides run in the same dtype; the table shows the largest difference beside the largest logit and what rounding the
-activations alone comes to (ours in bfloat16 against ours in float32).
+MODEL is a small Llama-like checkpoint. The script makes a virtual environment (`--venv`), installs GPTQModel from the
+package registry, and quantizes MODEL in every case below. In the environment, GPTQModel then computes the logits of
+some windows, in the same dtype as we do. The table shows the largest logit, the largest difference, and for comparison
+the difference that rounding the activations makes (ours in bfloat16 against ours in float32).
 """
 
-import argparse
-import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from peer_environment import check_reader
+from safetensors.torch import load_file
 
-from gptq import Override, QuantConfig, load, quantize
+from gptq import Override, QuantConfig, load
 
-PACKAGES = ("gptqmodel==7.7.0", "optimum==2.3.0")
-THEIRS = """
+PACKAGES = [  # steps of pip: GPTQModel's build needs torch and the build tools installed before
+    ["torch"],
+    ["setuptools", "wheel", "packaging", "ninja", "numpy", "pybind11"],
+    ["--no-build-isolation", "gptqmodel==7.7.0", "optimum==2.3.0"],
+]
+READER = """
 import os, sys
-os.cpu_count = lambda: 16  # its pool of threads refuses machines with few cores
+os.cpu_count = lambda: 16  # its thread pool fails on machines with few cores
 import torch
 from gptqmodel import BACKEND, GPTQModel
 from safetensors.torch import load_file, save_file
@@ -49,45 +49,9 @@ CASES = {
 }
 
 
-def make_environment(venv: Path) -> Path:
-    """An environment with GPTQModel; its build wants torch to be there first."""
-    python = venv / "bin" / "python"
-    if not (venv / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "torch"], check=True)
-        subprocess.run([*pip, "setuptools", "wheel", "packaging", "ninja", "numpy", "pybind11"], check=True)
-        subprocess.run([*pip, "--no-build-isolation", *PACKAGES], check=True)
-        (venv / "ready").touch()
-    return python
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a small checkpoint")
-    parser.add_argument("--text", required=True, help="calibration text, a .txt file")
-    parser.add_argument("--venv", type=Path, default=Path(tempfile.gettempdir()) / "gptqmodel-venv")
-    args = parser.parse_args()
-    python = make_environment(args.venv)
-    with tempfile.TemporaryDirectory() as work:
-        folders = {}
-        for number, (case, config) in enumerate(CASES.items()):
-            folders[case] = str(Path(work) / f"case{number}")
-            options = {**config.to_dict(), "num_samples": 32, "seq_len": 128}
-            quantize(args.model, folders[case], QuantConfig.from_dict(options), calibration=args.text)
-        ids = torch.randint(3, 400, (2, 64), generator=torch.Generator().manual_seed(0))
-        save_file({"input_ids": ids}, Path(work) / "input")
-        command = [str(python), "-c", THEIRS, str(Path(work) / "input"), *folders.values()]
-        on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        printed = subprocess.run(command, env=on_cpu, capture_output=True, text=True)
-        if printed.returncode:
-            print(printed.stdout[-2000:], printed.stderr[-2000:], file=sys.stderr)
-            return 1
-        dtypes = dict(line.split()[1:] for line in printed.stdout.splitlines() if line.startswith("DTYPE"))
-        return compare(folders, dtypes, ids)
-
-
-def compare(folders: dict[str, str], dtypes: dict[str, str], ids: torch.Tensor) -> int:
+def compare(folders: dict[str, str], ids: torch.Tensor, printed: str) -> int:
+    """Compare logits in the dtype that GPTQModel took; print a line per case."""
+    dtypes = dict(line.split()[1:] for line in printed.splitlines() if line.startswith("DTYPE"))
     print(f"{'case':36} {'dtype':9} {'largest logit':>13} {'difference':>10} {'rounding':>9}")
     failed = False
     for case, folder in folders.items():
@@ -104,4 +68,5 @@ def compare(folders: dict[str, str], dtypes: dict[str, str], ids: torch.Tensor) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    description = (__doc__ or "").splitlines()[0]
+    sys.exit(check_reader(description, "gptqmodel-venv", PACKAGES, CASES, READER, compare))

@@ -1,12 +1,12 @@
-"""Feeds damaged and hostile checkpoints to everything that reads one, and keeps what it finds.
+"""Fuzz everything that reads a checkpoint with damaged and hostile files; print each violation once.
 
     python scripts/fuzz_readers.py --minutes 5 --seed 1 --fixtures FOLDER_OF_CHECKPOINTS
 
-Small valid checkpoints of every format are made, one file of one is changed (bytes, JSON values, tensor headers, what
-kind of file it is), and one command is run on it. Whatever the change, the command has to end soon, within 2 GiB of
-additional address space, with exit code 0 or 1, or with 2 and one sentence; print no control characters; open no
-file outside the folder; and leave no half-written result. What breaks that law is printed once for each place in the
-code, with the change that did it, and makes the exit code 1.
+The script makes small valid checkpoints of every format, changes one file of one of them (bytes, JSON values, tensor
+headers, the kind of file), and runs one command on it. The command must end within 30 seconds and 2 GiB of additional
+address space, with exit code 0 or 1, or with 2 and one sentence. It must print no control characters, open no file
+outside the folder, and leave no incomplete result. A violation is printed once for each place in the code, with the
+change that caused it, and the script then exits with 1.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gptq import InputError, QuantConfig, cli, load, quantize
 
-ADDITIONAL_BYTES, SECONDS = 2 * 2**30, 30
+ADDITIONAL_BYTES, SECONDS = 2 * 2**30, 30  # limits of a command: address space beyond the current one, and time
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody minds. " * 40
 RECIPES: dict[str, dict[str, Any]] = {
     "gptq": {"bits": 4, "format": "gptq"},
@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def make_checkpoints(folder: Path, fixtures: Path | None = None) -> dict[str, Path]:
-    """Small valid checkpoints by name: plain (whole, in shards, with experts), one in each format, and fixtures."""
+    """Make small valid checkpoints: unquantized (single file, sharded, with experts), one per format, and fixtures."""
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
              "num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
     found = {}
@@ -112,7 +112,7 @@ KINDS = ["folder", "pipe", "link outside", "link to a device", "link to itself",
 
 @dataclass(frozen=True)
 class Change:
-    """A change of one file of one checkpoint, and the command that is run on the result."""
+    """A change to one file of one checkpoint, and the command to run on the result."""
 
     checkpoint: str
     file: str
@@ -123,7 +123,7 @@ class Change:
 
 @st.composite
 def changes(draw: st.DrawFn, checkpoints: dict[str, Path]) -> Change:
-    """Changes of a file that is there, or of calibration data (`data.npz`, `data.txt`, `data.jsonl`)."""
+    """Strategy for changes to an existing file, or to calibration data (`data.npz`, `data.txt`, `data.jsonl`)."""
     name = draw(st.sampled_from(sorted(checkpoints)))
     command = draw(st.sampled_from([*COMMANDS, "verify", "load", "inspect"]))
     if command in ("calibrate", "measure"):
@@ -141,7 +141,7 @@ def changes(draw: st.DrawFn, checkpoints: dict[str, Path]) -> Change:
     return Change(name, file, how, draw(PAYLOADS[how]), command)
 
 
-# How far along a file, a list, an object: scattered, as hypothesis draws small numbers far more often than others.
+# A relative position in a file, list or object. The multiplication scatters it: hypothesis prefers small numbers.
 where = st.integers(0, 9999).map(lambda number: number * 6173 % 10_000 / 10_000)
 PAYLOADS: dict[str, st.SearchStrategy[Any]] = {
     "bytes": st.lists(st.tuples(where, st.integers(0, 255), st.booleans()), min_size=1, max_size=4),
@@ -157,7 +157,7 @@ PAYLOADS: dict[str, st.SearchStrategy[Any]] = {
 
 
 def apply(change: Change, folder: Path, outside: Path) -> None:
-    """Change a file of `folder`."""
+    """Apply a change to its file in `folder`."""
     file = folder / change.file
     if change.how == "kind":
         _change_kind(file, change.what, outside)
@@ -165,7 +165,7 @@ def apply(change: Change, folder: Path, outside: Path) -> None:
     content = bytearray(file.read_bytes())
     if change.how == "bytes":
         for at, byte, insert in change.what:
-            # Half of the changes go to the beginning, where headers are.
+            # Half of the changes affect the first 400 bytes, where headers are.
             i = int(at * len(content)) if byte % 2 else int(at * min(len(content), 400))
             content[i : i + (not insert)] = bytes([byte])
     elif change.how == "cut":
@@ -203,7 +203,7 @@ def _change_kind(file: Path, kind: str, outside: Path) -> None:
 
 
 def _change_value(tree: Any, path: list[float], how: str, value: Any) -> None:
-    """Walk to a value, at each level to the child that stands `part` of the way along, and change it."""
+    """Change a value deep in a JSON tree; each part of `path` selects a child by its relative position."""
     parent: Any = None
     key: Any = None
     for part in path:
@@ -274,7 +274,7 @@ COMMANDS: dict[str, Callable[[Path, Path, str], list[str]]] = {
     "measure": lambda model, out, data: [
         "eval", str(model), "--data", data, "--windows", "1", "--card", "--save", *WINDOWS],
 }  # fmt: skip
-opened: list[str] = []  # by Python, while a command runs
+opened: list[str] = []  # paths that Python opened while a command ran
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -303,11 +303,11 @@ def limited() -> Iterator[None]:
 
 
 def broken_law(change: Change, checkpoint: Path) -> str | None:
-    """Run a change; returns how the law was broken, with the place in the code, or None."""
+    """Run a change; return a description of the violation with its place in the code, or None."""
     with tempfile.TemporaryDirectory() as place:
         folder, out, outside = Path(place) / "model", Path(place) / "out", Path(place) / "elsewhere.json"
         shutil.copytree(checkpoint, folder)
-        holder = folder if change.file in DATA else Path(place)  # of the data, which may be what is changed
+        holder = folder if change.file in DATA else Path(place)  # folder of the data; changes apply only to `folder`
         _data(holder)
         outside.write_text('{"bits": 4, "secret": 1}')
         apply(change, folder, outside)
@@ -326,7 +326,7 @@ def broken_law(change: Change, checkpoint: Path) -> str | None:
             ):
                 warnings.simplefilter("ignore")
                 code = cli.main(arguments) if arguments else _load(folder)
-        except BaseException as error:  # whatever is raised is a finding
+        except BaseException as error:  # any exception that leaves a command is a violation
             if isinstance(error, KeyboardInterrupt):
                 raise
             return _place(error)

@@ -1,11 +1,11 @@
-"""What bench_generate.py runs in llama.cpp's environment: a Hugging Face Llama as GGUF files, and their speed.
+"""Worker of bench_generate.py in llama.cpp's environment: convert a Hugging Face Llama to GGUF, and measure its speed.
 
-    python llama_cpp_worker.py make MODEL OUT TYPE [TYPE ...]     OUT/TYPE.gguf for each of Q4_0, Q4_K_S, ...
-    python llama_cpp_worker.py serve FILE.gguf THREADS            then a line of JSON each way, until there are no more:
+    python llama_cpp_worker.py make MODEL OUT TYPE [TYPE ...]     write OUT/TYPE.gguf for each of Q4_0, Q4_K_S, ...
+    python llama_cpp_worker.py serve FILE.gguf THREADS            answer lines of JSON from stdin on stdout:
         {"prompt": [tokens], "tokens": N}  ->  {"decode": tokens per second, "prefill": tokens per second}
         {"logits": [tokens]}               ->  {"logits": the last token's}
 
-All matrices have the type, embedding and output head among them ("pure"). Files hold no tokenizer.
+All matrices have the given type, including the embedding and the output head ("pure"). Files have no tokenizer.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ CONTEXT = 1024
 
 
 def write_f16(model: Path, file: Path) -> None:
-    """A Llama whose head is its embedding as a file of float16 matrices."""
+    """Convert a Llama with tied embeddings to a GGUF file of float16 matrices."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = GGUFWriter(file, "llama")
@@ -59,7 +59,7 @@ def write_f16(model: Path, file: Path) -> None:
             if name not in stored:
                 _, _, block, own = name.removesuffix(".weight").split(".", 3)
                 stored[name] = f"blk.{block}.{NAMES[own]}.weight"
-                if own in ("self_attn.q_proj", "self_attn.k_proj"):  # llama.cpp turns neighbouring dimensions
+                if own in ("self_attn.q_proj", "self_attn.k_proj"):  # llama.cpp rotates neighbouring dimensions
                     count = heads if own.endswith("q_proj") else kv_heads
                     pairs = values.reshape(count, 2, -1, values.shape[1])
                     values = np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(values.shape))
@@ -83,7 +83,7 @@ def make(model: Path, out: Path, kinds: list[str]) -> None:
 
 
 class Served:
-    """A model in llama.cpp, through its C interface."""
+    """A model loaded in llama.cpp through its C interface."""
 
     def __init__(self, file: Path, threads: int) -> None:
         options = llama_cpp.llama_model_default_params()
@@ -98,7 +98,7 @@ class Served:
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def run(self, tokens: list[int]) -> Any:
-        """The last token's logits (vocabulary,)."""
+        """Run tokens after those run before; return the last token's logits (vocabulary,)."""
         array = (ctypes.c_int32 * len(tokens))(*tokens)
         if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(array, len(tokens))):
             raise RuntimeError("llama.cpp could not run the tokens")

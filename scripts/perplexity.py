@@ -1,4 +1,4 @@
-"""Perplexity by the protocols of the GPTQ paper and its successors, for numbers that stand beside published ones.
+"""Measure perplexity by the protocols of the GPTQ paper and its successors, to compare with published numbers.
 
     python scripts/perplexity.py facebook/opt-125m                                     # WikiText-2
     python scripts/perplexity.py ./llama-4bit --protocol c4-new --source c4-validation.00000-of-00008.json.gz
@@ -7,26 +7,26 @@
     wikitext2   test split of WikiText-2 raw, rows joined by blank lines
     ptb         validation split of the Penn Treebank, sentences joined by blank lines (the GPTQ paper)
     ptb-new     its test split, sentences joined by spaces
-    c4          256 windows, each from a random place of a random document of C4's first validation shard that has a
-                window's length, drawn by Python's generator from seed 0 (the GPTQ paper)
-    c4-new      the first 1100 documents of that shard joined by spaces, its first 256 windows
+    c4          256 windows from C4's first validation shard, each at a random position of a random document that is
+                long enough, drawn by Python's generator with seed 0 (the GPTQ paper)
+    c4-new      the first 256 windows of the first 1100 documents of that shard, joined by spaces
 
-Windows are 2048 tokens, without overlap; what is left over at the end is not counted. The text is tokenized once, so a
-beginning-of-text token stands at its very start if the tokenizer puts one there, and not at the start of each window
-(c4 tokenizes documents, so a window has one only if it begins where its document does). The perplexity is exp of the
-mean loss over the 2047 tokens that each window predicts.
+Windows have 2048 tokens and do not overlap; an incomplete window at the end is dropped. The text is tokenized as a
+whole. So a beginning-of-text token, if the tokenizer adds one, is only at the start of the text, not of each window (c4
+tokenizes documents one by one, so a window has it only at the start of its document). The perplexity is exp of the
+mean loss over the 2047 predicted tokens of each window.
 
-A correct protocol gives, for wikitext2 and the unquantized model in float16:
+Expected results for wikitext2 and the unquantized model in float16:
 
     facebook/opt-125m           27.65
     meta-llama/Llama-2-7b-hf     5.47
 
-Reproduce one before quoting other numbers. Another split, joint, tokenizer, window or a beginning-of-text token per
-window gives another number that looks as good.
+Reproduce one of them before you quote other numbers. A different split, separator, tokenizer or window length, or a
+beginning-of-text token per window, gives a different but equally plausible number.
 
---source is a local copy in any form that `gptq eval --data` takes (column `text`; `sentence` for ptb), or for wikitext2
-and ptb the plain text file with a line per row. The Hub keeps ptb as a script, which `datasets` no longer runs: ptb
-needs --source.
+--source is a local copy in any form that `gptq eval --data` takes (column `text`, for ptb `sentence`); for wikitext2
+and ptb also the plain text file with one row per line. ptb needs --source, because the Hub has it as a script, which
+`datasets` no longer runs.
 """
 
 import argparse
@@ -56,7 +56,7 @@ SEQ_LEN, C4_WINDOWS, C4_DOCUMENTS = 2048, 256, 1100
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which rows, and what stands between them; None where windows are drawn from single rows."""
+    """The rows of a protocol and the separator that joins them; None if windows are drawn from single rows."""
 
     source: str
     column: str
@@ -76,9 +76,9 @@ PROTOCOLS = {
 
 
 def read_rows(protocol: Protocol, source: str) -> Sequence[str]:
-    """Rows as the Hub's data set has them; from a plain text file, by the rules by which that set was made of it.
+    """Rows as in the Hub's data set; a plain text file is split by the same rules as that data set was.
 
-    WikiText's rows keep their line end, empty ones have none; the Penn Treebank's sentences are stripped.
+    WikiText's rows keep their newline, except empty ones; the Penn Treebank's sentences are stripped.
     """
     file = Path(source)
     if file.suffix not in (".txt", ".raw", ".tokens") or not file.is_file():
@@ -94,7 +94,7 @@ def read_rows(protocol: Protocol, source: str) -> Sequence[str]:
 def protocol_windows(
     protocol: Protocol, rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, limit: int | None = None
 ) -> Tensor:
-    """The windows (windows, seq_len) that the protocol measures, or the first `limit` of them."""
+    """The windows (windows, seq_len) of the protocol, or the first `limit` of them."""
     limit = min((n for n in (protocol.max_windows, limit) if n is not None), default=None)
     if protocol.joint is None:
         return _drawn_windows(rows, tokenizer, seq_len, limit or C4_WINDOWS)

@@ -1,21 +1,21 @@
-"""The table of quality against size: method x bits x group size, over several calibration seeds.
+"""Make a table of quality against size: method x bits x group size, over several calibration seeds.
 
     python scripts/quality_table.py                                                    # the model in the package
     python scripts/quality_table.py ./llama --calibration c4 --data wikitext:wikitext-2-raw-v1:test --json llama.json
     python scripts/quality_table.py --methods rtn "plain GPTQ" --bits 3 --group-sizes 32 128
 
-Of each method it quantizes with every seed of the choice of calibration windows, and measures on text that calibration
-has not seen:
+Each method is run with several seeds, which choose the calibration windows, and measured on text that is not used for
+calibration:
 
     bits/weight   every stored bit of the quantized layers: codes, scales, zero points, g_idx
-    perplexity    of the mean loss over seeds; in brackets the lowest and the highest seed
-    gap           perplexity above the original's; x plain is the gap as a multiple of plain GPTQ's in the same row
+    perplexity    exp of the mean loss over seeds; in brackets the lowest and the highest over single seeds
+    gap           increase over the original's perplexity; x plain: relative to the gap of plain GPTQ at the same size
     KL            KL(original || quantized) per token in nats, mean over seeds, with its 95 % bootstrap interval over
-                  windows (that of the text; what the choice of calibration text does is the spread over seeds)
-    top-1         share of tokens for which both find the same one most likely
-    seconds       of quantizing, mean over seeds, measurement not counted
+                  windows (the interval covers the choice of the text, the spread over seeds that of the calibration)
+    top-1         fraction of tokens for which both models have the same most likely token
+    seconds       time of quantization, mean over seeds
 
-Each result goes to the JSON file when it is there; run again, the script does only what is missing.
+Each result is saved to the JSON file at once; a second run computes only what is missing.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from gptq.evaluation import evaluate
 from gptq.inference.load import load
 from gptq.models.hf_config import fitting_seq_len, read_config, read_tokenizer
 
-# By name, options of QuantConfig; all that matters is written out, so that no default moves a peer's setting.
+# Options of QuantConfig by method. Options that matter are explicit, so that a changed default does not change them.
 PLAIN = "plain GPTQ"
 NO_LEVERS: dict[str, Any] = {"sym": True, "search": False, "desc_act": False, "sweeps": 0, "two_streams": False}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -54,11 +54,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"effort": "best"},
 }
 
-Row = dict[str, Any]  # one quantized model: "method", "options", "bits", "group_size", "seed", and what was measured
+Row = dict[str, Any]  # one quantized model: "method", "config" and the measurements
 
 
 def configurations(args: argparse.Namespace) -> list[tuple[str, QuantConfig]]:
-    """Every row of the table with every seed; round-to-nearest has no calibration and takes the first seed only."""
+    """All rows of the table with all seeds; round-to-nearest uses no calibration, so it has one seed."""
     found = []
     for bits in args.bits:
         for group_size in args.group_sizes:
@@ -70,7 +70,7 @@ def configurations(args: argparse.Namespace) -> list[tuple[str, QuantConfig]]:
 
 
 class Table:
-    """The rows measured so far, in a file that is whole at any time."""
+    """The rows measured so far, in a JSON file that is replaced atomically."""
 
     def __init__(self, path: Path, setting: Row) -> None:
         self.path, self.setting = path, setting
@@ -86,7 +86,7 @@ class Table:
             self.rows = content["rows"]
 
     def row(self, method: str, config: QuantConfig) -> Row | None:
-        """What is known of a configuration; nothing, if the preset meant something else then."""
+        """The row of a configuration; None if it was not measured, or was measured with other options."""
         key = {"method": method, "config": config.to_dict()}
         return next((row for row in self.rows if {name: row[name] for name in key} == key), None)
 
@@ -98,7 +98,7 @@ class Table:
 
 
 def read_texts(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
-    """Rows of text that calibrate, and that are measured."""
+    """Read the rows of text for calibration and for measurement."""
     first, second = demo.texts() if args.model == "demo" else ("", "")
     if args.model != "demo" and not args.data:
         raise InputError("a model of your own needs --data, the text to measure on")
@@ -124,12 +124,12 @@ def measure(
         "bytes": made.bytes_after,
         "seconds": made.seconds,
         **found.to_dict(),
-        "per_window": numbers.tolist(),  # (windows, 4): what the table's intervals are drawn from
+        "per_window": numbers.tolist(),  # (windows, 4); the table's intervals resample these
     }
 
 
 def markdown(table: Table, wanted: Iterable[tuple[str, QuantConfig]]) -> str:
-    """The table, a line per method, bits and group size, of all seeds that are there."""
+    """The table in Markdown: a line per method, bits and group size, over all seeds measured so far."""
     by_line: dict[tuple[int, int, str], list[Row]] = {}
     for method, config in wanted:
         row = table.row(method, config)

@@ -1,16 +1,16 @@
-"""Every causal language model that transformers knows, tiny and random, from file to file.
+"""Quantize a tiny random model of every causal language model architecture in transformers, and compare its logits.
 
     python scripts/sweep_architectures.py
     python scripts/sweep_architectures.py mamba qwen3_moe
 
-Each is built with small numbers in the place of its configuration's own, saved, quantized to 8 bits, verified, loaded
-and run beside the original. Prints a line for each and counts what became of them:
+Each model is built from a configuration with small sizes, saved, quantized to 8 bits, verified, loaded and run. The
+script prints a line for each, and counts the outcomes:
 
-    fine      its logits are those of the original, but for the rounding
-    differs   they are not: by more than a tenth (or what random experts are chosen by was close to a tie)
-    refused   with a sentence, which is printed
-    failed    with anything else
-    unbuilt   transformers does not build or run it with these small numbers, or too large a one; not counted
+    fine      logits differ from the original's by less than a tenth
+    differs   logits differ by more (possibly because a random router was close to a tie)
+    refused   with an error message of ours, which is printed
+    failed    with any other exception
+    unbuilt   transformers cannot build or run it with these sizes, or the model is still too large; not counted
 """
 
 import argparse
@@ -29,8 +29,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from gptq import InputError, QuantConfig, load, quantize
 from gptq.output import verify
 
-LARGEST = 30_000_000  # numbers in a model
-TOKENS = 200
+LARGEST = 30_000_000  # parameters of the largest model that is tried
+TOKENS = 200  # token ids in inputs are below this
+# Small sizes, and the configuration fields that get them.
 WIDTHS = {64: "hidden_size n_embd d_model embedding_size word_embed_proj_dim lru_width"}
 INNER = {128: "intermediate_size n_inner d_ff ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size"}
 BLOCKS = {2: "num_hidden_layers n_layer num_layers decoder_layers encoder_layers"}
@@ -67,7 +68,7 @@ SMALL = {
 
 
 def small_config(kind: str) -> PreTrainedConfig:
-    """The architecture's configuration with small numbers, inner configurations of a text model among them too."""
+    """The architecture's configuration with small sizes, also in its nested configurations."""
     plain = CONFIG_MAPPING[kind]()
     options = small_options(plain)
     for name in getattr(plain, "sub_configs", None) or ():
@@ -83,13 +84,13 @@ def small_options(config: PreTrainedConfig) -> dict[str, Any]:
     options: dict[str, Any] = {name: value for name, value in SMALL.items() if name in known}
     if isinstance(kinds := given.get("layer_types"), list):
         options["layer_types"] = ([*dict.fromkeys(kinds)] * 2)[:2]
-    if "qk_rope_head_dim" in options:  # latent attention: every head has keys of its own
+    if "qk_rope_head_dim" in options:  # multi-head latent attention: every head has its own keys
         options |= {"num_key_value_heads": SMALL["num_attention_heads"], "head_dim": options["qk_rope_head_dim"]}
     return options
 
 
 def small_model(kind: str) -> PreTrainedModel:
-    """Raises ValueError where it is too large, or does not run on a line of tokens."""
+    """Build a random model; raises ValueError if it is too large or its logits are not finite."""
     config = small_config(kind)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
@@ -97,7 +98,7 @@ def small_model(kind: str) -> PreTrainedModel:
         raise ValueError(f"{size / 1e6:,.0f} M parameters")
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():  # some that transformers leaves to a checkpoint hold anything
+    for parameter in model.parameters():  # transformers leaves some uninitialized
         if not bool(torch.isfinite(parameter).all()) or float(parameter.abs().max()) > 1e3 or not bool(parameter.any()):
             parameter.data.normal_(0, 0.02)
     if not bool(torch.isfinite(logits(model)).all()):
@@ -113,11 +114,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def outcome(kind: str, folder: Path) -> tuple[str, str]:
-    """What became of an architecture, and what there is to say of it."""
+    """Try one architecture; return its outcome and a description."""
     try:
         model = small_model(kind)
         model.save_pretrained(folder / "model")
-    except Exception as error:  # of any type: it is not what this is about
+    except Exception as error:  # of any type: the architecture is not tested
         return "unbuilt", f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     windows = torch.randint(3, TOKENS, (8, 24), generator=torch.Generator().manual_seed(0))
     try:

@@ -9,7 +9,7 @@ Recipe: byte-level BPE of 4,096 tokens; Llama with 6 blocks, width 256, 8 query 
 MLP width 768, tied embeddings (5.57 M parameters); windows of 512 tokens, 8 per step; Muon (Jordan et al. 2024)
 for the matrices of the blocks and AdamW for embeddings and norms; learning rates warm up over 2 % of the time
 and fall linearly to zero over the last 60 %. The schedule follows the clock, so any time budget ends well trained.
-What the shipped model reached stands in `training.json` beside its weights.
+The losses of the shipped model are in `training.json` beside its weights.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def new_model(end_id: int) -> LlamaForCausalLM:
 
 
 def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Newton-Schulz iteration with Muon's quintic: singular values of G (m, n) are driven towards 1."""
+    """Drive the singular values of G (m, n) towards 1, by Newton-Schulz iteration with Muon's quintic polynomial."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X: torch.Tensor = G if G.shape[0] <= G.shape[1] else G.T
     X = X / (torch.linalg.matrix_norm(X) + 1e-7)
@@ -71,7 +71,7 @@ def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: torch.optim.Muon does this in bfloat16, which many CPUs only emulate."""
+    """Momentum with orthogonalized updates in float32; torch.optim.Muon uses bfloat16, which many CPUs only emulate."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
