@@ -1,6 +1,7 @@
 # make demo   make an environment, install, quantize and measure the model that ships with the package
 # make test   make an environment, install, and run every check
 # make smoke  make an environment, install, import, run the demo and the fast tests
+# make docs   make an environment, install, and build the pages into docs/_build/html; every warning is an error
 #
 # TORCH_INDEX=URL   take torch from this index: https://download.pytorch.org/whl/cpu has the build without CUDA
 # PYTHON=python3.13 the interpreter of the environment
@@ -12,7 +13,7 @@ TORCH_INDEX ?=
 ALSO ?=
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test smoke clean
+.PHONY: demo test smoke docs clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/gptq demo
@@ -25,6 +26,10 @@ smoke: $(VENV)/installed-dev
 	$(VENV)/bin/python -c 'import gptq; print(gptq.__version__, gptq.quantize)'
 	$(VENV)/bin/gptq demo
 	$(VENV)/bin/pytest -n 2 -m 'not slow'
+
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/python -m sphinx -b html -W --keep-going docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 # First and by itself, so that no other requirement chooses another torch.
 $(VENV)/torch:
@@ -40,5 +45,9 @@ $(VENV)/installed-dev: $(VENV)/torch pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/torch pyproject.toml constraints.txt
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) *.egg-info docs/_build
