@@ -77,7 +77,7 @@ def test_printed_for_people(
     assert "as it was written" in printed
     code, printed, _ = run(capsys, "report", out)
     assert code == 0
-    assert printed.startswith(f"{out / 'report' / 'index.html'}\n{out / 'report' / 'errors.png'}\n")
+    assert printed.startswith(f"{out / 'report' / 'index.html'}\n{out / 'report' / 'errors.svg'}\n")
 
 
 def test_eval_against_the_original_says_how_sure_it_is_and_keeps_it(

@@ -82,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("out", metavar="OUT", type=Path, help="folder of a quantized checkpoint")
         p.add_argument("--json", action="store_true", help="one JSON object to stdout")
 
-    p = commands.add_parser("report", help="draw what was recorded: one HTML page, and PNGs beside it")
+    p = commands.add_parser(
+        "report", help="draw what was recorded: one HTML page, and its charts as SVG files beside it"
+    )
     p.add_argument("out", metavar="OUT", type=Path, help="folder of a quantized checkpoint")
     p.add_argument("--to", metavar="FOLDER", type=Path, help="where to write; OUT/report if not given")
     p.add_argument("--json", action="store_true", help="one JSON object to stdout")

@@ -314,8 +314,6 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     page, pictures = report.write_report(args.out, args.to)
-    if not pictures:
-        print("note: no PNGs without matplotlib; pip install 'gptq[report]'", file=sys.stderr)
     if args.json:
         _print_json({"page": str(page), "pictures": [str(picture) for picture in pictures]})
     else:

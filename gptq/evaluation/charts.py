@@ -1,16 +1,18 @@
-"""One description of a chart, drawn twice: as SVG for a page, whose colours the page's style decides, and as PNG."""
+"""A chart as SVG: an element whose colours the style of its page decides, or a file on white."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
-from typing import Any
 
 HEIGHT = 250  # of an SVG, in its own units, which are pixels where there is room
 MIN_POWER = -300  # of ten, on an axis: smaller ones are no normal numbers
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 30, 44  # margins
-LIGHT = ("#1f6fc4", "#c2570c", "#2b8a3e")  # a page's --c0, --c1, --c2 on white, which PNGs are drawn on
+HEAD = 40  # above the chart in a file of its own: a line for the title, and one that names the series
+ON_WHITE = (
+    "text { font: 12px system-ui, sans-serif; fill: #5d656d } .grid { stroke: #d9dde1 } .paper { fill: #fff } "
+    ".stem { stroke: #d9dde1; stroke-width: 2 } .c0 { fill: #1f6fc4 } .c1 { fill: #c2570c } .c2 { fill: #2b8a3e }"
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,24 @@ def y_ticks(chart: Chart) -> list[float]:
 
 def svg(chart: Chart) -> str:
     """An <svg> element without colours: marks have the classes c0, c1, c2, lines `grid` and `stem`."""
+    box = f'viewBox="0 0 {chart.width} {HEIGHT}" class="w{chart.width}"'
+    return f'<svg {box} role="img" aria-label="{escape(chart.title)}">{_marks(chart)}</svg>'
+
+
+def svg_file(chart: Chart) -> str:
+    """The same chart as a file of its own on white, below its title and the names of its series."""
+    height = HEIGHT + HEAD
+    names = "".join(f'<tspan class="c{i}">\u25cf</tspan> {escape(one.name)}   ' for i, one in enumerate(chart.series))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-HEAD} {chart.width} {height}" width="{chart.width}" '
+        f'height="{height}"><style>{ON_WHITE}</style><rect class="paper" y="{-HEAD}" width="100%" height="100%"/>'
+        f"{_text(2, 14 - HEAD, chart.title, 'start')}"
+        f'<text x="2" y="{32 - HEAD}" xml:space="preserve">{names if len(chart.series) > 1 else ""}</text>'
+        f"{_marks(chart)}</svg>\n"
+    )
+
+
+def _marks(chart: Chart) -> str:
     ticks, log = y_ticks(chart), chart.is_log()
     count = max(len(chart.tops()), 1)
     low, high = (math.log10(ticks[0]), math.log10(ticks[-1])) if log else (0.0, ticks[-1])
@@ -81,15 +101,14 @@ def svg(chart: Chart) -> str:
         height = ((math.log10(value) if log else value) - low) / (high - low)
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * height
 
-    box = f'viewBox="0 0 {chart.width} {HEIGHT}" class="w{chart.width}"'
-    parts = [f'<svg {box} role="img" aria-label="{escape(chart.title)}">', _text(2, 12, chart.y_label, "start")]
+    parts = [_text(2, 12, chart.y_label, "start")]
     for tick in ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{chart.width - RIGHT}"/>')
         parts.append(_text(LEFT - 6, y(tick) + 4, label(tick, chart.percent), "end"))
     parts += [_text(x(at), HEIGHT - BOTTOM + 17, text, "middle") for at, text in chart.ticks.items()]
     parts.append(_text((chart.width + LEFT) / 2, HEIGHT - 6, chart.x_label, "middle"))
     parts += _bars(chart, x, y, count) if chart.kind == "bars" else _dots(chart, x, y)
-    return "".join([*parts, "</svg>"])
+    return "".join(parts)
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
@@ -133,43 +152,3 @@ def _dots(chart: Chart, x: Callable[[float], float], y: Callable[[float], float]
 def _tip(chart: Chart, series: Series, at: int, value: float) -> str:
     name = chart.names[at] if at < len(chart.names) else str(at)
     return f"<title>{escape(f'{name}, {series.name}: {label(value, chart.percent)}')}</title>"
-
-
-def png(chart: Chart, path: Path) -> None:
-    """The same chart as a picture on white; needs matplotlib."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({"text.parse_math": False}):  # a name may hold dollars
-        _draw(chart, Figure(figsize=(9, 4), layout="constrained"), path)
-
-
-def _draw(chart: Chart, figure: Any, path: Path) -> None:
-    axes = figure.subplots()
-    positions = range(len(chart.tops()))
-    base = [0.0] * len(positions)
-    for colour, series in zip(LIGHT, chart.series, strict=False):
-        if chart.kind == "bars":
-            heights = [value or 0.0 for value in series.values]
-            axes.bar(positions, heights, 0.9 if len(base) > 2 else 0.4, base, color=colour, label=series.name)
-            base = [a + b for a, b in zip(base, heights, strict=True)]
-        else:
-            dots, size = [v or math.nan for v in series.values], 6 if len(positions) <= 80 else 3
-            axes.plot(positions, dots, "o", color=colour, markersize=size, label=series.name)
-    if chart.kind == "dots":
-        columns = [[v for v in c if v] for c in zip(*[s.values for s in chart.series], strict=True)]
-        spans = [(at, min(c), max(c)) for at, c in enumerate(columns) if c]
-        axes.vlines([s[0] for s in spans], [s[1] for s in spans], [s[2] for s in spans], color="0.8", zorder=0)
-    if chart.is_log():
-        axes.set_yscale("log")
-    ticks = y_ticks(chart)
-    axes.set_yticks(ticks, [label(tick, chart.percent) for tick in ticks])
-    axes.set_ylim(ticks[0], ticks[-1])
-    axes.minorticks_off()
-    axes.set_xticks(list(chart.ticks), list(chart.ticks.values()))
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
-    if len(chart.series) > 1:
-        figure.legend(loc="outside lower center", ncols=len(chart.series), frameon=False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,9 +1,8 @@
-"""A quantized checkpoint's record as a page: one HTML file that needs no network, and its charts as PNGs beside it."""
+"""A quantized checkpoint's record as a page: one HTML file that needs no network, and its charts as files beside it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ summary span { color: var(--soft); margin-left: .6rem; font-size: .9rem }
 
 
 def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]]:
-    """Write the page and, where matplotlib is installed, the PNGs; returns the page, and the PNGs.
+    """Write the page, and each chart and the histograms of the worst layer as SVG files; returns the page, and these.
 
     Only what was recorded is shown: quantization_record.json, and quality.json if `gptq eval --save` has made one.
     What the record of an earlier version lacks is left out.
@@ -72,12 +71,11 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
     to.mkdir(parents=True, exist_ok=True)
     page = _own_file(to / PAGE)
     page.write_text(_page(folder.resolve().name, record, measurements, drawn), encoding="utf-8")
+    worst = max(record.layers, key=lambda layer: layer.error or 0.0)
     pictures = []
-    if find_spec("matplotlib"):
-        worst = max(record.layers, key=lambda layer: layer.error or 0.0)
-        for name, chart in {**drawn, **_histograms(worst)}.items():
-            pictures.append(_own_file(to / f"{name}.png"))
-            charts.png(chart, pictures[-1])
+    for name, chart in {**drawn, **_histograms(worst)}.items():
+        pictures.append(_own_file(to / f"{name}.svg"))
+        pictures[-1].write_text(charts.svg_file(chart), encoding="utf-8")
     return page, pictures
 
 
