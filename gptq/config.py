@@ -1,4 +1,4 @@
-"""QuantConfig: everything that decides which bytes come out, and nothing else."""
+"""QuantConfig: all options that decide which bytes a run writes, each with its flag on the command line."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from gptq.errors import InputError
 
 Method = Literal["gptq", "rtn"]
 METHODS: tuple[Method, ...] = get_args(Method)
-EFFORTS: dict[str, dict[str, Any]] = {  # what each level sets where an option is not given
+EFFORTS: dict[str, dict[str, Any]] = {  # what each level sets an option to that is not given
     "fast": {"search": True, "desc_act": True, "sweeps": 1, "two_streams": False, "tune_steps": 0},
     "balanced": {"search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0},
     "best": {"search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200},
@@ -17,7 +17,7 @@ EFFORTS: dict[str, dict[str, Any]] = {  # what each level sets where an option i
 Format = Literal["gptq", "gptq_v2", "pack-quantized"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 BITS = range(2, 9)
-TUNE_WINDOWS = 8  # calibration windows in each step of block tuning
+TUNE_WINDOWS = 8  # calibration windows per gradient step of block tuning
 T = TypeVar("T")
 
 
@@ -315,7 +315,7 @@ class QuantConfig:
 
     @property
     def streams(self) -> int:
-        """How often each calibration window goes through the model: as the quantized one sees it, and the original."""
+        """Forward passes of a calibration window: one through the quantized model, with two_streams one more."""
         return 2 if self.two_streams else 1
 
     @property

@@ -451,8 +451,8 @@ def test_names_reach_the_report_and_the_card_as_text(
 
     change(folder / RECORD, rename)
     change(folder / "quality.json", lambda quality: quality["measurements"][0].update(data=evil))
-    page, _ = write_report(folder)
-    assert "<script" not in page.read_text(encoding="utf-8")
+    page, pictures = write_report(folder)
+    assert not any("<script" in file.read_text(encoding="utf-8") for file in (page, *pictures))
     assert "&lt;script&gt;" in page.read_text(encoding="utf-8")
     foreign = shutil.copytree(checkpoints["gptq"], tmp_path / "foreign")
     (foreign / RECORD).unlink()

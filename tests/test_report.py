@@ -152,7 +152,7 @@ def test_what_a_record_lacks_is_left_out(make_model: MakeModel, tmp_path: Path) 
 
 def test_bars_are_as_high_as_their_numbers() -> None:
     chart = Chart("t", "x", "y", [Series("a", [1.0, 3.0]), Series("b", [2.0, None])], "bars", ["p", "q"])
-    paths = re.findall(r'class="c\d" d="M[\d.]+ ([\d.]+)V([\d.]+)h', charts.svg(chart))
+    paths = re.findall(r'class="c\d" d="M[\d.]+ ([\d.]+)V([\d.]+)h', charts.render_svg(chart))
     heights = [float(foot) - float(top) for foot, top in paths]
     assert heights == pytest.approx([heights[0], 3 * heights[0], 2 * heights[0]], abs=0.2)
     assert float(paths[2][0]) == float(paths[0][1])  # b stands on a
@@ -161,6 +161,6 @@ def test_bars_are_as_high_as_their_numbers() -> None:
 
 def test_dots_spread_over_decades_stand_on_a_logarithmic_axis() -> None:
     chart = Chart("t", "x", "y", [Series("a", [0.001, 0.01, 0.1, None])], "dots", percent=True)
-    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', charts.svg(chart))]
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', charts.render_svg(chart))]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
     assert charts.y_ticks(chart) == pytest.approx([0.001, 0.01, 0.1])

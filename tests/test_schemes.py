@@ -14,7 +14,7 @@ from gptq import InputError, QuantConfig, load, quantize
 from gptq.config import Override
 from gptq.formats import Scheme
 from gptq.formats.gptq import dynamic_rules
-from gptq.formats.name_rules import patterns
+from gptq.formats.name_rules import name_patterns
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
 from gptq.planning.plan import LayerPlan, layer_options, notes_on_shapes
@@ -88,7 +88,7 @@ def test_contradictions_and_typos_are_refused() -> None:
     "chosen", [LAYERS[6::7], LAYERS[4:6], LAYERS[0:3] + LAYERS[70:73], LAYERS[3:4], LAYERS, LAYERS[7 * 11 :]]
 )
 def test_patterns_match_the_chosen_layers_and_no_others(chosen: list[str]) -> None:
-    found = patterns(chosen, LAYERS)
+    found = name_patterns(chosen, LAYERS)
     for name in LAYERS:
         assert any(re.match(pattern, name) for pattern in found) == (name in chosen), name
         assert any(re.match(pattern, name.removeprefix("model.")) for pattern in found) == (name in chosen), name

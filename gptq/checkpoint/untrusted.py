@@ -1,7 +1,8 @@
-"""A checkpoint folder as it may come from a stranger: plain files that lie inside it, and JSON that is no trap.
+"""Checks on a checkpoint folder that may come from a stranger, and the reading of its JSON files.
 
-Everything that reads a folder, transformers included, does so behind `check_folder`, so that it is neither kept waiting
-by a pipe nor led to files elsewhere, which a run would copy into its result and perhaps upload.
+`check_folder` runs before anything, transformers included, opens a file of the folder. Otherwise a named pipe could
+block the process, and a link could lead to a private file elsewhere, which a run would copy into its result and perhaps
+upload.
 """
 
 import json
@@ -10,15 +11,15 @@ from typing import Any
 
 from gptq.errors import InputError
 
-MAX_JSON_BYTES = 2**28  # the largest that is known, a tokenizer of 260,000 tokens, has 33 MB
-MAX_DEPTH = 64  # of nested JSON; deeper ones exhaust the stack of whoever walks through them
-FOLDERS = ("", "additional_chat_templates")  # what is read of a checkpoint folder, by transformers too
+MAX_JSON_BYTES = 2**28  # of a JSON file; the largest known, a tokenizer of 260,000 tokens, has 33 MB
+MAX_DEPTH = 64  # levels of nested JSON; much deeper nesting overflows the stack of recursive readers
+FOLDERS = ("", "additional_chat_templates")  # parts of a checkpoint folder that we or transformers read
 
 
 def check_folder(folder: Path) -> None:
-    """Check what lies in a checkpoint folder before anything of it is opened.
+    """Check every entry of a checkpoint folder before one is opened.
 
-    A link may lead to a file inside the folder. Of the Hub's cache, whose snapshots are links, also into its `blobs`.
+    A link may lead to a file inside the folder, and in the Hub's cache, whose snapshots are links, into its `blobs`.
 
     Raises:
         InputError: something is neither a file nor a folder (a pipe, a device), a link leads elsewhere, a name holds
@@ -67,7 +68,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_values(content: Any) -> None:
-    """Raises ValueError where values are nested too deeply or texts cannot be written again (half a character)."""
+    """Raises ValueError for values that are nested too deeply, and for texts that UTF-8 cannot hold."""
     level = [content]
     for _ in range(MAX_DEPTH):
         deeper: list[Any] = []

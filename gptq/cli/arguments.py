@@ -18,13 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = own.parse_args(arguments)
     if "bits" in args and ("target_bits" in args or "target_size" in args):
         own.error("--bits is the width of all layers, and --target-bits and --target-size choose each layer's")
-    from gptq.cli.commands import run  # imports everything
+    from gptq.cli.commands import run  # imports torch and transformers, which takes seconds
 
     return run(args)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Make the parser of the command line."""
     made = argparse.ArgumentParser(prog="gptq", description="Quantize Hugging Face checkpoints with GPTQ.")
     made.add_argument("--version", action="version", version=f"gptq {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -40,20 +40,20 @@ def parser() -> argparse.ArgumentParser:
         help="folder to make; must not exist or be empty. What a stopped run finished is in OUT.partial: the same "
         "command goes on from there",
     )  # fmt: skip
-    _add_options(p, source_help)
-    _add_push(p)
-    _add_common(p)
+    _add_quantization_flags(p, source_help)
+    _add_upload_flags(p)
+    _add_common_flags(p)
 
     p = commands.add_parser("plan", help="what quantize would do, and who loads the result", formatter_class=_Help)
     p.add_argument("model", metavar="MODEL", help="folder or Hub id of a safetensors checkpoint")
-    _add_options(p, source_help)
-    _add_common(p)
+    _add_quantization_flags(p, source_help)
+    _add_common_flags(p)
 
     p = commands.add_parser("convert", help="write a quantized checkpoint in another format, bit for bit")
     p.add_argument("model", metavar="IN", help="folder or Hub id of a quantized checkpoint, of any tool")
     p.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
     p.add_argument("--format", required=True, choices=FORMATS, help="of the new file")
-    _add_push(p)
+    _add_upload_flags(p)
     p.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
     p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
     p.add_argument("--json", action="store_true", help="one JSON object to stdout")
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "folder or Hub id, read block by block",
     )  # fmt: skip
     p.add_argument("--save", action="store_true", help="keep the result in MODEL/quality.json, for `gptq report`")
-    _add_common(p)
+    _add_common_flags(p)
 
     for name, does in (
         ("inspect", "what a quantized checkpoint holds, layer by layer"),
@@ -100,8 +100,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-def _parser_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The same for argparse, which prints the sentence of an error of its own kind."""
+def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Wrap a converter so that argparse prints the sentence of its InputError as a usage error."""
 
     @wraps(parse)
     def parse_text(text: str) -> Any:
@@ -113,10 +113,10 @@ def _parser_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse_text
 
 
-def _add_options(parser: argparse.ArgumentParser, source_help: str) -> None:
-    """What QuantConfig is made of, and what of a run changes no byte of the result: calibration text and memory."""
+def _add_quantization_flags(parser: argparse.ArgumentParser, source_help: str) -> None:
+    """Add a flag for each field of QuantConfig, and those for calibration data and memory."""
     for one in fields(QuantConfig):
-        _add_option(parser, one.name, one.default, flags()[one.name])
+        _add_option_flag(parser, one.name, one.default, flags()[one.name])
     parser.add_argument(
         "--calibration", default="c4", metavar="SRC",
         help=f"{source_help}; for other models than text's, a .npz or .safetensors file (or a folder of them) of what "
@@ -127,16 +127,16 @@ def _add_options(parser: argparse.ArgumentParser, source_help: str) -> None:
         help="calibration windows in mid-block at once: fewer than all saves memory and repeats forwards; same bytes",
     )  # fmt: skip
     parser.add_argument(
-        "--memory-limit", type=_parser_of(parse_size), metavar="SIZE",
+        "--memory-limit", type=_argument_type(parse_size), metavar="SIZE",
         help="of the process, such as 3GiB; by default most of what is free. It changes the time, not a byte",
     )  # fmt: skip
     parser.add_argument(
-        "--gpu-memory-limit", type=_parser_of(parse_size), metavar="SIZE", help="the same for a GPU's memory"
+        "--gpu-memory-limit", type=_argument_type(parse_size), metavar="SIZE", help="the same for a GPU's memory"
     )
 
 
-def _add_option(parser: argparse.ArgumentParser, name: str, default: Any, flag: Flag) -> None:
-    """A flag whose value is stored under the name of its field, and only if it is given."""
+def _add_option_flag(parser: argparse.ArgumentParser, name: str, default: Any, flag: Flag) -> None:
+    """Add a flag whose value is stored under the name of its field, and only if the flag is given."""
     shown = (
         flag.help
         if default is None or default == () or isinstance(default, bool)
@@ -147,18 +147,18 @@ def _add_option(parser: argparse.ArgumentParser, name: str, default: Any, flag: 
         if default is not None:
             how = {"action": "store_const", "const": not default}
     else:
-        how = {"type": _parser_of(flag.parse), "metavar": flag.metavar, "choices": flag.choices}
+        how = {"type": _argument_type(flag.parse), "metavar": flag.metavar, "choices": flag.choices}
         if default == ():
             how["action"] = "append"
     parser.add_argument(flag.name, dest=name, default=argparse.SUPPRESS, help=shown, **how)
 
 
-def _add_push(parser: argparse.ArgumentParser) -> None:
+def _add_upload_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push", metavar="REPO", help="then upload OUT to this model repository on the Hub")
     parser.add_argument("--private", action="store_true", help="make the repository private, where it is new")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     parser.add_argument("--dtype", default="auto", help="of forward passes: float32, bfloat16, float16")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")

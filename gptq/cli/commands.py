@@ -1,4 +1,4 @@
-"""What each command does: arguments -> engine, evaluate, verify or demo; results to stdout, progress to stderr."""
+"""The commands: each calls the library with its arguments, prints results to stdout and progress to stderr."""
 
 import argparse
 import json
@@ -47,31 +47,31 @@ def run(args: argparse.Namespace) -> int:
         return COMMANDS[args.command](args)
     except InputError as error:
         print(f"gptq: {error}", file=sys.stderr)
-    except BrokenPipeError:  # what read our output has gone; Python would complain once more when it exits
+    except BrokenPipeError:  # the reader of our output is gone; without this Python fails again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(printable(f"gptq: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)
     except (torch.OutOfMemoryError, MemoryError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         print(f"gptq: out of memory ({first}); fewer --samples or a smaller --batch-size need less", file=sys.stderr)
-        print(f"gptq: {_kept(error)}", file=sys.stderr)
+        print(f"gptq: {_describe_leftovers(error)}", file=sys.stderr)
     except KeyboardInterrupt as error:
-        print(f"gptq: interrupted; {_kept(error)}", file=sys.stderr)
+        print(f"gptq: interrupted; {_describe_leftovers(error)}", file=sys.stderr)
     return 2
 
 
-def _kept(error: BaseException) -> str:
-    """What an error says is left for a later run."""
+def _describe_leftovers(error: BaseException) -> str:
+    """Say what is left for a later run, from the notes on an error."""
     return "; ".join(getattr(error, "__notes__", [])) or "nothing half-written was left behind"
 
 
-def _config(args: argparse.Namespace) -> QuantConfig:
-    """The options that were given; QuantConfig knows the others."""
+def _read_config(args: argparse.Namespace) -> QuantConfig:
+    """Make a QuantConfig of the flags that were given; it has the defaults of the others."""
     return QuantConfig.from_dict({one.name: getattr(args, one.name) for one in fields(QuantConfig) if one.name in args})
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    config = _config(args)
+    config = _read_config(args)
     if args.push:
         hub.check_access(args.push)
     with process_group(args.device), Progress() as progress:
@@ -107,13 +107,13 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    config = _config(args)
+    config = _read_config(args)
     arrays = config.method == "gptq" and is_arrays(args.calibration)
     sample = read_arrays(args.calibration, 1, config.seed)[0] if arrays else None
     plan = plan_checkpoint(args.model, config, args.revision, args.trust_remote_code, sample)
     found = compatibility.engines(plan.stored_layers)
     layers = list(plan.layers.values())
-    needs = _needs(args, config, plan)
+    needs = _estimate_needs(args, config, plan)
     if args.json:
         _print_json(
             {
@@ -132,8 +132,8 @@ def _plan(args: argparse.Namespace) -> int:
     print(f"{'layer':{width}}  bits  group   sym  outputs x inputs")
     for layer in layers:
         shape = f"{layer.outputs} x {layer.inputs}"
-        print(f"{layer.name:{width}}  {layer.bits:4}  {layer.group_size:5}  {_yes(layer.sym)}  {shape:>16}")
-    total = _megabytes(sum(info.nbytes for info in plan.tensors.values()))
+        print(f"{layer.name:{width}}  {layer.bits:4}  {layer.group_size:5}  {_yes_or_no(layer.sym)}  {shape:>16}")
+    total = _format_bytes(sum(info.nbytes for info in plan.tensors.values()))
     print(f"{len(layers)} layers at {plan.bits_per_weight:.2f} bits per weight, {total} in all, as {layers[0].format}")
     print(needs["memory"])
     print(
@@ -146,8 +146,8 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -> dict[str, Any]:
-    """Memory and time of a run, the time from a few seconds' measurement of this machine."""
+def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -> dict[str, Any]:
+    """Estimate memory and time of a run, the time from measuring this machine for a few seconds."""
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, plan.hf_config, device)
     windows = FEWEST_WINDOWS if config.num_samples == "auto" else config.num_samples
@@ -169,7 +169,7 @@ def _needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -> dict[st
     }
 
 
-def _yes(value: bool) -> str:
+def _yes_or_no(value: bool) -> str:
     return " yes" if value else "  no"
 
 
@@ -195,7 +195,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(made.to_dict())
     else:
-        sizes = f"{_megabytes(made.bytes_before)} -> {_megabytes(made.bytes_after)}"
+        sizes = f"{_format_bytes(made.bytes_before)} -> {_format_bytes(made.bytes_after)}"
         print(f"{made.out}: {made.layers} layers as {made.format}, {sizes}, not requantized")
     return _push(args)
 
@@ -203,8 +203,8 @@ def _convert(args: argparse.Namespace) -> int:
 def _print_summary(result: Result) -> None:
     print(
         f"{result.out}: {len(result.layers)} layers at {result.bits_per_weight:.2f} bits per weight ({result.format}), "
-        f"{_megabytes(result.bytes_before)} -> {_megabytes(result.bytes_after)}, "
-        f"{result.seconds:.0f} s, {_megabytes(memory.peak_resident())} peak memory"
+        f"{_format_bytes(result.bytes_before)} -> {_format_bytes(result.bytes_after)}, "
+        f"{result.seconds:.0f} s, {_format_bytes(memory.peak_resident())} peak memory"
     )
     worst = max(result.layers, key=lambda layer: layer.error)
     if worst.damp is None:
@@ -216,12 +216,12 @@ def _print_summary(result: Result) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     folder = Path(args.model)
-    if args.save:  # what could go wrong at the end is tried first
+    if args.save:  # fail before the work, not after it
         if not folder.is_dir():
             raise InputError(f"--save writes beside the model, and {args.model} is not a folder")
         read_measurements(folder)
     if args.card:
-        read_record(Path(args.model))  # before the work
+        read_record(Path(args.model))  # the same
     with Progress() as progress:
         measure = partial(evaluate.compare, original=args.against) if args.against else evaluate.perplexity
         found = measure(
@@ -240,9 +240,9 @@ def _eval(args: argparse.Namespace) -> int:
             f"note: windows are {found.seq_len} tokens, the model's limit, instead of {args.seq_len}", file=sys.stderr
         )
     if args.save:
-        add_measurement(folder, Measurement(data=args.data, original=args.against, **_numbers(found)))
+        add_measurement(folder, Measurement(data=args.data, original=args.against, **_to_json_values(found)))
     if args.card:
-        verify.note_perplexity(args.model, PerplexityRecord(data=public_name(args.data), **_numbers(found)))
+        verify.record_perplexity(args.model, PerplexityRecord(data=public_name(args.data), **_to_json_values(found)))
     if args.json:
         _print_json(found.to_dict())
         return 0
@@ -254,8 +254,8 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(found: evaluate.Perplexity) -> dict[str, Any]:
-    """What was measured, in JSON's values."""
+def _to_json_values(found: evaluate.Perplexity) -> dict[str, Any]:
+    """Turn a measurement into the values that JSON has."""
     numbers = found.to_dict()
     if numbers.get("intervals"):
         numbers["intervals"] = {name: list(ends) for name, ends in numbers["intervals"].items()}
@@ -290,7 +290,7 @@ def _inspect(args: argparse.Namespace) -> int:
         errors = f"{layer.error:6.2%} {layer.rtn_error:6.2%}" if layer.error is not None else "     -      -"
         scattered = "" if layer.ordered_groups else "  g_idx"
         print(f"{layer.name:{width}}  {grid}  {shape:>16}  {layer.nbytes:9}  {errors}{scattered}")
-    quantized, others = _megabytes(content.quantized_bytes), _megabytes(content.other_bytes)
+    quantized, others = _format_bytes(content.quantized_bytes), _format_bytes(content.other_bytes)
     print(
         f"{len(content.layers)} layers, {quantized}, {content.bits_per_weight:.2f} bits per weight; "
         f"{len(content.other_tensors)} tensors kept as they were, {others}; {content.format}"
@@ -322,7 +322,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from gptq import demo  # reads the standard library's 465 kB of topics
+    from gptq import demo  # imports the 465 kB of text that it calibrates on
 
     with Progress() as progress:
         shown = demo.run(progress)
@@ -333,7 +333,7 @@ def _demo(args: argparse.Namespace) -> int:
     for row in shown.rows:
         above = f"{row.above_original:+.1%}" if row.method != "original" else ""
         print(
-            f"{row.bits:4}  {row.method:8}  {_megabytes(row.bytes):>9}  {row.bits_per_weight:11.2f}  "
+            f"{row.bits:4}  {row.method:8}  {_format_bytes(row.bytes):>9}  {row.bits_per_weight:11.2f}  "
             f"{row.perplexity:10.3f}  {above:>14}"
         )
     print(f"\nThe 4-bit GPTQ model continues {shown.prompt.splitlines()[-1]!r}:\n{' '.join(shown.generated.split())}")
@@ -344,7 +344,7 @@ def _print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, ensure_ascii=False))
 
 
-def _megabytes(count: int) -> str:
+def _format_bytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 

@@ -1,4 +1,4 @@
-"""How far a command is, on stderr."""
+"""Progress of a command, printed to stderr."""
 
 import sys
 import time
@@ -25,13 +25,13 @@ class Progress(Observer):
         self.finished()
 
     def note(self, text: str) -> None:
-        _say(f"note: {text}")
+        _print_above_bar(f"note: {text}")
 
     def stage(self, text: str) -> None:
         if self._bar:
             self._bar.set_description(text)
         else:
-            _say(text)
+            _print_above_bar(text)
 
     def started(self, num_blocks: int, weights: int) -> None:
         self._blocks, self._weights, self._began = num_blocks, weights, time.monotonic()
@@ -51,19 +51,19 @@ class Progress(Observer):
             self._bar.update(weights)
         elif block != self._block:
             share = (self._done - self._before) / (self._weights - self._before)
-            self._line(f"block {block + 1} of {self._blocks}", share)
+            self._print_line(f"block {block + 1} of {self._blocks}", share)
             self._block = block
 
     def window_done(self, done: int, total: int) -> None:
-        self._counted("window", done, total)
+        self._show_count("window", done, total)
 
     def step_done(self, done: int, total: int) -> None:
-        self._counted("step", done, total)
+        self._show_count("step", done, total)
 
     def layer_written(self, done: int, total: int) -> None:
-        self._counted("layer", done, total)
+        self._show_count("layer", done, total)
 
-    def _counted(self, what: str, done: int, total: int) -> None:
+    def _show_count(self, what: str, done: int, total: int) -> None:
         if done == 1:
             self._began, self._done = time.monotonic(), 0
             self._open_bar(total)
@@ -71,7 +71,7 @@ class Progress(Observer):
             self._bar.set_description(f"{what} {done}/{total}")
             self._bar.update(done - self._done)
         elif done == total or done * 10 // total != self._done * 10 // total:
-            self._line(f"{what} {done} of {total}", done / total)
+            self._print_line(f"{what} {done} of {total}", done / total)
         self._done = done
 
     def finished(self) -> None:
@@ -84,13 +84,13 @@ class Progress(Observer):
             form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
             self._bar = tqdm(total=total, bar_format=form, dynamic_ncols=True, file=sys.stderr)
 
-    def _line(self, text: str, fraction: float) -> None:
+    def _print_line(self, text: str, fraction: float) -> None:
         elapsed = time.monotonic() - self._began
         left = elapsed * (1 - fraction) / fraction
-        _say(f"{text}, {elapsed:.0f} s, about {left:.0f} s left")
+        _print_above_bar(f"{text}, {elapsed:.0f} s, about {left:.0f} s left")
 
 
-def _say(text: str) -> None:
-    """A line above the bar, at once."""
+def _print_above_bar(text: str) -> None:
+    """Print a line above the bar, without buffering."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()

@@ -14,7 +14,7 @@ from gptq.output.record import LayerRecord, Record, WrittenRecord, read_record
 from gptq.output.results import QUALITY
 
 PAGE = "index.html"
-MAX_TICKS = 12
+MAX_TICKS = 12  # on the x axis
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #5d656d; --line: #d9dde1; --card: #f4f6f8;
@@ -69,18 +69,18 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
     drawn = {name: chart for name, chart in figures.items() if chart}
     to = to or folder / "report"
     to.mkdir(parents=True, exist_ok=True)
-    page = _own_file(to / PAGE)
-    page.write_text(_page(folder.resolve().name, record, measurements, drawn), encoding="utf-8")
+    page = _remove_link(to / PAGE)
+    page.write_text(_render_page(folder.resolve().name, record, measurements, drawn), encoding="utf-8")
     worst = max(record.layers, key=lambda layer: layer.error or 0.0)
     pictures = []
-    for name, chart in {**drawn, **_histograms(worst)}.items():
-        pictures.append(_own_file(to / f"{name}.svg"))
-        pictures[-1].write_text(charts.svg_file(chart), encoding="utf-8")
+    for name, chart in {**drawn, **_draw_histograms(worst)}.items():
+        pictures.append(_remove_link(to / f"{name}.svg"))
+        pictures[-1].write_text(charts.render_svg_file(chart), encoding="utf-8")
     return page, pictures
 
 
-def _own_file(path: Path) -> Path:
-    """The same path, without the link that may lie there and lead to another file."""
+def _remove_link(path: Path) -> Path:
+    """Remove a link at this path, so that writing does not change the file it leads to; returns the path."""
     if path.is_symlink():
         path.unlink()
     return path
@@ -89,36 +89,36 @@ def _own_file(path: Path) -> Path:
 # --- the record as charts ---------------------------------------------------------------------------------------------
 
 
-def errors(record: Record) -> Chart | None:
+def draw_errors(record: Record) -> Chart | None:
     layers = record.layers
     if not _known_errors(layers):
         return None
     if record.is_rounded:
         series = [Series("round to nearest", [layer.error for layer in layers])]
-        return _by_layer(record, "Relative weight error", series, percent=True)
+        return _chart_by_layer(record, "Relative weight error", series, percent=True)
     series = [
         Series("as quantized, calibration data", [layer.error for layer in layers]),
         Series("round to nearest, calibration data", [layer.rtn_error for layer in layers]),
     ]
     if any(layer.heldout_error is not None for layer in layers):
         series.append(Series("as quantized, held-out data", [layer.heldout_error for layer in layers]))
-    return _by_layer(record, "Relative output error", series, percent=True)
+    return _chart_by_layer(record, "Relative output error", series, percent=True)
 
 
-def bits(record: Record) -> Chart | None:
+def draw_bits(record: Record) -> Chart | None:
     if not any(layer.bits for layer in record.layers):
         return None
-    return _by_layer(record, "Bits of a code", [Series("bits", [layer.bits for layer in record.layers])], "bars")
+    return _chart_by_layer(record, "Bits of a code", [Series("bits", [layer.bits for layer in record.layers])], "bars")
 
 
-def coverage(record: Record) -> Chart | None:
+def draw_coverage(record: Record) -> Chart | None:
     layers = record.layers
     if record.is_rounded or not any(layer.tokens for layer in layers):
         return None
-    return _by_layer(record, "Calibration tokens", [Series("tokens", [layer.tokens for layer in layers])], "bars")
+    return _chart_by_layer(record, "Calibration tokens", [Series("tokens", [layer.tokens for layer in layers])], "bars")
 
 
-def size(record: Record) -> Chart | None:
+def draw_size(record: Record) -> Chart | None:
     sizes = record.sizes
     if not sizes:
         return None
@@ -127,37 +127,41 @@ def size(record: Record) -> Chart | None:
     others = [max(file - part, 0) for file, part in zip(files, quantized, strict=True)]
     series = [Series("quantized layers", quantized), Series("everything else", others)]
     names = ["before", "after"]
-    ticks = {float(i): f"{name}: {charts.label(files[i], False)}B" for i, name in enumerate(names)}
+    ticks = {float(i): f"{name}: {charts.format_number(files[i], False)}B" for i, name in enumerate(names)}
     return Chart("Size of the weight files", "", "bytes", series, "bars", names, ticks, width=440)
 
 
 FIGURES: dict[str, Callable[[Record], Chart | None]] = {
-    "errors": errors, "bits": bits, "size": size, "coverage": coverage,
+    "errors": draw_errors, "bits": draw_bits, "size": draw_size, "coverage": draw_coverage,
 }  # fmt: skip
 
 
 def _known_errors(layers: list[LayerRecord]) -> list[tuple[float, float]]:
-    """Each layer's error and round-to-nearest's, where they are known; of another tool's layers they are not."""
+    """List (error, round-to-nearest's error) of the layers where both are known; another tool's have none."""
     return [
         (layer.error, layer.rtn_error) for layer in layers if layer.error is not None and layer.rtn_error is not None
     ]
 
 
-def _by_layer(record: Record, title: str, series: list[Series], kind: str = "dots", **options: Any) -> Chart:
-    """A chart with a position per layer, and ticks where blocks begin."""
+def _chart_by_layer(record: Record, title: str, series: list[Series], kind: str = "dots", **options: Any) -> Chart:
+    """Make a chart with one position per layer, and ticks where blocks begin."""
     names = [layer.stored for layer in record.layers]
-    starts = [(i, number) for i, number in enumerate(map(_block, names)) if i == 0 or number != _block(names[i - 1])]
+    starts = [
+        (i, number)
+        for i, number in enumerate(map(_block_number, names))
+        if i == 0 or number != _block_number(names[i - 1])
+    ]
     every = -(-len(starts) // MAX_TICKS)
     ticks: dict[float, str] = {float(i): number for i, number in starts[::every]}
     return Chart(f"{title}, layer by layer", "layers, by block", title.lower(), series, kind, names, ticks, **options)
 
 
-def _block(name: str) -> str:
+def _block_number(name: str) -> str:
     return next((part for part in name.split(".") if part.isdigit()), "")
 
 
-def _histograms(layer: LayerRecord) -> dict[str, Chart]:
-    """Of the weights and codes of one layer, as far as they were recorded."""
+def _draw_histograms(layer: LayerRecord) -> dict[str, Chart]:
+    """Draw the histograms of one layer's weights and codes that were recorded."""
     found = {}
     if layer.weight_histogram and layer.weight_range is not None:
         counts, largest = layer.weight_histogram, layer.weight_range
@@ -177,15 +181,15 @@ def _histograms(layer: LayerRecord) -> dict[str, Chart]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _page(name: str, record: WrittenRecord, measurements: list[Measurement], drawn: dict[str, Chart]) -> str:
+def _render_page(name: str, record: WrittenRecord, measurements: list[Measurement], drawn: dict[str, Chart]) -> str:
     body = "".join(
         [
             f"<h1>{escape(name)}</h1>",
-            f'<p class="soft">{escape(_settings(record))}</p>',
-            f'<div class="cards">{"".join(_cards(record, measurements))}</div>',
-            _quality(measurements),
-            *(_section(key, chart, record) for key, chart in drawn.items()),
-            _layers(record),
+            f'<p class="soft">{escape(_describe_settings(record))}</p>',
+            f'<div class="cards">{"".join(_render_cards(record, measurements))}</div>',
+            _render_quality(measurements),
+            *(_render_section(key, chart, record) for key, chart in drawn.items()),
+            _render_layers(record),
         ]
     )
     return (
@@ -196,38 +200,40 @@ def _page(name: str, record: WrittenRecord, measurements: list[Measurement], dra
     )
 
 
-def _settings(record: WrittenRecord) -> str:
+def _describe_settings(record: WrittenRecord) -> str:
     config = record.config or {}
     shown = [f"{key} {value}" for key, value in config.items()]
     calibrated = f"calibrated on {record.calibration}" if record.calibration else "no calibration"
     return f"Written by {record.quantizer or 'an unknown version'}; {calibrated}; {', '.join(shown)}."
 
 
-def _cards(record: Record, measurements: list[Measurement]) -> Iterator[str]:
+def _render_cards(record: Record, measurements: list[Measurement]) -> Iterator[str]:
     layers, sizes = record.layers, record.sizes
-    yield _card(str(len(layers)), "quantized layers")
+    yield _render_card(str(len(layers)), "quantized layers")
     if sizes:
-        yield _card(f"{sizes.bits_per_weight:.2f}", "bits per weight in them, everything stored counted")
-        before, after = (f"{charts.label(size, False)}B" for size in (sizes.file_bytes_before, sizes.file_bytes_after))
-        yield _card(after, f"on disk, {before} before")
+        yield _render_card(f"{sizes.bits_per_weight:.2f}", "bits per weight in them, everything stored counted")
+        before, after = (
+            f"{charts.format_number(size, False)}B" for size in (sizes.file_bytes_before, sizes.file_bytes_after)
+        )
+        yield _render_card(after, f"on disk, {before} before")
     errors = _known_errors(layers)
     if errors and not record.is_rounded:
         kept = sum(error for error, _ in errors) / max(sum(rtn_error for _, rtn_error in errors), 1e-30)
-        yield _card(f"{kept:.0%}", "of round-to-nearest's layer errors remain")
+        yield _render_card(f"{kept:.0%}", "of round-to-nearest's layer errors remain")
     if measurements:
         last = measurements[-1]
         text = last.data.rpartition("/")[2]
         original = "" if last.original_perplexity is None else f"; the original's is {last.original_perplexity:.3f}"
-        yield _card(f"{last.perplexity:.3f}", f"perplexity on {text}{original}")
+        yield _render_card(f"{last.perplexity:.3f}", f"perplexity on {text}{original}")
         if last.kl is not None:
-            yield _card(f"{last.kl:.4f}", "KL divergence from the original, nats per token")
+            yield _render_card(f"{last.kl:.4f}", "KL divergence from the original, nats per token")
 
 
-def _card(number: str, what: str) -> str:
+def _render_card(number: str, what: str) -> str:
     return f'<div class="card"><b>{escape(number)}</b>{escape(what)}</div>'
 
 
-def _quality(measurements: list[Measurement]) -> str:
+def _render_quality(measurements: list[Measurement]) -> str:
     if not measurements:
         return (
             '<h2>Perplexity and KL divergence</h2><p class="soft">Not measured yet: <code>gptq eval OUT --against '
@@ -246,7 +252,7 @@ def _quality(measurements: list[Measurement]) -> str:
     head = "".join(f"<th>{title}</th>" for _, title, _ in columns)
     rows = []
     for measured in measurements:
-        cells = [f"{escape(measured.data)}<br><small>{escape(_windows(measured))}</small>"]
+        cells = [f"{escape(measured.data)}<br><small>{escape(_describe_windows(measured))}</small>"]
         for key, _, form in columns:
             number, ends = measured.number(key), (measured.intervals or {}).get(key)
             interval = f"<br><small>{form.format(ends[0])} to {form.format(ends[1])}</small>" if ends else ""
@@ -260,25 +266,25 @@ def _quality(measurements: list[Measurement]) -> str:
     )
 
 
-def _windows(measured: Measurement) -> str:
+def _describe_windows(measured: Measurement) -> str:
     if measured.windows is None or measured.seq_len is None:
         return ""
     return f"{measured.windows} windows of {measured.seq_len} tokens"
 
 
-def _section(key: str, chart: Chart, record: Record) -> str:
+def _render_section(key: str, chart: Chart, record: Record) -> str:
     marks = [
         f'<span><svg viewBox="0 0 10 10"><circle class="c{i}" cx="5" cy="5" r="5"/></svg> {escape(series.name)}</span>'
         for i, series in enumerate(chart.series)
     ]
     key_line = f'<div class="key soft">{"".join(marks)}</div>' if len(marks) > 1 else ""
     return (
-        f"<h2>{escape(chart.title)}</h2><p>{escape(_explained(key, record))}</p>{key_line}"
-        f'<figure class="wide">{charts.svg(chart)}</figure>'
+        f"<h2>{escape(chart.title)}</h2><p>{escape(_explain_chart(key, record))}</p>{key_line}"
+        f'<figure class="wide">{charts.render_svg(chart)}</figure>'
     )
 
 
-def _explained(key: str, record: Record) -> str:
+def _explain_chart(key: str, record: Record) -> str:
     layers = record.layers
     if key == "errors" and record.is_rounded:
         return "||W - Q||² / ||W||² of each layer's weight W and what is stored for it, Q."
@@ -300,26 +306,26 @@ def _explained(key: str, record: Record) -> str:
     }[key]
 
 
-def _layers(record: Record) -> str:
-    rows = "".join(_layer(layer, record) for layer in record.layers)
+def _render_layers(record: Record) -> str:
+    rows = "".join(_render_layer(layer, record) for layer in record.layers)
     return f"<h2>Every layer</h2><p>A layer opens to the histograms of its weights and codes.</p>{rows}"
 
 
-def _layer(layer: LayerRecord, record: Record) -> str:
+def _render_layer(layer: LayerRecord, record: Record) -> str:
     facts = [] if layer.bits is None else [f"{layer.bits} bits"]
     if layer.group_size is not None:
         facts.append(f"groups of {layer.group_size}")
     if layer.inputs is not None and layer.outputs is not None:
         facts.append(f"{layer.outputs} x {layer.inputs}")
     if layer.error is not None:
-        facts.append(f"error {charts.label(layer.error, True)}")
+        facts.append(f"error {charts.format_number(layer.error, True)}")
     if layer.rtn_error is not None and not record.is_rounded:
-        facts.append(f"round-to-nearest {charts.label(layer.rtn_error, True)}")
+        facts.append(f"round-to-nearest {charts.format_number(layer.rtn_error, True)}")
     if layer.heldout_error is not None:
-        facts.append(f"held-out {charts.label(layer.heldout_error, True)}")
+        facts.append(f"held-out {charts.format_number(layer.heldout_error, True)}")
     pictures = "".join(
-        f"<figure><figcaption>{escape(chart.title)}</figcaption>{charts.svg(replace(chart, title=key))}</figure>"
-        for key, chart in _histograms(layer).items()
+        f"<figure><figcaption>{escape(chart.title)}</figcaption>{charts.render_svg(replace(chart, title=key))}</figure>"
+        for key, chart in _draw_histograms(layer).items()
     )
     content = f'<div class="pair">{pictures}</div>' if pictures else "<p>This record holds no histograms.</p>"
     summary = f"<summary>{escape(layer.stored)} <span>{escape(', '.join(facts))}</span></summary>"

@@ -28,7 +28,7 @@ from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.format import SCALE_DTYPE, FileFormat
-from gptq.formats.name_rules import Quantization, check_expression, patterns
+from gptq.formats.name_rules import Quantization, check_expression, name_patterns
 from gptq.formats.packing import num_words, pack, unpack
 from gptq.formats.scheme import Layers, Linears, Scheme, most_common_scheme, names_by_scheme, normalized_scheme
 from gptq.solver import Codes
@@ -198,13 +198,13 @@ def _options_of_solver(config: QuantConfig) -> dict[str, Any]:
 def dynamic_rules(everywhere: Scheme, layers: Layers, kept: Collection[str]) -> dict[str, dict[str, Any]]:
     """Rules for the layers whose scheme `everywhere` does not describe, and for those that stay as they are."""
     names = [*layers, *kept]
-    rules: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in patterns(kept, names)}
+    rules: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in name_patterns(kept, names)}
     for scheme, chosen in names_by_scheme(layers).items():
         own = [name for name in chosen if normalized_scheme(everywhere, layers[name][1]) != scheme]
         values = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
         if scheme.scattered != everywhere.scattered and scheme.group_size != -1:
             values["desc_act"] = scheme.scattered
-        rules |= {f"+:{pattern}": values for pattern in patterns(own, names)}
+        rules |= {f"+:{pattern}": values for pattern in name_patterns(own, names)}
     return rules
 
 

@@ -64,19 +64,19 @@ def check_expression(where: str | Path, pattern: str) -> None:
         raise InputError(f"{where}: {pattern[:80]!r} is not a regular expression: {error}") from error
 
 
-def patterns(chosen: Collection[str], layers: Collection[str]) -> list[str]:
+def name_patterns(chosen: Collection[str], layers: Collection[str]) -> list[str]:
     """Regular expressions that match, of `layers`, the chosen ones, and what engines call those they fuse.
 
     The outermost module's name is left open, because checkpoints and engines differ in it, unless it tells chosen
     layers from others (an encoder's from a decoder's).
     """
-    found = _patterns(chosen, layers, whole=False)
+    found = _write_patterns(chosen, layers, whole=False)
     others = set(layers) - set(chosen)
     clash = any(re.match(pattern, other) for pattern in found for other in others)
-    return _patterns(chosen, layers, whole=True) if clash else found
+    return _write_patterns(chosen, layers, whole=True) if clash else found
 
 
-def _patterns(chosen: Collection[str], layers: Collection[str], whole: bool) -> list[str]:
+def _write_patterns(chosen: Collection[str], layers: Collection[str], whole: bool) -> list[str]:
     numbers: dict[tuple[str, str], list[str]] = {}  # (before and after the number of the block) -> numbers
     complete = {frozenset(group) for group in fused_siblings(layers) if len(group) > 1}
     for group in fused_siblings(chosen):

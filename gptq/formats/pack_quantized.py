@@ -29,7 +29,7 @@ from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.format import SCALE_DTYPE, FileFormat
-from gptq.formats.name_rules import Quantization, check_expression, patterns
+from gptq.formats.name_rules import Quantization, check_expression, name_patterns
 from gptq.formats.packing import num_words, pack, unpack
 from gptq.formats.scheme import Linears, Scheme, in_runs, names_by_scheme
 from gptq.solver import Codes
@@ -122,14 +122,16 @@ class PackQuantized(FileFormat):
         names, by_scheme = [*linears.layers, *linears.kept], names_by_scheme(linears.layers)
         groups: dict[str, Any] = {}
         for number, (scheme, chosen) in enumerate(by_scheme.items()):
-            targets = ["Linear"] if len(by_scheme) == 1 else [f"re:{pattern}" for pattern in patterns(chosen, names)]
+            targets = (
+                ["Linear"] if len(by_scheme) == 1 else [f"re:{pattern}" for pattern in name_patterns(chosen, names)]
+            )
             groups[f"group_{number}"] = self._group(scheme, targets)
         return {
             "quant_method": METHOD,
             "format": self.name,
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [*(f"re:{pattern}" for pattern in patterns(linears.kept, names)), *linears.others],
+            "ignore": [*(f"re:{pattern}" for pattern in name_patterns(linears.kept, names)), *linears.others],
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
         }

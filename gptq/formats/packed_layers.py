@@ -50,11 +50,11 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
             raise InputError(f"{source.folder} holds {name}, but its quantization_config says that is not quantized")
         if f"{layer}.weight" in source.tensors:
             raise InputError(f"{source.folder} holds both {layer}.weight and {layer}.{min(suffixes)}; one is too many")
-        found[layer] = _checked_layer(source, layer, suffixes, scheme)
+        found[layer] = _check_layer(source, layer, suffixes, scheme)
     return found
 
 
-def _checked_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme) -> PackedLayer:
+def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme) -> PackedLayer:
     file_format = formats.FORMATS[scheme.format]
     infos = {suffix: source.tensors[f"{layer}.{suffix}"] for suffix in suffixes}
     needed = file_format.layout(scheme, 32, 32)  # of any shape, for the names

@@ -1,4 +1,4 @@
-"""One quantization, another file: the same integers and scales under the names of another format, bit for bit."""
+"""Write a quantized checkpoint in another format: the same integers and scales, bit for bit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +29,7 @@ from gptq.output.results import RECORD
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made; sizes are those of the safetensors files."""
+    """Result of a conversion; sizes are those of the safetensors files."""
 
     out: str
     format: Format
@@ -62,6 +62,39 @@ def convert(
         InputError: the checkpoint cannot be read, or the format cannot hold one of its layers; names it.
     """
     folder = resolve(str(model), revision)
+    plan = _plan_conversion(model, folder, chosen, trust_remote_code)
+    source, record, shards = plan.source, plan.record, _plan_shards(plan.source, plan.layers)
+    tensors = {name: info for shard in shards for name, info in shard.items()}
+    with atomic_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
+        writer = ShardWriter(partial_out, tensors, shards=[list(shard) for shard in shards])
+        try:
+            checksums = _write_tensors(plan, writer, progress)
+            writer.close()
+        finally:
+            writer.abandon()
+        if not record.layers:
+            record = record.model_copy(update={"layers": _layer_records(plan, checksums)})
+        write_files(folder, partial_out, chosen, plan.linears, record, writer.checksums)
+        after = sum(file.stat().st_size for file in partial_out.glob("*.safetensors"))
+    return Converted(str(out), chosen, len(plan.layers), _note_scale_dtypes(plan.layers), source.file_bytes, after)
+
+
+LayerPlans = dict[str, tuple[PackedLayer, Scheme]]  # how layers are stored and will be, by their stored names
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A checkpoint, and how it will be written in another format."""
+
+    source: Source
+    model_names: dict[str, str]  # of layers, by their stored names
+    layers: LayerPlans
+    linears: Linears
+    record: Record
+    is_restored: bool  # the file was converted from this format before, and gets its bytes and its config back
+
+
+def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remote_code: bool) -> _Conversion:
     quantization = quantization_of(folder)
     if quantization is None:
         raise InputError(f"{model} is not a quantized checkpoint: its config.json has no quantization_config")
@@ -76,42 +109,32 @@ def convert(
     stored = match_layers(network, names, source, packed)
     check_tensors(network, names, source.tensors, stored)
 
-    targets: dict[str, Scheme] = {}
+    wanted: dict[str, Scheme] = {}
     for name, own in stored.items():
         transposed = is_transposed(network.get_submodule(name))
-        targets[own] = _target(source, own, packed[own], chosen, transposed)
-    layers = {own: (scheme, packed[own].inputs) for own, scheme in targets.items()}
+        wanted[own] = _target_scheme(source, own, packed[own], chosen, transposed)
+    layers = {own: (scheme, packed[own].inputs) for own, scheme in wanted.items()}
     linears = Linears(layers, *unquantized_linears(network, names, find_blocks(network)[0], stored))
-    record = _record(model, folder, quantization, read.format)
-    written = read_quantization("the new config.json", quantization_config(chosen, linears, record))
-    restored = record.origin is not None and record.origin.format == chosen
-    schemes = written.schemes(targets)
-    plans = {
-        own: (packed[own], _written_scheme(schemes[own], scheme, own, packed[own].inputs))
-        for own, scheme in targets.items()
-    }
-    linears = replace(linears, layers={own: (plans[own][1], packed[own].inputs) for own in targets})
-    if formats.FORMATS[chosen].zero_offset and not restored:
+    record = _inherit_record(model, folder, quantization, read.format)
+    is_restored = record.origin is not None and record.origin.format == chosen
+    plans = _plan_layers(packed, wanted, quantization_config(chosen, linears, record))
+    if formats.FORMATS[chosen].zero_offset and not is_restored:
         _refuse_zero_points_of_0(source, plans)
-
-    shards = _shards(source, plans)
-    tensors = {name: info for shard in shards for name, info in shard.items()}
-    with atomic_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
-        writer = ShardWriter(partial_out, tensors, shards=[list(shard) for shard in shards])
-        try:
-            checksums = _write_tensors(source, plans, writer, record, restored, progress)
-            writer.close()
-        finally:
-            writer.abandon()
-        if not record.layers:
-            record = record.model_copy(update={"layers": _layer_records(stored, plans, checksums)})
-        write_files(folder, partial_out, chosen, linears, record, writer.checksums)
-        after = sum(file.stat().st_size for file in partial_out.glob("*.safetensors"))
-    return Converted(str(out), chosen, len(plans), _notes(plans), source.file_bytes, after)
+    linears = replace(linears, layers={own: (scheme, packed[own].inputs) for own, (_, scheme) in plans.items()})
+    return _Conversion(source, {own: name for name, own in stored.items()}, plans, linears, record, is_restored)
 
 
-def _target(source: Source, name: str, layer: PackedLayer, chosen: Format, transposed: bool) -> Scheme:
-    """How a layer is stored in the new format.
+def _plan_layers(packed: dict[str, PackedLayer], wanted: dict[str, Scheme], config: dict[str, Any]) -> LayerPlans:
+    """Pair each layer with the scheme that readers of the new `quantization_config` take it for."""
+    schemes = read_quantization("the new config.json", config).schemes(wanted)
+    return {
+        own: (packed[own], _require_same_scheme(schemes[own], scheme, own, packed[own].inputs))
+        for own, scheme in wanted.items()
+    }
+
+
+def _target_scheme(source: Source, name: str, layer: PackedLayer, chosen: Format, transposed: bool) -> Scheme:
+    """Choose the scheme that stores a layer in the new format.
 
     Raises:
         InputError: it cannot be.
@@ -126,8 +149,8 @@ def _target(source: Source, name: str, layer: PackedLayer, chosen: Format, trans
     return scheme
 
 
-def _written_scheme(written: Scheme | None, wanted: Scheme, name: str, inputs: int) -> Scheme:
-    """What a reader of the new configuration takes a layer for, which has to be what was wanted."""
+def _require_same_scheme(written: Scheme | None, wanted: Scheme, name: str, inputs: int) -> Scheme:
+    """Compare the scheme that a reader of the new configuration takes a layer for with the wanted one; returns it."""
     if written is None or any(
         (
             (written.bits, written.sym, written.format) != (wanted.bits, wanted.sym, wanted.format),
@@ -139,7 +162,7 @@ def _written_scheme(written: Scheme | None, wanted: Scheme, name: str, inputs: i
     return written
 
 
-def _refuse_zero_points_of_0(source: Source, plans: dict[str, tuple[PackedLayer, Scheme]]) -> None:
+def _refuse_zero_points_of_0(source: Source, plans: LayerPlans) -> None:
     for name, (layer, scheme) in plans.items():
         if not scheme.sym and not int(formats.decode(read_packed(source, name, layer), layer.scheme).zero.min()):
             raise InputError(
@@ -148,8 +171,8 @@ def _refuse_zero_points_of_0(source: Source, plans: dict[str, tuple[PackedLayer,
             )
 
 
-def _record(model: str | Path, folder: Path, quantization: dict[str, Any], kind: Format) -> Record:
-    """What is known of how the layers were made: our own record, or that another tool made them, in these words."""
+def _inherit_record(model: str | Path, folder: Path, quantization: dict[str, Any], kind: Format) -> Record:
+    """Take over the folder's record of how it was quantized, or note which tool made it and what its config said."""
     if (folder / RECORD).is_file():
         return read_record(folder).without_checksums()
     meta = quantization.get("meta")
@@ -165,8 +188,8 @@ def _record(model: str | Path, folder: Path, quantization: dict[str, Any], kind:
     )
 
 
-def _shards(source: Source, plans: dict[str, tuple[PackedLayer, Scheme]]) -> list[dict[str, TensorInfo]]:
-    """The new tensors, in as many shards as the source has, each where its layer was."""
+def _plan_shards(source: Source, plans: LayerPlans) -> list[dict[str, TensorInfo]]:
+    """List the new tensors by shard: as many shards as the source has, a layer's tensors where its old ones were."""
     shards: dict[str, dict[str, TensorInfo]] = {}
     of_layers = {f"{name}.{suffix}": name for name, (layer, _) in plans.items() for suffix in layer.suffixes}
     done: set[str] = set()
@@ -183,43 +206,30 @@ def _shards(source: Source, plans: dict[str, tuple[PackedLayer, Scheme]]) -> lis
     return [shard for _, shard in sorted(shards.items()) if shard]
 
 
-def _write_tensors(
-    source: Source,
-    plans: dict[str, tuple[PackedLayer, Scheme]],
-    writer: ShardWriter,
-    record: Record,
-    restored: bool,
-    progress: Callable[[int, int], None],
-) -> dict[str, str]:
+def _write_tensors(plan: _Conversion, writer: ShardWriter, progress: Callable[[int, int], None]) -> dict[str, str]:
     """Write every tensor; returns the checksums of the layers' weights."""
-    recorded = {layer.stored: layer.weight_sha256 for layer in record.layers}
+    source = plan.source
+    recorded = {layer.stored: layer.weight_sha256 for layer in plan.record.layers}
     checksums: dict[str, str] = {}
-    for name, (layer, scheme) in plans.items():
+    for name, (layer, scheme) in plan.layers.items():
         codes = formats.decode(read_packed(source, name, layer), layer.scheme)
         checksums[name] = sha256(codes.weight())
         if recorded.get(name, checksums[name]) != checksums[name]:
             raise InputError(f"{name} does not unpack to the weight that was chosen for it; see `gptq verify`")
-        for suffix, tensor in formats.encode(codes, scheme, layer.scale_dtype, allow_zero=restored).items():
+        for suffix, tensor in formats.encode(codes, scheme, layer.scale_dtype, allow_zero=plan.is_restored).items():
             writer.write(f"{name}.{suffix}", tensor)
-        progress(len(checksums), len(plans))
+        progress(len(checksums), len(plan.layers))
     for name in source.tensors:
         if name in writer.checksums and not writer.checksums[name]:
             writer.write(name, source.read(name))
     return checksums
 
 
-def _layer_records(
-    stored: dict[str, str], plans: dict[str, tuple[PackedLayer, Scheme]], checksums: dict[str, str]
-) -> list[LayerRecord]:
-    """What is known of layers that another tool quantized.
-
-    Args:
-        stored: names in the checkpoint by those in the model.
-    """
-    model_names = {own: name for name, own in stored.items()}
+def _layer_records(plan: _Conversion, checksums: dict[str, str]) -> list[LayerRecord]:
+    """Make records of layers that another tool quantized, without errors, which are not known."""
     return [
         LayerRecord(
-            name=model_names[own],
+            name=plan.model_names[own],
             stored=own,
             bits=scheme.bits,
             group_size=scheme.columns(layer.inputs),
@@ -229,11 +239,11 @@ def _layer_records(
             tokens=None,
             weight_sha256=checksums[own],
         )
-        for own, (layer, scheme) in plans.items()
+        for own, (layer, scheme) in plan.layers.items()
     ]
 
 
-def _notes(plans: dict[str, tuple[PackedLayer, Scheme]]) -> list[str]:
+def _note_scale_dtypes(plans: LayerPlans) -> list[str]:
     other = {str(layer.scale_dtype).removeprefix("torch.") for layer, _ in plans.values()} - {"float16"}
     scheme = next(iter(plans.values()))[1]
     if not other or formats.FORMATS[scheme.format].keeps_scale_dtype:

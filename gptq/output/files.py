@@ -14,7 +14,7 @@ from gptq.formats import FORMATS
 from gptq.formats.scheme import Layers, Linears
 from gptq.models.blocks import LINEAR, Block
 from gptq.models.tensor_names import Names
-from gptq.output.model_card import card_metadata, model_card
+from gptq.output.model_card import read_card_metadata, render_model_card
 from gptq.output.record import PerplexityRecord, Record, read_record, write_json
 from gptq.output.results import CARD, QUALITY, RECORD
 from gptq.planning.plan import Plan
@@ -79,9 +79,9 @@ def write_files(
     write_json(out / "config.json", _merge(hf_config, changes or {}) | {"quantization_config": quantization})
     for name in FORMATS[chosen].config_files:
         write_json(out / name, quantization)
-    metadata = card_metadata(source / CARD)
+    metadata = read_card_metadata(source / CARD)
     described = record.model_copy(update={"card_metadata": metadata}) if metadata else record
-    (out / CARD).write_text(model_card(chosen, linears.layers, described), encoding="utf-8")
+    (out / CARD).write_text(render_model_card(chosen, linears.layers, described), encoding="utf-8")
     whole = {
         "quantizer": f"gptq {__version__}",
         **described.to_dict(),
@@ -109,6 +109,6 @@ def add_perplexity(folder: Path, measured: PerplexityRecord, chosen: Format, lay
         QuantConfig.from_dict(record.config)  # the card lists its options
     measurements = [*(record.perplexity or []), measured]
     record = record.model_copy(update={"perplexity": measurements})
-    (folder / CARD).write_text(model_card(chosen, layers, record), encoding="utf-8")
+    (folder / CARD).write_text(render_model_card(chosen, layers, record), encoding="utf-8")
     files = {**record.files, CARD: sha256_file(folder / CARD)}
     write_json(folder / RECORD, record.model_copy(update={"files": files}).to_dict())

@@ -15,7 +15,7 @@ from gptq.version import __version__
 KEPT_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the source's model card
 
 
-def card_metadata(card: Path) -> dict[str, str]:
+def read_card_metadata(card: Path) -> dict[str, str]:
     """The lines of a model card's front matter that hold for the quantized model too, license for one."""
     if not card.is_file():
         return {}
@@ -25,7 +25,7 @@ def card_metadata(card: Path) -> dict[str, str]:
     return {key: value for key, value in entries if key in KEPT_METADATA}
 
 
-def model_card(chosen: Format, layers: Layers, record: Record) -> str:
+def render_model_card(chosen: Format, layers: Layers, record: Record) -> str:
     """README.md of a model repository: what this is, how it was made, what was measured, how to load it."""
     name = record.model
     front = {"library_name": " transformers", **(record.card_metadata or {})}
@@ -34,14 +34,14 @@ def model_card(chosen: Format, layers: Layers, record: Record) -> str:
     widths = sorted({scheme.bits for scheme, _ in layers.values()})
     tags = [formats.FORMATS[chosen].quant_method, *(f"{bits}-bit" for bits in widths)]
     lines = ["---", *(f"{key}:{value}" for key, value in front.items()), "tags:", *(f"- {tag}" for tag in tags), "---"]
-    lines += ["", f"# {_inline(name or 'A model')}, {' and '.join(map(str, widths))} bits", ""]
+    lines += ["", f"# {_escape_inline(name or 'A model')}, {' and '.join(map(str, widths))} bits", ""]
     lines += [
         f"{len(layers)} linear layers are quantized, in the `{chosen}` format; everything else is as it was.",
         f"Written by `gptq` {__version__}; `gptq verify` compares the files with `{RECORD}`.",
         "",
     ]
-    lines += ["## How it was made", "", *_options(record), ""]
-    lines += _measurements(record)
+    lines += ["## How it was made", "", *_list_options(record), ""]
+    lines += _list_measurements(record)
     # transformers fuses experts when it loads, and then has no layers for them
     own = ("import gptq", "", 'model = gptq.load("this folder")')
     usage = own if record.experts else formats.FORMATS[chosen].usage
@@ -50,17 +50,21 @@ def model_card(chosen: Format, layers: Layers, record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _options(record: Record) -> list[str]:
+def _list_options(record: Record) -> list[str]:
     made = record.config
     if made is None:
-        return [f"By another tool ({_inline(record.made_by or 'which did not say its name')}), and converted."]
+        return [f"By another tool ({_escape_inline(record.made_by or 'which did not say its name')}), and converted."]
     rows = {**made, "calibration": record.calibration or "none"}
     own = [(pattern, ", ".join(f"{k} {v}" for k, v in options.items())) for pattern, options in made["overrides"]]
     rows["overrides"] = "; ".join(f"`{pattern}`: {options}" for pattern, options in own).replace("|", "\\|") or "none"
-    return ["| option | value |", "| --- | --- |", *(f"| {key} | {_inline(value)} |" for key, value in rows.items())]
+    return [
+        "| option | value |",
+        "| --- | --- |",
+        *(f"| {key} | {_escape_inline(value)} |" for key, value in rows.items()),
+    ]
 
 
-def _inline(value: object) -> str:
+def _escape_inline(value: object) -> str:
     """A value as plain words of a line of Markdown, whatever a file said: no HTML, no end of the line, no code span.
 
     Underscores and stars stay, as names are full of the first and expressions of the second.
@@ -68,10 +72,10 @@ def _inline(value: object) -> str:
     return printable(str(value)).translate({ord("<"): "&lt;", ord(">"): "&gt;"})
 
 
-def _measurements(record: Record) -> list[str]:
+def _list_measurements(record: Record) -> list[str]:
     lines = [
-        f"- perplexity {measured.perplexity:.4f} on `{_inline(measured.data)}` ({measured.tokens} tokens in windows of "
-        f"{measured.seq_len})"
+        f"- perplexity {measured.perplexity:.4f} on `{_escape_inline(measured.data)}` "
+        f"({measured.tokens} tokens in windows of {measured.seq_len})"
         for measured in record.perplexity or []
     ]
     errors = [(layer.error, layer.name or layer.stored) for layer in record.layers if layer.error is not None]
@@ -79,5 +83,7 @@ def _measurements(record: Record) -> list[str]:
         worst, name = max(errors, key=lambda entry: entry[0])
         mean = sum(error for error, _ in errors) / len(errors)
         what = "output on the calibration text" if record.calibration else "weight"
-        lines.append(f"- relative error of a layer's {what}: {mean:.2%} on average, {worst:.2%} at `{_inline(name)}`")
+        lines.append(
+            f"- relative error of a layer's {what}: {mean:.2%} on average, {worst:.2%} at `{_escape_inline(name)}`"
+        )
     return ["## Measured", "", *lines, ""] if lines else []

@@ -1,4 +1,4 @@
-"""What came of each layer and block, as values."""
+"""Results of quantizing a layer or a block, and the names of the files that hold them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,12 @@ from torch import Tensor
 RECORD = "quantization_record.json"
 QUALITY = "quality.json"  # what `gptq eval --save` measured
 CARD = "README.md"
-WEIGHT_BINS, CODE_BINS = 40, 64  # at most, of histograms
+WEIGHT_BINS, CODE_BINS = 40, 64  # most bins of the histograms in the record
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What came of one linear layer.
+    """Errors and settings of one quantized linear layer.
 
     `error` is the exact relative output error on the calibration tokens, ||(T - Q) X||^2 / ||W X||^2, `heldout_error`
     the same on windows that the solver has not seen, and `rtn_error` that of round-to-nearest on what it has seen. Of a
@@ -39,7 +39,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far a block's output is from the original's on held-out windows, relative to its power, around its tuning."""
+    """Squared error of a block's output on held-out windows, relative to its power, before and after its tuning."""
 
     name: str
     solved: float
@@ -48,7 +48,7 @@ class BlockError:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many of `all_tokens` each of a layer's experts saw; for those in `blended` it was too few."""
+    """How many of `all_tokens` calibration tokens each expert of a layer saw; `blended` lists those with too few."""
 
     name: str
     all_tokens: int
@@ -57,18 +57,20 @@ class Coverage:
 
 
 def weight_histogram(W: Tensor) -> dict[str, Any]:
-    """How a layer's weights (outputs, inputs) are spread before quantization: counts in 40 equal bins over
-    [-weight_range, weight_range], the last one closed."""
+    """Count a layer's weights (outputs, inputs) in 40 equal bins over [-weight_range, weight_range].
+
+    The last bin holds its upper end too.
+    """
     largest = max(abs(float(end)) for end in W.aminmax())
     half = WEIGHT_BINS / 2
     counts = torch.zeros(WEIGHT_BINS, dtype=torch.int64, device=W.device)
-    for part in W.split(512):  # as a layer can be large
+    for part in W.split(512):  # bounds the memory of the copies
         bin_of = (part * (half / (largest or 1.0)) + half).clamp_(0, WEIGHT_BINS - 1).to(torch.uint8)  # rounds down
         counts += torch.bincount(bin_of.flatten(), minlength=WEIGHT_BINS)
     return {"weight_range": largest, "weight_histogram": counts.tolist()}
 
 
 def code_histogram(codes: Tensor, bits: int) -> dict[str, Any]:
-    """Counts of a layer's codes, each by itself, of more than 64 kinds several neighbours together."""
+    """Count a layer's codes by value; above 6 bits, several neighbouring values share one of 64 bins."""
     code_bins = min(2**bits, CODE_BINS)
     return {"code_histogram": torch.bincount(codes.flatten() // (2**bits // code_bins), minlength=code_bins).tolist()}

@@ -1,4 +1,4 @@
-"""What a quantized checkpoint holds, and whether it is still what was written."""
+"""List what a quantized checkpoint holds, and compare it with what was recorded when it was written."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -45,7 +45,7 @@ class LayerContent:
 
 @dataclass(frozen=True)
 class Content:
-    """What `inspect` finds; sizes in bytes."""
+    """Content of a quantized checkpoint; sizes in bytes."""
 
     format: Format
     bits_per_weight: float
@@ -61,7 +61,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` checked, and each difference as a sentence that names the layer or file.
+    """Counts of what `verify` checked, and a sentence for each difference, which names the layer or file.
 
     Without a record (`recorded` is false, another tool wrote the file) there is nothing to compare with; then every
     tensor was read, every layer unpacked, and all held against the model that config.json describes.
@@ -84,12 +84,12 @@ def inspect(folder: str | Path) -> Content:
         InputError: it is not one, or its tensors do not fit each other.
     """
     folder = Path(folder)
-    source, quantization = _open(folder)
+    source, quantization = _open_checkpoint(folder)
     recorded: dict[str, LayerRecord] = {}
     if (folder / RECORD).is_file():
         recorded = {layer.stored: layer for layer in read_record(folder).layers}
     packed = packed_layers(source, quantization)
-    layers = [_layer_content(source, name, layer, recorded.get(name)) for name, layer in packed.items()]
+    layers = [_describe_layer(source, name, layer, recorded.get(name)) for name, layer in packed.items()]
     of_layers = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in layer.suffixes}
     quantized = sum(layer.nbytes for layer in layers)
     return Content(
@@ -103,20 +103,20 @@ def inspect(folder: str | Path) -> Content:
     )
 
 
-def note_perplexity(folder: str | Path, measured: PerplexityRecord) -> None:
+def record_perplexity(folder: str | Path, measured: PerplexityRecord) -> None:
     """Write a measured perplexity into the record and the model card of a folder that this package wrote.
 
     Raises:
         InputError: the folder has no record.
     """
     folder = Path(folder)
-    source, quantization = _open(folder)
+    source, quantization = _open_checkpoint(folder)
     packed = packed_layers(source, quantization)
     described = {name: (layer.scheme, layer.inputs) for name, layer in packed.items()}
     add_perplexity(folder, measured, quantization.format, described)
 
 
-def _open(folder: Path) -> tuple[Source, Quantization]:
+def _open_checkpoint(folder: Path) -> tuple[Source, Quantization]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     check_folder(folder)
@@ -126,7 +126,7 @@ def _open(folder: Path) -> tuple[Source, Quantization]:
     return Source(folder), read_quantization(folder / "config.json", quantization)
 
 
-def _layer_content(source: Source, name: str, layer: PackedLayer, recorded: LayerRecord | None) -> LayerContent:
+def _describe_layer(source: Source, name: str, layer: PackedLayer, recorded: LayerRecord | None) -> LayerContent:
     scheme = layer.scheme
     g_idx = formats.decode_groups(read_packed(source, name, layer, with_codes=False), scheme, layer.inputs)
     group_size = int(torch.bincount(g_idx).max())
@@ -157,31 +157,31 @@ def verify(folder: str | Path) -> Verification:
     """
     folder = Path(folder)
     if not (folder / RECORD).is_file():
-        source, quantization = _open(folder)
+        source, quantization = _open_checkpoint(folder)
         packed = packed_layers(source, quantization)
-        problems = [*_inconsistent(folder, source, packed)]
+        problems = [*_find_inconsistencies(folder, source, packed)]
         if claims_record(folder):
             lost = f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it"
             problems = [lost, *problems]
         return Verification(False, len(packed), len(source.tensors), 0, problems)
     check_folder(folder)
     record = read_record(folder)
-    problems = [*_changed_files(folder, record.files)]
+    problems = [*_find_changed_files(folder, record.files)]
     if any(problem.startswith(("config.json", QUANTIZE_CONFIG)) for problem in problems):
-        problems += _changed_schemes(folder, record.layers)
+        problems += _find_changed_schemes(folder, record.layers)
     try:
-        source, quantization = _open(folder)
+        source, quantization = _open_checkpoint(folder)
         packed = packed_layers(source, quantization)
     except InputError as error:
-        problems += [str(error), *_lost(folder, record)]
+        problems += [str(error), *_find_lost(folder, record)]
     else:
-        problems += [*_changed_tensors(source, record.tensors)]
-        problems += _changed_weights(source, packed, record.layers)
+        problems += [*_find_changed_tensors(source, record.tensors)]
+        problems += _find_changed_weights(source, packed, record.layers)
     return Verification(True, len(record.layers), len(record.tensors), len(record.files), problems)
 
 
-def _inconsistent(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
-    """What is wrong with a checkpoint by itself."""
+def _find_inconsistencies(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
+    """Find contradictions within a checkpoint that has no record to be compared with."""
     try:
         network = empty_model(read_config(folder, trust_remote_code=False), False, source)
         names = Names(network, set(source.tensors))
@@ -194,25 +194,25 @@ def _inconsistent(folder: Path, source: Source, packed: dict[str, PackedLayer]) 
     except InputError as error:
         yield str(error)
     for name, layer in packed.items():
-        yield from _complaint(partial(_decode, source, name, layer))
+        yield from _catch_complaint(partial(_decode, source, name, layer))
     of_layers = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in layer.suffixes}
     for name in sorted(source.tensors.keys() - of_layers):
-        yield from _complaint(partial(source.read, name))
+        yield from _catch_complaint(partial(source.read, name))
 
 
 def _decode(source: Source, name: str, layer: PackedLayer) -> formats.Codes:
     return formats.decode(read_packed(source, name, layer), layer.scheme)
 
 
-def _complaint(read: Callable[[], object]) -> Iterator[str]:
-    """What is said when something cannot be read."""
+def _catch_complaint(read: Callable[[], object]) -> Iterator[str]:
+    """Try to read something; yields the message where that fails."""
     try:
         read()
     except (InputError, ValueError) as error:
         yield str(error)
 
 
-def _changed_files(folder: Path, recorded: dict[str, str]) -> Iterator[str]:
+def _find_changed_files(folder: Path, recorded: dict[str, str]) -> Iterator[str]:
     for name, expected in recorded.items():
         if not (folder / name).is_file():
             yield f"{name} is missing"
@@ -220,13 +220,13 @@ def _changed_files(folder: Path, recorded: dict[str, str]) -> Iterator[str]:
             yield f"{name} was changed after it was written"
 
 
-def _changed_schemes(folder: Path, recorded: list[LayerRecord]) -> Iterator[str]:
-    """Layers of which the folder's configuration says another width or group size than the record."""
+def _find_changed_schemes(folder: Path, recorded: list[LayerRecord]) -> Iterator[str]:
+    """Find layers for which the folder's configuration gives another width or group size than the record."""
     try:
         quantization = read_quantization(folder / "config.json", quantization_of(folder) or {})
         schemes = quantization.schemes(layer.stored for layer in recorded)
     except InputError:
-        return  # it will be said when the checkpoint is opened
+        return  # the caller reports it when it opens the checkpoint
     for layer in recorded:
         if layer.bits is None or layer.group_size is None or layer.inputs is None:
             continue
@@ -236,8 +236,8 @@ def _changed_schemes(folder: Path, recorded: list[LayerRecord]) -> Iterator[str]
             yield f"{layer.stored} was written with {was}, but its configuration says {now}"
 
 
-def _lost(folder: Path, record: WrittenRecord) -> Iterator[str]:
-    """What of the record is in no file that can be opened, by layers where it belongs to one."""
+def _find_lost(folder: Path, record: WrittenRecord) -> Iterator[str]:
+    """Find recorded tensors that are in no file that can be opened, named by their layer where they have one."""
     missing = record.tensors.keys() - readable_tensors(folder)
     layers = {name.rpartition(".")[0] for name in missing} & {layer.stored for layer in record.layers}
     for layer in sorted(layers):
@@ -247,7 +247,7 @@ def _lost(folder: Path, record: WrittenRecord) -> Iterator[str]:
             yield f"the tensor {name} is missing: the file that it was in is gone or damaged"
 
 
-def _changed_tensors(source: Source, recorded: dict[str, str]) -> Iterator[str]:
+def _find_changed_tensors(source: Source, recorded: dict[str, str]) -> Iterator[str]:
     for name in sorted(source.tensors.keys() | recorded.keys()):
         if name not in source.tensors:
             yield f"the tensor {name} is missing"
@@ -257,7 +257,7 @@ def _changed_tensors(source: Source, recorded: dict[str, str]) -> Iterator[str]:
             yield f"the tensor {name} was changed after it was written"
 
 
-def _changed_weights(source: Source, packed: dict[str, PackedLayer], recorded: list[LayerRecord]) -> Iterator[str]:
+def _find_changed_weights(source: Source, packed: dict[str, PackedLayer], recorded: list[LayerRecord]) -> Iterator[str]:
     for name in sorted(packed.keys() ^ {layer.stored for layer in recorded}):
         yield f"{name} is {'packed but not recorded' if name in packed else 'recorded but not packed'}"
     for layer in recorded:
