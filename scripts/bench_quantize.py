@@ -46,7 +46,7 @@ STAGES = ("start", "read", "forward", "Hessian", "factorize", "solve", "pack", "
 TIMED = {  # module -> function (or Class.method) -> the stage that its time counts for
     "gptq.models.weights": {"WeightStream.read": "read", "WeightStream.weight": "read"},
     "gptq.models.forward": {"PausableForward.advance": "forward"},
-    "gptq.solver.hessian": {"HessianAccumulator.take": "Hessian"},  # adds the windows that still wait
+    "gptq.solver.hessian": {"HessianAccumulator.take": "Hessian"},  # includes adding the last windows
     "gptq.pipeline.layer_inputs": {"accumulate": "Hessian", "blend": "Hessian", "_factorize": "factorize"},
     "gptq.pipeline.moe": {"accumulate": "Hessian"},
     "gptq.pipeline.layer": {"solve_rows": "solve", "find_corrections": "solve"},

@@ -129,7 +129,7 @@ def outcome(kind: str, folder: Path) -> tuple[str, str]:
         expected, found = logits(model), logits(load(folder / "out", dtype="float32"))
     except InputError as error:
         return "refused", str(error)
-    except Exception as error:  # the finding
+    except Exception as error:  # of any type: a bug of ours
         return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     off = float((found - expected).norm() / expected.norm())
     stay = any("fused tensors" in note for note in result.notes)

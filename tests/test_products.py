@@ -63,7 +63,7 @@ def check(layer: QuantLinear, x: Tensor, y: Tensor) -> None:
     spread = spread * formats.decode(layer.packed(), layer.scheme).scale.double().abs().amax(-1)
     allowed = 1.5 * eps * size + 4 * torch.finfo(torch.float32).eps * spread
     product = layer._product
-    if isinstance(product, CpuProduct) and len(x) <= products.FEW_SHORTS and product.kind(x) == "shorts":
+    if isinstance(product, CpuProduct) and len(x) <= products.FEW_INT16_ROWS and product.kind(x) == "int16":
         most = 16383 if layer.scheme.bits == 3 else 32767
         order = torch.arange(x.shape[1]) if product.layout.perm is None else product.layout.perm
         for unit in order.split(32):
@@ -82,9 +82,11 @@ SHAPES = ((48, 128, 32), (272, 256, 128), (300, 160, 64), (7, 100, -1), (33, 96,
 
 
 CPUS = [  # what a CPU is quick at
-    pytest.param("pairs", marks=pytest.mark.skipif(not has_avx512_bf16(), reason="this CPU has no bfloat16 products")),
-    pytest.param("shorts", marks=pytest.mark.skipif(not has_avx2(), reason="this CPU has no AVX2")),
-    "lanes",
+    pytest.param(
+        "bfloat16", marks=pytest.mark.skipif(not has_avx512_bf16(), reason="this CPU has no bfloat16 products")
+    ),
+    pytest.param("int16", marks=pytest.mark.skipif(not has_avx2(), reason="this CPU has no AVX2")),
+    "float32",
 ]
 
 
@@ -95,8 +97,8 @@ CPUS = [  # what a CPU is quick at
 def test_every_product_is_the_exact_one(
     bits: int, sym: bool, rows: int, quick_at: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "has_avx512_bf16", lambda: quick_at == "pairs")
-    monkeypatch.setattr(products, "has_avx2", lambda: quick_at != "lanes")
+    monkeypatch.setattr(products, "has_avx512_bf16", lambda: quick_at == "bfloat16")
+    monkeypatch.setattr(products, "has_avx2", lambda: quick_at != "float32")
     used = set()
     kinds: tuple[Format, ...] = ("gptq", "gptq_v2", "pack-quantized")
     for outputs, inputs, group_size in SHAPES:
@@ -109,9 +111,9 @@ def test_every_product_is_the_exact_one(
                 x = torch.randn(rows, inputs, generator=rng).to(dtype)
                 used.add(kind_of(layer, x))
                 check(layer, x, layer(x))
-    pairs = quick_at == "pairs" and (rows <= products.FEW_ROWS or not has_amx())
-    others = "shorts" if quick_at == "shorts" and bits in (2, 3, 4, 8) else "lanes"
-    assert used == {others, "pairs"} if pairs else {others}
+    in_bfloat16 = quick_at == "bfloat16" and (rows <= products.FEW_ROWS or not has_amx())
+    others = "int16" if quick_at == "int16" and bits in (2, 3, 4, 8) else "float32"
+    assert used == {others, "bfloat16"} if in_bfloat16 else {others}
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -196,7 +198,7 @@ def test_pairs_sum_without_rounding(bits: int, rows: int, rng: torch.Generator) 
     layer.prepare()
     x = torch.randint(-4, 5, (rows, 192), generator=rng).bfloat16()
     assert torch.equal(layer(x), (x.double() @ layer.weight.double().T).bfloat16())
-    assert kind_of(layer, x) == "pairs"
+    assert kind_of(layer, x) == "bfloat16"
 
 
 @pytest.mark.parametrize("rows", [2, 6, 20])
@@ -300,7 +302,9 @@ def test_logits_are_those_of_unpacked_weights(bits: int, dtype: str, make_model:
         ids = torch.randint(1, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             ours, reference = network(ids).logits, exact(ids).logits
-        rounding = max(eps, 2**-16) if tokens <= products.FEW_SHORTS and has_avx2() and not has_avx512_bf16() else eps
+        rounding = (
+            max(eps, 2**-16) if tokens <= products.FEW_INT16_ROWS and has_avx2() and not has_avx512_bf16() else eps
+        )
         assert (ours - reference).norm() <= 32 * rounding * reference.norm()  # some twenty products after each other
 
 

@@ -15,8 +15,8 @@ from gptq.errors import InputError
 from gptq.models.forward import check_tokens
 from gptq.models.hf_config import fitting_seq_len, read_tokenizer
 
-MAX_WINDOWS = 1024  # most windows that the automatic choice of their number tries
-HELD_OUT_EVERY = 8  # every 8th window is held out: it measures the error and does not enter the solve
+MAX_WINDOWS = 1024  # most windows that num_samples="auto" tries
+HELD_OUT_EVERY = 8  # one window in this many is held out: it measures the error and does not enter the solve
 
 Calibration = str | Tensor | list[Inputs]  # a source of text, token windows (windows, tokens), or the model's inputs
 

@@ -4,9 +4,9 @@ The loop works on units: 32 consecutive inputs of LANES outputs, one output per 
 multiplied by 32 numbers of x in the arithmetic that the CPU computes fastest. Each kind stores x in a type of its own,
 and numba selects the unit's kernel by that type:
 
-    pairs     two bfloat16 numbers in 32 bits (`gptq.inference.gemv_bfloat16`)
-    shorts    16-bit integers with one scale per unit (`gptq.inference.gemv_int16`)
-    lanes     float32 (`gptq.inference.gemv_float32`)
+    bfloat16  two bfloat16 numbers in 32 bits (`gptq.inference.gemv_bfloat16`)
+    int16     16-bit integers with one scale per unit (`gptq.inference.gemv_int16`)
+    float32   float32 numbers (`gptq.inference.gemv_float32`)
 """
 
 from dataclasses import dataclass
@@ -54,9 +54,9 @@ class Kind:
 
 
 KINDS = {
-    "pairs": Kind(np.int16(0), np.int32, 16),
-    "shorts": Kind(np.float32(0), np.int16, gemv_int16.UNIT),
-    "lanes": Kind(np.float32(0), np.float32, 32),
+    "bfloat16": Kind(np.int16(0), np.int32, 16),
+    "int16": Kind(np.float32(0), np.int16, gemv_int16.UNIT),
+    "float32": Kind(np.float32(0), np.float32, 32),
 }
 
 
@@ -108,7 +108,7 @@ def multiply(  # type: ignore[no-untyped-def]
         words, scale, zero: int32, float32 or float16 viewed as int16, uint8; in the strips of `layout.Layout`.
         x: (rows, units, elements of a unit), a unit for each 32 inputs.
         x_sums: (rows, groups) float32, sums of x.
-        less: what the kernel subtracts from each code before it multiplies: half the range for pairs, otherwise 0.
+        less: what the kernel subtracts from each code before it multiplies: half the range for bfloat16, otherwise 0.
         y: (rows, outputs) float32, or bfloat16 viewed as int16; `outputs` is a multiple of LANES.
         columns: inputs in a group, a multiple of 32.
         bits_tuple: a tuple of `bits` numbers.
@@ -144,13 +144,13 @@ def worker(kind: str, bits: int, halves: bool) -> Any:
     """Compile `multiply` as a C function for `threads.run_compiled`; threads take shares of outputs until none is left.
 
     Its argument table: 0 (the shared counter), outputs in a share, rows, inputs, outputs, groups, columns of a group,
-    and the addresses of words, x (rows, inputs), scale, zero and y (rows, outputs). For pairs x and y are bfloat16,
-    otherwise float32. Scales are float16 if `halves`, otherwise float32.
+    and the addresses of words, x (rows, inputs), scale, zero and y (rows, outputs). x and y are bfloat16 for the kind
+    bfloat16, otherwise float32. Scales are float16 if `halves`, otherwise float32.
     """
     of_x, unit_type, size = KINDS[kind].number, KINDS[kind].unit, KINDS[kind].size
     bits_tuple = (SOURCE_DIGEST,) * bits  # captured by `work`, so that it is compiled again when any source changes
     number = np.int16(0) if halves else np.float32(0)
-    less = np.float32(2 ** (bits - 1) if kind == "pairs" else 0)
+    less = np.float32(2 ** (bits - 1) if kind == "bfloat16" else 0)
 
     def work(table):  # type: ignore[no-untyped-def]
         given = carray(table, (WORKER_ARGUMENTS,))

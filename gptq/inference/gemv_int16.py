@@ -115,7 +115,7 @@ def _round_unit_intrinsic(context, x, at, units, units_at, bits_tuple):  # type:
         twice, order = len(bits_tuple) == 3, pair_order(len(bits_tuple))
         parts = [load(builder, x, builder.add(at, ir.Constant(at.type, i)), FLOATS) for i in (0, LANES)]
         high, other = (builder.and_(builder.bitcast(part, INTS), constant_vector(0x7FFFFFFF)) for part in parts)
-        high = builder.select(builder.icmp_signed(">", high, other), high, other)  # bits of |x| are in its order
+        high = builder.select(builder.icmp_signed(">", high, other), high, other)  # the bits of |x| compare like |x|
         largest, most = builder.bitcast(reduce_max(builder, high), FLOAT), ir.Constant(FLOAT, 32767 >> twice)
         seen = builder.fcmp_ordered(">", largest, ir.Constant(FLOAT, SMALLEST_INPUT))
         inverse = splat(builder, builder.select(seen, builder.fdiv(most, largest), ir.Constant(FLOAT, 0)))

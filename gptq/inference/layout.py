@@ -46,12 +46,12 @@ class Layout:
     words: Tensor  # int32, flat
     scale: Tensor  # flat, float16 viewed as int16; float32 if a scale is not exact in float16
     zero: Tensor  # uint8, flat
-    perm: Tensor | None  # (inputs,) order of the inputs in which groups are contiguous; None: their own
+    perm: Tensor | None  # (inputs,) order of the inputs that makes groups contiguous; None if they are
     inputs: int  # padded to a multiple of 32
     bits: int
     columns: int  # inputs in a group
     outputs: int  # without padding
-    width: int  # outputs padded to a multiple of simd.WIDE
+    padded_outputs: int  # a multiple of simd.WIDE
     whole: bool  # the words are a permutation of the stored `qweight`, which can be made from them
 
     @classmethod
@@ -66,8 +66,12 @@ class Layout:
             perm = torch.argsort(g_idx, stable=True)
             if not torch.equal(g_idx[perm], formats.in_runs(scheme, inputs)):
                 return None
-        wide, deep = round_up(outputs, simd.WIDE), round_up(inputs, 32)
-        whole = perm is None and formats.FORMATS[scheme.format].inputs_first and (wide, deep) == (outputs, inputs)
+        padded_outputs, padded_inputs = round_up(outputs, simd.WIDE), round_up(inputs, 32)
+        whole = (
+            perm is None
+            and formats.FORMATS[scheme.format].inputs_first
+            and (padded_outputs, padded_inputs) == (outputs, inputs)
+        )
         if whole:
             words = stored.packed["qweight"]  # (units * bits, outputs)
             scale = stored.packed["scales"]
@@ -75,49 +79,50 @@ class Layout:
         else:
             integers = stored.codes()
             codes = integers.codes if perm is None else integers.codes[:, perm]
-            padded = torch.nn.functional.pad(codes, (0, deep - inputs, 0, wide - outputs))  # (wide, deep)
+            padding = (0, padded_inputs - inputs, 0, padded_outputs - outputs)
+            padded = torch.nn.functional.pad(codes, padding)  # (padded_outputs, padded_inputs)
             words = pack(padded.T, scheme.bits)
             scale, zero = integers.scale.T, integers.zero.T
-        rim = (0, wide - outputs)
-        scale, zero = (torch.nn.functional.pad(t, rim) for t in (_halves(scale), zero))  # (groups, wide)
-        columns = deep if stored.columns == inputs else stored.columns
-        words, scale, zero = _in_strips(words, scheme.bits), _in_strips(scale, 1), _in_strips(zero, 1)
-        return cls(words, scale, zero, perm, deep, scheme.bits, columns, outputs, wide, whole)
+        missing = (0, padded_outputs - outputs)  # pads both to (groups, padded_outputs)
+        scale, zero = (torch.nn.functional.pad(t, missing) for t in (_as_float16_bits(scale), zero))
+        columns = padded_inputs if stored.columns == inputs else stored.columns
+        words, scale, zero = _to_strips(words, scheme.bits), _to_strips(scale, 1), _to_strips(zero, 1)
+        return cls(words, scale, zero, perm, padded_inputs, scheme.bits, columns, outputs, padded_outputs, whole)
 
     @property
     def groups(self) -> int:
-        return self.scale.numel() // self.width
+        return self.scale.numel() // self.padded_outputs
 
-    def arranged(self, x: Tensor) -> Tensor:
+    def arrange(self, x: Tensor) -> Tensor:
         """x (..., inputs) permuted to the order of the words, padded with zeros, contiguous."""
         if self.perm is not None:
             x = x[..., self.perm]
         missing = self.inputs - x.shape[-1]
         return (torch.nn.functional.pad(x, (0, missing)) if missing else x).contiguous()
 
-    def left_of(self, y: Tensor) -> Tensor:
-        """Remove the padding from y (..., width): (..., outputs)."""
-        return y if self.width == self.outputs else y[..., : self.outputs]
+    def drop_padding(self, y: Tensor) -> Tensor:
+        """Remove the padding from y (..., padded outputs): (..., outputs)."""
+        return y if self.padded_outputs == self.outputs else y[..., : self.outputs]
 
     def stored_words(self) -> Tensor:
         """The stored `qweight` (units * bits, outputs), restored from the words; only if the layout is `whole`."""
         from gptq.compute import simd
 
-        found = self.words.new_empty(self.inputs // 32, self.bits, self.width)
-        for low in range(0, self.width, simd.TILE):
+        found = self.words.new_empty(self.inputs // 32, self.bits, self.padded_outputs)
+        for low in range(0, self.padded_outputs, simd.TILE):
             strip = found[..., low : low + simd.TILE].unflatten(-1, (-1, simd.LANES)).transpose(1, 2)
             begin = low * len(found) * self.bits
             strip.copy_(self.words[begin : begin + strip.numel()].view(strip.shape))
         return found.flatten(0, 1)
 
 
-def _halves(scale: Tensor) -> Tensor:
+def _as_float16_bits(scale: Tensor) -> Tensor:
     """Scales in the dtype of `Layout.scale`."""
     halves = scale.to(torch.float16)
     return halves.view(torch.int16) if torch.equal(halves.float(), scale.float()) else scale.float()
 
 
-def _in_strips(lines: Tensor, size: int) -> Tensor:
+def _to_strips(lines: Tensor, size: int) -> Tensor:
     """Rearrange lines (units * size, outputs) to the order of `Layout`, (units * size * outputs,)."""
     from gptq.compute import simd
 

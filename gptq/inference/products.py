@@ -8,9 +8,9 @@ On a CPU, for 2 to 8 bits and groups of a multiple of 32, a layout takes 3 bytes
 scale is not exact in float16). Its words replace the stored ones, which `state_dict` restores; they are an additional
 copy for pack-quantized files, for act-order, and for shapes that need padding. The kernels on it, by x:
 
-    pairs     bfloat16 on CPUs with AVX-512 BF16; many rows not where the CPU has AMX
-    shorts    few rows at 2, 3, 4 and 8 bits on CPUs with AVX2 but without bfloat16 products: x in 16-bit integers
-    lanes     anything else: float32; many rows multiply a weight that is dequantized tile by tile
+    bfloat16  bfloat16 x on CPUs with AVX-512 BF16; many rows only without AMX, which is faster for them
+    int16     few rows at 2, 3, 4 and 8 bits on CPUs with AVX2 but without AVX-512 BF16: x is rounded to 16-bit integers
+    float32   anything else; many rows multiply a weight that is dequantized tile by tile
 
 On a GPU a Triton kernel reads GPTQ's stored tensors as they are; 1 byte a group for the zero.
 """
@@ -29,10 +29,10 @@ from gptq.compute.threads import run_compiled, run_shares, shares_of
 from gptq.inference.layout import Layout, Stored, round_up
 
 FEW_ROWS = 4  # up to this many rows, decoding the codes again for each row is faster than writing the weight out
-FEW_SHORTS = 16  # the same for x in 16-bit integers
+FEW_INT16_ROWS = 16  # the same for x in 16-bit integers
 SHARE = 64  # each thread's number of outputs is a multiple of this
 DECODED = 2**22  # weights that are written out at a time, 16 MiB in float32
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))  # of activations
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))  # dtypes of activations
 Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, list[int]]  # words, scale, zero, order, sizes
 
 
@@ -42,11 +42,11 @@ class Product(Protocol):
     def multiply(self, x: Tensor) -> Tensor: ...  # (..., inputs) -> (..., outputs), both in x's dtype
 
     def operands(self) -> Operands:
-        """What it consists of, for the operator of compiled models; `sizes` begins with the number of outputs."""
+        """Its tensors and sizes, for the operator of compiled models; the first size is the number of outputs."""
 
 
 def prepare(stored: Stored) -> Product | None:
-    """The product of a layer where its tensors lie; None to dequantize the weight and multiply."""
+    """Make the product of a layer for the device of its tensors; None means to dequantize the weight and multiply."""
     if stored.device.type == "cuda":
         return TritonProduct.of(stored) if formats.FORMATS[stored.scheme.format].inputs_first and has_triton() else None
     if stored.device.type != "cpu" or not (stored.columns == stored.inputs or stored.columns % 32 == 0):
@@ -62,31 +62,33 @@ def has_triton() -> bool:
 
 @dataclass(frozen=True)
 class CpuProduct:
-    """Compiled loops on a layout."""
+    """The product by the compiled CPU loops, on a layout."""
 
     layout: Layout
-    _few: dict[str, "FewRows"] = field(default_factory=dict, compare=False, repr=False)  # by kind, once they were used
+    _few: dict[str, "FewRows"] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # the GEMVs used so far, by kind
 
     def multiply(self, x: Tensor) -> Tensor:
         layout, kind = self.layout, self.kind(x)
-        x_arranged = layout.arranged(x)
-        few = FEW_SHORTS if kind == "shorts" else FEW_ROWS
+        x_arranged = layout.arrange(x)
+        few = FEW_INT16_ROWS if kind == "int16" else FEW_ROWS
         if x_arranged.numel() <= layout.inputs * few:
-            y = self._few_rows(kind).multiply(x_arranged if kind == "pairs" else x_arranged.float())
+            y = self._few_rows(kind).multiply(x_arranged if kind == "bfloat16" else x_arranged.float())
         else:
-            multiply_many = _multiply_pairs if kind == "pairs" else _multiply_lanes
+            multiply_many = _multiply_bfloat16 if kind == "bfloat16" else _multiply_float32
             y = multiply_many(layout, x_arranged.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        return layout.left_of(y).to(x.dtype)
+        return layout.drop_padding(y).to(x.dtype)
 
     def kind(self, x: Tensor) -> str:
-        """The kernel for x (..., inputs): "pairs", "shorts" or "lanes"."""
+        """Choose the kernel for x (..., inputs): "bfloat16", "int16" or "float32"."""
         if x.dtype == torch.bfloat16 and has_avx512_bf16():
             few = x.numel() <= FEW_ROWS * x.shape[-1]
-            return "pairs" if few or not has_amx() else "lanes"
+            return "bfloat16" if few or not has_amx() else "float32"
         from gptq.inference import gemv_int16
 
         quick = has_avx2() and not has_avx512_bf16() and self.layout.bits in gemv_int16.WIDTHS
-        return "shorts" if quick else "lanes"
+        return "int16" if quick else "float32"
 
     def _few_rows(self, kind: str) -> "FewRows":
         if kind not in self._few:
@@ -95,19 +97,25 @@ class CpuProduct:
 
     def operands(self) -> Operands:
         own = self.layout
-        return own.words, own.scale, own.zero, own.perm, [own.outputs, own.inputs, own.bits, own.columns, own.width]
+        return (
+            own.words,
+            own.scale,
+            own.zero,
+            own.perm,
+            [own.outputs, own.inputs, own.bits, own.columns, own.padded_outputs],
+        )
 
     @classmethod
     def of_operands(
         cls, words: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None, sizes: list[int]
     ) -> "CpuProduct":
-        outputs, inputs, bits, columns, width = sizes
-        return cls(Layout(words, scale, zero, order, inputs, bits, columns, outputs, width, whole=False))
+        outputs, inputs, bits, columns, padded_outputs = sizes
+        return cls(Layout(words, scale, zero, order, inputs, bits, columns, outputs, padded_outputs, whole=False))
 
 
 @dataclass(frozen=True)
 class FewRows:
-    """The compiled GEMV (`gptq.inference.gemv`) on a layout; its kind is "pairs", "shorts" or "lanes"."""
+    """The compiled GEMV (`gptq.inference.gemv`) on a layout; its kind is "bfloat16", "int16" or "float32"."""
 
     kind: str
     address: int  # of the compiled worker
@@ -118,7 +126,7 @@ class FewRows:
         from gptq.inference import gemv
 
         held = [tensor.data_ptr() for tensor in (layout.words, layout.scale, layout.zero)]
-        given = layout.inputs, layout.width, layout.groups, layout.columns, *held
+        given = layout.inputs, layout.padded_outputs, layout.groups, layout.columns, *held
         worker = gemv.worker(kind, layout.bits, layout.scale.dtype == torch.int16)
         return cls(kind, worker.address, given)
 
@@ -127,15 +135,15 @@ class FewRows:
 
         A product with one row takes microseconds, so this avoids the overhead of reshapes.
         """
-        inputs, width, groups, columns, words, scale, zero = self.given
-        y = x.new_empty((*x.shape[:-1], width))
-        rows, share = x.numel() // inputs, round_up(-(-width // torch.get_num_threads()), SHARE)
-        sizes = 0, share, rows, inputs, width, groups, columns
+        inputs, outputs, groups, columns, words, scale, zero = self.given
+        y = x.new_empty((*x.shape[:-1], outputs))
+        rows, share = x.numel() // inputs, round_up(-(-outputs // torch.get_num_threads()), SHARE)
+        sizes = 0, share, rows, inputs, outputs, groups, columns
         run_compiled(self.address, (*sizes, words, x.data_ptr(), scale, zero, y.data_ptr()))
         return y
 
 
-def _multiply_lanes(layout: Layout, x: Tensor) -> Tensor:
+def _multiply_float32(layout: Layout, x: Tensor) -> Tensor:
     """x W^T (rows, padded outputs) for x (rows, padded inputs), on weights dequantized tile by tile."""
     from gptq.compute import simd
     from gptq.inference import gemv_float32
@@ -143,32 +151,34 @@ def _multiply_lanes(layout: Layout, x: Tensor) -> Tensor:
     dtype = x.dtype if x.dtype == torch.bfloat16 and has_native_bfloat16() else torch.float32
     x = x.to(dtype)
     rows, inputs = x.shape
-    y = torch.empty(rows, layout.width, dtype=dtype, device="cpu")
+    y = torch.empty(rows, layout.padded_outputs, dtype=dtype, device="cpu")
     step = max(DECODED // inputs // simd.TILE, 1) * simd.TILE
-    for first in range(0, layout.width, step):
-        taken = min(step, layout.width - first)
-        weight = torch.empty(inputs, taken, dtype=torch.float32, device="cpu")  # of the tile, transposed
+    for first in range(0, layout.padded_outputs, step):
+        taken = min(step, layout.padded_outputs - first)
+        weight = torch.empty(inputs, taken, dtype=torch.float32, device="cpu")  # a tile of W^T
         arrays = _arrays(layout.words, layout.scale, layout.zero, weight)
-        given = (*arrays, layout.width, layout.columns, (0,) * layout.bits, first)
+        given = (*arrays, layout.padded_outputs, layout.columns, (0,) * layout.bits, first)
         run_shares(gemv_float32.decode, given, shares_of(taken, SHARE))
         torch.mm(x, weight.to(dtype), out=y[:, first : first + taken])
     return y
 
 
-def _multiply_pairs(layout: Layout, x: Tensor) -> Tensor:
+def _multiply_bfloat16(layout: Layout, x: Tensor) -> Tensor:
     """x W^T (rows, padded outputs) bfloat16 for x (rows, padded inputs) bfloat16; sums are exact in float32."""
     from gptq.compute import simd
     from gptq.inference import gemv_bfloat16
 
     rows, inputs = x.shape
-    y = torch.empty(rows, layout.width, dtype=torch.bfloat16, device="cpu")
+    y = torch.empty(rows, layout.padded_outputs, dtype=torch.bfloat16, device="cpu")
     count = -(-rows // simd.TALL)
     tiles = torch.empty(count, inputs // 2, simd.TALL, dtype=torch.int32, device="cpu")
     sums = torch.empty(layout.groups, count * simd.TALL, dtype=torch.float32, device="cpu")
-    widths = layout.columns, (0,) * layout.bits
-    run_shares(gemv_bfloat16.arrange, (*_arrays(x.view(torch.int16), tiles, sums), *widths), shares_of(count, 1))
+    group_and_bits = layout.columns, (0,) * layout.bits
+    run_shares(
+        gemv_bfloat16.arrange, (*_arrays(x.view(torch.int16), tiles, sums), *group_and_bits), shares_of(count, 1)
+    )
     arrays = _arrays(layout.words, tiles, sums, layout.scale, layout.zero, y.view(torch.int16))
-    run_shares(gemv_bfloat16.multiply_many, (*arrays, *widths), shares_of(layout.width, simd.WIDE))
+    run_shares(gemv_bfloat16.multiply_many, (*arrays, *group_and_bits), shares_of(layout.padded_outputs, simd.WIDE))
     return y
 
 
