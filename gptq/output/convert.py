@@ -19,9 +19,8 @@ from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers,
 from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.formats.scheme import Linears, Scheme
 from gptq.models.blocks import find_blocks, is_transposed
-from gptq.models.build import empty_model, take_experts_apart
-from gptq.models.hf_config import read_config
-from gptq.models.tensor_names import Names, check_tensors
+from gptq.models.build import open_model
+from gptq.models.tensor_names import check_tensors
 from gptq.output.files import quantization_config, unquantized_linears, write_files
 from gptq.output.record import LayerRecord, OriginRecord, Record, model_name, read_record
 from gptq.output.results import RECORD
@@ -101,11 +100,9 @@ def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remo
     read = read_quantization(folder / "config.json", quantization)
     if read.format == chosen:
         raise InputError(f"{model} is in the format {chosen!r} already")
-    source = Source(folder)
+    opened = open_model(folder, trust_remote_code)
+    source, network, names = opened.source, opened.network, opened.names
     packed = packed_layers(source, read)
-    network = empty_model(read_config(folder, trust_remote_code), trust_remote_code, source)
-    names = Names(network, set(source.tensors))
-    take_experts_apart(network, names)
     stored = match_layers(network, names, source, packed)
     check_tensors(network, names, source.tensors, stored)
 

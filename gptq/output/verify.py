@@ -19,9 +19,8 @@ from gptq.formats.gptq import QUANTIZE_CONFIG
 from gptq.formats.name_rules import Quantization
 from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
-from gptq.models.build import empty_model, take_experts_apart
-from gptq.models.hf_config import read_config
-from gptq.models.tensor_names import Names, check_tensors
+from gptq.models.build import open_model
+from gptq.models.tensor_names import check_tensors
 from gptq.output.files import add_perplexity
 from gptq.output.record import LayerRecord, PerplexityRecord, WrittenRecord, claims_record, read_record
 from gptq.output.results import RECORD
@@ -183,10 +182,9 @@ def verify(folder: str | Path) -> Verification:
 def _find_inconsistencies(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
     """Find contradictions within a checkpoint that has no record to be compared with."""
     try:
-        network = empty_model(read_config(folder, trust_remote_code=False), False, source)
-        names = Names(network, set(source.tensors))
+        opened = open_model(folder, trust_remote_code=False)
+        network, names = opened.network, opened.names
         known = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in (*layer.suffixes, "bias")}
-        take_experts_apart(network, names)
         stored = match_layers(network, names, source, packed)
         for extra in check_tensors(network, names, source.tensors, stored):
             if extra not in known:
