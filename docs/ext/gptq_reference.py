@@ -12,12 +12,6 @@ from pathlib import Path
 from typing import Any
 
 NUMBERS = Path(__file__).parents[1] / "numbers.json"
-FLAGS = {  # fields of QuantConfig whose flag has another name
-    "sym": "--asym",
-    "static_groups": "--dynamic-groups",
-    "num_samples": "--samples",
-    "overrides": "--override",
-}
 
 
 def numbers() -> dict[str, Any]:
@@ -114,18 +108,12 @@ def sentence(text: str) -> str:
 
 def options() -> str:
     """The reference page of QuantConfig, from its fields and docstring, and the table of efforts."""
-    from gptq.cli import arguments
-    from gptq.config import EFFORTS, QuantConfig
+    from gptq.config import EFFORTS, QuantConfig, flags
 
-    about = arguments_of(QuantConfig)
-    flags = {
-        action.dest: action.option_strings[0]
-        for action in subparsers(arguments.parser())["quantize"][0]._actions
-        if action.option_strings
-    }
+    about, named = arguments_of(QuantConfig), flags()
     parts = []
     for field in fields(QuantConfig):
-        flag = FLAGS.get(field.name) or flags[field.name]
+        flag = named[field.name].name
         default = "" if field.default is MISSING else f", default `{field.default!r}`"
         kind = re.sub(r"^<class '(.*)'>$", r"\1", str(field.type)).replace("typing.", "").replace("gptq.config.", "")
         parts += [f"`{field.name}`", f": {escaped(about[field.name])}", ""]
