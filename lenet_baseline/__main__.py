@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets its function as `command`."""
     top = argparse.ArgumentParser(prog="python -m lenet_baseline", description=DESCRIPTION)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, does, command in (

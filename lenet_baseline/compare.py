@@ -82,6 +82,7 @@ def read_results(out: Path) -> Json:
 
 
 def _run(model: LeNet, activations: Activations, images: Tensor, data: Data, seed: int) -> Json:
+    """Measure one seed's model: float, all int8 variants, and all weight-only variants."""
     run: Json = {"seed": seed, "float": accuracy(logits(model, data.test), data.test), "int8": [], "weight_only": []}
     with tqdm(total=2 * len(RULES) + len(BITS), desc=f"quantizing, seed {seed}", unit="model") as bar:
         for rule in RULES:
@@ -99,6 +100,7 @@ def _run(model: LeNet, activations: Activations, images: Tensor, data: Data, see
 
 
 def _int8(net: IntegerLeNet, data: Data, per_channel: bool) -> Json:
+    """Measure an int8 model on the test images, by the simulated and by the integer path."""
     simulated = logits(lambda x: simulate(net, x), data.test)
     integers = logits(lambda x: run_integers(net, x), data.test)
     mistaken = torch.relu(simulated).argmax(1)  # the predictions with a ReLU after fc3
@@ -123,6 +125,7 @@ def _distributions(model: LeNet, activations: Activations) -> Json:
 
 
 def _distribution(values: Tensor) -> Json:
+    """Histogram, full range and three-sigma range of the values."""
     low, high = full_range(values)
     counts, edges = torch.histogram(values.flatten().double(), HISTOGRAM_BINS, range=(low, high))
     return {
@@ -177,6 +180,7 @@ def difference(values: list[float], others: list[float]) -> Json:
 
 
 def _verdict(found: Json) -> str:
+    """Whether the interval of a difference shows a sign."""
     if found["low"] is None:
         return "not shown"
     if found["low"] == found["high"] == 0:
@@ -256,6 +260,7 @@ def _points(row: Json) -> str:
 
 
 def _integer_lines(runs: list[Json], images: int) -> list[str]:
+    """Lines that say whether the two paths agree, and what a ReLU after fc3 would change."""
     rows = [row for run in runs for row in run["int8"]]
     unequal = sum(not row["integer_logits_equal"] for row in rows)
     verdict = "equal bit for bit" if unequal == 0 else f"UNEQUAL in {unequal}"

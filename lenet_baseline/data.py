@@ -24,6 +24,8 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Images:
+    """Images and their labels."""
+
     pixels: Tensor  # (n, 3, 32, 32) uint8
     labels: Tensor  # (n,) int64, 0 to 9
 
@@ -38,6 +40,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Data:
+    """Training and test images of a data set, with its training defaults."""
+
     name: str
     train: Images
     test: Images
@@ -98,6 +102,7 @@ def _digits() -> Data:
 
 
 def _images(rows: Dataset, source: str) -> Images:
+    """Read the images and labels of a split; raises InputError if one is invalid."""
     columns = rows.column_names
     column = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if column is None or "label" not in columns:
@@ -121,6 +126,7 @@ def _images(rows: Dataset, source: str) -> Images:
 
 
 def _check_image(image: Any, label: Any, where: str) -> None:
+    """Raises InputError if the image is not 32x32 RGB in uint8, or the label is not a class."""
     if image.shape != (IMAGE[1], IMAGE[2], IMAGE[0]) or image.dtype != np.uint8:
         raise InputError(
             f"{where} is {image.dtype} of shape {'x'.join(map(str, image.shape))}; "

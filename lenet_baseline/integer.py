@@ -50,6 +50,8 @@ BATCH_IMAGES = 50  # images that run together; their unfolded patches take 12 MB
 
 @dataclass(frozen=True)
 class IntegerLayer:
+    """The integers of one layer."""
+
     weight: Tensor  # (outputs, ...) int8
     bias: Tensor | None  # (outputs,) int32
     multiplier: Tensor  # (1,) or (outputs,) int32, per tensor or per channel
@@ -58,6 +60,8 @@ class IntegerLayer:
 
 @dataclass(frozen=True)
 class IntegerLeNet:
+    """The int8 model: the scale of its input, and its layers by name."""
+
     bias: Bias
     rule: Rule
     n_input: float
@@ -203,6 +207,7 @@ def load_integers(path: Path) -> IntegerLeNet:
 
 
 def _check_fixed_point(layer: IntegerLayer, name: str) -> None:
+    """Raises InputError if a multiplier or shift of a file is out of range."""
     multiplier, shift = layer.multiplier, layer.shift
     if bool(((multiplier < 0) | (multiplier > 2**MULTIPLIER_BITS)).any()):
         raise InputError(f"{name}.multiplier leaves 0 to 2^{MULTIPLIER_BITS}; delete the file and run again")

@@ -52,6 +52,7 @@ def run_layers(x: Tensor, layer: Callable[[str, Tensor], Tensor]) -> Tensor:
 
 
 def _max_pool(x: Tensor) -> Tensor:
+    """2x2 max-pooling for floats and integers."""
     if x.is_floating_point():
         return functional.max_pool2d(x, 2)
     n, c, h, w = x.shape  # torch's max_pool2d overflows on int8: it stores indices in x's dtype

@@ -39,6 +39,7 @@ def draw(results: Json, out: Path) -> list[Path]:
 
 
 def _weights(results: Json) -> Figure:
+    """Histograms of the weights of each layer."""
     figure = Figure(figsize=(14, 3.6), layout="constrained")
     layers = results["distributions"]["weights"]
     panels = figure.subplots(1, len(layers))
@@ -52,6 +53,7 @@ def _weights(results: Json) -> Figure:
 
 
 def _activations(results: Json) -> Figure:
+    """Histograms of the inputs and outputs of each layer."""
     figure = Figure(figsize=(14, 6.4), layout="constrained")
     kinds = {"inputs": "input of", "outputs": "output of"}
     panels = figure.subplots(2, len(results["distributions"]["inputs"]))
@@ -85,6 +87,7 @@ def _range_legend(figure: Figure, axes: Axes) -> None:
 
 
 def _accuracy(results: Json) -> Figure:
+    """Accuracy against bits per weight, with intervals over seeds."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
     summary = results["summary"]
@@ -123,6 +126,7 @@ def _with_intervals(axes: Axes, x: list[float], rows: list[Json], **style: Any) 
 
 
 def _layer_error(results: Json) -> Figure:
+    """Relative error of each layer's output by method, a panel for each number of bits."""
     widths = sorted({row["bits"] for row in results["runs"][0]["weight_only"]}, reverse=True)
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     panels = figure.subplots(1, len(widths), sharey=True)

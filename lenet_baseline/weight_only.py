@@ -73,6 +73,7 @@ def _copy(model: LeNet) -> LeNet:
 
 
 def _hessian(x: Tensor, weight: Tensor) -> Tensor:
+    """H (inputs, inputs) of a layer's input, accumulated over batches of images."""
     accumulator = HessianAccumulator(weight[0].numel(), x.device)
     with exact_float32(x.device):
         for part in x.split(BATCH_IMAGES):

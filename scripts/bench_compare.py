@@ -69,6 +69,7 @@ def changes(before: Figures, after: Figures, least: float) -> list[tuple[str, fl
 
 
 def read(path: Path) -> dict[str, Any]:
+    """Read a benchmark's JSON; exit with 2 if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

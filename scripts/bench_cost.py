@@ -86,6 +86,7 @@ def median_seconds(tasks: dict[str, Callable[[], object]], progress: "tqdm[None]
 
 
 def measure(rows: int, width: int, with_naive: bool, progress: "tqdm[None]") -> Point:
+    """Time the tasks at one width; with_naive also times and checks the naive order."""
     W, H = random_layer(rows, width)
     order = solver.natural_order(H)
     factor = solver.factorize(H, order)
@@ -105,6 +106,7 @@ def measure(rows: int, width: int, with_naive: bool, progress: "tqdm[None]") -> 
 
 
 def measure_all(widths: list[int], fixed_rows: int, naive_budget: float) -> list[Point]:
+    """Measure all widths; skip the naive order where its expected time exceeds the budget."""
     points: list[Point] = []
     naive_seconds = 0.0  # time of all naive runs at the last width, including the one that compares codes
     with tqdm(total=len(widths) * (WARM_UPS + RUNS), unit="round") as progress:

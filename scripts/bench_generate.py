@@ -53,6 +53,7 @@ class Result:
 
 
 def make_model(folder: Path, args: argparse.Namespace) -> None:
+    """Write a random Llama with tied embeddings in bfloat16."""
     config = LlamaConfig(
         hidden_size=args.width, intermediate_size=4 * args.width, num_hidden_layers=args.blocks,
         num_attention_heads=args.width // 64, num_key_value_heads=max(args.width // 256, 1), head_dim=64,
@@ -183,6 +184,7 @@ def theirs(kinds: list[str], original: Path, folder: Path, prompt: Tensor, envir
 
 
 def run(args: argparse.Namespace) -> list[Result]:
+    """Make all models, time them in turns, and return the medians."""
     prompt = torch.randint(0, args.vocab, (1, args.prompt), generator=torch.Generator().manual_seed(SEED))
     with tempfile.TemporaryDirectory() as temporary:
         original = Path(temporary) / "original"

@@ -210,6 +210,7 @@ def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any
 
 
 def rows_of(run: dict[str, Any]) -> Iterator[str]:
+    """Lines of the table: seconds of each stage beside its floor, total and memory."""
     floor = run["floor"]
     for stage in STAGES:
         least = f"{floor[stage]:8.2f}" if stage in floor else " " * 8

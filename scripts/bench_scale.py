@@ -58,6 +58,7 @@ def run_one(width: int, depth: int, tokens: int, args: argparse.Namespace) -> di
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run every size of every list, the other two at the middle of theirs."""
     lists = {"width": args.widths, "depth": args.depths, "tokens": args.tokens}
     middle = {name: values[len(values) // 2] for name, values in lists.items()}
     found = []

@@ -83,6 +83,7 @@ def make_checkpoints(folder: Path, fixtures: Path | None = None) -> dict[str, Pa
 
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -188,6 +189,7 @@ def apply(change: Change, folder: Path, outside: Path) -> None:
 
 
 def _change_kind(file: Path, kind: str, outside: Path) -> None:
+    """Replace a file by a folder, pipe or link, or remove it."""
     file.unlink()
     if kind == "folder":
         file.mkdir()
@@ -227,6 +229,7 @@ def _change_value(tree: Any, path: list[float], how: str, value: Any) -> None:
 def _change_header(
     header: dict[str, Any], at: float, how: str, place: float, dtype: Any, number: Any, text: str
 ) -> None:
+    """Change one tensor's entry in a safetensors header."""
     names = [name for name in header if name != "__metadata__"]
     name = names[int(at * len(names))]
     entry = header[name]
@@ -339,6 +342,7 @@ def broken_law(change: Change, checkpoint: Path) -> str | None:
 
 
 def _load(folder: Path) -> int:
+    """`gptq.load` with the exit code of a command."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     try:
@@ -350,6 +354,7 @@ def _load(folder: Path) -> int:
 
 
 def _complaint(change: Change, code: int, said: str) -> str | None:
+    """Check the exit code and the output of a command; return the violation, if any."""
     sentences = [line for line in said.splitlines() if line.startswith("gptq: ")]
     if code == 2 and len(sentences) != 1:
         return f"{change.command}: {len(sentences)} sentences: {said[-300:]!r}"
@@ -367,6 +372,7 @@ def _complaint(change: Change, code: int, said: str) -> str | None:
 
 
 def _place(error: BaseException) -> str:
+    """The exception, and the innermost line of the package that it passed through."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if f"{os.sep}gptq{os.sep}" in frame.filename] or list(frames)
     last, own_last = frames[-1], own[-1]

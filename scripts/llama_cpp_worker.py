@@ -71,6 +71,7 @@ def write_f16(model: Path, file: Path) -> None:
 
 
 def make(model: Path, out: Path, kinds: list[str]) -> None:
+    """Write the model as F16.gguf, and quantize that to each type."""
     whole = out / "F16.gguf"
     write_f16(model, whole)
     for kind in kinds:
@@ -109,6 +110,7 @@ class Served:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
     def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Answer one request, from an empty context."""
         self.forget()
         if "logits" in asked:
             return {"logits": self.run(asked["logits"]).tolist()}

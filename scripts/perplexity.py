@@ -103,6 +103,7 @@ def protocol_windows(
 
 
 def _drawn_windows(rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, count: int) -> Tensor:
+    """Draw windows as the GPTQ paper draws those of C4: a random position in a random long enough document."""
     draw = random.Random(0)
     tried: set[int] = set()
     windows: list[Tensor] = []
@@ -119,6 +120,7 @@ def _drawn_windows(rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_
 
 
 def measure(args: argparse.Namespace) -> evaluate.Perplexity:
+    """Measure the model by the protocol; print notes on what makes the number not comparable."""
     protocol = PROTOCOLS[args.protocol]
     folder = resolve(args.model, None)
     seq_len, notes = fitting_seq_len(args.seq_len, read_config(folder, args.trust_remote_code))

@@ -91,6 +91,7 @@ class Table:
         return next((row for row in self.rows if {name: row[name] for name in key} == key), None)
 
     def add(self, row: Row) -> None:
+        """Add a row and save the file."""
         self.rows.append(row)
         partial = self.path.with_name(f"{self.path.name}.partial")
         partial.write_text(json.dumps({"setting": self.setting, "rows": self.rows}), encoding="utf-8")
@@ -111,6 +112,7 @@ def read_texts(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
 def measure(
     method: str, config: QuantConfig, folder: Path, calibrating: Tensor, measured: Tensor, args: argparse.Namespace
 ) -> Row:
+    """Quantize with one configuration, measure the result, and return its row."""
     with tempfile.TemporaryDirectory(prefix="gptq-table-") as scratch:
         out = Path(scratch) / "out"
         options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
@@ -167,6 +169,7 @@ def _over_seeds(rows: list[Row]) -> evaluate.Comparison:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measure all rows that are missing, and print the table."""
     folder = demo.MODEL if args.model == "demo" else resolve(args.model, None)
     seq_len, _ = fitting_seq_len(args.seq_len, read_config(folder, args.trust_remote_code))
     tokenizer = read_tokenizer(folder, args.trust_remote_code)

@@ -79,6 +79,7 @@ def small_config(kind: str) -> PreTrainedConfig:
 
 
 def small_options(config: PreTrainedConfig) -> dict[str, Any]:
+    """The small sizes for those fields that the configuration has."""
     given = config.to_dict()
     known = {*given, *getattr(type(config), "attribute_map", {})}
     options: dict[str, Any] = {name: value for name, value in SMALL.items() if name in known}
@@ -107,6 +108,7 @@ def small_model(kind: str) -> PreTrainedModel:
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of a fixed random window."""
     ids = torch.randint(3, TOKENS, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=ids).logits

@@ -32,6 +32,7 @@ END = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -43,6 +44,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """Tokenize all texts and concatenate them, each followed by the end token."""
     ids: list[int] = []
     for row in cast(list[list[int]], tokenizer(texts, verbose=False)["input_ids"]):
         ids += [*row, cast(int, tokenizer.eos_token_id)]
@@ -50,6 +52,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tens
 
 
 def new_model(end_id: int) -> LlamaForCausalLM:
+    """A Llama with initial weights from the seed."""
     torch.manual_seed(SEED)  # transformers draws initial weights from the global generator
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8,
@@ -93,6 +96,7 @@ def learning_rate_factor(progress: float) -> float:
 
 @torch.no_grad()
 def validation_loss(model: LlamaForCausalLM, tokens: torch.Tensor, windows: int = 64) -> float:
+    """Mean loss over the first windows of the held-out tokens."""
     model.eval()
     batch = tokens[: windows * SEQ_LEN].view(-1, SEQ_LEN).long()  # (windows, SEQ_LEN)
     losses = [float(model(input_ids=w[None], labels=w[None]).loss) for w in batch]
@@ -101,6 +105,7 @@ def validation_loss(model: LlamaForCausalLM, tokens: torch.Tensor, windows: int 
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, record: dict[str, object]) -> None:
+    """Save bfloat16 weights, tokenizer and training.json."""
     weights = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
     copy = LlamaForCausalLM(model.config)
     copy.bfloat16()

@@ -165,6 +165,7 @@ def _draw_windows(
     draw: torch.Generator,
     special_tokens: bool,
 ) -> Tensor:
+    """Draw (num_samples, seq_len) tokens: from the whole text if the source is small, otherwise from rows."""
     if len(rows) == 1 or _is_small(rows, SMALL_SOURCE):
         tokens = tokenize(rows, tokenizer, special_tokens)
         whole = len(tokens) // seq_len
@@ -192,6 +193,7 @@ def _draw_from_rows(
     draw: torch.Generator,
     special_tokens: bool,
 ) -> Tensor:
+    """Draw windows that start at random rows; no row is used twice, and too short a run of rows is dropped."""
     found: list[Tensor] = []
     used: set[int] = set()
     seen_tokens = 0
@@ -212,6 +214,7 @@ def _draw_from_rows(
 
 
 def _require_tokens(tokens: int, num_samples: int, seq_len: int, whole: int) -> None:
+    """Raises InputError if there are fewer than num_samples whole windows."""
     if whole < num_samples:
         raise InputError(
             f"the calibration text has {tokens} tokens, enough for {whole} windows of {seq_len}; {num_samples} windows "
@@ -226,6 +229,7 @@ def tokenize(rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_to
 
 
 def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[int]:
+    """Tokenize a text; raises InputError if the tokenizer fails."""
     try:
         ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     except Exception as error:  # of any type, depending on the tokenizer's files

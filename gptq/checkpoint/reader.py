@@ -83,9 +83,8 @@ class Source:
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=(stored.dtype.is_floating_point and dtype) or stored.dtype)
         for rows in self._row_chunks(stored):
-            with safe_open(
-                self._file_of[name], framework="pt"
-            ) as file:  # closing unmaps the file, so that its pages do not add to resident memory
+            # Closing the file after each run unmaps it, so that its pages do not add to resident memory.
+            with safe_open(self._file_of[name], framework="pt") as file:
                 piece: Tensor = file.get_slice(name)[rows] if rows else file.get_tensor(name)
                 if stored.dtype.is_floating_point and not _is_finite(piece):
                     raise InputError(
@@ -109,6 +108,7 @@ class Source:
 
 
 def _is_finite(piece: Tensor) -> bool:
+    """Whether no number is NaN or infinite, by the smallest and largest alone."""
     if not piece.numel():
         return True
     ends = (piece if piece.dtype.itemsize > 1 else piece.float()).aminmax()  # NaN if any number is NaN

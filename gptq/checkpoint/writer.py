@@ -65,12 +65,12 @@ class ShardWriter:
             raise
 
     def _open_shard(self, path: Path, number: int, names: list[str], reuse_shards: bool) -> None:
+        """Open a shard's file, keep its content if it may be reused, and otherwise write its header and full size."""
         header, offset = _encode_header({name: self._tensors[name] for name in names})
         size = len(header) + sum(self._tensors[name].nbytes for name in names)
         reuse_shards = reuse_shards and path.is_file() and path.stat().st_size == size and _begins_with(path, header)
-        file: Any = path.open(
-            "rb" if self._read_only else "r+b" if reuse_shards else "w+b"
-        )  # closed by `close` or `abandon`
+        mode = "rb" if self._read_only else "r+b" if reuse_shards else "w+b"
+        file: Any = path.open(mode)  # closed by `close` or `abandon`
         self._files.append(file)
         for name, begin in offset.items():
             self._offsets[name] = (number, len(header) + begin)
@@ -79,6 +79,7 @@ class ShardWriter:
             file.truncate(size)
 
     def _write_index(self, shards: list[list[str]]) -> None:
+        """Write the index file that names the shard of each tensor."""
         weight_map = {n: Path(self._files[i].name).name for i, names in enumerate(shards) for n in names}
         total = sum(info.nbytes for info in self._tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -110,6 +111,7 @@ class ShardWriter:
         return True
 
     def _digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes on disk."""
         shard, offset = self._offsets[name]
         self._files[shard].seek(offset)
         digest, left = hashlib.sha256(), self._tensors[name].nbytes
@@ -157,6 +159,7 @@ def _begins_with(path: Path, header: bytes) -> bool:
 
 
 def _split_into_shards(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
+    """Split the names in order into shards; tensors of one layer stay together."""
     shards: list[list[str]] = [[]]
     size = 0
     for _, together in groupby(tensors, key=lambda name: name.rpartition(".")[0] or name):

@@ -81,6 +81,7 @@ class Ranks:
         return self._broadcast_bytes(x.detach().contiguous(), owner)
 
     def _broadcast_bytes(self, x: Tensor, owner: int) -> Tensor:
+        """Broadcast a contiguous tensor as bytes, in place; raises InputError if another process has ended."""
         try:
             if x.numel():
                 dist.broadcast(x.reshape(-1).view(torch.uint8), owner)  # bytes: a backend need not know the dtype
@@ -105,6 +106,7 @@ class Ranks:
         return self.minimum(0 if flag else 1) == 0
 
     def _all_reduce(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
+        """Combine all processes' integers, which is exact; raises InputError if another process has ended."""
         found = torch.tensor(number, dtype=torch.int64, device=self.device)
         try:
             dist.all_reduce(found, operation)

@@ -88,6 +88,7 @@ class _ReorderedWeight:
 
 
 def _onednn_linear(layer: nn.Linear, reordered: _ReorderedWeight, x: Tensor) -> Tensor:
+    """The forward of a linear layer by oneDNN, or by torch where oneDNN is not faster."""
     weight = layer.weight
     alike = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype
     quick = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and has_native_bfloat16())

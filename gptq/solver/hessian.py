@@ -14,7 +14,7 @@ from gptq.compute.cpu_features import has_amx, has_avx512_bf16
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.compute.matmul import allow_bfloat16_matmul, product
 
-PANEL_ROWS = 256  # rows of H per matrix product, which computes them from the diagonal on to the right
+PANEL_ROWS = 256  # rows of H per matrix product, from the diagonal to the right; a multiple of simd.WIDE
 CHUNK_TOKENS = 1024  # tokens added per pass over H: fewer read and write H more often, more take memory
 
 
@@ -50,6 +50,7 @@ class HessianAccumulator:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
+        """Add the tokens of all waiting windows, CHUNK_TOKENS at a time."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
@@ -62,6 +63,7 @@ class HessianAccumulator:
             self._add(x[rows], None if original is None else original[rows])
 
     def _add(self, x: Tensor, original: Tensor | None) -> None:
+        """Add the products of (tokens, num_inputs) to this process's panels."""
         panels = [slice(start, min(start + PANEL_ROWS, x.shape[1])) for start in range(0, x.shape[1], PANEL_ROWS)]
         own = [panel for number, panel in enumerate(panels) if self._ranks.owns(number)]
         x, original, add_products = _prepare_factors(x, original)

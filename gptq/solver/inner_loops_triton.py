@@ -71,6 +71,10 @@ def _choose_columns_kernel(
     base, reference, coupling_t, scale, zero, groups, codes, Q, t_out, rows, columns, maxq,
     COLUMNS: tl.constexpr, PROGRAM_ROWS: tl.constexpr,
 ):  # fmt: skip
+    """One program chooses the codes of PROGRAM_ROWS rows in all columns of a block, one column after another.
+
+    coupling_t is transposed, (columns, columns); COLUMNS is the number of columns rounded up to a power of two.
+    """
     row = tl.program_id(0) * PROGRAM_ROWS + tl.arange(0, PROGRAM_ROWS)
     inside = row < rows
     column = tl.arange(0, COLUMNS)
@@ -92,18 +96,13 @@ def _choose_columns_kernel(
 
 @triton.jit
 def _best_grids_kernel(
-    w,
-    importance,
-    scales,
-    zeros,
-    best,
-    rows,
-    columns,
-    candidates,
-    maxq,
-    CHUNK_COLUMNS: tl.constexpr,
-    PROGRAM_ROWS: tl.constexpr,
-):
+    w, importance, scales, zeros, best, rows, columns, candidates, maxq,
+    CHUNK_COLUMNS: tl.constexpr, PROGRAM_ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program finds the best candidate grids of PROGRAM_ROWS rows of one group.
+
+    error[c, row] = sum_j importance[j] * (w[j, row] - Q(w[j, row]; candidate c)) ** 2
+    """
     row = tl.program_id(1) * PROGRAM_ROWS + tl.arange(0, PROGRAM_ROWS)
     inside = row < rows
     group, groups = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -119,9 +118,8 @@ def _best_grids_kernel(
             column = start + tl.arange(0, CHUNK_COLUMNS)
             there = column < columns
             both = there[:, None] & inside[None, :]
-            x = tl.load(
-                lines + column[:, None] * rows + row[None, :], mask=both, other=0.0
-            )  # (CHUNK_COLUMNS, PROGRAM_ROWS)
+            at = column[:, None] * rows + row[None, :]  # (CHUNK_COLUMNS, PROGRAM_ROWS)
+            x = tl.load(lines + at, mask=both, other=0.0)
             h = tl.load(weights + column, mask=there, other=0.0)  # (CHUNK_COLUMNS,)
             d = x - s[None, :] * (_code(x, s[None, :], z[None, :], maxq) - z[None, :])
             error += tl.sum(h[:, None] * d * d, axis=0)
