@@ -22,6 +22,7 @@ from gptq.solver.solve import SMALLEST_POWER, TILE_ROWS
 
 SAMPLED_ROWS = 256  # rows per layer, about, that estimate the errors of RTN and on held-out windows
 DEFAULT_SHARE = 0.5  # of the correction, where no held-out window tells a better one (QEP's choice)
+LARGEST_ERROR = 1e30  # that the record's readers accept
 ROUNDING = 1e-10  # relative errors up to here are floating-point rounding
 
 
@@ -88,7 +89,8 @@ class ErrorSums:
 
 
 def _ratio(error: float, power: float) -> float:
-    return error / max(power, SMALLEST_POWER)
+    """A relative error, at most what the record can hold: a layer may have no output to speak of."""
+    return min(error / max(power, SMALLEST_POWER), LARGEST_ERROR)
 
 
 @dataclass(frozen=True)
