@@ -20,12 +20,15 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
-	for python in $(ALSO); do $(MAKE) smoke PYTHON=$$python VENV=$(VENV)-$$python || exit; done
+	$(if $(ALSO),$(MAKE) -j2 $(addprefix smoke-,$(ALSO)))
 
 smoke: $(VENV)/installed-dev
 	$(VENV)/bin/python -c 'import gptq; print(gptq.__version__, gptq.quantize)'
 	$(VENV)/bin/gptq demo
-	$(VENV)/bin/pytest -n 2 -m 'not slow'
+	$(VENV)/bin/pytest -n 1 -m 'not slow'
+
+smoke-%:
+	$(MAKE) smoke PYTHON=$* VENV=$(VENV)-$*
 
 docs: $(VENV)/installed-docs
 	$(VENV)/bin/python -m sphinx -b html -W --keep-going docs docs/_build/html

@@ -171,6 +171,7 @@ QUANTIZED = {  # endings of names, and how many there are of each
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXED)
 def test_blocks_of_other_kinds(kind: str, make_model: MakeModel, rng: torch.Generator, tmp_path: Path) -> None:
     """Blocks that differ, routers that are more than linear, experts without a gate, other widths, parts."""
@@ -457,6 +458,7 @@ def test_a_real_encoders_embeddings_stay_where_they_were(
     assert (embeddings(source) * embeddings(tmp_path / "out")).sum(-1).min() >= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["gptq_v2", "pack-quantized"])
 def test_experts_and_a_head_in_the_other_formats(
     chosen: Format, make_model: MakeModel, rng: torch.Generator, tmp_path: Path
@@ -488,6 +490,7 @@ def test_experts_and_a_head_in_the_other_formats(
     assert verify.verify(tmp_path / "v1").problems == [lost]
 
 
+@pytest.mark.slow
 def test_widths_under_a_budget_for_experts_two_stacks_and_a_head(
     make_model: MakeModel, rng: torch.Generator, tmp_path: Path
 ) -> None:
@@ -502,6 +505,7 @@ def test_widths_under_a_budget_for_experts_two_stacks_and_a_head(
         assert verify.verify(tmp_path / kind).problems == []
 
 
+@pytest.mark.slow
 def test_as_many_windows_as_pay_for_two_stacks(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
     config = QuantConfig(**{**CONFIG.to_dict(), "num_samples": "auto"})
     result = quantize(make_model("t5"), tmp_path / "out", config, calibration=text_file)

@@ -42,6 +42,7 @@ def test_less_than_the_smallest_is_refused(rng: torch.Generator) -> None:
         allocate(units, sum(min(c.nbytes for c in unit.choices) for unit in units) - 1)
 
 
+@pytest.mark.slow
 def test_targets_are_met_on_disk(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
     source = make_model("llama")
     options: dict[str, Any] = {"group_size": 32, "seq_len": 32, "effort": "fast"}

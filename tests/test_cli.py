@@ -202,6 +202,7 @@ def wait_until_it_imports(pid: int) -> None:
     time.sleep(1)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_a_sentence_and_leaves_what_is_finished(
     make_model: MakeModel, text_file: str, tmp_path: Path
 ) -> None:

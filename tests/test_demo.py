@@ -50,7 +50,8 @@ def test_gptq_beats_round_to_nearest_on_the_shipped_model(bits: int, tmp_path: P
 
 @pytest.mark.slow
 def test_the_demonstration_end_to_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "WINDOWS", 6)
+    monkeypatch.setattr(demo, "CALIBRATION_WINDOWS", 6)
+    monkeypatch.setattr(demo, "MEASURED_WINDOWS", 6)
     assert main(["demo", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert [(row["bits"], row["method"]) for row in shown["rows"]] == [

@@ -159,6 +159,7 @@ def test_siblings_stored_apart_are_told() -> None:
     assert "model.layers.0.mlp.gate_proj and model.layers.0.mlp.up_proj are stored differently" in vllm.why
 
 
+@pytest.mark.slow
 def test_plan_and_inspect_say_it(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = make_model("llama"), tmp_path / "out"
     options = ["--bits", "3", "--group-size", "32", "--override", "down_proj:bits=5", "--method", "rtn"]

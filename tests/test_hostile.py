@@ -521,6 +521,7 @@ def test_a_tokenizer_that_fails_is_a_sentence(checkpoints: dict[str, Path], tmp_
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", "pack", "mixed", "mixed-pack", "quantized-experts"])
 def test_a_flipped_bit_in_any_tensor_is_found_and_named(
     name: str, checkpoints: dict[str, Path], tmp_path: Path

@@ -24,6 +24,7 @@ MIXED = {"overrides": [["down_proj", {"bits": 8, "group_size": -1}], [r"layers\.
 IDS = torch.randint(1, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{"format": "gptq"}, {"format": "gptq_v2", "bits": 3, "sym": False}])
@@ -99,6 +100,7 @@ def test_compressed_tensors_unpacks_our_weights(bits: int, sym: bool, make_model
             assert torch.equal(PackedQuantizationCompressor.decompress(own, scheme)["weight"], layer.weight)
 
 
+@pytest.mark.slow
 def test_the_package_is_light_and_registers_before_transformers_is_there(make_model: MakeModel, tmp_path: Path) -> None:
     quantize(make_model("llama"), tmp_path / "out", QuantConfig.from_dict({**RTN, "format": "gptq"}))
     program = """

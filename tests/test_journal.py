@@ -82,6 +82,7 @@ def stop(source: Path, out: Path, config: QuantConfig = CONFIG, after: int = 1, 
     assert len(Journal(partial_of(out)).find("block")) == after
 
 
+@pytest.mark.slow
 def test_twenty_kills_and_the_bytes_agree(make_model: MakeModel, tmp_path: Path) -> None:
     model, folder = make_model("llama", num_hidden_layers=5), tmp_path / "runs"
     folder.mkdir()
@@ -99,6 +100,7 @@ def test_twenty_kills_and_the_bytes_agree(make_model: MakeModel, tmp_path: Path)
     assert found["left"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "model_options", "after"),
     [
@@ -151,6 +153,7 @@ def test_blocks_that_nothing_reaches_are_finished_too(
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_target_is_not_measured_twice(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +302,7 @@ def test_another_machine_is_noted(
     assert any("begun with transformers 0.0, now" in note for note in observer.notes)
 
 
+@pytest.mark.slow
 def test_damage_is_done_again(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
     """A flipped bit in a finished block, a torn line, a damaged line, a journal or a shard cut short, or gone."""
     source = make_model("llama", num_hidden_layers=4)

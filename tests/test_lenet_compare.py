@@ -16,6 +16,8 @@ from lenet_baseline.activations import record_activations
 from lenet_baseline.model import LAYERS, LeNet
 from lenet_baseline.weight_only import BITS, METHODS
 
+pytestmark = pytest.mark.slow
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -178,6 +178,7 @@ def test_a_missing_split_or_folder_is_refused(tmp_path: Path) -> None:
         data.load(str(tmp_path / "nothing"))
 
 
+@pytest.mark.slow
 def test_cifar10_has_the_ranges_that_are_known_of_it() -> None:
     """Input range (-1, 1); mean +- 3 sigma close to (-1.57, 1.47), here after JPEG."""
     folder = DATA / "data" / "cifar10"

@@ -49,6 +49,7 @@ def planned(folder: Path, config: QuantConfig = CONFIG) -> Plan:
     return plan_checkpoint(str(folder), config, None, trust_remote_code=False)
 
 
+@pytest.mark.slow
 @linux
 def test_the_same_bytes_with_any_limit(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +70,7 @@ def test_the_same_bytes_with_any_limit(
     assert all(sums == found[0] for sums in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"effort": "fast"}, {"tune_steps": 2}])
 def test_what_is_used_up_is_freed_at_once(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, options: dict[str, Any]

@@ -90,6 +90,7 @@ CPUS = [  # what a CPU is quick at
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick_at", CPUS)
 @pytest.mark.parametrize("rows", [1, 3, 9, 20])
 @pytest.mark.parametrize("sym", [True, False])
@@ -285,6 +286,7 @@ def test_gradients_flow_through_a_packed_layer(rng: torch.Generator) -> None:
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_those_of_unpacked_weights(bits: int, dtype: str, make_model: MakeModel, tmp_path: Path) -> None:
@@ -308,6 +310,7 @@ def test_logits_are_those_of_unpacked_weights(bits: int, dtype: str, make_model:
         assert (ours - reference).norm() <= 32 * rounding * reference.norm()  # some twenty products after each other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_scales_that_are_no_float16_numbers(bits: int, dtype: torch.dtype) -> None:
@@ -382,6 +385,7 @@ for bits in (2, 3, 4, 8):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_triton_kernel_in_its_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -15,10 +15,13 @@ from gptq.solver.hessian import HessianAccumulator
 from tests.conftest import MakeModel
 from tests.test_journal import partial_of
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available() and hasattr(os, "fork")),
-    reason="this torch cannot join processes with gloo",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available() and hasattr(os, "fork")),
+        reason="this torch cannot join processes with gloo",
+    ),
+]
 
 
 def run(source: Path, folder: Path, cases: list[dict[str, Any]]) -> dict[str, list[str]]:

@@ -14,6 +14,8 @@ from gptq import QuantConfig, load, perplexity, quantize
 from gptq.output import verify
 from tests.conftest import DATA, MakeModel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", [32, -1])

@@ -19,6 +19,7 @@ def layer_error(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
     return ((E @ H) * E).sum(1)  # (rows,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", [8, 12, 40])

@@ -184,6 +184,7 @@ def test_damping_grows_until_the_hessian_factors_and_no_further(rng: torch.Gener
         factor_of(torch.full((4, 4), float("nan")), 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1024, 1536])
 def test_float32_solves_like_float64_at_real_widths(n: int, rng: torch.Generator) -> None:
     W, H = problem(rng, rows=64, n=n)

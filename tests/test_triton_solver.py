@@ -96,6 +96,7 @@ for kernel, sizes in (
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_without_one(tmp_path: Path) -> None:
     """To machine code whose division is exactly rounded and whose registers are not kept in memory."""
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -60,6 +60,7 @@ def test_what_is_perfect_is_left_alone(rng: torch.Generator) -> None:
     assert tuned.parameters == {}
 
 
+@pytest.mark.slow
 def test_a_tuned_checkpoint_holds_what_was_tuned(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
     source = make_model("qwen2")  # norms and biases
     ten = torch.cat([windows, windows.flip(0)[:4]])
