@@ -49,7 +49,7 @@ from gptq.checkpoint.hub import resolve
 from gptq.errors import InputError
 from gptq.evaluation import evaluate
 from gptq.inference.load import load
-from gptq.models.hf_config import fitting_seq_len, read_config, read_tokenizer
+from gptq.models.hf_config import fit_seq_len, read_config, read_tokenizer
 
 SEQ_LEN, C4_WINDOWS, C4_DOCUMENTS = 2048, 256, 1100
 
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace) -> evaluate.Perplexity:
     """Measure the model by the protocol; print notes on what makes the number not comparable."""
     protocol = PROTOCOLS[args.protocol]
     folder = resolve(args.model, None)
-    seq_len, notes = fitting_seq_len(args.seq_len, read_config(folder, args.trust_remote_code))
+    seq_len, notes = fit_seq_len(args.seq_len, read_config(folder, args.trust_remote_code))
     tokenizer = read_tokenizer(folder, args.trust_remote_code)
     rows = read_rows(protocol, args.source or protocol.source)
     if args.protocol == "wikitext2" and any("<unk>" in row for row in rows[:1000] if row):

@@ -38,7 +38,7 @@ from gptq.checkpoint.hub import resolve
 from gptq.errors import InputError
 from gptq.evaluation import evaluate
 from gptq.inference.load import load
-from gptq.models.hf_config import fitting_seq_len, read_config, read_tokenizer
+from gptq.models.hf_config import fit_seq_len, read_config, read_tokenizer
 
 # Options of QuantConfig by method. Options that matter are explicit, so that a changed default does not change them.
 PLAIN = "plain GPTQ"
@@ -171,7 +171,7 @@ def _over_seeds(rows: list[Row]) -> evaluate.Comparison:
 def run(args: argparse.Namespace) -> None:
     """Measure all rows that are missing, and print the table."""
     folder = demo.MODEL if args.model == "demo" else resolve(args.model, None)
-    seq_len, _ = fitting_seq_len(args.seq_len, read_config(folder, args.trust_remote_code))
+    seq_len, _ = fit_seq_len(args.seq_len, read_config(folder, args.trust_remote_code))
     tokenizer = read_tokenizer(folder, args.trust_remote_code)
     rows, measured_rows = read_texts(args)
     measured = calibration.evaluation_windows(measured_rows, tokenizer, seq_len, args.windows)

@@ -24,8 +24,8 @@ from gptq.calibration import text as calibration
 from gptq.calibration.text import special_token_frame
 from gptq.config import Format
 from gptq.models.blocks import Block
-from gptq.models.experts import Experts, take_apart
-from gptq.models.uncalled_layers import UnsolvedWeight, not_called
+from gptq.models.experts import Experts, unfuse_experts
+from gptq.models.uncalled_layers import UnsolvedWeight, find_uncalled_layers
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.results import RECORD
@@ -197,7 +197,7 @@ def test_a_weight_that_is_computed_with_elsewhere_is_not_guessed(
 ) -> None:
     """Where it is not found beforehand, as when the forward wants to know a number first."""
     ids = torch.randint(2, VOCAB, (8, 32), generator=rng)
-    monkeypatch.setattr("gptq.planning.plan.not_called", lambda *_: [])
+    monkeypatch.setattr("gptq.planning.plan.find_uncalled_layers", lambda *_: [])
     with pytest.raises(InputError, match=r"layers.0.mixer.dt_proj without calling .* --override 'dt_proj:skip'"):
         quantize(make_model("mamba"), tmp_path / "out", CONFIG, calibration=ids)
 
@@ -220,7 +220,7 @@ def test_weights_that_are_computed_with_in_lists_and_transposed() -> None:
     }
     blocks, inputs = [Block("", network, linears)], {"input": torch.zeros(2, 4)}
     own = ["q_proj", "k_proj", "v_proj", "last"]  # engines fuse the first three
-    assert not_called(network, blocks, inputs) == [f"{i}.{name}" for i in (0, 1) for name in own]
+    assert find_uncalled_layers(network, blocks, inputs) == [f"{i}.{name}" for i in (0, 1) for name in own]
     network[0].q_proj._parameters["weight"] = UnsolvedWeight.of(linears["0.q_proj"], "0.q_proj", torch.device("cpu"))
     with pytest.raises(InputError, match=r"weight of 0\.q_proj without calling"):
         network(torch.zeros(2, 4, device="meta"))
@@ -230,7 +230,7 @@ def test_weights_that_are_computed_with_in_lists_and_transposed() -> None:
             look()
     assert (unread.shape, unread.device.type, unread.stride()) == ((4, 4), "cpu", (4, 1))
     network[0].lock = threading.Lock()  # of which there is no copy
-    assert not_called(network, blocks, inputs) == []
+    assert find_uncalled_layers(network, blocks, inputs) == []
 
 
 @pytest.mark.parametrize("options", [{}, {"two_streams": False}, {"tune_steps": 2}])
@@ -273,9 +273,9 @@ def test_experts_that_compute_something_else_are_not_taken_apart() -> None:
     with torch.device("meta"):
         plain, clamped, transposed = MixtralExperts(config), Clamped(config), MixtralExperts(config)
     transposed.down_proj = torch.nn.Parameter(transposed.down_proj.transpose(1, 2))
-    assert isinstance(take_apart(plain), Experts)
-    assert take_apart(clamped) is None
-    assert take_apart(transposed) is None
+    assert isinstance(unfuse_experts(plain), Experts)
+    assert unfuse_experts(clamped) is None
+    assert unfuse_experts(transposed) is None
 
 
 # --- other inputs, other heads ----------------------------------------------------------------------------------------

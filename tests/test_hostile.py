@@ -27,7 +27,7 @@ from gptq.evaluation.report import write_report
 from gptq.formats import Scheme, name_rules
 from gptq.formats.name_rules import Quantization
 from gptq.formats.quantization_config import read_quantization
-from gptq.models.build import empty_model
+from gptq.models.build import build_empty_model
 from gptq.models.hf_config import read_config
 from gptq.output import verify
 from gptq.output.record import read_record
@@ -288,9 +288,9 @@ def test_what_a_model_may_hold_is_counted_while_it_is_made(checkpoints: dict[str
     config = read_config(folder, trust_remote_code=False)
     config.num_hidden_layers = 5000
     with pytest.raises(InputError, match="much larger model than its safetensors files hold"):
-        empty_model(config, False, Source(folder))
+        build_empty_model(config, False, Source(folder))
     config.num_hidden_layers = 30
-    assert len(list(empty_model(config, False).parameters())) > 200  # nobody counts any more
+    assert len(list(build_empty_model(config, False).parameters())) > 200  # nobody counts any more
 
 
 def test_an_adapter_is_not_followed_to_another_model(checkpoints: dict[str, Path], tmp_path: Path) -> None:

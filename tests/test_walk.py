@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptq.models.forward import PausableForward, identity, pause_before, pause_instead
+from gptq.models.forward import PausableForward, identify, pause_before, pause_instead
 
 
 def network() -> nn.Sequential:
@@ -88,24 +88,24 @@ def test_stopping_frees_and_errors_reach_the_caller() -> None:
 
 def test_identity_sees_views_and_writes() -> None:
     x = torch.zeros(2, 6)
-    before = identity(x)
-    assert identity(x.view(2, 6)) == before
-    assert identity(x.clone()) != before
-    assert identity(x.view(3, 4)) != before
+    before = identify(x)
+    assert identify(x.view(2, 6)) == before
+    assert identify(x.clone()) != before
+    assert identify(x.view(3, 4)) != before
     x += 1
-    assert identity(x) != before
+    assert identify(x) != before
 
 
 def test_what_comes_to_the_same_place_later_is_not_the_same() -> None:
     memory = bytearray(64)
     array = np.frombuffer(memory, dtype=np.float32)
     x, held = torch.from_numpy(array), weakref.ref(array)
-    before = identity(x)
+    before = identify(x)
     del x, array
-    assert held() is None  # an identity keeps nothing alive
+    assert held() is None  # a key keeps nothing alive
     y = torch.frombuffer(memory, dtype=torch.float32)
-    assert identity(y)[1:] == before[1:]
-    assert identity(y) != before
+    assert identify(y)[1:] == before[1:]
+    assert identify(y) != before
 
 
 def test_an_ended_forward_cannot_go_on() -> None:

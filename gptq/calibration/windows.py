@@ -13,7 +13,7 @@ from gptq.calibration.text import documents, draw_windows, special_token_frame
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.models.forward import check_tokens
-from gptq.models.hf_config import fitting_seq_len, read_tokenizer
+from gptq.models.hf_config import fit_seq_len, read_tokenizer
 
 MAX_WINDOWS = 1024  # most windows that num_samples="auto" tries
 HELD_OUT_EVERY = 8  # one window in this many is held out: it measures the error and does not enter the solve
@@ -60,7 +60,7 @@ def make_windows(
     notes: list[str] = []
     if isinstance(given, str):
         tokenizer = read_tokenizer(folder, trust_remote_code)
-        seq_len, notes = fitting_seq_len(config.seq_len, network.config, network)
+        seq_len, notes = fit_seq_len(config.seq_len, network.config, network)
         frame = special_token_frame(tokenizer) if not network.can_generate() else []
         rows = documents(given, "train")
         given = draw_windows(rows, tokenizer, num_samples, seq_len, config.seed, frame)

@@ -26,7 +26,7 @@ from gptq.errors import InputError, printable
 from gptq.evaluation import evaluate, report
 from gptq.evaluation.quality import Measurement, add_measurement, read_measurements
 from gptq.formats import compatibility
-from gptq.models.hf_config import choose_device, choose_dtype, fitting_seq_len
+from gptq.models.hf_config import choose_device, choose_dtype, fit_seq_len
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.record import PerplexityRecord, public_name, read_record
@@ -151,7 +151,7 @@ def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, plan.hf_config, device)
     windows = FEWEST_WINDOWS if config.num_samples == "auto" else config.num_samples
-    length, _ = fitting_seq_len(config.seq_len, plan.hf_config, plan.network)
+    length, _ = fit_seq_len(config.seq_len, plan.hf_config, plan.network)
     held_out = sum(is_held_out(i, windows) for i in range(windows))
     tokens = memory.Tokens(windows, length, held_out)
     choice, says = memory.settle(

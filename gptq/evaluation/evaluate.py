@@ -16,8 +16,8 @@ from gptq.errors import InputError
 from gptq.inference.load import load
 from gptq.models.blocks import find_blocks
 from gptq.models.build import open_model
-from gptq.models.forward import check_tokens, run
-from gptq.models.hf_config import choose_dtype, fitting_seq_len, read_config, read_tokenizer
+from gptq.models.forward import check_tokens, run_forward
+from gptq.models.hf_config import choose_dtype, fit_seq_len, read_config, read_tokenizer
 from gptq.models.tensor_names import check_tensors
 from gptq.models.weights import WeightStream
 from gptq.pipeline.block import set_original_weights
@@ -82,7 +82,7 @@ def perplexity(
         InputError: model or data cannot be read, or the text is shorter than a window.
     """
     folder = resolve(str(model), revision)
-    seq_len, _ = fitting_seq_len(seq_len, read_config(folder, trust_remote_code))
+    seq_len, _ = fit_seq_len(seq_len, read_config(folder, trust_remote_code))
     tokenizer = read_tokenizer(folder, trust_remote_code)
     tokens = text_windows(data, tokenizer, seq_len, windows)
     network = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -111,7 +111,7 @@ def perplexity_of(
     for done, window in enumerate(tokens):
         window = window.to(network.device)
         logits = (
-            run(network, input_ids=window[None], use_cache=False).logits[0, :-1].float()
+            run_forward(network, input_ids=window[None], use_cache=False).logits[0, :-1].float()
         )  # (seq_len - 1, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
         total += float(loss)
@@ -158,7 +158,7 @@ def compare(
     if getattr(configs[1], "quantization_config", None):
         raise InputError(f"{original} is quantized itself; compare with the checkpoint that {model} was made from")
     for config in configs:
-        seq_len, _ = fitting_seq_len(seq_len, config)
+        seq_len, _ = fit_seq_len(seq_len, config)
     tokens = text_windows(data, read_tokenizer(folder, trust_remote_code), seq_len, windows)
     if not torch.equal(
         tokens, text_windows(data, read_tokenizer(original_folder, trust_remote_code), seq_len, windows)
@@ -184,7 +184,9 @@ def per_window(
         tokens, original_logits(original, tokens, network.device, dtype, trust_remote_code, progress), strict=True
     ):
         window = window.to(network.device)
-        logits = run(network, input_ids=window[None], use_cache=False).logits[0, :-1]  # (seq_len - 1, vocabulary)
+        logits = run_forward(network, input_ids=window[None], use_cache=False).logits[
+            0, :-1
+        ]  # (seq_len - 1, vocabulary)
         if logits.shape != reference.shape:
             found, expected = logits.shape[1], reference.shape[1]
             raise InputError(f"the model has {found} logits, {original} has {expected}; is it the original?")

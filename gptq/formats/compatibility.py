@@ -11,7 +11,7 @@ from gptq import formats
 from gptq.formats import gptq, pack_quantized
 from gptq.formats.gptq import GPTQ_BITS
 from gptq.formats.scheme import Layers, Scheme, normalized_scheme
-from gptq.models.blocks import fused_siblings
+from gptq.models.blocks import group_fused_siblings
 
 MARLIN = ((4, True), (8, True))
 Rule = Callable[[Layers], tuple[bool, str]]  # whether an engine takes the layers, and why
@@ -46,7 +46,7 @@ def _explain_uneven(layers: Layers) -> str | None:
 
 def _explain_siblings(layers: Layers) -> str | None:
     """vLLM makes one layer of them, so they have to be stored alike (utils/gptq_utils.py)."""
-    for group in fused_siblings(layers):
+    for group in group_fused_siblings(layers):
         kinds = {normalized_scheme(*layers[name]) for name in group}
         if len(kinds) > 1:
             return f"{' and '.join(group)} are stored differently, and it fuses them"

@@ -17,7 +17,7 @@ import regex
 from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats.scheme import Scheme
-from gptq.models.blocks import FUSED, fused_siblings
+from gptq.models.blocks import FUSED, group_fused_siblings
 
 PATIENCE = 60.0  # seconds of the processor for all rules on all layers; 10,000 layers and 100 rules take four
 MAX_EXPRESSION, MAX_REPEATS = 100_000, 1000  # characters of an expression, and product of its {counts}
@@ -78,8 +78,8 @@ def name_patterns(chosen: Collection[str], layers: Collection[str]) -> list[str]
 
 def _write_patterns(chosen: Collection[str], layers: Collection[str], whole: bool) -> list[str]:
     numbers: dict[tuple[str, str], list[str]] = {}  # (before and after the number of the block) -> numbers
-    complete = {frozenset(group) for group in fused_siblings(layers) if len(group) > 1}
-    for group in fused_siblings(chosen):
+    complete = {frozenset(group) for group in group_fused_siblings(layers) if len(group) > 1}
+    for group in group_fused_siblings(chosen):
         before, number, after = _split_at_number(group[0].rpartition(".")[0], whole)
         alternatives = _alternatives(group, frozenset(group) in complete)
         numbers.setdefault((before, f"{after}\\.{alternatives}"), []).append(number)

@@ -11,7 +11,7 @@ from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.formats.name_rules import Quantization
 from gptq.formats.scheme import Scheme, in_runs
-from gptq.models.blocks import is_linear, shape
+from gptq.models.blocks import is_linear, shape_of
 from gptq.models.tensor_names import Names
 
 
@@ -130,8 +130,8 @@ def match_layers(
         if own in layers:
             stored[name] = own
             found = layers[own].outputs, layers[own].inputs
-            if shape(module) != found:
-                raise InputError(f"{own} is packed for {found}, but config.json describes {shape(module)}")
+            if shape_of(module) != found:
+                raise InputError(f"{own} is packed for {found}, but config.json describes {shape_of(module)}")
     extra = layers.keys() - set(stored.values())
     if extra:
         name = f"{min(extra)}.{layers[min(extra)].suffixes[0]}"

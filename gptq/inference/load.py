@@ -17,8 +17,8 @@ from gptq.formats.packed_layers import match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.formats.scheme import Scheme
 from gptq.inference.quant_linear import QuantLinear, prepare_for_inference
-from gptq.models.blocks import shape
-from gptq.models.build import OpenModel, empty_model, model_class, open_model
+from gptq.models.blocks import shape_of
+from gptq.models.build import OpenModel, build_empty_model, find_model_class, open_model
 from gptq.models.hf_config import choose_device, choose_dtype, read_config
 from gptq.models.tensor_names import check_tensors
 from gptq.models.weights import WeightStream
@@ -74,13 +74,13 @@ def _load_plain(
     if (folder / ADAPTER).is_file():  # transformers would load what it names, from wherever that is
         raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and save that")
     held = sum(math.prod(info.shape) for info in source.tensors.values())
-    network: PreTrainedModel = empty_model(hf_config, trust_remote_code, source)
+    network: PreTrainedModel = build_empty_model(hf_config, trust_remote_code, source)
     tied: dict[str, str] = getattr(network, "all_tied_weights_keys", None) or {}
     wanted = sum(parameter.numel() for name, parameter in network.named_parameters() if name not in tied)
     if wanted > 2 * held:  # transformers would make the rest up, in memory, before it says what is missing
         raise InputError(f"{folder} holds {held:,} numbers, but config.json describes a model of {wanted:,}")
     try:
-        loaded: Any = model_class(hf_config, trust_remote_code).from_pretrained(
+        loaded: Any = find_model_class(hf_config, trust_remote_code).from_pretrained(
             folder,
             config=hf_config,
             dtype=compute,
@@ -127,5 +127,5 @@ def replace_linear(
 ) -> None:
     """Put a QuantLinear in the place of the linear layer called `name`."""
     parent, _, child = name.rpartition(".")
-    shape_of = shape(network.get_submodule(name))
-    setattr(network.get_submodule(parent), child, QuantLinear(packed, bias, scheme, shape_of))
+    shape = shape_of(network.get_submodule(name))
+    setattr(network.get_submodule(parent), child, QuantLinear(packed, bias, scheme, shape))

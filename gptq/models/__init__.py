@@ -1,1 +1,1 @@
-"""The only room that knows transformers: configuration, blocks, experts, tensor names, forward."""
+"""Everything that depends on transformers: configuration, blocks, experts, tensor names, forward passes."""

@@ -1,7 +1,6 @@
-"""Where a Hugging Face model's repeated blocks and their linear layers are, found from its structure.
+"""Find a Hugging Face model's repeated blocks and their linear layers from its module structure.
 
-This file and `names` are what knows how transformers models are built. A model is made without weights (`stream` has
-them).
+No architecture is listed by name. The model needs no weights: its parameters may be on the meta device.
 """
 
 from collections.abc import Collection, Iterable
@@ -20,8 +19,9 @@ from gptq.errors import InputError
 from gptq.models.experts import Experts, try_forward
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is stored as (inputs, outputs)
-PLAIN = [kind.forward for kind in LINEAR]
-FUSED = (  # what engines make one layer of, and its name there (`packed_modules_mapping` in vLLM's models)
+LINEAR_FORWARDS = [kind.forward for kind in LINEAR]  # of classes that do not override it
+# Layers that inference engines fuse: the fused layer's name in vLLM (`packed_modules_mapping`), and its parts.
+FUSED = (
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     ("qkv_proj", ("query", "key", "value")),
     ("gate_up_proj", ("gate_proj", "up_proj")),
@@ -32,9 +32,9 @@ FUSED = (  # what engines make one layer of, and its name there (`packed_modules
 
 @dataclass(frozen=True)
 class Block:
-    """One of the model's repeated blocks, or its output head, which is its own only layer.
+    """One of the model's repeated blocks; or the output head, a block whose only layer is the module itself.
 
-    `linears` are its quantizable layers by their full name in the model, `index` its place among the blocks.
+    `linears` are its quantizable layers by their full name in the model, `index` its position among the blocks.
     """
 
     name: str
@@ -45,22 +45,23 @@ class Block:
     def is_head(self) -> bool:
         return is_linear(self.module)
 
-    def stops(self) -> dict[nn.Module, str]:
-        """Where a forward is stopped, with names: the layers, but lists of experts as one."""
+    def pause_points(self) -> dict[nn.Module, str]:
+        """The modules before which a forward pauses, with their names: each layer, and each list of experts as one."""
         experts = {m: f"{self.name}.{path}" for path, m in self.module.named_modules() if isinstance(m, Experts)}
-        inside = {layer for m in experts for layer in m.modules()}
-        alone = {m: name for name, m in self.linears.items() if m not in inside}
-        found = alone | {
+        in_experts = {layer for m in experts for layer in m.modules()}
+        others = {m: name for name, m in self.linears.items() if m not in in_experts}
+        found = others | {
             m: name for m, name in experts.items() if not set(self.linears.values()).isdisjoint(m.modules())
         }
         return {module: found[module] for module in self.module.modules() if module in found}
 
 
 def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tuple[list[Block], list[str]]:
-    """The model's blocks, those of each outermost list of alike modules with linear layers; and notes.
+    """Return the model's blocks, and notes for the user.
 
-    Lists inside a part of the model (an image encoder, say) that takes none of `inputs`, the names of what the model is
-    called on, are left out, because nothing will reach them.
+    Blocks are the elements of each outermost nn.ModuleList whose elements have the same type and contain linear layers.
+    `inputs` are the names of the arguments that the model will be called with. Lists inside a submodel (an image
+    encoder, say) that takes none of them are left out, because no input will reach them.
 
     Raises:
         InputError: the model has no repeated blocks with linear layers.
@@ -83,24 +84,31 @@ def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tupl
 
 
 def _takes(model: nn.Module, name: str, inputs: Collection[str]) -> bool:
-    """Whether all models inside `model` and around the module called `name` take one of `inputs`.
+    """Whether every submodel of `model` that contains the module called `name` takes one of `inputs`.
 
-    A decoder's input_ids are its whole model's decoder_input_ids.
+    The names match by their end: what the whole model calls decoder_input_ids, its decoder calls input_ids.
     """
     parts = name.split(".")
-    around = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
-    wanted = [m.main_input_name for m in around if isinstance(m, PreTrainedModel)]
-    return all(any(given.endswith(want) for given in inputs) for want in wanted)
+    ancestors = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
+    expected = [m.main_input_name for m in ancestors if isinstance(m, PreTrainedModel)]
+    return all(any(given.endswith(name) for given in inputs) for name in expected)
 
 
 def _repeats(modules: nn.ModuleList) -> bool:
-    """Whether these are blocks: alike, or such as transformers makes of several kinds, with attention and without."""
+    """Whether the elements of a list are repeated blocks.
+
+    They have the same type, or are all decoder layers of transformers: hybrid models alternate between layer types.
+    """
     alike = len({type(child) for child in modules}) == 1 and not is_linear(modules[0])
     return alike or (len(modules) > 0 and all(isinstance(child, GradientCheckpointingLayer) for child in modules))
 
 
 def find_head(model: PreTrainedModel) -> Block:
-    """The layer that turns hidden states into scores of tokens; raises InputError where the model has none."""
+    """Return the output head, which maps hidden states to logits.
+
+    Raises:
+        InputError: the model has no linear output head.
+    """
     head = model.get_output_embeddings()
     name = next((n for n, m in model.named_modules() if m is head), None)
     if name is None or not is_linear(head):
@@ -109,12 +117,12 @@ def find_head(model: PreTrainedModel) -> Block:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether x W^T + b is all that it computes: some routers are linear layers that go on from there."""
-    return isinstance(module, LINEAR) and (type(module).forward in PLAIN or _computes_product(module))
+    """Whether a module computes x W^T + b and nothing more; some routers subclass nn.Linear and apply a softmax too."""
+    return isinstance(module, LINEAR) and (type(module).forward in LINEAR_FORWARDS or _computes_product(module))
 
 
 def _computes_product(module: nn.Module) -> bool:
-    """Whether a linear layer with a forward of its own gives x W^T + b for a small W; Falcon's does."""
+    """Whether a linear layer that overrides forward, as Falcon's does, gives x W^T + b for a small random W."""
     draw = torch.Generator().manual_seed(0)
     W, x = torch.randn(3, 4, generator=draw), torch.randn(2, 4, generator=draw)
     bias = None if module._parameters["bias"] is None else nn.Parameter(torch.randn(3, generator=draw))
@@ -124,15 +132,16 @@ def _computes_product(module: nn.Module) -> bool:
 
 
 def _linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """Return the linear layers of a module called `prefix`, by their full names."""
     return {f"{prefix}.{n}": m for n, m in module.named_modules() if is_linear(m)}
 
 
-def fused_siblings(layers: Iterable[str]) -> list[list[str]]:
-    """The layers, those together that engines fuse into one: parts of one FUSED entry inside the same module."""
+def group_fused_siblings(layers: Iterable[str]) -> list[list[str]]:
+    """Group layers by name: those that engines fuse into one layer (see FUSED) together, each other layer alone."""
     groups: dict[tuple[str, object], list[str]] = {}
     for name in layers:
-        parent, _, own = name.rpartition(".")
-        fused = next((parts for _, parts in FUSED if own in parts), own)
+        parent, _, child = name.rpartition(".")
+        fused = next((parts for _, parts in FUSED if child in parts), child)
         groups.setdefault((parent, fused), []).append(name)
     return list(groups.values())
 
@@ -142,7 +151,7 @@ def is_transposed(linear: nn.Module) -> bool:
     return isinstance(linear, Conv1D)
 
 
-def shape(linear: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer."""
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """Return (outputs, inputs) of a linear layer."""
     rows, columns = linear.weight.shape  # type: ignore[misc]
     return (columns, rows) if is_transposed(linear) else (rows, columns)

@@ -1,4 +1,4 @@
-"""Build a model without weights, within what its checkpoint can hold."""
+"""Build a model on the meta device; refuse one that is far larger than its checkpoint."""
 
 import copy
 import math
@@ -19,17 +19,25 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.models.blocks import Block
-from gptq.models.experts import take_apart
+from gptq.models.experts import unfuse_experts
 from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names
 
-TENSORS_PER_TENSOR, BITS_PER_BYTE = 40, 8  # at most so many in a model for one in the file it is in
-SMALL_BUFFERS = 2**26  # numbers that a model may hold beside its weights (masks, tables of positions)
-FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange)
+# Limits on what config.json may ask for, relative to the checkpoint's safetensors files.
+TENSORS_PER_STORED_TENSOR = 40
+WEIGHTS_PER_STORED_BYTE = 8  # one bit per weight
+BUFFER_ELEMENTS = 2**26  # elements allowed for buffers (masks, position tables), which no file holds
+FACTORIES = (  # functions of torch that allocate a tensor
+    torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange,
+)  # fmt: skip
 
 
-def model_class(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
-    """The class that config.json names, or an Auto class that finds one: code of its own, causal model, base model."""
+def find_model_class(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
+    """Return the class that builds this configuration's model.
+
+    In this order: the Auto class for the checkpoint's own code (if trusted); the transformers class that config.json
+    names; AutoModelForCausalLM; AutoModel.
+    """
     name = next(iter(getattr(config, "architectures", None) or []), "")
     own_code: dict[str, str] = getattr(config, "auto_map", None) or {}
     if trust_remote_code and own_code:
@@ -42,17 +50,19 @@ def model_class(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
     return AutoModelForCausalLM if type(config) in known else AutoModel
 
 
-def empty_model(config: PreTrainedConfig, trust_remote_code: bool, source: Source | None = None) -> PreTrainedModel:
-    """The model in evaluation mode with parameters on the meta device and real (computed) buffers.
+def build_empty_model(
+    config: PreTrainedConfig, trust_remote_code: bool, source: Source | None = None
+) -> PreTrainedModel:
+    """Build the model in evaluation mode, with parameters on the meta device and buffers in memory.
 
     Raises:
-        InputError: transformers has no model for this configuration, or it is far larger than what `source` holds.
+        InputError: transformers cannot build a model from this configuration, or the model is far larger than `source`.
     """
     try:
-        fits = _NoLargerThan(source) if source else nullcontext()
-        with fits, init_empty_weights(include_buffers=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # initial values that do not exist cannot be set
-            kind = model_class(config, trust_remote_code)
+        size_guard = _SizeGuard(source) if source else nullcontext()
+        with size_guard, init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # weights on the meta device cannot be initialized
+            kind = find_model_class(config, trust_remote_code)
             if issubclass(kind, PreTrainedModel):
                 model: PreTrainedModel = kind._from_config(copy.deepcopy(config))
             else:
@@ -69,41 +79,45 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool, source: Sourc
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A checkpoint, and the model that its config.json describes, without weights."""
+    """A checkpoint, and the model that its config.json describes, on the meta device."""
 
     source: Source
     hf_config: PreTrainedConfig
     network: PreTrainedModel
     names: Names
-    notes: list[str]  # on experts that stay fused
+    notes: list[str]  # for the user, on experts that stay fused
 
 
 def open_model(folder: Path, trust_remote_code: bool) -> OpenModel:
-    """Read a checkpoint's headers and config.json, and build the model; experts that are stored one by one stand alone.
+    """Read a checkpoint's headers and config.json, and build the model on the meta device.
+
+    Experts that the checkpoint stores one by one become separate modules.
 
     Raises:
-        InputError: a file is missing or damaged, or config.json describes no model, or a far larger one.
+        InputError: a file is missing or damaged, or config.json describes no model or a far larger one.
     """
     source = Source(folder)
     hf_config = read_config(folder, trust_remote_code)
-    network = empty_model(hf_config, trust_remote_code, source)
+    network = build_empty_model(hf_config, trust_remote_code, source)
     names = Names(network, set(source.tensors))
-    return OpenModel(source, hf_config, network, names, take_experts_apart(network, names))
+    return OpenModel(source, hf_config, network, names, unfuse_all_experts(network, names))
 
 
-class _NoLargerThan(TorchFunctionMode):
-    """Stops the making of a model that has more weights than the checkpoint has bits, or far more parameters than it
-    has tensors, before they are allocated: config.json is a few bytes, and could ask for any number of any size.
+class _SizeGuard(TorchFunctionMode):
+    """While active, refuses to allocate a model much larger than its checkpoint.
+
+    The limits are one bit per weight, and TENSORS_PER_STORED_TENSOR. A hostile config.json of a few bytes could ask for
+    any number of tensors of any size.
 
     Raises:
-        InputError: from inside the making.
+        InputError: from the call that would exceed a limit.
     """
 
     def __init__(self, source: Source) -> None:
         super().__init__()
         self._source = source
-        self._numbers = BITS_PER_BYTE * source.nbytes + SMALL_BUFFERS
-        self._tensors = TENSORS_PER_TENSOR * (len(source.tensors) + 10)
+        self._elements_left = WEIGHTS_PER_STORED_BYTE * source.nbytes + BUFFER_ELEMENTS
+        self._tensors_left = TENSORS_PER_STORED_TENSOR * (len(source.tensors) + 10)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -112,9 +126,9 @@ class _NoLargerThan(TorchFunctionMode):
         if function in FACTORIES:
             size = kwargs.get("size", args[0] if args and isinstance(args[0], Iterable) else args)
             numbers = [int(number) for number in size if isinstance(number, int | float)]
-            self._numbers -= max(map(abs, numbers), default=0) if function is torch.arange else math.prod(numbers)
-            self._tensors -= 1
-            if min(self._numbers, self._tensors) < 0:
+            self._elements_left -= max(map(abs, numbers), default=0) if function is torch.arange else math.prod(numbers)
+            self._tensors_left -= 1
+            if min(self._elements_left, self._tensors_left) < 0:
                 raise InputError(
                     f"config.json in {self._source.folder} describes a much larger model than its safetensors files "
                     f"hold ({len(self._source.tensors)} tensors of {self._source.nbytes:,} bytes); are they another's?"
@@ -122,15 +136,18 @@ class _NoLargerThan(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def take_experts_apart(model: nn.Module, names: Names) -> list[str]:
-    """Put single experts where `model` has fused ones and the checkpoint has single ones; returns notes on the rest."""
+def unfuse_all_experts(model: nn.Module, names: Names) -> list[str]:
+    """Replace each module of fused experts by separate ones where the checkpoint stores them separately.
+
+    Returns notes for the user on those that stay fused.
+    """
     fused = []
     for name, module in list(model.named_modules()):
         stacks = [p for p in module._parameters.values() if p is not None and p.ndim == 3 and len(p) > 1]
         if len(stacks) < 2:
             continue
         single = names.find(f"{name}.0.down_proj.weight") or names.find_packed(f"{name}.0.down_proj")
-        experts = take_apart(module) if single else None
+        experts = unfuse_experts(module) if single else None
         if experts is None:
             fused.append(name)
         else:
@@ -143,14 +160,18 @@ def take_experts_apart(model: nn.Module, names: Names) -> list[str]:
 
 
 def check_untied(config: PreTrainedConfig, head: Block, names: Names, trust_remote_code: bool) -> None:
-    """Raises InputError where a model with an output head of its own cannot be described, or needs more than that."""
+    """Check that a variant of the model with an untied output head can be described by config.json.
+
+    Raises:
+        InputError: the configuration ties it anyway, or the untied model needs a tensor that the checkpoint lacks.
+    """
     values = config.to_dict()
     for part in (values, values.get("text_config")):
         if isinstance(part, dict):
             part["tie_word_embeddings"] = False
     apart = type(config).from_dict(values)
-    model = empty_model(apart, trust_remote_code)
-    take_experts_apart(model, names)
+    model = build_empty_model(apart, trust_remote_code)
+    unfuse_all_experts(model, names)
     needed = {name for name, _ in model.named_parameters()} - {f"{head.name}.weight"}
     if apart.get_text_config().tie_word_embeddings or any(names.find_own(name) is None for name in needed):
         raise InputError(f"a {config.model_type} model cannot have an output head of its own; leave out --lm-head")

@@ -1,7 +1,7 @@
-"""Mixture of experts: the fused tensors that transformers computes with, taken apart into one module per expert.
+"""Mixture of experts: split the fused parameters that transformers computes with into one module per expert.
 
-transformers 5 holds a layer's experts as two three-dimensional parameters, while checkpoints (and the engines that read
-them) have three matrices for each expert. Here they are linear layers again, which can be quantized one by one.
+transformers 5 holds a layer's experts as two three-dimensional parameters. Checkpoints, and the engines that read
+them, have three matrices per expert. Here each matrix is a linear layer again, so that it can be quantized separately.
 """
 
 import copy
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-PARTS = {  # of a fused parameter, in order
+FUSED_PARTS = {  # fused parameter: the matrices stacked in it, in order
     "gate_up_proj": ("gate_proj", "up_proj"),
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
@@ -32,7 +32,7 @@ class Expert(nn.Module):
         self.act = act
 
     def intermediate(self, x: Tensor) -> Tensor:
-        """What down_proj gets, (tokens, intermediate)."""
+        """Return the input of down_proj, (tokens, intermediate)."""
         up = self.up_proj(x)
         inner: Tensor = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
         return inner
@@ -43,7 +43,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of one layer, called as transformers calls its fused ones."""
+    """The experts of one layer, with the call signature of the fused module in transformers."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum each token's experts: (tokens, hidden), (tokens, k) expert numbers, (tokens, k) -> (tokens, hidden)."""
@@ -56,31 +56,30 @@ class Experts(nn.ModuleList):
         return out
 
 
-def take_apart(fused: nn.Module) -> Experts | None:
-    """Single experts, without weights, that compute what `fused` computes; None where it is no such module.
+def unfuse_experts(fused: nn.Module) -> Experts | None:
+    """Return separate experts on the meta device that compute what `fused` computes; None if it computes otherwise.
 
-    Its parameters have to be gate_up_proj (experts, 2 intermediate, hidden) or up_proj (experts, intermediate, hidden),
-    and down_proj (experts, hidden, intermediate), and on small random numbers its forward has to give what the single
-    experts give.
+    The parameters of `fused` must be gate_up_proj (experts, 2 intermediate, hidden) or up_proj (experts, intermediate,
+    hidden), and down_proj (experts, hidden, intermediate). Both forwards must agree on small random inputs.
     """
     parameters = {name: tuple(p.shape) for name, p in fused.named_parameters()}
     first = "gate_up_proj" if "gate_up_proj" in parameters else "up_proj"
     if set(parameters) != {first, "down_proj"} or any(len(shape) != 3 for shape in parameters.values()):
         return None
     (count, rows, hidden), down, act = parameters[first], parameters["down_proj"], getattr(fused, "act_fn", None)
-    if (rows, hidden) != (len(PARTS[first]) * down[2], down[1]) or not isinstance(act, nn.Module):
+    if (rows, hidden) != (len(FUSED_PARTS[first]) * down[2], down[1]) or not isinstance(act, nn.Module):
         return None
-    if not _computes_alike(fused, first, count, act):
+    if not _computes_the_same(fused, first, count, act):
         return None
     return _single(first, count, hidden, down[2], act)
 
 
 def _single(first: str, count: int, hidden: int, intermediate: int, act: nn.Module) -> Experts:
-    return Experts(Expert(hidden, intermediate, act, gated="gate_proj" in PARTS[first]) for _ in range(count))
+    return Experts(Expert(hidden, intermediate, act, gated="gate_proj" in FUSED_PARTS[first]) for _ in range(count))
 
 
 def try_forward(module: nn.Module, parameters: dict[str, nn.Parameter | None], *arguments: Tensor) -> Tensor | None:
-    """What a module gives with other parameters in the place of its own; None where it is called in another way."""
+    """Return the output of a module's forward with its parameters replaced; None if that call fails."""
     small = copy.copy(module)
     object.__setattr__(small, "_parameters", parameters)
     if isinstance(config := getattr(small, "config", None), PreTrainedConfig):
@@ -89,15 +88,16 @@ def try_forward(module: nn.Module, parameters: dict[str, nn.Parameter | None], *
         object.__setattr__(small, "config", plain)
     with torch.no_grad():
         try:
-            found = type(small).forward(small, *arguments)  # past the hooks
+            found = type(small).forward(small, *arguments)  # without the hooks
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return None
     return found if isinstance(found, Tensor) else None
 
 
-def _computes_alike(fused: nn.Module, first: str, count: int, act: nn.Module) -> bool:
+def _computes_the_same(fused: nn.Module, first: str, count: int, act: nn.Module) -> bool:
+    """Whether `fused` and separate experts give the same output for small random weights and inputs."""
     draw = torch.Generator().manual_seed(0)
-    hidden, intermediate, tokens, parts = 8, 12, 16, PARTS[first]
+    hidden, intermediate, tokens, parts = 8, 12, 16, FUSED_PARTS[first]
     stacked = torch.randn(count, len(parts) * intermediate, hidden, generator=draw)
     down = torch.randn(count, hidden, intermediate, generator=draw)
     single = _single(first, count, hidden, intermediate, act)

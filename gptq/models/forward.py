@@ -1,9 +1,9 @@
-"""A forward pass that pauses: it stops where the engine wants to look, and goes on when it is told to.
+"""A forward pass that can be paused before chosen modules and resumed later.
 
 GPTQ has to see what reaches each layer after the layers before it were quantized. Instead of running a block again for
 every layer, the forward of each calibration window runs in a greenlet, a function call that can be left in the middle
-and entered again. When all windows stand at a layer, the engine has its whole input, quantizes it, swaps the weight
-and lets them go on: one forward per window, whatever happens inside the model's code.
+and entered again. When all windows stand at a layer, its whole input is known; the layer is quantized, its weight
+replaced, and the forwards go on: one forward per window, whatever happens inside the model's code.
 """
 
 import inspect
@@ -104,20 +104,26 @@ def _pausing_forward(module: nn.Module) -> Callable[..., Any]:
     return lambda *args, **kwargs: _pause(module, args, kwargs)
 
 
-def identity(x: Tensor) -> tuple[object, ...]:
-    """Equal for two tensors if they are the same numbers in memory, unchanged in between. It keeps neither alive.
+def identify(x: Tensor) -> tuple[object, ...]:
+    """Return a key that two tensors share if they view the same memory, not modified in between.
 
-    Layers that get such tensors share a Hessian.
+    Layers whose inputs have the same key share a Hessian. The key does not keep the tensor alive.
     """
-    memory = StorageWeakRef(x.untyped_storage())  # no other memory is equal to it as long as this is there
+    memory = StorageWeakRef(x.untyped_storage())  # while this reference exists, no new storage compares equal to it
     return memory, x.storage_offset(), x.dtype, tuple(x.shape), x.stride(), x._version
 
 
-def argument(pause: Pause, number: int = 0) -> Tensor:
-    return first_of(pause.args, pause.kwargs, number)
+def argument_at(pause: Pause, number: int = 0) -> Tensor:
+    """Return the argument with this number of the call that a forward is paused at."""
+    return get_argument(pause.args, pause.kwargs, number)
 
 
-def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int = 0) -> Tensor:
+def get_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int = 0) -> Tensor:
+    """Return a call's argument by its number, positional ones first.
+
+    Raises:
+        TypeError: it is not a tensor.
+    """
     x = [*args, *kwargs.values()][number]
     if not isinstance(x, Tensor):
         raise TypeError(f"a layer was called on {type(x).__name__}")
@@ -125,11 +131,12 @@ def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int = 0) 
 
 
 def input_at(pause: Pause | None) -> Tensor | None:
-    return argument(pause) if pause else None
+    """Return the first argument at a pause; None without a pause."""
+    return argument_at(pause) if pause else None
 
 
 def run_until(function: Callable[[], Any], linear: nn.Module) -> Pause | None:
-    """Start a forward, and stop it for good where it reaches `linear`; returns the pause it has there."""
+    """Run `function` until it pauses before `linear`, and abandon it there; None if it never does."""
     forward = PausableForward(function)
     pause = forward.advance()
     while pause and pause.module is not linear:
@@ -138,7 +145,8 @@ def run_until(function: Callable[[], Any], linear: nn.Module) -> Pause | None:
     return pause
 
 
-def run_through(function: Callable[[], Any]) -> Any:
+def run_to_end(function: Callable[[], Any]) -> Any:
+    """Run `function` without stopping at its pauses; return its result."""
     forward = PausableForward(function)
     while forward.advance():
         pass
@@ -146,7 +154,11 @@ def run_through(function: Callable[[], Any]) -> Any:
 
 
 def check_tokens(windows: Tensor, network: PreTrainedModel) -> None:
-    """Raises InputError if a token has no embedding; then tokenizer and model do not belong together."""
+    """Check that every token has an embedding.
+
+    Raises:
+        InputError: one has none, so the tokenizer is probably another model's.
+    """
     vocabulary = int(network.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= vocabulary:
@@ -156,7 +168,11 @@ def check_tokens(windows: Tensor, network: PreTrainedModel) -> None:
 
 
 def check_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> None:
-    """Raises InputError for an argument that the model does not take."""
+    """Check that the model's forward takes arguments with these names.
+
+    Raises:
+        InputError: it does not take one of them.
+    """
     known = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
     unknown = [name for name in inputs if name not in known]
     if unknown:
@@ -164,22 +180,22 @@ def check_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> None:
 
 
 def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a model is called on, on a device, numbers that are not whole in the forward's dtype."""
+    """Move a model's inputs to a device, and convert floating-point ones to the forward's dtype."""
     return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 
 
-def with_defaults(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's forward without a cache of keys and values, where it has one."""
-    cached = "use_cache" in inspect.signature(model.forward).parameters
-    return partial(run, model, use_cache=False) if cached else partial(run, model)
+def forward_without_cache(model: PreTrainedModel) -> Callable[..., Any]:
+    """Return the model's forward with its key-value cache, if it has one, turned off."""
+    has_cache = "use_cache" in inspect.signature(model.forward).parameters
+    return partial(run_forward, model, use_cache=False) if has_cache else partial(run_forward, model)
 
 
-def run(model: PreTrainedModel, **inputs: Any) -> Any:
-    """The model's forward.
+def run_forward(model: PreTrainedModel, **inputs: Any) -> Any:
+    """Return the output of the model's forward.
 
     Raises:
-        InputError: it fails, on what config.json or the inputs say and no shape could show (heads that do not divide
-            the width, tokens without an embedding).
+        InputError: it fails. config.json and the inputs can disagree in ways that no check of shapes finds, such as a
+            number of heads that does not divide the hidden size.
     """
     try:
         return model(**inputs)

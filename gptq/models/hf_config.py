@@ -1,4 +1,4 @@
-"""config.json, tokenizer, device and dtype: what is known of a model before it is built."""
+"""Read config.json and the tokenizer; choose device, dtype and window length."""
 
 import re
 from pathlib import Path
@@ -11,12 +11,16 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
 
-COUNTED = re.compile(r"(^|_)(layers?|blocks?|labels?|experts?|heads?|stages?|depths?|codebooks?)($|_)")
-MOST = 2**20  # of what config.json counts: transformers makes lists and modules of them before a weight is looked at
+COUNT_KEY = re.compile(r"(^|_)(layers?|blocks?|labels?|experts?|heads?|stages?|depths?|codebooks?)($|_)")
+MAX_COUNT = 2**20  # largest count accepted from config.json, because transformers builds that many modules at once
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """Raises InputError where config.json is missing, broken, or of a model that transformers does not know."""
+    """Read config.json.
+
+    Raises:
+        InputError: it is missing, broken, or of a model that transformers does not know.
+    """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; is it a model folder?")
     _check_config(folder / "config.json", read_json(folder / "config.json"))
@@ -29,18 +33,26 @@ def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def _check_config(file: Path, values: dict[str, Any]) -> None:
-    """Raises InputError for what transformers would make millions of objects of, or load code for."""
+    """Check config.json for values that are dangerous to hand to transformers.
+
+    Raises:
+        InputError: a value would make it build millions of modules, or load code from the Hub.
+    """
     for key, value in values.items():
         if isinstance(value, dict):
             _check_config(file, value)
-        elif isinstance(value, int | float) and COUNTED.search(key) and value > MOST:
+        elif isinstance(value, int | float) and COUNT_KEY.search(key) and value > MAX_COUNT:
             raise InputError(f"{file} says {key} {value}; no model has so many")
         elif key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
             raise InputError(f"{file} asks for {key} {value!r}, which would be code from the Hub; delete that line")
 
 
 def choose_device(device: str) -> torch.device:
-    """Raises InputError for a device that is not there."""
+    """Return the device to compute on; "auto" is a GPU if there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
@@ -52,7 +64,11 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, hf_config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    """The dtype of forward passes; see `quantize`."""
+    """Return the dtype of forward passes; `quantize` documents the choices.
+
+    Raises:
+        InputError: `dtype` is none of them.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype in known:
         return known[dtype]
@@ -64,7 +80,11 @@ def choose_dtype(dtype: str, hf_config: PreTrainedConfig, device: torch.device) 
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Raises InputError if the folder has none that works."""
+    """Read the tokenizer of a model folder.
+
+    Raises:
+        InputError: it is missing or broken.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # any type, depending on what the files hold
@@ -72,10 +92,13 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     return tokenizer
 
 
-def fitting_seq_len(seq_len: int, hf_config: PreTrainedConfig, model: nn.Module | None = None) -> tuple[int, list[str]]:
-    """seq_len, or the model's limit where that is smaller, and a note that says so.
+def fit_seq_len(seq_len: int, hf_config: PreTrainedConfig, model: nn.Module | None = None) -> tuple[int, list[str]]:
+    """Return seq_len or the model's limit, whichever is smaller; and a note if the limit applied.
 
-    A position embedding with a padding row (RoBERTa's) starts counting behind it, which only `model` can tell.
+    A position embedding with a padding row (RoBERTa's) has fewer usable positions, which only `model` can tell.
+
+    Raises:
+        InputError: the limit is less than 2 tokens.
     """
     limit = getattr(hf_config, "max_position_embeddings", None)
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")] if model is not None else []

@@ -1,4 +1,4 @@
-"""What a checkpoint calls a model's tensors, and whether it has them all."""
+"""Map a model's tensor names to the checkpoint's, and check that the checkpoint has every tensor."""
 
 import copy
 import re
@@ -17,20 +17,20 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.errors import InputError
-from gptq.models.experts import PARTS
+from gptq.models.experts import FUSED_PARTS
 
 
 @dataclass(frozen=True)
-class Parted:
-    """A tensor of a model that its checkpoint holds in parts: three convolutions for one, or experts one by one."""
+class SplitTensor:
+    """A model's tensor that the checkpoint stores in parts, such as experts one by one; transformers assembles it."""
 
     name: str  # in the model
-    parts: tuple[tuple[str, str], ...]  # names in the checkpoint, each behind the pattern of the converter it fits
+    parts: tuple[tuple[str, str], ...]  # (pattern of the converter that matches it, name in the checkpoint) of each
     converter: Any  # transformers' WeightConverter
     config: PreTrainedConfig  # of the model
 
-    def whole(self, read: Callable[[str], Tensor]) -> Tensor:
-        """What transformers makes of the parts, which `read` gives."""
+    def assemble(self, read: Callable[[str], Tensor]) -> Tensor:
+        """Return the whole tensor; `read` returns a part by its name in the checkpoint."""
         converter = copy.deepcopy(self.converter)
         for pattern, stored in self.parts:
             converter.add_tensor(self.name, stored, pattern, partial(read, stored))
@@ -40,12 +40,14 @@ class Parted:
 
 
 class Names:
-    """Translates names of a model's tensors to the names a checkpoint uses.
+    """Translates the names of a model's tensors to the names that a checkpoint uses.
 
-    Checkpoints saved from a bare model lack the head model's prefix (`h.0.` for `transformer.h.0.`) and the other way
-    round, and of tied tensors only one may be stored. Beyond that, transformers' own table is asked, which knows of
-    `block_sparse_moe` for `mlp`, or of experts called w1, w2 and w3; single experts are named as in `experts`.
-    What it makes of several tensors has no one name: it is `parted`.
+    - A checkpoint saved from a base model lacks the prefix of the model with a head (`h.0.` for `transformer.h.0.`), or
+      has one too many.
+    - Of tied tensors, the checkpoint may store only one.
+    - transformers' conversion table knows of other names, such as `block_sparse_moe` for `mlp`, or w1, w2 and w3 of an
+      expert. Separate experts are named as in `models.experts`.
+    - A tensor that this table assembles from several stored ones has no single name: see `find_split`.
     """
 
     def __init__(self, model: PreTrainedModel, stored: Collection[str]) -> None:
@@ -57,49 +59,55 @@ class Names:
             table = get_model_conversion_mapping(model)
         self._stored = {name: name for name in stored}
         parts: dict[tuple[str, int], list[tuple[str, str]]] = defaultdict(list)
-        for name in sorted(stored, key=_in_order):
+        for name in sorted(stored, key=_natural_order):
             in_model, part = _name_in_model(name, table)
             self._stored.setdefault(in_model, name)
             if part is not None:
                 whole, pattern, number = part
                 parts[whole, number].append((pattern, name))
-        self._parted = {
-            whole: Parted(whole, tuple(own), table[number], model.config) for (whole, number), own in parts.items()
+        self._split = {
+            whole: SplitTensor(whole, tuple(own), table[number], model.config) for (whole, number), own in parts.items()
         }
 
     def find(self, name: str) -> str | None:
+        """Return the stored name of a tensor, or of a tensor it is tied to; None if the checkpoint has neither."""
         found = self.find_own(name)
         return self.find_own(self._tied[name]) if found is None and name in self._tied else found
 
     def find_own(self, name: str) -> str | None:
-        """Under its own name, not under that of a tensor it is tied to."""
-        return next((self._stored[s] for s in self._spelled(name) if s in self._stored), None)
+        """Return the stored name of a tensor; None if only a tensor it is tied to is stored, or neither."""
+        return next((self._stored[s] for s in self._spellings(name) if s in self._stored), None)
 
-    def _spelled(self, name: str) -> tuple[str, ...]:
+    def _spellings(self, name: str) -> tuple[str, ...]:
+        """A name as it is, and with the base model's prefix removed or added."""
         return name, name.removeprefix(self._prefix), self._prefix + name
 
-    def parted(self, name: str) -> Parted | None:
-        """How a tensor is made of several, where the checkpoint holds no such one."""
+    def find_split(self, name: str) -> SplitTensor | None:
+        """Return how to assemble a tensor from stored parts; None if it is stored whole, or has no parts."""
         if self.find(name) is not None:
             return None
-        return next((self._parted[s] for s in self._spelled(name) if s in self._parted), None)
+        return next((self._split[s] for s in self._spellings(name) if s in self._split), None)
 
-    def all_of(self, name: str) -> list[str]:
-        """What the checkpoint calls a tensor, or its parts; nothing where it has neither."""
-        found, parted = self.find(name), self.parted(name)
-        return [found] if found else [stored for _, stored in parted.parts] if parted else []
+    def find_all(self, name: str) -> list[str]:
+        """Return the stored name of a tensor, or those of its parts; none if the checkpoint lacks it."""
+        found, split = self.find(name), self.find_split(name)
+        return [found] if found else [stored for _, stored in split.parts] if split else []
 
     def find_packed(self, layer: str) -> str | None:
-        """What the checkpoint calls a layer that it holds packed."""
+        """Return the stored name of a packed layer; None if the checkpoint does not hold it packed."""
         found = (self.find_own(f"{layer}.{marker}") for marker in PACKED_WEIGHTS)
         return next((name.rpartition(".")[0] for name in found if name), None)
 
     def find_layer(self, layer: str) -> str:
-        """What the checkpoint calls a layer that it holds as it is; its name in the model where that has no weight."""
+        """Return the stored name of an unpacked layer; its name in the model if no weight is stored for it."""
         return (self.find_own(f"{layer}.weight") or layer).removesuffix(".weight")
 
-    def stored(self, name: str) -> str:
-        """Raises InputError if the checkpoint has no such tensor."""
+    def require(self, name: str) -> str:
+        """Return the stored name of a tensor.
+
+        Raises:
+            InputError: the checkpoint lacks it.
+        """
         found = self.find(name)
         if found is None:
             raise InputError(f"the checkpoint lacks {name}, which the model described by its config.json needs")
@@ -107,21 +115,22 @@ class Names:
 
 
 PACKED_WEIGHTS = ("qweight", "weight_packed")
-PACKED = re.compile(  # stands where a linear layer's `weight` was
+PACKED = re.compile(  # suffixes that replace a linear layer's `weight`
     r"(?<=\.)(qweight|qzeros|scales|g_idx|weight_(?:packed|scale|zero_point|shape|g_idx))$"
 )
-STACKING = {"MergeModulelist", "Concatenate", "Force16BytesAlignment"}  # what makes fused experts of single ones
+STACKING = {"MergeModulelist", "Concatenate", "Force16BytesAlignment"}  # conversions that fuse separate experts
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """For sorting: expert 10 comes after expert 9."""
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts expert 10 after expert 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, int] | None]:
-    """What transformers calls a checkpoint's tensor; a matrix of one expert gets the name it has in `experts`.
+    """Return the name in the model of a stored tensor, and what it is a part of.
 
-    Where it is a part of another, also that one's name, and the pattern that it fits of which entry of the table.
+    A matrix of one expert is named as in `models.experts`. If the table assembles the tensor into another one, the
+    second value is that one's name, the pattern that matched, and the table entry's number; otherwise None.
     """
     part = None
     suffix = PACKED.search(name)
@@ -132,7 +141,7 @@ def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, in
     for number, converter in enumerate(table):
         fused, pattern = converter.rename_source_key(key) if isinstance(converter, WeightConverter) else (key, None)
         if pattern is not None:
-            single = _name_of_part(key, fused, str(pattern), converter)
+            single = _name_of_expert_matrix(key, fused, str(pattern), converter)
             if not suffix and len(converter.target_patterns) == 1:
                 part = fused, str(pattern), number
             key = single or key
@@ -140,9 +149,10 @@ def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, in
     return key.removesuffix("weight") + suffix[0] if suffix else key, part
 
 
-def _name_of_part(key: str, fused: str, pattern: str, converter: Any) -> str | None:
+def _name_of_expert_matrix(key: str, fused: str, pattern: str, converter: Any) -> str | None:
+    """Return the name in `models.experts` of a matrix that is stacked into `fused`; None if it is no expert's."""
     experts, _, parameter = fused.rpartition(".")
-    parts = PARTS.get(parameter, ())
+    parts = FUSED_PARTS.get(parameter, ())
     number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
     stacked = {type(operation).__name__ for operation in converter.operations} <= STACKING
     if not number or not stacked or len(parts) != len(converter.source_patterns):
@@ -153,21 +163,21 @@ def _name_of_part(key: str, fused: str, pattern: str, converter: Any) -> str | N
 def check_tensors(
     network: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo], packed: Collection[str] = ()
 ) -> list[str]:
-    """Compare what a model needs with what a checkpoint's headers say it holds; returns the tensors left over.
+    """Check that a checkpoint's headers announce every tensor that a model needs; return the tensors left over.
 
     Args:
-        packed: layers of the model whose weight is not looked for.
+        packed: names of the model's layers whose weight is stored packed and so not checked.
     Raises:
-        InputError: a tensor is missing, has another shape, or does not hold floating-point numbers.
+        InputError: a tensor is missing, has another shape, or is not of a floating-point dtype.
     """
     used: set[str | None] = set()
     without = {f"{name}.weight" for name in packed}
     needed = [(name, tensor) for name, tensor in network.named_parameters() if name not in without]
     for name, tensor in [*needed, *((n, b) for n, b in network.named_buffers() if names.find(n))]:
-        parted = names.parted(name)
-        own = names.all_of(name) or [names.stored(name)]
+        split = names.find_split(name)
+        own = names.find_all(name) or [names.require(name)]
         used |= {*own}
-        shape = _shape_of(parted, tensors) if parted else tensors[own[0]].shape
+        shape = _assembled_shape(split, tensors) if split else tensors[own[0]].shape
         if shape != tuple(tensor.shape):
             raise InputError(
                 f"{own[0]} has the shape {shape}, but config.json describes a model where it is {tuple(tensor.shape)}"
@@ -180,17 +190,21 @@ def check_tensors(
     return [name for name in tensors if name not in used]
 
 
-def _shape_of(parted: Parted, tensors: dict[str, TensorInfo]) -> tuple[int, ...]:
-    """Raises InputError where transformers cannot make the tensor of its parts."""
+def _assembled_shape(split: SplitTensor, tensors: dict[str, TensorInfo]) -> tuple[int, ...]:
+    """Return the shape of a tensor assembled from its parts, on the meta device.
+
+    Raises:
+        InputError: transformers cannot assemble it.
+    """
     try:
-        return tuple(parted.whole(lambda stored: torch.empty(tensors[stored].shape, device="meta")).shape)
+        return tuple(split.assemble(lambda stored: torch.empty(tensors[stored].shape, device="meta")).shape)
     except Exception as error:  # any type, depending on the operation
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{parted.parts[0][1]} and its like do not make up a {parted.name}: {reason}") from error
+        raise InputError(f"{split.parts[0][1]} and its like do not make up a {split.name}: {reason}") from error
 
 
-def note_on_left_over(extra: list[str]) -> list[str]:
-    """What is said of tensors that `check_tensors` has left over."""
+def note_on_unused(extra: list[str]) -> list[str]:
+    """Return a note for the user on the tensors left over by `check_tensors`, if any."""
     if not extra:
         return []
     return [f"{len(extra)} tensors that the model does not use ({extra[0]} ...) are copied as they are"]

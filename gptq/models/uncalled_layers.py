@@ -1,7 +1,8 @@
-"""Weights that a model computes with itself, where others call the layer: Mamba's `dt_proj`, some routers.
+"""Find linear layers whose weight the model uses directly, without calling the layer: Mamba's `dt_proj`, some routers.
 
-What such a layer gets is never seen, so it cannot be quantized. A forward without numbers finds most of them before a
-run, and the layers stay as they are; any other ends the run when its weight is asked for.
+The input of such a layer cannot be observed, so the layer cannot be quantized. A forward pass on the meta device finds
+most of them before a run, and they stay as they are. The run stops with an error where the model uses any other
+unsolved weight directly (`UnsolvedWeight`).
 """
 
 import copy
@@ -19,151 +20,156 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from gptq.errors import InputError
-from gptq.models.blocks import Block, fused_siblings, shape
+from gptq.models.blocks import Block, group_fused_siblings, shape_of
 from gptq.models.experts import Experts
-from gptq.models.forward import to_device, with_defaults
+from gptq.models.forward import forward_without_cache, to_device
 
 DEVICE = torch.Tensor.device.__get__
-LOOKS = {  # at a weight's outside
+METADATA_READS = {  # functions of torch that read a tensor's shape, dtype or device, but not its values
     "device", "dim", "dtype", "element_size", "empty_like", "is_complex", "is_contiguous", "is_cpu", "is_cuda",
     "is_floating_point", "is_meta", "is_quantized", "is_sparse", "itemsize", "layout", "nbytes", "ndim", "nelement",
     "numel", "requires_grad", "shape", "size", "stride",
 }  # fmt: skip
-ANSWERS = 10_000  # that a forward without numbers is given when it asks for one; some ask until they like it
+MAX_FALSE_ANSWERS = 10_000  # comparisons that come out False on the meta device; some models loop until one is True
 
 
 def _name_of(function: Any) -> str:
-    """Of a function of torch, a method or a property of tensors."""
+    """Return the name of a function of torch, or of a method or property of tensors."""
     name = getattr(function, "__name__", "")
     return getattr(function.__self__, "__name__", "") if name == "__get__" else name
 
 
-def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """What a function of torch is called on, and what lists of its arguments hold."""
+def _flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield all arguments of a call, and the elements of those that are lists or tuples."""
     for x in (*args, *kwargs.values()):
         yield from x if isinstance(x, list | tuple) else (x,)
 
 
-class _Watch(TorchFunctionMode):
-    """Takes down which of some layers' weights are computed with before the layer is called."""
+class _WeightUseRecorder(TorchFunctionMode):
+    """While active, records the layers whose weight is used before the layer is called."""
 
     def __init__(self, linears: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.found: set[str] = set()
-        self._answers = 0
-        self._weights = {id(linear.weight): name for name, linear in linears.items()}
+        self.found: set[str] = set()  # names of those layers
+        self._false_answers = 0
+        self._not_called = {id(linear.weight): name for name, linear in linears.items()}
         for linear in linears.values():
-            linear.register_forward_pre_hook(self._let)
+            linear.register_forward_pre_hook(self._forget)
 
-    def _let(self, linear: nn.Module, _: Any) -> None:
-        self._weights.pop(id(linear.weight), None)
+    def _forget(self, linear: nn.Module, _: Any) -> None:
+        self._not_called.pop(id(linear.weight), None)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, _name_of(function)
-        if name not in LOOKS:
-            self.found |= {self._weights[id(x)] for x in _given(args, kwargs) if id(x) in self._weights}
-        if name == "__bool__" and args[0].is_meta and self._answers < ANSWERS:
-            self._answers += 1
-            return False  # whichever way it goes, the forward goes on
+        if name not in METADATA_READS:
+            used = (id(x) for x in _flat_arguments(args, kwargs))
+            self.found |= {self._not_called[x] for x in used if x in self._not_called}
+        if name == "__bool__" and args[0].is_meta and self._false_answers < MAX_FALSE_ANSWERS:
+            self._false_answers += 1
+            return False  # a meta tensor has no value, and would raise; with either answer the forward goes on
         return function(*args, **kwargs)
 
 
-def not_called(network: PreTrainedModel, blocks: Iterable[Block], inputs: Mapping[str, Tensor]) -> list[str]:
-    """Names of linear layers with whose weights a model on the meta device computes before it calls them, if it does.
+def find_uncalled_layers(network: PreTrainedModel, blocks: Iterable[Block], inputs: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of linear layers whose weight the model uses before it calls the layer, if it ever does.
 
-    Found are those that a forward comes by before it wants to know a number, those of the same name in modules of the
-    same class, and what engines fuse with them. Only models run whose code mentions such a weight.
+    Runs a forward on the meta device, which may stop early because it needs a tensor's value. The result also has the
+    layers of the same name in modules of the same class as a layer found, and the layers that engines fuse with one.
+    Models whose source code mentions no such weight are not run.
 
     Args:
-        inputs: what the model is called on, of any device.
+        inputs: the model's inputs, on any device.
     """
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
     modules = dict(network.named_modules())
-    homes = {name: _home(name, modules) for name in linears}
-    if not any(_mentions(kind, own) for kind, own in set(homes.values())):
+    attributes = {name: _class_and_attribute(name, modules) for name in linears}
+    if not any(_source_mentions_weight(kind, own) for kind, own in set(attributes.values())):
         return []
-    tried = _copied(network)
-    if tried is None:
+    probe = _copy_without_experts(network)
+    if probe is None:
         return []
-    watch = _Watch({name: module for name, module in tried.named_modules() if name in linears})
-    shapes = to_device(inputs, torch.device("meta"), next(tried.parameters()).dtype)
-    with torch.no_grad(), watch, suppress(InputError):  # it may want a number; of the rest the run will tell
-        with_defaults(tried)(**shapes)
-    found = {homes[name] for name in watch.found}
-    alone = []
-    for names in fused_siblings(linears):  # by name: RWKV calls layers key and value that have other inputs
-        widths = {shape(linears[name])[1] for name in names if homes[name] in found}
-        alone += [name for name in names if shape(linears[name])[1] in widths]
-    return alone
+    recorder = _WeightUseRecorder({name: module for name, module in probe.named_modules() if name in linears})
+    shapes = to_device(inputs, torch.device("meta"), next(probe.parameters()).dtype)
+    with torch.no_grad(), recorder, suppress(InputError):  # UnsolvedWeight finds what lies beyond an early stop
+        forward_without_cache(probe)(**shapes)
+    found = {attributes[name] for name in recorder.found}
+    uncalled = []
+    for names in group_fused_siblings(linears):  # grouped by name only: RWKV's key and value have different inputs
+        num_inputs = {shape_of(linears[name])[1] for name in names if attributes[name] in found}
+        uncalled += [name for name in names if shape_of(linears[name])[1] in num_inputs]
+    return uncalled
 
 
-def _copied(network: PreTrainedModel) -> PreTrainedModel | None:
-    """A copy to try things with, as models keep some; its lists of experts are empty and give back what they get.
+def _copy_without_experts(network: PreTrainedModel) -> PreTrainedModel | None:
+    """Copy a model to the meta device, because some models keep state from a forward; None if it cannot be copied.
 
-    None where there is no copy of something that the model holds.
+    Each list of experts is replaced by one that is empty and returns its input, because routing needs values.
     """
-    stubs = {id(module): _without_experts(module) for module in network.modules() if isinstance(module, Experts)}
+    stubs = {id(module): _stub_experts(module) for module in network.modules() if isinstance(module, Experts)}
     try:
-        tried: PreTrainedModel = copy.deepcopy(network, stubs).to("meta")  # type: ignore[arg-type]
+        probe: PreTrainedModel = copy.deepcopy(network, stubs).to("meta")  # type: ignore[arg-type]
     except Exception:  # of any type, depending on the model's code
         return None
-    return tried
+    return probe
 
 
-def _without_experts(experts: Experts) -> Experts:
-    stub = copy.copy(experts)  # who is sent to which depends on numbers
+def _stub_experts(experts: Experts) -> Experts:
+    stub = copy.copy(experts)
     vars(stub).update(_modules={}, forward=lambda x, *_, **__: torch.empty_like(x))
     return stub
 
 
-def _home(name: str, modules: Mapping[str, nn.Module]) -> tuple[type[nn.Module], str]:
-    """The class of the module around a layer, and what it calls the layer."""
+def _class_and_attribute(name: str, modules: Mapping[str, nn.Module]) -> tuple[type[nn.Module], str]:
+    """Return the class of the module that contains a layer, and the layer's attribute name there."""
     parent, _, own = name.rpartition(".")
     return type(modules[parent]), own
 
 
-def _mentions(kind: type[nn.Module], layer: str) -> bool:
-    """Whether a file that has a part in the class of a module speaks of the weight of what it calls `layer`."""
+def _source_mentions_weight(kind: type[nn.Module], layer: str) -> bool:
+    """Whether a source file of a module's class, or of a base class, contains `.<layer>.weight`."""
     for base in kind.__mro__:
         if base not in (nn.Module, object):
             try:
-                code = _text_of(inspect.getfile(base))
+                code = _read_source(inspect.getfile(base))
             except (OSError, TypeError):
-                return True  # it cannot be looked at
+                return True  # no source to search
             if re.search(rf"\.{re.escape(layer)}\.weight\b", code):
                 return True
     return False
 
 
 @cache
-def _text_of(file: str) -> str:
+def _read_source(file: str) -> str:
     return Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 class UnsolvedWeight(nn.Parameter):
-    """The weight of a layer that is still to be solved; it has a shape, and nothing computes with it.
+    """Placeholder on the meta device for the weight of a layer that is not solved yet; computing with it is an error.
 
-    torch would: a product with a tensor on the meta device is made of whatever lies in memory. So the model is stopped.
+    torch itself may raise none: products of a CPU tensor and a meta tensor have returned uninitialized memory.
+
+    Raises:
+        InputError: the model computes with the weight.
     """
 
-    layer: str
-    home: torch.device  # where it will be
+    layer: str  # the layer's name in the model
+    reported_device: torch.device  # the device that the solved weight will be on
 
     @classmethod
     def of(cls, linear: nn.Module, name: str, device: torch.device) -> "UnsolvedWeight":
         empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
-        unread = cls(empty, requires_grad=False)
-        unread.layer, unread.home = name, device
-        return unread
+        placeholder = cls(empty, requires_grad=False)
+        placeholder.layer, placeholder.reported_device = name, device
+        return placeholder
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == DEVICE:  # models send there what the layer gets
-            return args[0].home
-        if _name_of(func) not in LOOKS:
-            name = next(x.layer for x in _given(args, kwargs or {}) if isinstance(x, UnsolvedWeight))
+        if func == DEVICE:  # models move a layer's input to its weight's device
+            return args[0].reported_device
+        if _name_of(func) not in METADATA_READS:
+            name = next(x.layer for x in _flat_arguments(args, kwargs or {}) if isinstance(x, UnsolvedWeight))
             raise InputError(
                 f"the model computes with the weight of {name} without calling the layer, so what the layer gets is "
                 f"not known; leave it as it is: --override '{name.rpartition('.')[2]}:skip'"

@@ -1,6 +1,6 @@
-"""A checkpoint's tensors into a model that was built without, and out again.
+"""Stream a checkpoint's tensors into a model on the meta device, and drop them again.
 
-A module's tensors are read when it is about to run, and dropped when it is done.
+A module's tensors are read just before it runs, and dropped when it is done.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,17 +19,17 @@ from gptq.models.tensor_names import Names
 
 
 class WeightStream:
-    """Moves tensors of a checkpoint into a model that was built without, and out again."""
+    """Reads a checkpoint's tensors into a model that was built on the meta device."""
 
     def __init__(self, source: Source, names: Names, device: torch.device, dtype: torch.dtype) -> None:
         self._source = source
         self._names = names
         self.device = device
         self.dtype = dtype
-        self.ahead: ReadAhead | CopyAhead = ReadAhead(source)
+        self.prefetcher: ReadAhead | CopyAhead = ReadAhead(source)
 
     def fill(self, module: nn.Module, prefix: str, skip: Collection[nn.Module] = (), recurse: bool = True) -> None:
-        """Give `module`, whose name in the model is `prefix`, its tensors, but not the weights of modules in `skip`.
+        """Read the tensors of `module`, whose name in the model is `prefix`, except weights of modules in `skip`.
 
         Raises:
             InputError: a tensor is missing or not finite.
@@ -45,54 +45,54 @@ class WeightStream:
                     child._buffers[key] = self.read(f"{name}.{key}") if saved else buffer.to(self.device)
 
     def weight(self, linear: nn.Module, name: str) -> Tensor:
-        """The stored weight of a linear layer as (outputs, inputs) float32."""
+        """Read the weight of a linear layer as (outputs, inputs) float32."""
         W = self.read(f"{name}.weight", torch.float32)
         return W.T.contiguous() if is_transposed(linear) else W
 
     def set_weight(self, linear: nn.Module, W: Tensor) -> None:
-        """Put W (outputs, inputs) into a linear layer, in the dtype that the forward computes in."""
-        linear.weight = nn.Parameter(self.computed_with(linear, W), requires_grad=False)
+        """Make W (outputs, inputs) the weight of a linear layer, in the forward's dtype."""
+        linear.weight = nn.Parameter(self.to_forward_layout(linear, W), requires_grad=False)
 
-    def computed_with(self, linear: nn.Module, W: Tensor) -> Tensor:
-        """W (outputs, inputs) as the linear layer holds it, in its own order and the forward's dtype."""
+    def to_forward_layout(self, linear: nn.Module, W: Tensor) -> Tensor:
+        """Return W (outputs, inputs) as the layer holds it: transposed for a Conv1D, and in the forward's dtype."""
         return (W.T if is_transposed(linear) else W).to(self.dtype).contiguous()
 
-    def has_own(self, name: str) -> bool:
-        """Whether the checkpoint holds the tensor called `name` in the model as one."""
+    def is_stored_whole(self, name: str) -> bool:
+        """Whether the tensor called `name` in the model is one tensor of the checkpoint, not assembled from parts."""
         return self._names.find(name) is not None
 
-    def as_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
-        """The checkpoint's name of the tensor called `name` in the model, and new values for it in the stored dtype."""
-        stored = self._names.stored(name)
+    def to_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        """Return the checkpoint's name for the tensor called `name` in the model, and `tensor` in the stored dtype."""
+        stored = self._names.require(name)
         return stored, tensor.to(self._source.tensors[stored].dtype)
 
-    def copy_ahead(self) -> None:
-        """From now on what is read ahead goes to the device, where there is room for two blocks as they are stored."""
-        self.ahead.join(cancel=True)
-        self.ahead = CopyAhead(self._source, self.device)
+    def prefetch_to_device(self) -> None:
+        """From now on, prefetch to the device; it must have room for two blocks in their stored dtype."""
+        self.prefetcher.join(cancel=True)
+        self.prefetcher = CopyAhead(self._source, self.device)
 
-    def read_ahead(self, names: Iterable[str]) -> None:
-        """Have these tensors fetched, by their names in the model, while something else is done."""
-        self.ahead.start([stored for name in names for stored in self._names.all_of(name)])
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Start to read these tensors, by their names in the model, in the background."""
+        self.prefetcher.start([stored for name in names for stored in self._names.find_all(name)])
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor called `name` in the model, which `check_tensors` has compared with it."""
-        parted, dtype = self._names.parted(name), dtype or self.dtype
-        if parted is not None:
-            return parted.whole(lambda stored: self._read(stored, dtype))
-        return self._read(self._names.stored(name), dtype)
+        """Read the tensor called `name` in the model; `check_tensors` has to have accepted the checkpoint before."""
+        split, dtype = self._names.find_split(name), dtype or self.dtype
+        if split is not None:
+            return split.assemble(lambda stored: self._read(stored, dtype))
+        return self._read(self._names.require(name), dtype)
 
     def _read(self, stored: str, dtype: torch.dtype) -> Tensor:
-        found = self.ahead.take(stored)
+        found = self.prefetcher.take(stored)
         if found is None:
             return self._source.read(stored, dtype).to(self.device)
         return found.to(dtype) if found.is_floating_point() else found
 
     @contextmanager
-    def on_demand(self, model: PreTrainedModel, blocks: list[Block]) -> Iterator[Callable[[], None]]:
-        """Inside, modules outside the blocks read their own tensors when they are called.
+    def read_on_demand(self, model: PreTrainedModel, blocks: list[Block]) -> Iterator[Callable[[], None]]:
+        """Inside, each module outside the blocks reads its tensors when it is first called.
 
-        Yields a function that drops what was read so far.
+        Yields a function that drops the tensors read so far.
         """
         in_blocks = {module for block in blocks for module in block.module.modules()}
         outside = {
@@ -106,7 +106,7 @@ class WeightStream:
 
         def hook_for(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                _refuse_nothing(name, inputs)
+                _refuse_meta_inputs(name, inputs)
                 if module not in filled:
                     self.fill(module, name, recurse=False)
                     filled.add(module)
@@ -115,14 +115,14 @@ class WeightStream:
 
         def drop_all() -> None:
             for module in filled:
-                drop(module)
+                drop_parameters(module)
             filled.clear()
 
         for name, module in outside.items():
             hook = hook_for(name)
             handles.append(module.register_forward_pre_hook(hook))
             if module is embedding:
-                hook(module, ())  # before it is called: Llama 4 sends tokens to where its weight is
+                hook(module, ())  # fill it before the call: Llama 4 moves tokens to the device of its weight
         try:
             yield drop_all
         finally:
@@ -131,6 +131,7 @@ class WeightStream:
 
 
 def _embedding_of(model: PreTrainedModel) -> nn.Module | None:
+    """Return the model's token embedding, if it names one."""
     try:
         found: nn.Module = model.get_input_embeddings()
     except NotImplementedError:
@@ -138,14 +139,18 @@ def _embedding_of(model: PreTrainedModel) -> nn.Module | None:
     return found
 
 
-def _refuse_nothing(name: str, inputs: tuple[Any, ...]) -> None:
-    """Raises InputError where a module is given tensors without numbers, out of which torch would make some."""
+def _refuse_meta_inputs(name: str, inputs: tuple[Any, ...]) -> None:
+    """Check that a module is not called on meta tensors, which torch may silently turn into uninitialized memory.
+
+    Raises:
+        InputError: it is.
+    """
     if any(isinstance(x, Tensor) and x.is_meta for x in inputs):
         raise InputError(f"the model sends what {name} gets to where its weights are, before they are read")
 
 
-def drop(module: nn.Module) -> None:
-    """Forget the parameters of a module and everything in it; their shapes stay."""
+def drop_parameters(module: nn.Module) -> None:
+    """Free the parameters of a module and its submodules; their shapes stay, on the meta device."""
     for child in module.modules():
         for key, parameter in child._parameters.items():
             if parameter is not None:
@@ -155,7 +160,7 @@ def drop(module: nn.Module) -> None:
 
 @contextmanager
 def swapped_weights(weights: Mapping[nn.Module, nn.Parameter | None]) -> Iterator[None]:
-    """Inside, layers compute with these weights instead of their own."""
+    """Inside, layers compute with these weights instead of their own; None leaves a layer as it is."""
     own = {linear: linear._parameters["weight"] for linear, weight in weights.items() if weight is not None}
     try:
         for linear in own:

@@ -13,12 +13,12 @@ from gptq.models.experts import Experts
 from gptq.models.forward import (
     PausableForward,
     Pause,
-    argument,
-    first_of,
-    identity,
+    argument_at,
+    get_argument,
+    identify,
     input_at,
     pause_before,
-    run_through,
+    run_to_end,
     run_until,
 )
 from gptq.models.uncalled_layers import UnsolvedWeight
@@ -41,7 +41,7 @@ def solve_block(calls: Calls, in_flight: int, state: BlockState, solve_layer: La
 def solve_head(calls: Calls, state: BlockState, solve_layer: LayerSolver) -> None:
     """Solve the output head; its own output is not needed."""
     name = next(iter(state.block.linears))
-    arguments = [[first_of(call.args, call.keywords) for call in stream] for stream in calls]
+    arguments = [[get_argument(call.args, call.keywords) for call in stream] for stream in calls]
     pairs = zip(arguments[0], arguments[1] if len(arguments) > 1 else [None] * len(arguments[0]), strict=True)
     solve_layer(name, _station(name, pairs, len(arguments[0]), state), state)
 
@@ -63,7 +63,7 @@ def walk_block(calls: Calls, in_flight: int, state: BlockState, solve_layer: Lay
     walk = _LayerWalk(calls, in_flight, state, solve_layer)
     forget_weights(block.module, block, run.weights.device)
     try:
-        with pause_before(block.stops()):
+        with pause_before(block.pause_points()):
             walk.to_the_end()
             for name, linear in block.linears.items():
                 if linear not in walk.solved:
@@ -79,7 +79,7 @@ def run_as_original(block: Block, calls: list[partial[Any]], run: Run) -> Output
     if block.is_head():
         return []
     set_original_weights(block, run.weights)
-    return [[run.offload.put(run_through(call)) for call in calls]]
+    return [[run.offload.put(run_to_end(call)) for call in calls]]
 
 
 def set_original_weights(block: Block, weights: WeightStream) -> None:
@@ -109,7 +109,7 @@ class _LayerWalk:
         self._solve_layer = solve_layer
         self._flights = [[PausableForward(call) for call in stream[:in_flight]] for stream in calls]
         self._waiting = [stream[in_flight:] for stream in calls]
-        self._names = state.block.stops()
+        self._names = state.block.pause_points()
         self._originals: dict[nn.Module, nn.Parameter | None] = {}  # weights that waiting windows will need
         self._station: Station | None = None
         self._station_inputs: list[dict[int, object]] = []  # identities of the tensors that the station was made of
@@ -156,7 +156,7 @@ class _LayerWalk:
             pairs = ((input_at(pause), input_at(original)) for pause, original in self._arriving(linear))
             self._station = _station(name, pairs, self._num_windows(), state)
             for flight in self._flights:  # these inputs are not needed while the layer is solved
-                run.offload.put([argument(pause) for pause in _pauses_at(linear, flight).values()])
+                run.offload.put([argument_at(pause) for pause in _pauses_at(linear, flight).values()])
             self._station_inputs = self._standing_at(linear)
         run.offload.release()
         self._solve_layer(name, self._station, state)
@@ -186,7 +186,7 @@ class _LayerWalk:
     def _standing_at(self, linear: nn.Module) -> list[dict[int, object]]:
         """By stream: the identity of the input that each window has at `linear` if it stands there."""
         return [
-            {i: identity(argument(pause)) for i, pause in _pauses_at(linear, flight).items()}
+            {i: identify(argument_at(pause)) for i, pause in _pauses_at(linear, flight).items()}
             for flight in self._flights
         ]
 
@@ -210,10 +210,10 @@ class _LayerWalk:
         """The block's outputs once all layers are solved."""
         offload = self._state.run.offload
         outputs = [[offload.put(forward.result) for forward in flight] for flight in self._flights]
-        outputs[0] += [offload.put(run_through(call)) for call in self._waiting[0]]
+        outputs[0] += [offload.put(run_to_end(call)) for call in self._waiting[0]]
         with swapped_weights(self._originals):
             for out, calls in zip(outputs[1:], self._waiting[1:], strict=True):
-                out += [offload.put(run_through(call)) for call in calls]
+                out += [offload.put(run_to_end(call)) for call in calls]
         return outputs
 
     def stop(self) -> None:

@@ -2,7 +2,7 @@
 
 with BlockWalk(network, blocks, windows, num_streams=1, weights=weights) as walk:
     for block, calls in walk:
-        walk.go_on([[run_through(call) for call in stream] for stream in calls])
+        walk.go_on([[run_to_end(call) for call in stream] for stream in calls])
     for window, output in walk.outputs():
         ...
 """
@@ -20,8 +20,8 @@ from gptq.compute.allocator import return_freed_memory
 from gptq.compute.matmul import onednn_linears
 from gptq.errors import InputError
 from gptq.models.blocks import Block
-from gptq.models.forward import PausableForward, Pause, pause_instead, to_device, with_defaults
-from gptq.models.weights import WeightStream, drop
+from gptq.models.forward import PausableForward, Pause, forward_without_cache, pause_instead, to_device
+from gptq.models.weights import WeightStream, drop_parameters
 from gptq.pipeline.offload import Shelf
 
 Calls = list[list[partial[Any]]]  # by stream and window: the call of a block on the inputs that reach it
@@ -49,7 +49,7 @@ class BlockWalk:
         self._network, self._blocks, self._weights = network, blocks, weights
         self._offload = offload or Shelf()
         self._left = {block.module: block for block in blocks}
-        forward = with_defaults(network)
+        forward = forward_without_cache(network)
         self._streams = [
             [PausableForward(partial(forward, **to_device(x, weights.device, weights.dtype))) for x in windows]
             for _ in range(num_streams)
@@ -61,7 +61,7 @@ class BlockWalk:
 
     def __enter__(self) -> "BlockWalk":
         self._stack.callback(self._stop)  # a forward left standing would hold its activations for good
-        self._drop_others = self._stack.enter_context(self._weights.on_demand(self._network, self._blocks))
+        self._drop_others = self._stack.enter_context(self._weights.read_on_demand(self._network, self._blocks))
         self._forward_of = self._stack.enter_context(pause_instead(self._left))
         return self
 
@@ -97,11 +97,11 @@ class BlockWalk:
                 name = next(b.name for b in self._blocks if b.module is standing.module)
                 raise InputError(f"{name} is not run once per forward, in the same order for every window")
             self._weights.fill(block.module, block.name, skip=block.linears.values())
-            self._weights.read_ahead(_parameters_of_next(self.left))
+            self._weights.prefetch(_parameters_of_next(self.left))
             self._given = []
             with onednn_linears(block.module):
                 yield block, self._calls(block)
-            drop(block.module)
+            drop_parameters(block.module)
             return_freed_memory()
             if not self._given or not self._left:
                 return

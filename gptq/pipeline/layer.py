@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gptq import solver
 from gptq.compute.allocator import return_freed_memory
 from gptq.errors import InputError
-from gptq.models.blocks import Block, fused_siblings
+from gptq.models.blocks import Block, group_fused_siblings
 from gptq.output.results import Coverage, LayerResult, weight_histogram
 from gptq.pipeline.layer_inputs import LayerInputs
 from gptq.pipeline.row_tiles import LayerFigures, Rows, find_corrections, round_rows, solve_rows
@@ -112,7 +112,7 @@ def _siblings(name: str, state: BlockState) -> list[str]:
     sibling that gets another input is solved once more on that.
     """
     layers = state.run.layers
-    together = next(names for names in fused_siblings(state.block.linears) if name in names)
+    together = next(names for names in group_fused_siblings(state.block.linears) if name in names)
     own = layers[name]
     alike = {n for n in together if (layers[n].scheme, layers[n].inputs) == (own.scheme, own.inputs)}
     return [name] + [n for n in together if n != name and n not in state.solutions and n in alike]
@@ -123,7 +123,7 @@ def _is_last_on_input(name: str, state: BlockState) -> bool:
 
     Then C is larger than the layer. It is freed before the solve, and gathered again if another layer needs it.
     """
-    together = next(names for names in fused_siblings(state.block.linears) if name in names)
+    together = next(names for names in group_fused_siblings(state.block.linears) if name in names)
     alone = all(sibling == name or sibling in state.solutions for sibling in together)
     plan = state.run.layers[name]
     return alone and plan.inputs > plan.outputs
@@ -170,7 +170,7 @@ def original_weights(stop: nn.Module, state: BlockState) -> dict[nn.Module, nn.P
     """What the original model computes with at the module where a forward stands, for its quantized layers."""
     weights, names = state.run.weights, {linear: name for name, linear in state.block.linears.items()}
     return {
-        linear: nn.Parameter(weights.computed_with(linear, state.weight(names[linear])), False)
+        linear: nn.Parameter(weights.to_forward_layout(linear, state.weight(names[linear])), False)
         for linear in stop.modules()
         if linear in names
     }

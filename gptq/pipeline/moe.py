@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gptq.compute.distributed import Item
 from gptq.models.experts import Expert, Experts
-from gptq.models.forward import Pause, argument, input_at
+from gptq.models.forward import Pause, argument_at, input_at
 from gptq.models.weights import swapped_weights
 from gptq.output.results import Coverage
 from gptq.pipeline.layer import BlockState, LayerSolver, Station, original_weights
@@ -26,7 +26,7 @@ Routed = tuple[Tensor, Tensor, Tensor | None]  # x (tokens, hidden), experts (to
 
 def routing_of(pause: Pause | None, original: Pause | None) -> Item:
     """As Routed; three Nones for a window that passed by the experts."""
-    return (None, None, None) if pause is None else (argument(pause), argument(pause, 1), input_at(original))
+    return (None, None, None) if pause is None else (argument_at(pause), argument_at(pause, 1), input_at(original))
 
 
 def gather_routings(arriving: Iterable[Item], windows: int, run: Run) -> list[Routed]:

@@ -26,9 +26,9 @@ from gptq.compute.matmul import exact_float32
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block
-from gptq.models.forward import run_through
+from gptq.models.forward import run_to_end
 from gptq.models.hf_config import choose_device, choose_dtype
-from gptq.models.weights import WeightStream, drop
+from gptq.models.weights import WeightStream, drop_parameters
 from gptq.output.files import linears_of, write_files
 from gptq.output.record import Record, layer_records, model_name, public_name
 from gptq.output.results import BlockError, LayerResult, code_histogram
@@ -160,14 +160,14 @@ def quantize(
             notes += _quantize_checkpoint(request, prepared, store, working.root, ranks)
             _copy_the_rest(plan, writer, ranks, observer)
         finally:
-            prepared.weights.ahead.join(cancel=True)
+            prepared.weights.prefetcher.join(cancel=True)
             writer.abandon()
         chosen, after = next(iter(plan.layers.values())).format, file_bytes(plan.tensors)
         record = _record(request, prepared, after, store)
         if ranks.rank == 0:
             write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
     ranks.barrier()  # until OUT is there
-    ahead = prepared.weights.ahead
+    ahead = prepared.weights.prefetcher
     observer.prefetched(ahead.nbytes, ahead.seconds, ahead.waited)
     observer.finished()
     results = _layer_results(store)
@@ -290,7 +290,7 @@ def _round_block(block: Block, run: Run, calibrated: bool) -> BlockResult:
     for name in block.linears:
         quantize_layer(name, None, state)
     result = _pack_block(state)
-    drop(block.module)
+    drop_parameters(block.module)
     return_freed_memory()
     return result
 
@@ -305,9 +305,9 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
     held_out = [i for i in range(len(calls)) if is_held_out(i, len(calls))]
     full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
     named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
-    kept = {key for key, name in named.items() if not run.weights.has_own(name)}
+    kept = {key for key, name in named.items() if not run.weights.is_stored_whole(name)}
     tuned = tune(
-        block.module, calls, [first_tensor(out) for out in outputs[1]], held_out, layers, run.weights.computed_with,
+        block.module, calls, [first_tensor(out) for out in outputs[1]], held_out, layers, run.weights.to_forward_layout,
         {linear: run.layers[name].bits for name, linear in block.linears.items()}, run.config.tune_steps or 0,
         run.config.seed, kept,
     )  # fmt: skip
@@ -321,9 +321,9 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
     parameters: dict[str, Tensor] = {}
     for (module, key), tensor in tuned.parameters.items():
         name = named[module, key]
-        _, parameters[name] = run.weights.as_stored(name, tensor)
+        _, parameters[name] = run.weights.to_stored(name, tensor)
         module._parameters[key] = nn.Parameter(parameters[name].to(tensor), requires_grad=False)
-    outputs[0][:] = [run_through(call) for call in calls]
+    outputs[0][:] = [run_to_end(call) for call in calls]
     return parameters, error
 
 
@@ -339,7 +339,7 @@ def _pack_block(
         tensors |= {f"{plan.stored}.{key}": t for key, t in formats.encode(solution.solved, plan.scheme).items()}
         histograms[name] = solution.histogram | code_histogram(solution.solved.codes, plan.bits)
         checksums[name] = sha256(solution.solved.weight())
-    stored = {name: run.weights.as_stored(name, tensor) for name, tensor in (tuned or {}).items()}
+    stored = {name: run.weights.to_stored(name, tensor) for name, tensor in (tuned or {}).items()}
     return BlockResult(
         name=state.block.name,
         layers=tuple(state.results),
@@ -376,7 +376,7 @@ def _settle_memory(request: Request, prepared: Prepared, windows: list[Inputs] |
     )
     request.observer.stage(f"{plan.in_short}; {says}")
     if choice.ahead:
-        weights.copy_ahead()
+        weights.prefetch_to_device()
     return choice
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from gptq.checkpoint.atomic_folder import PartialFolder
 from gptq.compute.distributed import Ranks
 from gptq.models.blocks import Block
-from gptq.models.forward import run_through
+from gptq.models.forward import run_to_end
 from gptq.pipeline.block import run_as_original
 from gptq.pipeline.block_store import BlockStore
 from gptq.pipeline.block_walk import Calls, Outputs
@@ -45,7 +45,7 @@ def run_finished(block: Block, calls: Calls, store: BlockStore, run: Run) -> Out
         module, key = _owner(block, name)
         tensor = store.read(stored).to(module._parameters[key])
         module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-    return [[run.offload.put(run_through(call)) for call in calls[0]], *originals]
+    return [[run.offload.put(run_to_end(call)) for call in calls[0]], *originals]
 
 
 def _owner(block: Block, name: str) -> tuple[nn.Module, str]:

@@ -14,7 +14,7 @@ from gptq.compute.matmul import exact_float32
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block
-from gptq.models.forward import run_through
+from gptq.models.forward import run_to_end
 from gptq.models.weights import WeightStream, swapped_weights
 from gptq.output.results import LayerResult
 from gptq.pipeline.block import run_as_original, solve_block, walk_block
@@ -201,12 +201,12 @@ def _measure(
         for name in unit.layers:
             linear = block.linears[name]
             Q = trials.solved[name][choice.bits, choice.group_size].weight()
-            swapped[linear] = nn.Parameter(weights.computed_with(linear, Q), requires_grad=False)
+            swapped[linear] = nn.Parameter(weights.to_forward_layout(linear, Q), requires_grad=False)
         errors = []
         for i in windows:
-            original = originals[i] if originals else run_through(calls[i])
+            original = originals[i] if originals else run_to_end(calls[i])
             with swapped_weights(swapped):
-                errors.append(_relative_change(run_through(calls[i]), original))
+                errors.append(_relative_change(run_to_end(calls[i]), original))
         found.append(sum(errors) / len(errors))
     return _with_errors(unit, found)
 

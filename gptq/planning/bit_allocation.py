@@ -15,7 +15,7 @@ from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.scheme import Scheme
-from gptq.models.blocks import fused_siblings
+from gptq.models.blocks import group_fused_siblings
 from gptq.planning.plan import LayerPlan, Plan, announce
 
 WIDTHS = (2, 3, 4, 8)
@@ -47,7 +47,7 @@ def units_of(plan: Plan, config: QuantConfig) -> tuple[list[Unit], Format]:
     everywhere = [(bits, group) for bits in WIDTHS for group in groups]
     chosen = _format(plan, config, everywhere)
     units = []
-    for names in fused_siblings(plan.layers):
+    for names in group_fused_siblings(plan.layers):
         layers = [plan.layers[name] for name in names]
         first = layers[0]
         usual = first.bits == config.bits and first.group_size in (min(config.group_size, first.inputs), first.inputs)

@@ -23,7 +23,7 @@ from torch import Tensor
 from gptq import solver
 from gptq.compute.matmul import exact_float32, product
 from gptq.config import TUNE_WINDOWS, QuantConfig
-from gptq.models.blocks import fused_siblings
+from gptq.models.blocks import group_fused_siblings
 from gptq.planning.memory import Tokens
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
@@ -68,7 +68,9 @@ def count(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
     step = min(TUNE_WINDOWS, tokens.windows - tokens.held_out) * tokens.per_window  # tokens that a step of tuning sees
     passes = streams * everything + 3 * (config.tune_steps or 0) * step  # going back is twice as much as forth
     forward = sum(2.0 * passes * p.outputs * p.inputs for p in layers if p.name not in heads)
-    together = [[plan.layers[n] for n in names] for block in plan.blocks for names in fused_siblings(block.linears)]
+    together = [
+        [plan.layers[n] for n in names] for block in plan.blocks for names in group_fused_siblings(block.linears)
+    ]
     inputs = sum(_of_input(g[0].inputs, sum(p.outputs for p in g), tokens.seen, streams) for g in together)
     return Work(forward, inputs + sum(_of_layer(p, config) for p in layers), weights)
 

@@ -27,7 +27,7 @@ from gptq import solver
 from gptq.compute.allocator import return_freed_memory
 from gptq.config import QuantConfig
 from gptq.errors import InputError
-from gptq.models.blocks import Block, fused_siblings
+from gptq.models.blocks import Block, group_fused_siblings
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.error_propagation import CHUNK_ROWS
@@ -166,7 +166,7 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
     window = streams * tokens.per_window * dtype.itemsize  # bytes of one number for each token, of all streams
     between = 0 if on_disk else window * hidden * tokens.windows
     codes = weights = 0
-    for names in fused_siblings(block.linears):  # they are solved together
+    for names in group_fused_siblings(block.linears):  # they are solved together
         group = [plan.layers[name] for name in names]
         first, size = group[0], sum(layer.outputs * layer.inputs for layer in group)
         if config.method == "gptq":
@@ -219,7 +219,7 @@ def _at_layers(group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtyp
 
 def _stored_bytes(block: Block, plan: Plan) -> int:
     """Of a block's tensors as the checkpoint has them."""
-    names = (plan.names.all_of(f"{block.name}.{name}") for name, _ in block.module.named_parameters())
+    names = (plan.names.find_all(f"{block.name}.{name}") for name, _ in block.module.named_parameters())
     return sum(plan.source.tensors[stored].nbytes for own in names for stored in own)
 
 

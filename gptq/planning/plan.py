@@ -19,11 +19,11 @@ from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.quantization_config import quantization_of
 from gptq.formats.scheme import Layers, Scheme
-from gptq.models.blocks import Block, find_blocks, find_head, fused_siblings, is_transposed, shape
+from gptq.models.blocks import Block, find_blocks, find_head, group_fused_siblings, is_transposed, shape_of
 from gptq.models.build import check_untied, open_model
 from gptq.models.forward import check_inputs
-from gptq.models.tensor_names import Names, check_tensors, note_on_left_over
-from gptq.models.uncalled_layers import not_called
+from gptq.models.tensor_names import Names, check_tensors, note_on_unused
+from gptq.models.uncalled_layers import find_uncalled_layers
 
 TOKENS = 8  # of text that tries out which layers are called
 
@@ -111,14 +111,14 @@ def plan_checkpoint(
     left_over = check_tensors(network, names, source.tensors)
     inputs = _inputs(sample, network, config)
     all_blocks, left_out = find_blocks(network, inputs)
-    uncalled = not_called(network, all_blocks, inputs or {})
+    uncalled = find_uncalled_layers(network, all_blocks, inputs or {})
     if config.lm_head:
         all_blocks.append(replace(find_head(network), index=len(all_blocks)))
     apart, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
     blocks, layers, extended = plan_layers(all_blocks, names, config, apart, uncalled)
     changes = changes if apart in layers else {}
     notes = [*opened.notes, *left_out, *_note_on(uncalled), *extended]
-    notes += [*notes_on_shapes(layers.values(), config), *note_on_left_over(left_over)]
+    notes += [*notes_on_shapes(layers.values(), config), *note_on_unused(left_over)]
     tensors = announce(source, layers)
     return Plan(folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, changes, notes)
 
@@ -169,9 +169,9 @@ def plan_layers(
     for name, own in options.items():
         if own["skip"] or name in uncalled:
             continue
-        outputs, inputs = shape(linears[name])
+        outputs, inputs = shape_of(linears[name])
         group_size = inputs if own["group_size"] == -1 else min(own["group_size"], inputs)
-        source = names.stored(f"{name}.weight")
+        source = names.require(f"{name}.weight")
         if not source.endswith(".weight"):  # `qweight` in the place of something else would not be found again
             notes.append(f"{name} stays as it is: the checkpoint calls its weight {source}")
             continue
@@ -232,7 +232,7 @@ def layer_options(layers: Iterable[str], config: QuantConfig) -> tuple[dict[str,
     options = {name: dict(everywhere) for name in layers}
     extended: dict[Override, list[str]] = {}
     unused = list(config.overrides)
-    for group in fused_siblings(layers):
+    for group in group_fused_siblings(layers):
         matched = {o: [n for n in group if re.search(o.pattern, n)] for o in config.overrides}
         matched = {override: members for override, members in matched.items() if members}
         _refuse_contradictions({o: members for o, members in matched.items() if len(members) < len(group)})
