@@ -102,7 +102,7 @@ def child(folder: Path, limit: str, config: QuantConfig) -> None:
     found = {
         "seconds": time.perf_counter() - began,
         "kernels": observer.at - began,
-        "peak": memory.peak_resident(),
+        "peak": memory.peak_resident_bytes(),
         **observer.ahead,
     }
     print(json.dumps(found))
@@ -126,16 +126,17 @@ def main() -> None:
         make_checkpoint(model, args.blocks)
     plan = plan_checkpoint(str(model), config, None, trust_remote_code=False)
     held_out = sum(is_held_out(i, WINDOWS) for i in range(WINDOWS))
-    work = cost.count(plan, config, memory.Tokens(WINDOWS, TOKENS, held_out))
+    work = cost.count_work(plan, config, memory.Tokens(WINDOWS, TOKENS, held_out))
     cpu = torch.device("cpu")
-    rates, plain = [cost.product_rate(cpu, torch.float32, 3)], cost.product_rate(cpu, torch.float32, 1, torch.matmul)
+    rates = [cost.measure_product_rate(cpu, torch.float32, 3)]
+    plain = cost.measure_product_rate(cpu, torch.float32, 1, torch.matmul)
     shutil.rmtree(args.folder / "quantized", ignore_errors=True)
     command = [sys.executable, __file__, str(args.folder), "--memory-limit", args.memory_limit, "--effort", args.effort]
     environment = {**os.environ, **ENVIRONMENT}  # as the command line sets it
     done = subprocess.run([*command, "--child"], check=True, stdout=subprocess.PIPE, env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
-    rates.append(cost.product_rate(cpu, torch.float32, 3))
-    plain = max(plain, cost.product_rate(cpu, torch.float32, 1, torch.matmul))
+    rates.append(cost.measure_product_rate(cpu, torch.float32, 3))
+    plain = max(plain, cost.measure_product_rate(cpu, torch.float32, 1, torch.matmul))
     print(f"{len(plan.blocks)} blocks, {plan.source.nbytes / 1e9:.2f} GB, {torch.get_num_threads()} threads")
     print(f"peak resident memory {found['peak'] / 2**20:,.0f} MiB, limit {limit / 2**20:,.0f} MiB")
     print(f"time {found['seconds']:,.0f} s, of which {found['kernels']:,.0f} s before the first block")

@@ -197,7 +197,7 @@ def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any
     command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
     for turn in (0, 1):
         for kind in {dtype, torch.float32}:
-            rates[kind] = max(rates.get(kind, 0.0), cost.product_rate(torch.device("cpu"), kind, 1.0))
+            rates[kind] = max(rates.get(kind, 0.0), cost.measure_product_rate(torch.device("cpu"), kind, 1.0))
         if not turn:
             environment = ENVIRONMENT | os.environ  # as the command sets it
             printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptq import InputError, Override, QuantConfig, quantize
 from gptq.output import verify
-from gptq.planning.bit_allocation import Choice, Unit, allocate
+from gptq.planning.bit_allocation import StorageChoice, Unit, allocate
 from tests.conftest import MakeModel
 
 
@@ -18,7 +18,7 @@ def random_units(rng: torch.Generator, units: int = 5) -> list[Unit]:
     sizes = torch.randint(50, 100, (units,), generator=rng).tolist()
     noise = torch.rand(units, 4, generator=rng).tolist()
     return [
-        Unit((f"layer{i}",), tuple(Choice(bits, 32, size * bits, (1 + noise[i][bits - 2]) / 4**bits * (i + 1))
+        Unit((f"layer{i}",), tuple(StorageChoice(bits, 32, size * bits, (1 + noise[i][bits - 2]) / 4**bits * (i + 1))
                                    for bits in (2, 3, 4, 5)))
         for i, size in enumerate(sizes)
     ]  # fmt: skip

@@ -57,12 +57,12 @@ def test_the_same_bytes_with_any_limit(
     """Every way there is: all in memory, activations in files, and fewer windows in flight."""
     monkeypatch.setattr("gptq.pipeline.offload.LEAST", 1)
     source, many = make_model("llama"), torch.cat([windows, windows.flip(0)])
-    tokens, base = memory.Tokens(12, 32, 1), memory.warmed_up()
+    tokens, base = memory.Tokens(12, 32, 1), memory.warm_up()
     found = []
     for number, (in_flight, on_disk) in enumerate([(12, False), (12, True), (3, True), (1, True)]):
-        need = memory.Choice(in_flight, on_disk, memory.peak(planned(source), CONFIG, tokens, torch.float32,
-                                                             in_flight, on_disk, base))  # fmt: skip
-        monkeypatch.setattr(memory, "choose", lambda *_, need=need, **__: need)
+        peak = memory.estimate_peak(planned(source), CONFIG, tokens, torch.float32, in_flight, on_disk, base)
+        need = memory.MemoryPlan(in_flight, on_disk, peak)
+        monkeypatch.setattr(memory, "find_memory_plan", lambda *_, need=need, **__: need)
         ways, out = Ways(), tmp_path / f"out{number}"
         quantize(source, out, CONFIG, calibration=many, memory_limit=2**40, observer=ways)
         assert ("in files" in ways.said) == on_disk
@@ -98,12 +98,12 @@ def test_what_is_used_up_is_freed_at_once(
 def test_the_quickest_way_within_the_limit_is_taken(make_model: MakeModel) -> None:
     plan, tokens = planned(make_model("llama")), memory.Tokens(64, 2048, 8)
 
-    def way(limit: int, batch_size: int | None = None) -> memory.Choice:
-        return memory.choose(plan, CONFIG, tokens, torch.float32, batch_size, limit, base=0)
+    def way(limit: int, batch_size: int | None = None) -> memory.MemoryPlan:
+        return memory.find_memory_plan(plan, CONFIG, tokens, torch.float32, batch_size, limit, base=0)
 
     everything = way(2**50)
     assert (everything.in_flight, everything.on_disk) == (64, False)
-    least = memory.peak(plan, CONFIG, tokens, torch.float32, 1, True, 0)
+    least = memory.estimate_peak(plan, CONFIG, tokens, torch.float32, 1, True, 0)
     ways = [way(limit) for limit in range(everything.peak, least, (least - everything.peak) // 20)]
     assert all(one.peak <= limit for one, limit in zip(ways, range(everything.peak, least, -1), strict=False))
     assert [one.in_flight for one in ways] == sorted((one.in_flight for one in ways), reverse=True)
@@ -137,14 +137,14 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
-    assert memory.available(tmp_path, meminfo) == 8000 * 1024
+    assert memory.available_bytes(tmp_path, meminfo) == 8000 * 1024
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("500000\n")
-    assert memory.available(tmp_path, meminfo) == 8000 * 1024
+    assert memory.available_bytes(tmp_path, meminfo) == 8000 * 1024
     (tmp_path / "memory.max").write_text("2000000\n")
-    assert memory.available(tmp_path, meminfo) == 1_500_000
+    assert memory.available_bytes(tmp_path, meminfo) == 1_500_000
     (tmp_path / "memory.current").write_text("3000000\n")
-    assert memory.available(tmp_path, meminfo) == 0
+    assert memory.available_bytes(tmp_path, meminfo) == 0
 
 
 @linux
@@ -154,11 +154,11 @@ def test_the_shelf_keeps_values_and_leaves_no_file(tmp_path: Path) -> None:
     kept, alias = x.clone(), [x]
     assert shelf.put((x, {"x": x, "small": torch.ones(3)}))[0] is x
     assert not list(tmp_path.iterdir())
-    before = memory.resident()
+    before = memory.resident_bytes()
     assert torch.equal(x, kept)
-    full = memory.resident()
+    full = memory.resident_bytes()
     shelf.release()
-    assert full - memory.resident() > 0.8 * x.nbytes
+    assert full - memory.resident_bytes() > 0.8 * x.nbytes
     assert full - before > 0.8 * x.nbytes
     assert torch.equal(alias[0], kept)
     x += 1
@@ -191,7 +191,7 @@ torch.set_num_threads(1)
 windows = torch.randint(1, 320, (int(sys.argv[4]), int(sys.argv[5])), generator=torch.Generator().manual_seed(0))
 quantize(sys.argv[1], sys.argv[2], QuantConfig(group_size=32, effort=sys.argv[6]), calibration=windows,
          memory_limit=int(sys.argv[3]), observer=Told())
-print(json.dumps(memory.peak_resident()))
+print(json.dumps(memory.peak_resident_bytes()))
 """
 
 
@@ -227,7 +227,7 @@ def test_the_estimate_is_that_of_a_run_and_a_limit_below_it_is_kept(
     base = measured_base()
 
     def needed(in_flight: int, on_disk: bool) -> int:
-        return memory.peak(plan, config, tokens, dtype_of(plan), in_flight, on_disk, base)
+        return memory.estimate_peak(plan, config, tokens, dtype_of(plan), in_flight, on_disk, base)
 
     free = measured_peak(source, tmp_path / "free", 2**40, count, length, "balanced")
     assert needed(count, False) == pytest.approx(free, rel=0.15)
@@ -249,7 +249,7 @@ def long_model(make_model: MakeModel, options: dict[str, int]) -> Path:
 
 def measured_base() -> int:
     imports = "import torch; torch.set_num_threads(1); import gptq.pipeline.quantize; from gptq.planning import memory"
-    script = f"{imports}; print(memory.warmed_up())"
+    script = f"{imports}; print(memory.warm_up())"
     return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
 
@@ -259,7 +259,9 @@ def test_a_killed_run_leaves_no_activations(make_model: MakeModel, tmp_path: Pat
     options, count, length = SHAPES["long"]
     source, tokens = long_model(make_model, options), memory.Tokens(count, length, count // 8)
     plan, base = planned(source), measured_base()
-    ways = [memory.peak(plan, CONFIG, tokens, dtype_of(plan), count, on_disk, base) for on_disk in (False, True)]
+    ways = [
+        memory.estimate_peak(plan, CONFIG, tokens, dtype_of(plan), count, on_disk, base) for on_disk in (False, True)
+    ]
     process = start(source, tmp_path / "out", int(sum(ways) / 2 / (1 - memory.MARGIN)), count, length, "balanced")
     assert process.stdout is not None
     process.stdout.readline()  # a layer is done, so all windows stand in mid-block and their inputs are on the shelf
@@ -289,13 +291,13 @@ def test_what_is_read_ahead_is_the_next_block(make_model: MakeModel, windows: Te
 
 def copying_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have runs go the way of a GPU, on the CPU: without a CUDA stream, otherwise the same."""
-    settle = memory.settle
+    decide = memory.decide_memory
 
-    def settle_so(*args: Any) -> tuple[memory.Choice, str]:
-        choice, says = settle(*args)
-        return replace(choice, ahead=True), says
+    def decide_so(*args: Any) -> tuple[memory.MemoryPlan, str]:
+        choice, says = decide(*args)
+        return replace(choice, prefetches_to_gpu=True), says
 
-    monkeypatch.setattr(memory, "settle", settle_so)
+    monkeypatch.setattr(memory, "decide_memory", decide_so)
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced"])  # the second reads weights twice
@@ -356,27 +358,27 @@ def test_copies_are_made_ahead_where_a_gpu_has_room_for_two_blocks(make_model: M
     plan, tokens = planned(make_model("llama")), memory.Tokens(8, 32, 1)
     block = sum(info.nbytes for name, info in plan.source.tensors.items() if ".layers.1." in name)
     given = plan, CONFIG, tokens, torch.device("cuda"), torch.bfloat16, None, None
-    alone = memory.peak(plan, CONFIG, tokens, torch.bfloat16, 8, False, 0)
+    alone = memory.estimate_peak(plan, CONFIG, tokens, torch.bfloat16, 8, False, 0)
     for room, ahead in ((2 * block + 2, True), (2 * block - 2, False)):
-        choice, _ = memory.settle(*given, int((alone + room) / (1 - memory.MARGIN)))
-        assert (choice.in_flight, choice.ahead, choice.peak) == (8, ahead, alone + 2 * block * ahead)
+        choice, _ = memory.decide_memory(*given, int((alone + room) / (1 - memory.MARGIN)))
+        assert (choice.in_flight, choice.prefetches_to_gpu, choice.peak) == (8, ahead, alone + 2 * block * ahead)
 
 
 def test_work_is_counted_as_the_formulas_say(make_model: MakeModel) -> None:
     plan = planned(make_model("opt", num_hidden_layers=1))
     tokens = memory.Tokens(8, 10, 1)
-    work = cost.count(plan, QuantConfig(group_size=32, effort="fast"), tokens)
+    work = cost.count_work(plan, QuantConfig(group_size=32, effort="fast"), tokens)
     n, f = 64, 96
     assert work.weights == 4 * n * n + 2 * n * f
     assert work.forward == 2 * 80 * work.weights
     hessians = 3 * (70 * n**2 + n**3 / 3) + 70 * f**2 + f**3 / 3  # q/k/v share one; out_proj, fc1, fc2
     sweeps = 1
     assert work.solver == pytest.approx(hessians + (1 + 2 * sweeps) * (4 * n**3 + f * n**2 + n * f**2))
-    drifted = cost.count(plan, QuantConfig(group_size=32, effort="balanced", sweeps=sweeps), tokens)
+    drifted = cost.count_work(plan, QuantConfig(group_size=32, effort="balanced", sweeps=sweeps), tokens)
     divided = 2 * n**3 + 2 * 3 * n**3 + (2 * n**3 + 2 * f * n**2)  # more rows than columns: q/k/v, fc1
     undivided = 4 * n**3 + 4 * n * f**2
     assert drifted.solver == pytest.approx(work.solver + 2 * 70 * (3 * n**2 + f**2) + divided + undivided)
-    tuned = cost.count(plan, QuantConfig(group_size=32, effort="balanced", tune_steps=5), tokens)
+    tuned = cost.count_work(plan, QuantConfig(group_size=32, effort="balanced", tune_steps=5), tokens)
     assert tuned.forward == pytest.approx(drifted.forward + 5 * 7 * 10 * 6 * work.weights)  # seven windows learn
-    assert cost.count(plan, QuantConfig(group_size=32, method="rtn"), tokens).total == 0
+    assert cost.count_work(plan, QuantConfig(group_size=32, method="rtn"), tokens).total == 0
     assert work.seconds(cost.Rates(1e9, 1e9, 0.0)) < work.seconds(cost.Rates(1e9, 5e8, 0.0))

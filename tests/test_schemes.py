@@ -17,7 +17,7 @@ from gptq.formats.gptq import dynamic_rules
 from gptq.formats.name_rules import name_patterns
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
-from gptq.planning.plan import LayerPlan, layer_options, notes_on_shapes
+from gptq.planning.plan import LayerPlan, notes_on_shapes, resolve_layer_options
 from tests import oracle
 from tests.conftest import VOCAB, MakeModel
 
@@ -30,7 +30,7 @@ LAYERS = [
 
 
 def resolved(*overrides: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    return layer_options(LAYERS, QuantConfig(overrides=tuple(Override.parse(text) for text in overrides)))
+    return resolve_layer_options(LAYERS, QuantConfig(overrides=tuple(Override.parse(text) for text in overrides)))
 
 
 def test_overrides_are_text_pairs_and_json() -> None:

@@ -93,7 +93,7 @@ def _quantize(args: argparse.Namespace) -> int:
     if not first:
         return 0
     if args.json:
-        _print_json({**result.to_dict(), "peak_rss_bytes": memory.peak_resident()})
+        _print_json({**result.to_dict(), "peak_rss_bytes": memory.peak_resident_bytes()})
     else:
         _print_summary(result)
     return _push(args)
@@ -154,10 +154,10 @@ def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -
     length, _ = fit_seq_len(config.seq_len, plan.hf_config, plan.network)
     held_out = sum(is_held_out(i, windows) for i in range(windows))
     tokens = memory.Tokens(windows, length, held_out)
-    choice, says = memory.settle(
+    choice, says = memory.decide_memory(
         plan, config, tokens, device, dtype, args.batch_size, args.memory_limit, args.gpu_memory_limit
     )
-    work, rates = cost.count(plan, config, tokens), cost.measure(config, device, dtype)
+    work, rates = cost.count_work(plan, config, tokens), cost.measure_rates(config, device, dtype)
     return {
         "memory": says,
         "peak_bytes": choice.peak,
@@ -204,7 +204,7 @@ def _print_summary(result: Result) -> None:
     print(
         f"{result.out}: {len(result.layers)} layers at {result.bits_per_weight:.2f} bits per weight ({result.format}), "
         f"{_format_bytes(result.bytes_before)} -> {_format_bytes(result.bytes_after)}, "
-        f"{result.seconds:.0f} s, {_format_bytes(memory.peak_resident())} peak memory"
+        f"{result.seconds:.0f} s, {_format_bytes(memory.peak_resident_bytes())} peak memory"
     )
     worst = max(result.layers, key=lambda layer: layer.error)
     if worst.damp is None:

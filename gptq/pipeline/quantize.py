@@ -241,12 +241,12 @@ def _quantize_checkpoint(
         observer,
         Shelf(folder if choice.on_disk else None),
         ranks,
-        returns_memory=choice.frugal,
+        returns_memory=choice.returns_memory,
         reruns_blocks=bool(config.tune_steps),
     )
     notes = _restore(plan, store, observer)
     ranks.barrier()  # before one of them writes what another still looks at
-    with malloc_policy(choice.frugal), torch.no_grad(), exact_float32(run.weights.device):
+    with malloc_policy(choice.returns_memory), torch.no_grad(), exact_float32(run.weights.device):
         left = plan.blocks
         if windows is not None and len(store.finished) < len(plan.blocks):
             left = _quantize_reached(plan, windows, choice.in_flight, store, run)
@@ -364,18 +364,18 @@ def _restore(plan: Plan, store: BlockStore, observer: Observer) -> list[str]:
     return notes
 
 
-def _settle_memory(request: Request, prepared: Prepared, windows: list[Inputs] | None) -> memory.Choice:
+def _settle_memory(request: Request, prepared: Prepared, windows: list[Inputs] | None) -> memory.MemoryPlan:
     """Decide how the memory limit is kept, and say so."""
     plan, weights = prepared.plan, prepared.weights
     count, tokens = len(windows or []), memory.Tokens(0, 0, 0)
     if windows is not None:
         hidden = next(iter(plan.layers.values())).inputs
-        tokens = memory.tokens_of(windows, sum(is_held_out(i, count) for i in range(count)), hidden)
-    choice, says = memory.settle(
+        tokens = memory.size_of_windows(windows, sum(is_held_out(i, count) for i in range(count)), hidden)
+    choice, says = memory.decide_memory(
         plan, request.config, tokens, weights.device, weights.dtype, request.batch_size, *request.memory_limits
     )
-    request.observer.stage(f"{plan.in_short}; {says}")
-    if choice.ahead:
+    request.observer.stage(f"{plan.summary}; {says}")
+    if choice.prefetches_to_gpu:
         weights.prefetch_to_device()
     return choice
 

@@ -23,7 +23,7 @@ from gptq.pipeline.journal import Journal
 from gptq.pipeline.layer import BlockState, Station, heldout_excess, quantize_layer
 from gptq.pipeline.run import Observer, Run
 from gptq.pipeline.tune import first_tensor
-from gptq.planning.bit_allocation import Unit, choose, overrides_for, units_of
+from gptq.planning.bit_allocation import Unit, choose_storage, find_units, make_overrides
 from gptq.planning.plan import Plan
 from gptq.solver.solve import SMALLEST_POWER
 
@@ -120,8 +120,8 @@ def choose_widths(
     of its block when it alone is quantized: the squared change of a token's output relative to the token's own, as the
     norms of the blocks that follow will see it.
     """
-    units, chosen_format = units_of(plan, config)
-    choose(plan, config, units, chosen_format)  # an impossible target is refused before the work
+    units, chosen_format = find_units(plan, config)
+    choose_storage(plan, config, units, chosen_format)  # an impossible target is refused before the work
     observer.stage("measuring what each width does to each layer")
     observer.started(len(plan.blocks), sum(p.outputs * p.inputs for p in plan.layers.values()))
     known: dict[str, list[list[float]]] = {entry["name"]: entry["errors"] for entry in journal.find("measured")}
@@ -150,7 +150,7 @@ def choose_widths(
     # A block that is not reached sees no difference.
     measured += [unit for block in walk.left for unit in units if unit.layers[0] in block.linears]
     observer.finished()
-    overrides = overrides_for(measured, choose(plan, config, measured, chosen_format))
+    overrides = make_overrides(measured, choose_storage(plan, config, measured, chosen_format))
     return replace(config, overrides=(*config.overrides, *overrides), format=chosen_format)
 
 

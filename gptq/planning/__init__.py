@@ -1,1 +1,1 @@
-"""Decided before a weight is read: plan, memory, cost, widths."""
+"""Everything that is decided from headers and config.json, before a weight is read."""

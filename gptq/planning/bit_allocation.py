@@ -1,7 +1,8 @@
-"""Mixed widths under a budget: which width and group size each layer gets when the sum of bytes is given.
+"""Mixed precision under a byte budget: choose the bit width and group size of each layer.
 
-Every unit (a layer, or siblings that engines fuse) can be stored in several ways, each with its bytes and the error it
-brings into its block's output. The choice is a knapsack: the least sum of errors whose bytes stay within the budget.
+Every unit (a layer, or sibling layers that engines fuse) can be stored in several ways. Each has a size in bytes and an
+error in the output of the unit's block. Choosing one per unit, with the least sum of errors within the budget, is a
+knapsack problem.
 """
 
 import re
@@ -16,49 +17,52 @@ from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.scheme import Scheme
 from gptq.models.blocks import group_fused_siblings
-from gptq.planning.plan import LayerPlan, Plan, announce
+from gptq.planning.plan import LayerPlan, Plan, list_result_tensors
 
-WIDTHS = (2, 3, 4, 8)
-FINE_GROUP = 32  # tried beside the group size that was asked for
-BINS = 20_000  # of the knapsack: a unit's bytes are rounded up to budget / BINS
+WIDTHS = (2, 3, 4, 8)  # bits per weight that are tried
+FINE_GROUP = 32  # group size tried in addition to the configured one
+BINS = 20_000  # resolution of the knapsack: the bytes above the smallest choice are rounded up to spare bytes / BINS
 
 
 @dataclass(frozen=True)
-class Choice:
+class StorageChoice:
     """One way to store a unit."""
 
     bits: int
     group_size: int
     nbytes: int
-    error: float = 0.0
+    error: float = 0.0  # in the output of the block; 0 until it is measured
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that are stored alike, by their names in the model, and the ways to do it."""
+    """Layers that must be stored in the same way, by their names in the model, and their choices."""
 
     layers: tuple[str, ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[StorageChoice, ...]
 
 
-def units_of(plan: Plan, config: QuantConfig) -> tuple[list[Unit], Format]:
-    """The units of a planned checkpoint, with all choices for those that no override has spoken of; and the format."""
+def find_units(plan: Plan, config: QuantConfig) -> tuple[list[Unit], Format]:
+    """Return the units of a planned checkpoint, and the format; a unit that an override sets has that one choice."""
     groups = dict.fromkeys((config.group_size, *((FINE_GROUP,) if not 0 < config.group_size <= FINE_GROUP else ())))
-    everywhere = [(bits, group) for bits in WIDTHS for group in groups]
-    chosen = _format(plan, config, everywhere)
+    all_ways = [(bits, group) for bits in WIDTHS for group in groups]
+    chosen = _choose_format(plan, config, all_ways)
     units = []
     for names in group_fused_siblings(plan.layers):
         layers = [plan.layers[name] for name in names]
         first = layers[0]
-        usual = first.bits == config.bits and first.group_size in (min(config.group_size, first.inputs), first.inputs)
-        ways = everywhere if usual else [(first.bits, first.group_size)]
-        choices = [Choice(b, g, sum(_nbytes(layer, b, g, chosen) for layer in layers)) for b, g in ways]
+        is_default = first.bits == config.bits and first.group_size in (
+            min(config.group_size, first.inputs),
+            first.inputs,
+        )
+        ways = all_ways if is_default else [(first.bits, first.group_size)]
+        choices = [StorageChoice(b, g, sum(_nbytes(layer, b, g, chosen) for layer in layers)) for b, g in ways]
         units.append(Unit(tuple(names), tuple(choices)))
     return units, chosen
 
 
-def _format(plan: Plan, config: QuantConfig, ways: Sequence[tuple[int, int]]) -> Format:
-    """The format asked for, or of pack-quantized and GPTQ the first that can hold every layer in every way."""
+def _choose_format(plan: Plan, config: QuantConfig, ways: Sequence[tuple[int, int]]) -> Format:
+    """Return the configured format; for "auto" pack-quantized if it can hold every layer in every way, else GPTQ."""
     if config.format != "auto":
         return config.format
     holds = all(
@@ -72,8 +76,8 @@ def _format(plan: Plan, config: QuantConfig, ways: Sequence[tuple[int, int]]) ->
 
 
 def _scheme(layer: LayerPlan, bits: int, group_size: int, chosen: Format) -> Scheme:
-    inside = layer.inputs if group_size == -1 else min(group_size, layer.inputs)
-    return replace(layer, bits=bits, group_size=inside, format=chosen).scheme
+    columns = layer.inputs if group_size == -1 else min(group_size, layer.inputs)
+    return replace(layer, bits=bits, group_size=columns, format=chosen).scheme
 
 
 def _nbytes(layer: LayerPlan, bits: int, group_size: int, chosen: Format) -> int:
@@ -81,11 +85,11 @@ def _nbytes(layer: LayerPlan, bits: int, group_size: int, chosen: Format) -> int
     return sum(info.nbytes for info in formats.layout(scheme, layer.outputs, layer.inputs).values())
 
 
-def choose(plan: Plan, config: QuantConfig, units: Sequence[Unit], chosen: Format) -> list[Choice]:
-    """The way each unit is stored so that the config's target is met.
+def choose_storage(plan: Plan, config: QuantConfig, units: Sequence[Unit], chosen: Format) -> list[StorageChoice]:
+    """Choose how each unit is stored, within the config's target_bits or target_size.
 
     Raises:
-        InputError: it cannot be met.
+        InputError: the target is too small.
     """
     weights = sum(layer.outputs * layer.inputs for layer in plan.layers.values())
     if config.target_bits is not None:
@@ -94,7 +98,7 @@ def choose(plan: Plan, config: QuantConfig, units: Sequence[Unit], chosen: Forma
     smallest = [min(unit.choices, key=lambda choice: choice.nbytes) for unit in units]
     packed = sum(choice.nbytes for choice in smallest)
     budget = packed + target - _file_bytes(plan, units, smallest, chosen)
-    while True:  # headers hold numbers, so they grow by a few bytes with the choices
+    while True:  # the length of the files' headers depends on the choices by a few bytes
         choices = allocate(units, budget)
         excess = _file_bytes(plan, units, choices, chosen) - target
         if excess <= 0:
@@ -102,7 +106,8 @@ def choose(plan: Plan, config: QuantConfig, units: Sequence[Unit], chosen: Forma
         budget -= excess
 
 
-def _file_bytes(plan: Plan, units: Sequence[Unit], choices: Sequence[Choice], chosen: Format) -> int:
+def _file_bytes(plan: Plan, units: Sequence[Unit], choices: Sequence[StorageChoice], chosen: Format) -> int:
+    """Return the total size of the safetensors files with these choices."""
     layers = {}
     for unit, choice in zip(units, choices, strict=True):
         for name in unit.layers:
@@ -110,16 +115,16 @@ def _file_bytes(plan: Plan, units: Sequence[Unit], choices: Sequence[Choice], ch
             layers[name] = replace(
                 plan.layers[name], bits=choice.bits, group_size=scheme.group_size, format=scheme.format
             )
-    return file_bytes(announce(plan.source, layers))
+    return file_bytes(list_result_tensors(plan.source, layers))
 
 
-def allocate(units: Sequence[Unit], budget: int) -> list[Choice]:
-    """The choices with the least sum of errors whose bytes are at most `budget`.
+def allocate(units: Sequence[Unit], budget: int) -> list[StorageChoice]:
+    """Return the choices with the least sum of errors whose bytes add up to at most `budget`.
 
-    Exact but for bytes being rounded up to budget / BINS, so the budget is never exceeded.
+    Bytes are rounded up (see BINS), so the budget is never exceeded; otherwise the optimum is exact.
 
     Raises:
-        InputError: even the smallest choices take more.
+        InputError: even the smallest choices exceed the budget.
     """
     smallest = [min(choice.nbytes for choice in unit.choices) for unit in units]
     spare = budget - sum(smallest)
@@ -130,7 +135,7 @@ def allocate(units: Sequence[Unit], budget: int) -> list[Choice]:
         )
     step = max(spare / BINS, 1.0)
     bins = int(spare / step)
-    least = np.zeros(bins + 1)  # least sum of errors of the units so far, by spare bins used at most
+    least = np.zeros(bins + 1)  # [b]: least sum of errors of the units so far with at most b spare bins
     taken = np.zeros((len(units), bins + 1), dtype=np.uint8)
     for row, (unit, base) in enumerate(zip(units, smallest, strict=True)):
         costs = np.full((len(unit.choices), bins + 1), np.inf)
@@ -148,12 +153,12 @@ def allocate(units: Sequence[Unit], budget: int) -> list[Choice]:
     return chosen[::-1]
 
 
-def overrides_for(units: Sequence[Unit], chosen: Sequence[Choice]) -> tuple[Override, ...]:
-    """One override for each way of storing, naming the layers that get it."""
-    alike: dict[tuple[int, int], list[str]] = {}
+def make_overrides(units: Sequence[Unit], chosen: Sequence[StorageChoice]) -> tuple[Override, ...]:
+    """Return one override for each pair of bits and group size, whose pattern names the layers that get it."""
+    layers_by_choice: dict[tuple[int, int], list[str]] = {}
     for unit, choice in zip(units, chosen, strict=True):
-        alike.setdefault((choice.bits, choice.group_size), []).extend(unit.layers)
+        layers_by_choice.setdefault((choice.bits, choice.group_size), []).extend(unit.layers)
     return tuple(
         Override(f"^(?:{'|'.join(map(re.escape, names))})$", bits=bits, group_size=group)
-        for (bits, group), names in alike.items()
+        for (bits, group), names in layers_by_choice.items()
     )

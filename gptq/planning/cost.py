@@ -1,16 +1,16 @@
-"""How long a run will take: the arithmetic it has to do, counted, over what this machine was measured to do.
+"""Estimate how long a run takes: count its floating-point operations, and divide by rates measured on this machine.
 
-Floating-point operations, an addition and a multiplication each one; r x n is a layer, t the calibration tokens:
+An addition and a multiplication count as one operation each. A layer's weight is r x n; there are t calibration tokens.
 
-    forward        2 t r n for every stream
-    H              t n^2, as it is symmetric; C 2 t n^2
-    factor         n^3 / 3, once for the layers that share an input
-    correction     2 r n^2 for W C and as much for two triangular solves, or with r > n 2 n^3 for C H^-1 and 2 r n^2,
-                   r together for the layers that share an input
+    forward        2 t r n per stream
+    H              t n^2, because it is symmetric; C 2 t n^2
+    factor         n^3 / 3, once per group of layers that share an input
+    correction     2 r n^2 for W C and 2 r n^2 for two triangular solves; if r > n, 2 n^3 for C H^-1 and 2 r n^2;
+                   r is the sum over the layers that share an input
     solve          r n^2
-    sweep          2 r n^2 for each
+    sweep          2 r n^2 per sweep
 
-What grows with the weights alone (grids, the columns' inner loop, packing) is measured on a small layer.
+Work proportional to the number of weights (grids, the solver's inner loop, packing) is timed on a small layer.
 """
 
 import time
@@ -28,24 +28,26 @@ from gptq.planning.memory import Tokens
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
 
-SAMPLE = (512, 1024)  # rows and columns of the small layer
-UNCOUNTED = 2.0  # what a run takes above the counted work at the measured rates, as scripts/bench_memory.py found
+SAMPLE_SHAPE = (512, 1024)  # rows and columns of that small layer
+OVERHEAD_FACTOR = 2.0  # ratio of real to counted time, measured by scripts/bench_memory.py
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second."""
+    """Measured speed of a machine."""
 
-    forward: float  # floating-point operations in the forward's dtype
-    solver: float  # in float32
-    weight: float  # seconds for each weight, beside the products
+    forward: float  # floating-point operations per second in the forward's dtype
+    solver: float  # floating-point operations per second in float32
+    weight: float  # seconds per weight, in addition to matrix products
 
 
 @dataclass(frozen=True)
 class Work:
-    forward: float  # floating-point operations
-    solver: float
-    weights: int
+    """The counted work of a run."""
+
+    forward: float  # floating-point operations of forward passes
+    solver: float  # floating-point operations of the solver
+    weights: int  # number of weights
 
     @property
     def total(self) -> float:
@@ -53,11 +55,11 @@ class Work:
 
     def seconds(self, rates: Rates) -> float:
         products = self.forward / rates.forward + self.solver / rates.solver
-        return UNCOUNTED * (products + self.weights * rates.weight)
+        return OVERHEAD_FACTOR * (products + self.weights * rates.weight)
 
 
-def count(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
-    """The work of a whole run without repeated forwards; none but rounding where nothing is calibrated."""
+def count_work(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
+    """Count the work of a run, without repeated forwards; with method "rtn" there are no matrix products."""
     layers = list(plan.layers.values())
     weights = sum(p.outputs * p.inputs for p in layers)
     if config.method != "gptq":
@@ -65,32 +67,34 @@ def count(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
     streams = config.streams
     everything = tokens.windows * tokens.per_window
     heads = [linear.name for linear in layers[-1:] if config.lm_head]
-    step = min(TUNE_WINDOWS, tokens.windows - tokens.held_out) * tokens.per_window  # tokens that a step of tuning sees
-    passes = streams * everything + 3 * (config.tune_steps or 0) * step  # going back is twice as much as forth
+    step = min(TUNE_WINDOWS, tokens.windows - tokens.held_out) * tokens.per_window  # tokens per tuning step
+    passes = streams * everything + 3 * (config.tune_steps or 0) * step  # a backward pass costs two forwards
     forward = sum(2.0 * passes * p.outputs * p.inputs for p in layers if p.name not in heads)
     together = [
         [plan.layers[n] for n in names] for block in plan.blocks for names in group_fused_siblings(block.linears)
     ]
-    inputs = sum(_of_input(g[0].inputs, sum(p.outputs for p in g), tokens.seen, streams) for g in together)
-    return Work(forward, inputs + sum(_of_layer(p, config) for p in layers), weights)
+    inputs = sum(_operations_per_input(g[0].inputs, sum(p.outputs for p in g), tokens.seen, streams) for g in together)
+    return Work(forward, inputs + sum(_operations_per_layer(p, config) for p in layers), weights)
 
 
-def _of_input(n: int, rows: int, tokens: int, streams: int) -> float:
+def _operations_per_input(n: int, rows: int, tokens: int, streams: int) -> float:
+    """Operations for H, its factor and C, and the correction of `rows` rows of layers that share an input."""
     factor = tokens * n**2 + n**3 / 3
     return factor if streams == 1 else factor + 2.0 * tokens * n**2 + 2.0 * (rows + min(rows, n)) * n**2
 
 
-def _of_layer(layer: LayerPlan, config: QuantConfig) -> float:
+def _operations_per_layer(layer: LayerPlan, config: QuantConfig) -> float:
+    """Operations of the solve and the sweeps."""
     unit = float(layer.outputs * layer.inputs**2)
     return unit * (1 + 2 * (config.sweeps or 0))
 
 
-def measure(config: QuantConfig, device: torch.device, dtype: torch.dtype, seconds: float = 8.0) -> Rates:
-    """Rates of this machine, in about `seconds`."""
+def measure_rates(config: QuantConfig, device: torch.device, dtype: torch.dtype, seconds: float = 8.0) -> Rates:
+    """Measure this machine's rates, in about `seconds`."""
     with torch.no_grad(), exact_float32(device):
-        solver_rate = product_rate(device, torch.float32, seconds / 4)
-        forward_rate = solver_rate if dtype == torch.float32 else product_rate(device, dtype, seconds / 4)
-        rows, columns = SAMPLE
+        solver_rate = measure_product_rate(device, torch.float32, seconds / 4)
+        forward_rate = solver_rate if dtype == torch.float32 else measure_product_rate(device, dtype, seconds / 4)
+        rows, columns = SAMPLE_SHAPE
         draw = torch.Generator().manual_seed(0)
         W = torch.randn(rows, columns, generator=draw).to(device)
         X = torch.randn(2 * columns, columns, generator=draw).to(device)
@@ -111,10 +115,10 @@ def measure(config: QuantConfig, device: torch.device, dtype: torch.dtype, secon
     return Rates(forward_rate, solver_rate, max(best - products, 0.0) / W.numel())
 
 
-def product_rate(
+def measure_product_rate(
     device: torch.device, dtype: torch.dtype, seconds: float, multiply: Callable[[Tensor, Tensor], Tensor] = product
 ) -> float:
-    """Floating-point operations per second of a matrix product, the best of those that fit into the time."""
+    """Return floating-point operations per second of a matrix product: the best of as many as fit into `seconds`."""
     n = 1536 if device.type == "cpu" else 8192
     A, B = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     best, began = float("inf"), time.perf_counter()

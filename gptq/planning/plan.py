@@ -1,4 +1,4 @@
-"""What will be done with every tensor of a checkpoint, decided before the first weight is read."""
+"""Decide what happens to every tensor of a checkpoint, before the first weight is read."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -25,24 +25,24 @@ from gptq.models.forward import check_inputs
 from gptq.models.tensor_names import Names, check_tensors, note_on_unused
 from gptq.models.uncalled_layers import find_uncalled_layers
 
-TOKENS = 8  # of text that tries out which layers are called
+PROBE_TOKENS = 8  # length of the window on the meta device that finds out which layers are called
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What will be done with one linear layer, by its own options where it has some."""
+    """How one linear layer is quantized, after overrides."""
 
     name: str  # in the model
-    stored: str  # in the checkpoint
-    source: str  # tensor of the checkpoint that is its weight; one of another name where the two were tied
+    stored: str  # in the quantized checkpoint
+    source: str  # the source checkpoint's tensor that is its weight; of another layer's name if the two are tied
     outputs: int
     inputs: int
     bits: int
     group_size: int  # columns, at most the inputs
     sym: bool
-    transposed: bool = False  # transformers' Conv1D
+    transposed: bool = False  # the weight is stored as (inputs, outputs): a Conv1D of transformers
     format: Format = "gptq"
-    scattered: bool = False  # groups are not runs of columns
+    scattered: bool = False  # groups are not contiguous columns
 
     @property
     def scheme(self) -> Scheme:
@@ -51,7 +51,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint, the empty model it is of, and what will be done with each of its tensors."""
+    """A checkpoint, its model on the meta device, and what happens to each of its tensors."""
 
     folder: Path
     source: Source
@@ -59,11 +59,11 @@ class Plan:
     network: PreTrainedModel
     names: Names
     all_blocks: list[Block]
-    blocks: list[Block]  # without the layers that are skipped
+    blocks: list[Block]  # `all_blocks` without skipped layers
     layers: dict[str, LayerPlan]
-    tensors: dict[str, TensorInfo]
-    changes: dict[str, Any]  # in config.json
-    notes: list[str]
+    tensors: dict[str, TensorInfo]  # of the quantized checkpoint
+    changes: dict[str, Any]  # values to replace in config.json
+    notes: list[str]  # for the user
 
     @property
     def stored_layers(self) -> Layers:
@@ -71,12 +71,13 @@ class Plan:
 
     @property
     def packed_bytes(self) -> int:
-        """Of all that is stored for the quantized layers."""
+        """Size of all tensors of the quantized layers."""
         layers = self.layers.values()
         return sum(i.nbytes for p in layers for i in formats.layout(p.scheme, p.outputs, p.inputs).values())
 
     @property
-    def in_short(self) -> str:
+    def summary(self) -> str:
+        """One line for the user."""
         layers = self.layers.values()
         return (
             f"{len(layers)} layers in {len(self.blocks)} blocks at {self.bits_per_weight:.2f} bits per weight "
@@ -95,13 +96,13 @@ def plan_checkpoint(
     trust_remote_code: bool,
     sample: Mapping[str, Tensor] | None = None,
 ) -> Plan:
-    """Decide what is done with every tensor of a checkpoint, from its headers and config.json.
+    """Decide what happens to every tensor of a checkpoint, from its headers and config.json.
 
     Args:
         model: folder or Hub id.
-        sample: what the model will be called on in one window, where that is not text.
+        sample: the model's inputs of one window, if they are not text.
     Raises:
-        InputError: it cannot be quantized like this; says what to change.
+        InputError: the checkpoint cannot be quantized with this config; says what to change.
     """
     folder = resolve(model, revision)
     if (folder / "config.json").is_file() and quantization_of(folder):
@@ -109,42 +110,45 @@ def plan_checkpoint(
     opened = open_model(folder, trust_remote_code)
     source, hf_config, network, names = opened.source, opened.hf_config, opened.network, opened.names
     left_over = check_tensors(network, names, source.tensors)
-    inputs = _inputs(sample, network, config)
+    inputs = _probe_inputs(sample, network, config)
     all_blocks, left_out = find_blocks(network, inputs)
     uncalled = find_uncalled_layers(network, all_blocks, inputs or {})
     if config.lm_head:
         all_blocks.append(replace(find_head(network), index=len(all_blocks)))
-    apart, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
-    blocks, layers, extended = plan_layers(all_blocks, names, config, apart, uncalled)
-    changes = changes if apart in layers else {}
-    notes = [*opened.notes, *left_out, *_note_on(uncalled), *extended]
+    untied, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
+    blocks, layers, extended = plan_layers(all_blocks, names, config, untied, uncalled)
+    changes = changes if untied in layers else {}
+    notes = [*opened.notes, *left_out, *_note_on_uncalled(uncalled), *extended]
     notes += [*notes_on_shapes(layers.values(), config), *note_on_unused(left_over)]
-    tensors = announce(source, layers)
+    tensors = list_result_tensors(source, layers)
     return Plan(folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, changes, notes)
 
 
-def _inputs(
+def _probe_inputs(
     sample: Mapping[str, Tensor] | None, network: PreTrainedModel, config: QuantConfig
 ) -> Mapping[str, Tensor] | None:
-    """What the model will be called on, of some length; None where it is not called at all and takes more than text."""
+    """Return inputs for a forward on the meta device; None if the method is RTN and the model does not take text."""
     if sample is not None:
         check_inputs(sample, network)
         return sample
     if config.method == "rtn" and network.main_input_name != "input_ids":
         return None
-    return {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long)}
+    return {"input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long)}
 
 
-def _note_on(uncalled: list[str]) -> list[str]:
-    many = f" and {len(uncalled) - 1} more stay as they are" if len(uncalled) > 1 else " stays as it is"
+def _note_on_uncalled(uncalled: list[str]) -> list[str]:
+    subject = f" and {len(uncalled) - 1} more stay as they are" if len(uncalled) > 1 else " stays as it is"
     why = "the model computes with the weight before it calls the layer, if it does"
-    return [f"{uncalled[0]}{many}: {why}"] if uncalled else []
+    return [f"{uncalled[0]}{subject}: {why}"] if uncalled else []
 
 
 def _untie(
     head: Block, names: Names, hf_config: PreTrainedConfig, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
-    """The head's name if it is one and shares its weight in the checkpoint, and what then changes in config.json."""
+    """Return the name of the output head if its weight is tied in the checkpoint, and the changes to config.json.
+
+    Returns "" and no changes if `head` is no output head, or has a weight of its own.
+    """
     if not head.is_head() or names.find_own(f"{head.name}.weight"):
         return "", {}
     check_untied(hf_config, head, names, trust_remote_code)
@@ -152,19 +156,20 @@ def _untie(
 
 
 def plan_layers(
-    blocks: list[Block], names: Names, config: QuantConfig, apart: str = "", uncalled: Collection[str] = ()
+    blocks: list[Block], names: Names, config: QuantConfig, untied: str = "", uncalled: Collection[str] = ()
 ) -> tuple[list[Block], dict[str, LayerPlan], list[str]]:
-    """The blocks without the layers that are skipped, a plan for each other layer, and notes on extended overrides.
+    """Return the blocks without skipped layers, a plan for each remaining layer, and notes for the user.
 
-    `apart` is the layer, if any, that shares its weight with the embedding in the checkpoint, but not in the result;
-    `uncalled` are skipped in any case.
+    Args:
+        untied: name of the output head, if its weight is tied in the checkpoint and will not be in the result.
+        uncalled: names of layers that cannot be quantized and are skipped.
 
     Raises:
-        InputError: an override names no layer, or overrides want different things of layers that engines fuse, or the
+        InputError: an override names no layer, overrides contradict each other on layers that engines fuse, or the
             format cannot hold a layer.
     """
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
-    options, notes = layer_options(linears, config)
+    options, notes = resolve_layer_options(linears, config)
     plans: dict[str, LayerPlan] = {}
     for name, own in options.items():
         if own["skip"] or name in uncalled:
@@ -172,10 +177,10 @@ def plan_layers(
         outputs, inputs = shape_of(linears[name])
         group_size = inputs if own["group_size"] == -1 else min(own["group_size"], inputs)
         source = names.require(f"{name}.weight")
-        if not source.endswith(".weight"):  # `qweight` in the place of something else would not be found again
+        if not source.endswith(".weight"):  # a reader would not find `qweight` under such a name
             notes.append(f"{name} stays as it is: the checkpoint calls its weight {source}")
             continue
-        stored = name if name == apart else source.removesuffix(".weight")
+        stored = name if name == untied else source.removesuffix(".weight")
         plans[name] = LayerPlan(
             name, stored, source, outputs, inputs, own["bits"], group_size, own["sym"], is_transposed(linears[name]),
             scattered=config.shuffles_groups and group_size < inputs,
@@ -189,14 +194,15 @@ def plan_layers(
 
 
 def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
-    """The format asked for; for "auto" the one that most engines take.
+    """Return the configured format; for "auto" the one that most inference engines read.
 
-    That is GPTQ v1 for one symmetric width of 4 or 8 bits, which vLLM, SGLang and GPTQModel read alike. Of the rest,
-    vLLM reads only pack-quantized files (its GPTQ reader takes symmetric 4 and 8 bits), but of asymmetric ones 4 and 8
-    bits only; then, and where those cannot hold a layer, asymmetric ones go to v2, which not only its maker takes.
+    - Symmetric, all layers at 4 bits or all at 8 bits: GPTQ v1, which vLLM, SGLang and GPTQModel all read.
+    - Other symmetric checkpoints, and asymmetric ones at 4 or 8 bits: pack-quantized, the only format in which vLLM
+      reads these; GPTQ if pack-quantized cannot hold a layer.
+    - Other asymmetric checkpoints: GPTQ v2; pack-quantized if GPTQ v2 cannot hold a layer.
 
     Raises:
-        InputError: the format cannot hold a layer; names it.
+        InputError: no candidate can hold every layer; names the layer.
     """
     if config.format != "auto":
         wanted: list[Format] = [config.format]
@@ -222,14 +228,17 @@ def _refusal(plan: LayerPlan, candidate: Format) -> str | None:
     return reason and f"{plan.name}: {reason}"
 
 
-def layer_options(layers: Iterable[str], config: QuantConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """bits, group_size, sym and skip of every layer, and notes; siblings that engines fuse get the same ones.
+def resolve_layer_options(layers: Iterable[str], config: QuantConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return bits, group_size, sym and skip of every layer, and notes for the user.
 
-    An override that names some of the siblings holds for all of them.
+    Siblings that engines fuse get the same options: an override that names some of them holds for all.
+
+    Raises:
+        InputError: an override names no layer, or overrides contradict each other on siblings.
     """
     layers = list(layers)
-    everywhere = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym, "skip": False}
-    options = {name: dict(everywhere) for name in layers}
+    defaults = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym, "skip": False}
+    options = {name: dict(defaults) for name in layers}
     extended: dict[Override, list[str]] = {}
     unused = list(config.overrides)
     for group in group_fused_siblings(layers):
@@ -244,11 +253,15 @@ def layer_options(layers: Iterable[str], config: QuantConfig) -> tuple[dict[str,
     if unused:
         raise InputError(f"the override '{unused[0]}' names no layer; a layer is called {layers[0]}, for example")
     reached = {o: [n for n in names if o.skip or not options[n]["skip"]] for o, names in extended.items()}
-    return options, [_extension(override, names) for override, names in reached.items() if names]
+    return options, [_note_on_extension(override, names) for override, names in reached.items() if names]
 
 
 def _refuse_contradictions(partial: dict[Override, list[str]]) -> None:
-    """Raises InputError where overrides that share no layer set an option of the same siblings differently."""
+    """Check overrides that each name some of the same siblings.
+
+    Raises:
+        InputError: two of them name different layers and set an option to different values.
+    """
     seen: dict[str, Override] = {}
     for override, members in partial.items():
         for option, value in override.options().items():
@@ -261,25 +274,25 @@ def _refuse_contradictions(partial: dict[Override, list[str]]) -> None:
             seen[option] = override
 
 
-def _extension(override: Override, names: list[str]) -> str:
-    also = _in_short(names)
+def _note_on_extension(override: Override, names: list[str]) -> str:
+    also = _abbreviate(names)
     return f"the override '{override}' holds for {also} as well, because engines fuse them with the layers it names"
 
 
-def _in_short(names: list[str]) -> str:
-    """Layers of many blocks by what they are called there, and how many they are."""
+def _abbreviate(names: list[str]) -> str:
+    """Name many layers briefly: their names inside a block, how many they are, and the first one in full."""
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
     return f"{kinds} in {len(names)} layers ({names[0]} ...)" if len(names) > 1 else names[0]
 
 
 def notes_on_shapes(plans: Iterable[LayerPlan], config: QuantConfig) -> Iterator[str]:
-    """What a user should know of shapes that do not divide, once for all layers of which the same is true."""
-    alike: dict[str, list[str]] = {}
+    """Yield notes for the user on shapes that are not multiples of the group or word size, one for all such layers."""
+    layers_by_remark: dict[str, list[str]] = {}
     for plan in plans:
         for remark in _remarks(plan, config):
-            alike.setdefault(remark, []).append(plan.name)
-    for remark, names in alike.items():
-        yield f"{_in_short(names)}: {remark}"
+            layers_by_remark.setdefault(remark, []).append(plan.name)
+    for remark, names in layers_by_remark.items():
+        yield f"{_abbreviate(names)}: {remark}"
 
 
 def _remarks(plan: LayerPlan, config: QuantConfig) -> Iterator[str]:
@@ -297,21 +310,25 @@ def _remarks(plan: LayerPlan, config: QuantConfig) -> Iterator[str]:
             yield f"{count} {what} of {plan.bits} bits do not fill whole 32-bit words; {readers}"
 
 
-def announce(source: Source, plans: dict[str, LayerPlan]) -> dict[str, TensorInfo]:
-    """Every tensor of the result, in the source's order: each source tensor is copied, or a layer's weight replaced.
+def list_result_tensors(source: Source, plans: dict[str, LayerPlan]) -> dict[str, TensorInfo]:
+    """Return all tensors of the quantized checkpoint, in the source's order.
 
-    Of a weight that an embedding uses too, both stay.
+    Each source tensor is copied, or replaced by the packed tensors of its layer. The weight of an untied head is both
+    copied, for the embedding, and packed.
+
+    Raises:
+        InputError: the source holds a tensor of the same name as a packed one.
     """
     by_weight = {plan.source: plan for plan in plans.values()}
-    announced: dict[str, TensorInfo] = {}
+    result: dict[str, TensorInfo] = {}
     for name, info in source.tensors.items():
         plan = by_weight.get(name)
         if plan is None or name != f"{plan.stored}.weight":
-            announced[name] = info
+            result[name] = info
         if plan is not None:
             layout = formats.layout(plan.scheme, plan.outputs, plan.inputs)
             for suffix, packed in layout.items():
                 if f"{plan.stored}.{suffix}" in source.tensors:
                     raise InputError(f"the checkpoint holds {plan.stored}.{suffix} already; is it quantized?")
-                announced[f"{plan.stored}.{suffix}"] = packed
-    return announced
+                result[f"{plan.stored}.{suffix}"] = packed
+    return result
