@@ -554,7 +554,7 @@ def test_samples_auto_stops_when_more_would_not_help(
             tried.append(text)
 
     monkeypatch.setattr(search, "MAX_WINDOWS", 64)
-    monkeypatch.setattr(search, "ENOUGH", -1.0)  # never enough
+    monkeypatch.setattr(search, "MAX_EXCESS", -1.0)  # never enough
     made = quantize(source, tmp_path / "most", QuantConfig(**auto), calibration=text_file, observer=Listener())
     assert [text.split()[0] for text in tried if "held-out error" in text] == ["16", "32", "64"]
     assert any("more samples would help" in note for note in made.notes)
@@ -562,7 +562,7 @@ def test_samples_auto_stops_when_more_would_not_help(
     quantize(source, tmp_path / "given", given, calibration=text_file)
     assert weight_bytes(tmp_path / "most") == weight_bytes(tmp_path / "given")
     tried.clear()
-    monkeypatch.setattr(search, "ENOUGH", 1e9)
+    monkeypatch.setattr(search, "MAX_EXCESS", 1e9)
     made = quantize(source, tmp_path / "few", QuantConfig(**auto), calibration=text_file, observer=Listener())
     assert [text.split()[0] for text in tried if "held-out error" in text] == ["16"]
     assert any("more samples would change little" in note for note in made.notes)

@@ -48,7 +48,7 @@ class Stops(Observer):
         self._blocks = []
         self.passes -= 1
 
-    def going_on(self, blocks: int, weights: int) -> None:
+    def resumed(self, blocks: int, weights: int) -> None:
         self.went_on_after.append(blocks)
         self._blocks = [-1] * blocks
 
@@ -145,7 +145,7 @@ def test_blocks_that_nothing_reaches_are_finished_too(
     """Whatever part of the model a walk leaves out is rounded, and that is journaled like the rest."""
     source = make_model("llama", num_hidden_layers=3)
     windows = torch.randint(1, 320, (4, 32), generator=torch.Generator().manual_seed(7))
-    monkeypatch.setattr(BlockWalk, "go_on", lambda self, outputs: None)  # the walk ends after the first block
+    monkeypatch.setattr(BlockWalk, "resume_with", lambda self, outputs: None)  # the walk ends after the first block
     whole = quantize(source, tmp_path / "whole", CONFIG, calibration=windows)
     assert sum("no calibration input reached it" in note for note in whole.notes) == 2
     stop(source, tmp_path / "out", after=2, calibration=windows)
@@ -379,7 +379,7 @@ def test_an_unfinished_folder_is_no_checkpoint(make_model: MakeModel, windows: T
 
 
 def test_a_long_file_is_told_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("HASHED_WHOLE", 1000), ("PIECE", 10), ("EVERY", 100)):
+    for name, value in (("MAX_HASHED_WHOLE", 1000), ("PIECE_BYTES", 10), ("PIECE_STRIDE", 100)):
         monkeypatch.setattr(run_identity, name, value)
     file = tmp_path / "file"
     content = bytearray(2005)

@@ -9,7 +9,7 @@ from gptq.compute.cpu_features import has_amx, has_avx512_bf16
 from gptq.config import QuantConfig
 from gptq.pipeline import row_tiles
 from gptq.pipeline.layer_inputs import HeldOutBlend, LayerInputs
-from gptq.pipeline.row_tiles import LayerFigures, Rows, find_corrections, sampled_rows, solve_rows
+from gptq.pipeline.row_tiles import LayerFigures, StackedRows, find_corrections, sampled_rows, solve_rows
 from gptq.planning.plan import LayerPlan
 from gptq.solver.hessian import HeldOut
 
@@ -27,7 +27,7 @@ def relative(off: Tensor, W: Tensor, x: Tensor) -> float:
 def solved(
     weights: list[Tensor], plan: LayerPlan, inputs: LayerInputs
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:
-    config, rows = QuantConfig(bits=4, group_size=32), Rows.of(weights)
+    config, rows = QuantConfig(bits=4, group_size=32), StackedRows.of(weights)
     return solve_rows(rows, find_corrections(rows, inputs, config), plan, inputs, config)
 
 

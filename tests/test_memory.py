@@ -22,7 +22,7 @@ from gptq.checkpoint.reader import Source
 from gptq.config import QuantConfig, parse_size
 from gptq.errors import InputError
 from gptq.models.hf_config import choose_dtype
-from gptq.pipeline.offload import LEAST, Shelf
+from gptq.pipeline.offload import MIN_BYTES, ActivationOffload
 from gptq.pipeline.quantize import quantize
 from gptq.pipeline.run import Observer
 from gptq.planning import cost, memory
@@ -55,7 +55,7 @@ def test_the_same_bytes_with_any_limit(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every way there is: all in memory, activations in files, and fewer windows in flight."""
-    monkeypatch.setattr("gptq.pipeline.offload.LEAST", 1)
+    monkeypatch.setattr("gptq.pipeline.offload.MIN_BYTES", 1)
     source, many = make_model("llama"), torch.cat([windows, windows.flip(0)])
     tokens, base = memory.Tokens(12, 32, 1), memory.warm_up()
     found = []
@@ -149,30 +149,30 @@ def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
 
 @linux
 def test_the_shelf_keeps_values_and_leaves_no_file(tmp_path: Path) -> None:
-    shelf, draw = Shelf(tmp_path), torch.Generator().manual_seed(0)
-    x = torch.randn(64, LEAST // 4, generator=draw)
+    offload, draw = ActivationOffload(tmp_path), torch.Generator().manual_seed(0)
+    x = torch.randn(64, MIN_BYTES // 4, generator=draw)
     kept, alias = x.clone(), [x]
-    assert shelf.put((x, {"x": x, "small": torch.ones(3)}))[0] is x
+    assert offload.put((x, {"x": x, "small": torch.ones(3)}))[0] is x
     assert not list(tmp_path.iterdir())
     before = memory.resident_bytes()
     assert torch.equal(x, kept)
     full = memory.resident_bytes()
-    shelf.release()
+    offload.release()
     assert full - memory.resident_bytes() > 0.8 * x.nbytes
     assert full - before > 0.8 * x.nbytes
     assert torch.equal(alias[0], kept)
     x += 1
-    shelf.release()
+    offload.release()
     assert torch.equal(x, kept + 1)
     address = x.data_ptr()
-    shelf.put(x)
+    offload.put(x)
     assert x.data_ptr() == address
 
 
 def test_a_shelf_without_a_folder_does_nothing() -> None:
-    x = torch.ones(LEAST)
+    x = torch.ones(MIN_BYTES)
     address = x.data_ptr()
-    assert Shelf().put(x).data_ptr() == address
+    assert ActivationOffload().put(x).data_ptr() == address
 
 
 RUN = """
@@ -264,7 +264,7 @@ def test_a_killed_run_leaves_no_activations(make_model: MakeModel, tmp_path: Pat
     ]
     process = start(source, tmp_path / "out", int(sum(ways) / 2 / (1 - memory.MARGIN)), count, length, "balanced")
     assert process.stdout is not None
-    process.stdout.readline()  # a layer is done, so all windows stand in mid-block and their inputs are on the shelf
+    process.stdout.readline()  # a layer is done, so all windows stand in mid-block and their inputs are on the offload
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gptq import InputError, QuantConfig, load, quantize, solver
 from gptq.output import verify
-from gptq.pipeline.tune import tune
+from gptq.pipeline.tune import BlockToTune, tune
 from tests.conftest import MakeModel
 
 OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 32, "seq_len": 32}
@@ -36,9 +36,9 @@ def test_scales_that_are_wrong_by_a_factor_are_mended(rng: torch.Generator) -> N
     with torch.no_grad():
         wanted = [x @ exact.weight().T + linear.bias for x in inputs]
         linear.weight.copy_(off.weight())
-        tuned = tune(
-            block, calls_of(block, inputs), wanted, [3, 7], {linear: off}, lambda _, w: w, {linear: 4}, 60, seed=0
-        )
+        calls = calls_of(block, inputs)
+        to_tune = BlockToTune(block, calls, wanted, [3, 7], {linear: off}, {linear: 4}, lambda _, w: w)
+        tuned = tune(to_tune, 60, seed=0)
     assert tuned.error_before == pytest.approx(0.08**2, rel=0.1)
     assert tuned.error_after < 0.2 * tuned.error_before
     made = tuned.layers[linear]
@@ -55,7 +55,8 @@ def test_what_is_perfect_is_left_alone(rng: torch.Generator) -> None:
         inputs = torch.randn(9, 4, 32, generator=rng)
         wanted = [block(x) for x in inputs]
         layers: dict[nn.Module, solver.SolvedLayer] = {linear: exact}
-        tuned = tune(block, calls_of(block, inputs), wanted, [], layers, lambda _, w: w, {linear: 4}, 3, seed=0)
+        to_tune = BlockToTune(block, calls_of(block, inputs), wanted, [], layers, {linear: 4}, lambda _, w: w)
+        tuned = tune(to_tune, 3, seed=0)
     assert tuned.layers is layers
     assert tuned.parameters == {}
 

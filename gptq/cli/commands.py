@@ -32,7 +32,7 @@ from gptq.output.convert import convert
 from gptq.output.record import PerplexityRecord, public_name, read_record
 from gptq.pipeline.quantize import Result, quantize
 from gptq.pipeline.run import Observer
-from gptq.pipeline.search import FEWEST_WINDOWS
+from gptq.pipeline.search import MIN_WINDOWS
 from gptq.planning import cost, memory
 from gptq.planning.plan import Plan, plan_checkpoint
 
@@ -150,7 +150,7 @@ def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -
     """Estimate memory and time of a run, the time from measuring this machine for a few seconds."""
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, plan.hf_config, device)
-    windows = FEWEST_WINDOWS if config.num_samples == "auto" else config.num_samples
+    windows = MIN_WINDOWS if config.num_samples == "auto" else config.num_samples
     length, _ = fit_seq_len(config.seq_len, plan.hf_config, plan.network)
     held_out = sum(is_held_out(i, windows) for i in range(windows))
     tokens = memory.Tokens(windows, length, held_out)

@@ -38,7 +38,7 @@ class Progress(Observer):
         self._done, self._before, self._block = 0, 0, -1
         self._open_bar(weights)
 
-    def going_on(self, blocks: int, weights: int) -> None:
+    def resumed(self, blocks: int, weights: int) -> None:
         self.stage(f"going on after block {blocks} of {self._blocks}")
         self._before = self._done = weights
         if self._bar is not None:

@@ -280,7 +280,7 @@ def original_logits(
                 outputs.append(call())
                 done += 1
                 progress(done, total)
-            walk.go_on([outputs])
+            walk.resume_with([outputs])
         for _, output in walk.outputs():
             yield output.logits[0, :-1]
             done += len(blocks)

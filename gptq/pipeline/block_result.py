@@ -11,28 +11,30 @@ from gptq.output.results import BlockError, Coverage, LayerResult
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What quantizing a block yields. The journal holds all of it but the tensors, which are in the output shards.
+    """Everything that quantizing a block yields. Tensors go to the output shards, the rest to the journal.
 
-    Maps without another key are by the layers' names in the model.
+    Unless said otherwise, the key of a mapping is a layer's name in the model.
     """
 
     name: str
     layers: tuple[LayerResult, ...]
     weight_checksums: Mapping[str, str]  # SHA-256 of each dequantized weight
-    histograms: Mapping[str, Mapping[str, Any]]  # of weights and codes
-    tuned: Mapping[str, str] = field(default_factory=dict)  # tuned parameter in the model -> tensor in the checkpoint
-    errors: tuple[BlockError, ...] = ()  # around tuning
+    histograms: Mapping[str, Mapping[str, Any]]  # of weights and of codes
+    tuned: Mapping[str, str] = field(
+        default_factory=dict
+    )  # name of a tuned parameter in the model -> in the checkpoint
+    errors: tuple[BlockError, ...] = ()  # before and after tuning
     coverage: tuple[Coverage, ...] = ()  # of each list of experts
     notes: tuple[str, ...] = ()
-    checksums: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by stored name, of what is on disk
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by stored name, until they are on disk
+    checksums: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the tensors on disk, by stored name
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # tensors not yet on disk, by stored name
 
-    def on_disk(self, checksums: Mapping[str, str]) -> "BlockResult":
-        """The same, its tensors written; `checksums` holds at least theirs."""
+    def mark_written(self, checksums: Mapping[str, str]) -> "BlockResult":
+        """Return the result without its tensors, once they are on disk; `checksums` has at least theirs."""
         return replace(self, checksums={name: checksums[name] for name in self.tensors}, tensors={})
 
     def to_entry(self) -> dict[str, Any]:
-        """The journal's entry, JSON's values."""
+        """Return the journal's entry, as values that JSON can hold."""
         return {
             "name": self.name,
             "tensors": dict(self.checksums),
@@ -47,7 +49,7 @@ class BlockResult:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "BlockResult":
-        """The inverse of `to_entry`."""
+        """Read what `to_entry` returned."""
         return cls(
             name=entry["name"],
             layers=tuple(LayerResult(**layer) for layer in entry["layers"]),

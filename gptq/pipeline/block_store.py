@@ -1,4 +1,4 @@
-"""Finished blocks on disk: their tensors in the output's shards, all else in the journal."""
+"""Store finished blocks on disk: tensors in the output shards, everything else in the journal."""
 
 from torch import Tensor
 
@@ -10,26 +10,26 @@ from gptq.planning.plan import LayerPlan
 
 
 class BlockStore:
-    """Takes the result of each block, so that a run that is stopped goes on after the last one taken."""
+    """Stores the result of each finished block, so that a stopped run can resume after it."""
 
     def __init__(self, writer: ShardWriter, journal: Journal) -> None:
-        self.finished: dict[str, BlockResult] = {}  # by the block's name, in the order in which they were finished
+        self.finished: dict[str, BlockResult] = {}  # by block name, in the order in which they finished
         self._writer = writer
         self._journal = journal
 
     def commit(self, result: BlockResult) -> None:
-        """Write a block's tensors, and once they are on disk the journal's entry."""
+        """Write a block's tensors, and after they are on disk its entry in the journal."""
         for name, tensor in result.tensors.items():
             self._writer.write(name, tensor)
         self._writer.sync()
-        written = result.on_disk(self._writer.checksums)
+        written = result.mark_written(self._writer.checksums)
         self._journal.append("block", written.to_entry())
         self.finished[result.name] = written
 
     def restore(self) -> list[str]:
-        """Take over the blocks that an earlier run finished; returns notes.
+        """Load the blocks that an earlier run finished; return notes for the user.
 
-        A block whose tensors are not what was written, and those after it, are done again.
+        If the tensors on disk do not match a block's checksums, that block and those after it are quantized again.
         """
         for entry in self._journal.find("block"):
             result = BlockResult.from_entry(entry)
@@ -40,11 +40,11 @@ class BlockStore:
         return []
 
     def weight(self, plan: LayerPlan) -> Tensor:
-        """The dequantized weight (outputs, inputs) of a layer on disk."""
+        """Read the dequantized weight (outputs, inputs) of a finished layer."""
         layout = formats.layout(plan.scheme, plan.outputs, plan.inputs)
         packed = {suffix: self._writer.read(f"{plan.stored}.{suffix}") for suffix in layout}
         return formats.decode(packed, plan.scheme).weight()
 
     def read(self, stored: str) -> Tensor:
-        """A tensor on disk, by its name in the checkpoint."""
+        """Read a tensor of the output, by its name in the checkpoint."""
         return self._writer.read(stored)

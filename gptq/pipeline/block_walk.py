@@ -1,8 +1,8 @@
-"""Taking windows through a model's own forward, block by block, with one block in memory at a time.
+"""Run all windows through a model's own forward, block by block, with one block in memory at a time.
 
 with BlockWalk(network, blocks, windows, num_streams=1, weights=weights) as walk:
     for block, calls in walk:
-        walk.go_on([[run_to_end(call) for call in stream] for stream in calls])
+        walk.resume_with([[run_to_end(call) for call in stream] for stream in calls])
     for window, output in walk.outputs():
         ...
 """
@@ -22,18 +22,19 @@ from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.forward import PausableForward, Pause, forward_without_cache, pause_instead, to_device
 from gptq.models.weights import WeightStream, drop_parameters
-from gptq.pipeline.offload import Shelf
+from gptq.pipeline.offload import ActivationOffload
 
 Calls = list[list[partial[Any]]]  # by stream and window: the call of a block on the inputs that reach it
-Outputs = list[list[Any]]  # by stream and window
+Outputs = list[list[Any]]  # by stream and window: the output of a block
 
 
 class BlockWalk:
-    """The forwards of all windows, each of which pauses instead of running a block.
+    """The forwards of all windows, each of which pauses in place of running a block.
 
-    With two streams each window goes through twice, as the quantized and as the original model see it. Iterating gives
-    the blocks in the order in which the model's forward reaches them. A block has its weights in memory then, but for
-    those of `block.linears`. The body hands the block's outputs to `go_on`; without them the walk ends.
+    With two streams every window is run twice: with activations of the quantized model and of the original model.
+    Iterating yields each block, with the calls that would run it, in the order in which the forward reaches them. The
+    block's parameters are in memory by then, except the weights of `block.linears`. The loop body passes the block's
+    outputs to `resume_with`; without them the walk ends.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class BlockWalk:
         windows: Sequence[Inputs],
         num_streams: int,
         weights: WeightStream,
-        offload: Shelf | None = None,
+        offload: ActivationOffload | None = None,
     ) -> None:
-        """`offload` is where activations wait between blocks."""
+        """`offload` stores activations between blocks; by default they stay in memory."""
         self._network, self._blocks, self._weights = network, blocks, weights
-        self._offload = offload or Shelf()
+        self._offload = offload or ActivationOffload()
         self._left = {block.module: block for block in blocks}
         forward = forward_without_cache(network)
         self._streams = [
@@ -55,12 +56,12 @@ class BlockWalk:
             for _ in range(num_streams)
         ]
         self._pauses: list[list[Pause | None]] = []
-        self._given: Outputs = []
+        self._outputs: Outputs = []  # of the current block, once the caller has passed them
         self._stack = ExitStack()
         self._steps: Generator[tuple[Block, Calls], None, None] | None = None
 
     def __enter__(self) -> "BlockWalk":
-        self._stack.callback(self._stop)  # a forward left standing would hold its activations for good
+        self._stack.callback(self._stop)  # a paused forward would keep its activations alive forever
         self._drop_others = self._stack.enter_context(self._weights.read_on_demand(self._network, self._blocks))
         self._forward_of = self._stack.enter_context(pause_instead(self._left))
         return self
@@ -75,16 +76,20 @@ class BlockWalk:
             forward.stop()
 
     @property
-    def left(self) -> list[Block]:
-        """The blocks that no window has reached."""
+    def unreached(self) -> list[Block]:
+        """Return the blocks that no window has reached yet."""
         return [*self._left.values()]
 
-    def go_on(self, outputs: Outputs) -> None:
-        """Give the windows a block's outputs to go on with; the lists are emptied as they go."""
-        self._given = outputs
+    def resume_with(self, outputs: Outputs) -> None:
+        """Pass on the current block's outputs; each is set to None in its list when its forward has resumed."""
+        self._outputs = outputs
 
     def __iter__(self) -> Iterator[tuple[Block, Calls]]:
-        """Raises InputError where a window does not run through the model, or not through each block once."""
+        """Yield (block, calls).
+
+        Raises:
+            InputError: a forward fails, or does not run the same blocks in the same order as the other windows.
+        """
         self._steps = self._walk()
         return self._steps
 
@@ -97,30 +102,30 @@ class BlockWalk:
                 name = next(b.name for b in self._blocks if b.module is standing.module)
                 raise InputError(f"{name} is not run once per forward, in the same order for every window")
             self._weights.fill(block.module, block.name, skip=block.linears.values())
-            self._weights.prefetch(_parameters_of_next(self.left))
-            self._given = []
+            self._weights.prefetch(_parameters_of_next(self.unreached))
+            self._outputs = []
             with onednn_linears(block.module):
                 yield block, self._calls(block)
             drop_parameters(block.module)
             return_freed_memory()
-            if not self._given or not self._left:
+            if not self._outputs or not self._left:
                 return
-            for stream, outputs, pauses in zip(self._streams, self._given, self._pauses, strict=True):
+            for stream, outputs, pauses in zip(self._streams, self._outputs, self._pauses, strict=True):
                 for i, forward in enumerate(stream):
                     pauses[i] = self._offloaded(_advance(forward, self._offload.put(outputs[i])))
                     outputs[i] = None
             self._drop_others()
 
     def outputs(self) -> Iterator[tuple[int, Any]]:
-        """After the last block: each window's number and the model's output, which is computed when it is asked for."""
+        """After the last block, yield each window's number and the model's output, computed one window at a time."""
         for i, forward in enumerate(self._streams[0]):
-            _advance(forward, self._given[0][i])
-            self._given[0][i] = None
+            _advance(forward, self._outputs[0][i])
+            self._outputs[0][i] = None
             yield i, forward.result
             forward.result = None
 
     def _calls(self, block: Block) -> Calls:
-        run = self._offload.releasing(self._forward_of[block.module])
+        run = self._offload.release_before(self._forward_of[block.module])
         return [[partial(run, *p.args, **p.kwargs) for p in stream if p] for stream in self._pauses]
 
     def _offloaded(self, pause: Pause | None) -> Pause | None:
@@ -130,7 +135,11 @@ class BlockWalk:
 
 
 def _advance(forward: PausableForward, answer: Any = None) -> Pause | None:
-    """Raises InputError where the model refuses its inputs."""
+    """Resume a forward until its next pause.
+
+    Raises:
+        InputError: the model fails on its inputs.
+    """
     try:
         return forward.advance(answer)
     except (ValueError, TypeError, IndexError) as error:
@@ -139,7 +148,7 @@ def _advance(forward: PausableForward, answer: Any = None) -> Pause | None:
 
 
 def _parameters_of_next(left: list[Block]) -> list[str]:
-    """Names of the parameters of the block that comes next."""
+    """Return the names of the next block's parameters."""
     if not left:
         return []
     return [f"{left[0].name}.{name}" for name, _ in left[0].module.named_parameters()]

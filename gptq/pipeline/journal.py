@@ -1,16 +1,16 @@
-"""What a run has finished, line by line, so that the same command goes on from there after whatever happened.
+"""The journal of a run: what it has finished, line by line, so that the same command can resume after any interruption.
 
 OUT.partial/journal.jsonl holds one JSON object per line, {"sha256": of the entry's JSON, "entry": {kind: content}}:
 
-    begun      everything but the calibration that decides which bytes come out; and the machine
+    begun      everything except the calibration data that the output depends on; and the machine
     windows    the calibration windows that were drawn: how many, their checksum, notes
-    measured   with a target: what each width does to the layers of one block
-    widths     with a target: the config with the widths that were chosen
-    block      a finished block: checksums of its tensors, and all that the record will say of it
+    measured   with a target: the error of each width in each layer of one block
+    widths     with a target: the config with the chosen widths
+    block      a finished block: checksums of its tensors, and everything that the record will hold of it
 
-A line is written when what it speaks of is on disk. From the first line that is torn or damaged, the rest does not
-count. Activations are not stored: the windows run through the finished blocks once more, forward only, on the same
-weights, so the bytes agree.
+A line is written after what it describes is on disk. The first torn or damaged line and all lines after it are
+ignored. Activations are not stored: on resuming, the windows run through the finished blocks again, forward only and
+with the same weights, so the output is the same to the byte.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from typing import Any
 from gptq.calibration.arrays import Inputs
 from gptq.checkpoint.atomic_folder import sync_path
 from gptq.errors import InputError
-from gptq.pipeline.run_identity import changes, checksum_of_windows, differences
+from gptq.pipeline.run_identity import checksum_of_windows, find_differences, list_changes
 
 JOURNAL = "journal.jsonl"
-WORK = ("measured", "block")  # entries that took long to come by
+COSTLY = ("measured", "block")  # kinds of entries that took long to compute
 Entry = tuple[str, dict[str, Any]]  # kind and content
 
 
@@ -35,14 +35,14 @@ class Journal:
     """The journal in one working folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what is there; a folder without a journal has an empty one."""
+        """Read the folder's journal; without a file it is empty."""
         self.file = folder / JOURNAL
-        self._take(self.file.read_bytes() if self.file.is_file() else b"")
+        self._parse(self.file.read_bytes() if self.file.is_file() else b"")
 
-    def _take(self, content: bytes) -> None:
+    def _parse(self, content: bytes) -> None:
         self.entries: list[Entry] = []
-        self._ends = [0]  # byte behind each entry
-        self.damaged = False  # by more than being stopped in the middle of a line
+        self._ends = [0]  # byte offset of the end of each entry
+        self.damaged = False  # more than a torn last line
         lines = content.splitlines(keepends=True)
         for number, line in enumerate(lines):
             entry = _read_line(line)
@@ -53,16 +53,19 @@ class Journal:
             self._ends.append(self._ends[-1] + len(line))
 
     def text(self) -> str:
+        """Return the journal's valid lines."""
         return "".join(_line({kind: content}) for kind, content in self.entries)
 
     def find(self, kind: str) -> list[dict[str, Any]]:
+        """Return the contents of all entries of one kind."""
         return [content for own, content in self.entries if own == kind]
 
     def is_worth_keeping(self) -> bool:
-        return any(kind in WORK for kind, _ in self.entries)
+        """Whether resuming would save work."""
+        return any(kind in COSTLY for kind, _ in self.entries)
 
-    def promise(self, blocks: int) -> str:
-        """What can be said when a run over so many blocks fails; nothing where nothing was finished."""
+    def describe_kept(self, blocks: int) -> str:
+        """Tell the user of a failed run over `blocks` blocks what the folder keeps; "" if nothing was finished."""
         finished, measured = len(self.find("block")), len(self.find("measured"))
         if not self.is_worth_keeping():
             return ""
@@ -73,7 +76,7 @@ class Journal:
         )
 
     def append(self, kind: str, content: dict[str, Any]) -> None:
-        """Write an entry so that it survives a power cut."""
+        """Write an entry and sync it to disk, so that it survives a power cut."""
         line = _line({kind: content}).encode()
         with self.file.open("r+b" if self.file.exists() else "w+b") as file:
             file.truncate(self._ends[-1])  # a torn line, if any
@@ -87,7 +90,7 @@ class Journal:
         self._ends.append(self._ends[-1] + len(line))
 
     def forget_blocks_from(self, name: str) -> None:
-        """The block called `name`, and what came after it, have to be done again."""
+        """Remove the entry of the block called `name`, and all entries after it."""
         first = self._first(name)
         del self.entries[first:], self._ends[first + 1 :]
         os.truncate(self.file, self._ends[-1])
@@ -96,16 +99,16 @@ class Journal:
         return next(i for i, (kind, content) in enumerate(self.entries) if kind == "block" and content["name"] == name)
 
     def require_same(self, now: Mapping[str, Any]) -> list[str]:
-        """Compare how the run was begun with how it goes on; returns notes on what may matter.
+        """Compare the run's options, model and versions now with those it was begun with; return notes for the user.
 
         Raises:
-            InputError: something differs that decides which bytes come out; says what.
+            InputError: something differs that the output depends on; says what.
         """
         begun = self.find("begun")[0]
-        changed = differences(begun, now)
+        changed = find_differences(begun, now)
         if changed:
             raise InputError(f"{self.file.parent} was begun with {' and '.join(changed)}; give what it was begun with")
-        machine = changes(begun["machine"], now["machine"])
+        machine = list_changes(begun["machine"], now["machine"])
         if not machine:
             return []
         return [
@@ -113,7 +116,11 @@ class Journal:
         ]
 
     def require_windows(self, windows: list[Inputs], notes: list[str]) -> None:
-        """Note which calibration windows are used; raises InputError if they were others before."""
+        """Record the checksum of the calibration windows, or compare it with the recorded one.
+
+        Raises:
+            InputError: the run was begun with other windows.
+        """
         now = {"count": len(windows), "sha256": checksum_of_windows(windows), "notes": notes}
         before = self.find("windows")
         if not before:
@@ -124,12 +131,12 @@ class Journal:
             )
 
 
-class Copy(Journal):
-    """Another process's journal, which alone writes it."""
+class JournalCopy(Journal):
+    """A copy of the first process's journal in memory, for the other processes, which write nothing."""
 
     def __init__(self, folder: Path, text: str) -> None:
         self.file = folder / JOURNAL
-        self._take(text.encode())
+        self._parse(text.encode())
 
     def append(self, kind: str, content: dict[str, Any]) -> None:
         self.entries.append((kind, content))
@@ -143,6 +150,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _read_line(line: bytes) -> Entry | None:
+    """Parse a line; None if it is torn or damaged."""
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         whole = json.loads(line)
         if line.endswith(b"\n") and whole["sha256"] == _checksum(whole["entry"]):

@@ -1,6 +1,6 @@
-"""One layer of a block: solved together with its siblings, and swapped for the weight that its codes stand for.
+"""Quantize one layer of a block: solve it together with its siblings, and replace its weight by the dequantized one.
 
-A `Station` is the input at which all forwards stand, `BlockState` what is known of the block so far.
+A `SharedInput` is the calibration input of one or more layers, `BlockState` the progress of the block.
 """
 
 import time
@@ -16,53 +16,53 @@ from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
 from gptq.output.results import Coverage, LayerResult, weight_histogram
 from gptq.pipeline.layer_inputs import LayerInputs
-from gptq.pipeline.row_tiles import LayerFigures, Rows, find_corrections, round_rows, solve_rows
+from gptq.pipeline.row_tiles import LayerFigures, StackedRows, find_corrections, round_rows, solve_rows
 from gptq.pipeline.run import Run
 from gptq.solver.solve import SMALLEST_POWER
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What is known of a layer once its codes are chosen."""
+    """A solved layer: codes, error figures, and the histogram of its weights."""
 
     solved: solver.SolvedLayer
     figures: LayerFigures
     histogram: dict[str, Any]  # of the weights
 
 
-class Station:
-    """Where forwards stand: the inputs that they bring to a layer, for as long as layers are solved on these.
+class SharedInput:
+    """The calibration input of one or more layers, kept until the last of them is solved.
 
-    Holds immutable values and replaces them. A C that is larger than a layer is freed before that layer is solved.
+    Holds immutable values and replaces them. If the drift C is larger than a layer, it is freed before the solve.
     """
 
     def __init__(self, inputs: LayerInputs) -> None:
         self.inputs = inputs
-        self.solved_ahead: dict[str, Solution] = {}  # siblings of a layer that was solved, by name
-        self._has_drift = True  # whether `inputs` still holds all that was gathered
+        self.solved_siblings: dict[str, Solution] = {}  # solved together with an earlier layer, by name
+        self._has_drift = True  # False once the gathered drift was freed
 
-    def serves(self, name: str) -> bool:
-        """Whether a layer that gets this input can be solved, or was."""
-        return self._has_drift or name in self.solved_ahead
+    def can_solve(self, name: str) -> bool:
+        """Whether a layer with this input can be solved, or has been solved with a sibling."""
+        return self._has_drift or name in self.solved_siblings
 
     def prepare_drift(self, rows: int) -> None:
-        """Bring the drift into the form in which correcting this many rows costs least."""
+        """Bring the drift into the form that is cheapest for correcting this many rows."""
         drift = self.inputs.drift
         if drift is not None:
             self.inputs = replace(self.inputs, drift=drift.for_rows(rows, self.inputs.factor))
 
     def release_drift(self) -> None:
-        """Free the drift; for a further layer on this input it has to be gathered again."""
+        """Free the drift; it has to be gathered again if another layer with this input is solved."""
         self.inputs, self._has_drift = replace(self.inputs, drift=None), False
 
 
 class BlockState:
-    """A block while its layers are solved, in the order in which its forward reaches them."""
+    """The state of a block while its layers are solved one after the other."""
 
     def __init__(self, block: Block, run: Run) -> None:
         self.block = block
         self.run = run
-        self.solutions: dict[str, Solution] = {}  # of layers that the forward has passed
+        self.solutions: dict[str, Solution] = {}  # by layer
         self.results: list[LayerResult] = []
         self.coverage: list[Coverage] = []
         self.notes: list[str] = []
@@ -72,21 +72,24 @@ class BlockState:
         self.run.observer.note(text)
 
     def weight(self, name: str) -> Tensor:
-        """The stored weight of a layer, (outputs, inputs) float32."""
+        """Read the original weight of a layer, (outputs, inputs) float32."""
         return self.run.weights.weight(self.block.linears[name], name)
 
 
 class LayerSolver(Protocol):
-    """What is done with a layer when all forwards stand at it; a layer that none reaches has no station."""
+    """Handles a layer that all forwards have reached, and sets the weight they continue with.
 
-    def __call__(self, name: str, station: Station | None, state: BlockState) -> None: ...
+    `shared` is None for a layer that no calibration input reaches.
+    """
+
+    def __call__(self, name: str, shared: SharedInput | None, state: BlockState) -> None: ...
 
 
-def quantize_layer(name: str, station: Station | None, state: BlockState) -> None:
-    """Solve a layer and let the forward go on with the weight that its codes stand for."""
+def quantize_layer(name: str, shared: SharedInput | None, state: BlockState) -> None:
+    """Solve a layer and give it its dequantized weight; a LayerSolver."""
     began = time.monotonic()
     run, plan = state.run, state.run.layers[name]
-    solution = _solution(name, station, state)
+    solution = _solve(name, shared, state)
     state.solutions[name] = solution
     run.weights.set_weight(state.block.linears[name], solution.solved.weight())
     seconds = time.monotonic() - began
@@ -97,19 +100,20 @@ def quantize_layer(name: str, station: Station | None, state: BlockState) -> Non
         return_freed_memory()
 
 
-def _solution(name: str, station: Station | None, state: BlockState) -> Solution:
-    if station is None:
+def _solve(name: str, shared: SharedInput | None, state: BlockState) -> Solution:
+    """Return a layer's solution, solving it and its siblings unless an earlier sibling has."""
+    if shared is None:
         return _solve_together([name], None, state)[name]
-    if name not in station.solved_ahead:
-        station.solved_ahead |= _solve_together(_siblings(name, state), station, state)
-    return station.solved_ahead.pop(name)
+    if name not in shared.solved_siblings:
+        shared.solved_siblings |= _solve_together(_unsolved_siblings(name, state), shared, state)
+    return shared.solved_siblings.pop(name)
 
 
-def _siblings(name: str, state: BlockState) -> list[str]:
-    """A layer, and the unsolved layers that engines fuse with it and that have its scheme and number of inputs.
+def _unsolved_siblings(name: str, state: BlockState) -> list[str]:
+    """Return a layer, and its unsolved siblings with the same scheme and number of inputs.
 
-    They get the same input in every known architecture, unless their widths differ, as RWKV's key and value do. A
-    sibling that gets another input is solved once more on that.
+    Siblings are layers that engines fuse. With the same number of inputs they share their input in every known
+    architecture; one that turns out to have another input is solved again on that.
     """
     layers = state.run.layers
     together = next(names for names in group_fused_siblings(state.block.linears) if name in names)
@@ -129,8 +133,8 @@ def _is_last_on_input(name: str, state: BlockState) -> bool:
     return alone and plan.inputs > plan.outputs
 
 
-def _solve_together(names: list[str], station: Station | None, state: BlockState) -> dict[str, Solution]:
-    """Solve layers with one input and one scheme as one matrix.
+def _solve_together(names: list[str], shared: SharedInput | None, state: BlockState) -> dict[str, Solution]:
+    """Solve layers that share an input and a scheme as one matrix.
 
     Raises:
         InputError: a layer's scales do not fit their stored dtype; names it.
@@ -138,13 +142,13 @@ def _solve_together(names: list[str], station: Station | None, state: BlockState
     run = state.run
     weights = [state.weight(name) for name in names]  # (outputs, inputs) float32 each
     try:
-        if station is None:
+        if shared is None:
             found = [round_rows(W, run.layers[name]) for name, W in zip(names, weights, strict=True)]
         else:
-            found = _solve_at(station, weights, names, state)
+            found = _solve_with_input(shared, weights, names, state)
     except ValueError as problem:
-        if len(names) > 1 and run.ranks.size == 1:  # find out which
-            return _solve_together(names[:1], station, state)
+        if len(names) > 1 and run.ranks.size == 1:  # to name the one that fails
+            return _solve_together(names[:1], shared, state)
         raise InputError(
             f"{names[0]}: {problem}; its largest weight is {float(weights[0].abs().max()):.3g}"
         ) from problem
@@ -154,20 +158,20 @@ def _solve_together(names: list[str], station: Station | None, state: BlockState
     }
 
 
-def _solve_at(
-    station: Station, weights: list[Tensor], names: list[str], state: BlockState
+def _solve_with_input(
+    shared: SharedInput, weights: list[Tensor], names: list[str], state: BlockState
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:
     run, plan = state.run, state.run.layers[names[0]]
-    rows = Rows.of(weights)
-    station.prepare_drift(len(rows.W))
-    corrections = find_corrections(rows, station.inputs, run.config, run.ranks)
+    rows = StackedRows.of(weights)
+    shared.prepare_drift(len(rows.W))
+    corrections = find_corrections(rows, shared.inputs, run.config, run.ranks)
     if len(names) == 1 and _is_last_on_input(names[0], state):
-        station.release_drift()
-    return solve_rows(rows, corrections, plan, station.inputs, run.config, run.ranks)
+        shared.release_drift()
+    return solve_rows(rows, corrections, plan, shared.inputs, run.config, run.ranks)
 
 
-def original_weights(stop: nn.Module, state: BlockState) -> dict[nn.Module, nn.Parameter | None]:
-    """What the original model computes with at the module where a forward stands, for its quantized layers."""
+def read_original_weights(stop: nn.Module, state: BlockState) -> dict[nn.Module, nn.Parameter | None]:
+    """Read the original weights of the quantized layers inside the module `stop`, in the forward's dtype."""
     weights, names = state.run.weights, {linear: name for name, linear in state.block.linears.items()}
     return {
         linear: nn.Parameter(weights.to_forward_layout(linear, state.weight(names[linear])), False)
@@ -177,6 +181,6 @@ def original_weights(stop: nn.Module, state: BlockState) -> dict[nn.Module, nn.P
 
 
 def heldout_excess(results: Iterable[LayerResult]) -> float:
-    """How much larger the sum of the layers' errors is on windows held out than on those learned from."""
+    """Return by which fraction the sum of the layers' errors is larger on held-out windows than on the others."""
     both = [(r.error, r.heldout_error) for r in results if r.heldout_error is not None]
     return sum(held for _, held in both) / max(sum(error for error, _ in both), SMALLEST_POWER) - 1 if both else 0.0

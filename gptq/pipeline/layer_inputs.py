@@ -1,6 +1,6 @@
-"""What the calibration inputs of a layer tell: its factorized Hessian, the drift, and inputs held out to measure with.
+"""Statistics of a layer's calibration inputs: the factorized Hessian, the drift, and held-out inputs to measure errors.
 
-All are immutable values; `layer.Station` replaces one by another while the layers of one input are solved.
+All are immutable values; `layer.SharedInput` replaces them while the layers that share an input are solved.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ TOKENS_PER_INPUT = 2  # below this many tokens per input an expert's own Hessian
 
 
 class InputSums(NamedTuple):
-    """Sums over calibration windows: those the solver learns from, and those held out."""
+    """Sums over the calibration windows that the solver learns from, and over held-out windows."""
 
     seen: HessianAccumulator
     held_out: HeldOut
@@ -30,37 +30,37 @@ class InputSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a layer's inputs x are from the original model's x~: C, the mean of (x~ - x) x^T (see error_propagation).
+    """The drift C = mean of (x~ - x) x^T of a layer's inputs x from the original model's x~ (see error_propagation).
 
-    Where a solve has more rows than the layer has inputs, C H^-1 is computed once and takes C's place.
+    If more rows are solved than the layer has inputs, C is replaced by C H^-1, computed once.
     """
 
     matrix: Tensor  # (inputs, inputs) C, or C H^-1 where `divided`
     divided: bool = False
 
     def for_rows(self, rows: int, factor: solver.Factor) -> "Drift":
-        """The drift in the form in which correcting this many rows costs least; C's memory is used again."""
+        """Return the drift in the form that is cheapest for this many rows; the memory of C is reused."""
         if self.divided or rows <= len(self.matrix):
             return self
         return Drift(divide_by_hessian(self.matrix, factor), divided=True)
 
     def correction(self, W: Tensor, factor: solver.Factor) -> Tensor:
-        """W C H^-1 (rows, inputs) for W (rows, inputs)."""
+        """Return W C H^-1 (rows, inputs) for W (rows, inputs)."""
         return product(W, self.matrix) if self.divided else full_correction(W, self.matrix, factor)
 
 
 @dataclass(frozen=True)
 class HeldOutBlend:
-    """Inputs held out of what the solver works with: a weighted mean of an expert's own and of all tokens."""
+    """Held-out inputs; of an expert, a weighted mean of those of its own tokens and of all tokens."""
 
-    parts: tuple[tuple[float, HeldOut], ...]  # weight and inputs
+    parts: tuple[tuple[float, HeldOut], ...]  # (weight, inputs), weights sum to 1
 
     def power(self, A: Tensor) -> float:
         """See HeldOut.power."""
         return sum(weight * held.power(A) for weight, held in self.parts)
 
     def agreement(self, W: Tensor, A: Tensor) -> float | None:
-        """See HeldOut.agreement; None where the last part, which has most tokens, knows nothing of the originals."""
+        """See HeldOut.agreement; None if the last part, which has the most tokens, has no original inputs."""
         found = [(weight, held.agreement(W, A)) for weight, held in self.parts]
         if found[-1][1] is None:
             return None
@@ -69,7 +69,10 @@ class HeldOutBlend:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What is known of a layer's inputs; a part is None where there is none of its kind."""
+    """Everything that solving a layer needs to know of its inputs.
+
+    `drift` is None with one stream or once it is freed, `held_out` if no window is held out.
+    """
 
     factor: solver.Factor
     drift: Drift | None
@@ -77,39 +80,43 @@ class LayerInputs:
     tokens: int
 
 
-def gather_inputs(
-    name: str, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run
-) -> InputSums:
-    """Sum a layer's inputs over all windows; `arriving` brings the `windows` windows of this process."""
+def gather_inputs(name: str, pairs: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run) -> InputSums:
+    """Sum a layer's inputs over the windows of all processes.
+
+    `pairs` yields, for each of this process's `windows` windows, the layer's input and the original model's. Either is
+    None where there is none.
+    """
     total = run.ranks.total(windows)
-    pairs = ((x, original) for x, original in run.ranks.gather_windows(arriving, total, parts=2))
-    return accumulate(run.layers[name].inputs, pairs, total, run)
+    everyone = ((x, original) for x, original in run.ranks.gather_windows(pairs, total, parts=2))
+    return accumulate(run.layers[name].inputs, everyone, total, run)
 
 
 def accumulate(
-    num_inputs: int, arriving: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run
+    num_inputs: int, pairs: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run
 ) -> InputSums:
-    """Sum the inputs of all windows, one window in HELD_OUT_EVERY apart from the others."""
+    """Sum the inputs of all windows; one window in HELD_OUT_EVERY is held out and summed separately."""
     device = run.weights.device
     sums = InputSums(HessianAccumulator(num_inputs, device, run.ranks), HeldOut(num_inputs, device))
-    for i, (x, original) in enumerate(arriving):
+    for i, (x, original) in enumerate(pairs):
         if x is not None:
             (sums.held_out if is_held_out(i, windows) else sums.seen).add(x, original)
-        x = original = None  # before the next window makes its own
+        x = original = None  # free them before the next window's are computed
     return sums
 
 
 def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, run: Run) -> LayerInputs:
-    """A layer's inputs as the solver wants them; an expert's are blended with those of `everyone` where given.
+    """Return a layer's inputs from their sums; an expert's are blended with those of all tokens, `everyone`, if given.
 
     Raises:
-        InputError: the inputs hold NaN or infinity, or their Hessian does not factor.
+        InputError: the inputs hold NaN or infinity, or their Hessian cannot be factorized.
     """
     num_tokens = own.seen.num_tokens
     missing = 0 if everyone is None else pseudo_tokens(num_tokens, run.layers[name].inputs)
     weight = num_tokens / (num_tokens + missing) if missing else 1.0
     everyone = everyone or own
-    H, C = own.seen.take() if weight == 1 else blend(own.seen, everyone.seen, weight)  # a large H is not there twice
+    H, C = (
+        own.seen.take() if weight == 1 else blend(own.seen, everyone.seen, weight)
+    )  # take() moves H out, so that a large one is not copied
     if not bool(torch.isfinite(H.diagonal()).all()):
         raise InputError(
             f"the input of {name} holds NaN or infinity for the calibration data; if the original model works on it, "
@@ -126,7 +133,7 @@ def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, run:
 
 
 def note_on_damping(name: str, inputs: LayerInputs, run: Run) -> list[str]:
-    """What is said of a Hessian that needed more damping than was asked for."""
+    """Return a note for the user if a Hessian needed more damping than damp_percent."""
     asked, damp = run.config.damp_percent, inputs.factor.damp
     return [f"{name}: its Hessian needed {damp:g} of damping instead of {asked:g}"] if damp > asked else []
 
@@ -140,12 +147,12 @@ def _factorize(name: str, H: Tensor, run: Run) -> solver.Factor:
 
 
 def pseudo_tokens(tokens: int, inputs: int) -> int:
-    """How many tokens of the whole layer make up for those that an expert did not see."""
+    """Return how many tokens of the whole layer are added to an expert that saw too few (see `blend`)."""
     return max(TOKENS_PER_INPUT * inputs - tokens, 0)
 
 
 def blend(own: HessianAccumulator, everyone: HessianAccumulator, own_weight: float) -> tuple[Tensor, Tensor | None]:
-    """H and C (see `HessianAccumulator`) of an expert: own_weight of its own tokens' mean, the rest of all tokens'.
+    """Return H and C (see `HessianAccumulator`) of an expert: a weighted mean over its own and over all tokens.
 
     With n tokens of its own and k pseudo-tokens, own_weight = n / (n + k) and so
 
@@ -153,8 +160,8 @@ def blend(own: HessianAccumulator, everyone: HessianAccumulator, own_weight: flo
 
     H has inputs * (inputs + 1) / 2 unknowns, and n tokens give it a rank of at most n. With fewer tokens than inputs
     the solver would find directions in which errors seem to cost nothing, though other text would use them. All tokens
-    of the layer are the best guess at hand of what that text looks like: the router sends an expert some of them. An
-    expert with enough tokens (k = 0) is judged by its own only.
+    of the layer are the best available guess at that text, because the router selects an expert's tokens from them. An
+    expert with enough tokens (k = 0) uses its own only.
     """
     if own_weight == 1:
         return own.mean(), own.drift_mean()

@@ -1,4 +1,4 @@
-"""Quantizing a list of experts, each for the tokens that the router sends it."""
+"""Quantize a list of experts, each on the tokens that the router sends to it."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,7 @@ from gptq.models.experts import Expert, Experts
 from gptq.models.forward import Pause, argument_at, input_at
 from gptq.models.weights import swapped_weights
 from gptq.output.results import Coverage
-from gptq.pipeline.layer import BlockState, LayerSolver, Station, original_weights
+from gptq.pipeline.layer import BlockState, LayerSolver, SharedInput, read_original_weights
 from gptq.pipeline.layer_inputs import (
     InputSums,
     LayerInputs,
@@ -21,24 +21,25 @@ from gptq.pipeline.layer_inputs import (
 )
 from gptq.pipeline.run import Run
 
-Routed = tuple[Tensor, Tensor, Tensor | None]  # x (tokens, hidden), experts (tokens, k), x of the original model
+# A window's x (tokens, hidden), the numbers of its experts (tokens, k), and x of the original model.
+Routed = tuple[Tensor, Tensor, Tensor | None]
 
 
 def routing_of(pause: Pause | None, original: Pause | None) -> Item:
-    """As Routed; three Nones for a window that passed by the experts."""
+    """Return a window's Routed, read from its pauses; three Nones if it does not reach the experts."""
     return (None, None, None) if pause is None else (argument_at(pause), argument_at(pause, 1), input_at(original))
 
 
-def gather_routings(arriving: Iterable[Item], windows: int, run: Run) -> list[Routed]:
-    """The routings of all processes' windows; `arriving` brings the `windows` windows of this process."""
-    items = run.ranks.gather_windows(arriving, run.ranks.total(windows), parts=3)
+def gather_routings(own: Iterable[Item], windows: int, run: Run) -> list[Routed]:
+    """Return the routings of all processes' windows; `own` yields those of this process, for `windows` windows."""
+    items = run.ranks.gather_windows(own, run.ranks.total(windows), parts=3)
     return [(x, experts, original) for x, experts, original in items if x is not None and experts is not None]
 
 
 def solve_experts(
     name: str, experts: Experts, windows: list[Routed], state: BlockState, solve_layer: LayerSolver
 ) -> None:
-    """Quantize a layer's experts, each for its own tokens, blended with all of the layer's where these are too few."""
+    """Quantize a list of experts, each on its own tokens, blended with all tokens if they are too few (see `blend`)."""
     inputs = ((x, original) for x, _, original in windows)
     everyone = accumulate(windows[0][0].shape[-1], inputs, len(windows), state.run)
     tokens, blended = [], []
@@ -54,14 +55,14 @@ def solve_experts(
     coverage = Coverage(name, sum(len(x) for x, _, _ in windows), tokens, blended)
     state.coverage.append(coverage)
     if coverage.blended:
-        state.note(_note_on(coverage))
+        state.note(_note_on_coverage(coverage))
 
 
 def _solve_expert(
     name: str, expert: Expert, windows: list[tuple[Routed, Tensor]], everyone: InputSums, state: BlockState,
     solve_layer: LayerSolver,
 ) -> bool:  # fmt: skip
-    """Quantize one expert; whether its own tokens were too few."""
+    """Quantize one expert; return whether its own tokens were too few."""
     planned = {
         linear: f"{name}.{part}" for part, linear in expert.named_children() if f"{name}.{part}" in state.run.layers
     }
@@ -72,9 +73,9 @@ def _solve_expert(
         num_inputs = state.run.layers[gate_up[0]].inputs
         sums = accumulate(num_inputs, pairs, len(windows), state.run)
         few = pseudo_tokens(sums.seen.num_tokens, num_inputs) > 0
-        station = Station(_expert_inputs(gate_up[0], sums, everyone, state))
+        shared = SharedInput(_expert_inputs(gate_up[0], sums, everyone, state))
         for layer in gate_up:
-            solve_layer(layer, station, state)
+            solve_layer(layer, shared, state)
     if expert.down_proj in planned:
         few |= _solve_down(planned[expert.down_proj], expert, windows, state, solve_layer)
     return few
@@ -83,11 +84,11 @@ def _solve_expert(
 def _solve_down(
     name: str, expert: Expert, windows: list[tuple[Routed, Tensor]], state: BlockState, solve_layer: LayerSolver
 ) -> bool:
-    """Quantize an expert's down_proj behind its quantized gate and up; whether its own tokens were too few."""
-    originals = original_weights(expert, state)
+    """Quantize an expert's down_proj on the outputs of its quantized gate and up; return whether it saw too few."""
+    originals = read_original_weights(expert, state)
     num_inputs = state.run.layers[name].inputs
 
-    def inner(everyone: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def down_inputs(everyone: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         for (x, _, original), own in windows:
             rows = torch.ones_like(own) if everyone else own
             h = expert.intermediate(x[rows])
@@ -97,10 +98,10 @@ def _solve_down(
                 with swapped_weights(originals):
                     yield h, expert.intermediate(original[rows])
 
-    sums = accumulate(num_inputs, inner(False), len(windows), state.run)
+    sums = accumulate(num_inputs, down_inputs(False), len(windows), state.run)
     few = pseudo_tokens(sums.seen.num_tokens, num_inputs) > 0
-    all_sums = accumulate(num_inputs, inner(True), len(windows), state.run) if few else None
-    solve_layer(name, Station(_expert_inputs(name, sums, all_sums, state)), state)
+    all_sums = accumulate(num_inputs, down_inputs(True), len(windows), state.run) if few else None
+    solve_layer(name, SharedInput(_expert_inputs(name, sums, all_sums, state)), state)
     return few
 
 
@@ -111,7 +112,7 @@ def _expert_inputs(name: str, own: InputSums, everyone: InputSums | None, state:
     return inputs
 
 
-def _note_on(coverage: Coverage) -> str:
+def _note_on_coverage(coverage: Coverage) -> str:
     least = min(range(len(coverage.tokens)), key=coverage.tokens.__getitem__)
     return (
         f"{coverage.name}: {len(coverage.blended)} of {len(coverage.tokens)} experts saw too few of "

@@ -1,4 +1,4 @@
-"""The journey of a checkpoint, top to bottom: one block in memory, one forward per block, every tensor accounted for.
+"""Quantize a checkpoint, from top to bottom: one block in memory, one forward per block, every tensor accounted for.
 
 source tensors -> one block -> inputs of each layer -> Hessian -> solver -> codes -> packed words -> output shard
 """
@@ -38,19 +38,19 @@ from gptq.pipeline.block_store import BlockStore
 from gptq.pipeline.block_walk import BlockWalk, Calls, Outputs
 from gptq.pipeline.journal import Journal
 from gptq.pipeline.layer import BlockState, quantize_layer
-from gptq.pipeline.offload import Shelf
-from gptq.pipeline.resume import open_journal, run_finished
+from gptq.pipeline.offload import ActivationOffload
+from gptq.pipeline.resume import open_journal, run_finished_block
 from gptq.pipeline.run import Observer, Run
-from gptq.pipeline.run_identity import beginning
-from gptq.pipeline.search import choose_widths, enough_windows, notes_on_samples
-from gptq.pipeline.tune import first_tensor, tune
+from gptq.pipeline.run_identity import describe_run
+from gptq.pipeline.search import choose_widths, find_enough_windows, note_on_samples
+from gptq.pipeline.tune import BlockToTune, hidden_states, tune
 from gptq.planning import memory
 from gptq.planning.plan import Plan, plan_checkpoint
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made; sizes are those of the safetensors files."""
+    """The result of a run; sizes are in bytes and count the safetensors files."""
 
     out: str
     format: Format
@@ -67,11 +67,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Request:
-    """What `quantize` was called with, resolved as far as the model's files allow."""
+    """The arguments of `quantize`, checked."""
 
     model: str
     config: QuantConfig
-    given: Calibration
+    calibration: Calibration
     revision: str | None
     trust_remote_code: bool
     batch_size: int | None
@@ -79,17 +79,18 @@ class Request:
     observer: Observer
 
     def plan(self, config: QuantConfig) -> Plan:
-        sample = self.given[0] if isinstance(self.given, list) else None
+        """Plan the checkpoint with this config."""
+        sample = self.calibration[0] if isinstance(self.calibration, list) else None
         return plan_checkpoint(self.model, config, self.revision, self.trust_remote_code, sample)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known once calibration data is read and widths are chosen."""
+    """The plan with its final bit widths, and the calibration windows."""
 
     plan: Plan
     weights: WeightStream
-    windows: list[Inputs] | None  # None where nothing is calibrated
+    windows: list[Inputs] | None  # None if the method needs no calibration
     notes: list[str]
 
 
@@ -112,31 +113,31 @@ def quantize(
 
     Args:
         model: folder, or Hub id (then at `revision`).
-        out: folder to make; it appears when the run has succeeded and is left untouched otherwise. When a run fails or
-            is killed after the first block, OUT.partial stays, and the same call goes on after the last finished block.
+        out: folder to create; it appears only when the run has succeeded. When a run fails or is killed after the first
+            block, OUT.partial stays, and the same call resumes after the last finished block.
         calibration: source of text or of arrays (see `gptq.calibration`); or ready windows of tokens, (windows, tokens)
-            integers; or what the model is called on, as dicts of arrays whose first dimension counts windows
-            (`pixel_values` of images, say, or `input_ids` and `attention_mask` of padded texts).
+            integers; or the model's inputs, as dicts of arrays whose first dimension counts windows (`pixel_values` of
+            images, say, or `input_ids` and `attention_mask` of padded texts).
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
         dtype: of the forward passes: "float32", "bfloat16", "float16"; "auto" is that of config.json, but float32 on a
             CPU without native bfloat16. The solver works in float32 on the stored weights.
-        batch_size: how many calibration windows stand in mid-block at once (default all). The others repeat the
-            block's forward for each distinct layer input: less memory, more time, the same bytes.
-        memory_limit: bytes of this process that may be in memory; by default most of what the machine has free. It
-            decides on `batch_size` and whether activations between blocks are in files, and never on a byte that is
-            written. On a GPU, `gpu_memory_limit` does the same for its memory.
+        batch_size: how many calibration windows are in mid-block at once (default all). The others repeat the block's
+            forward for each distinct layer input: less memory, more time, the same result.
+        memory_limit: largest resident memory of this process in bytes; by default most of the machine's free memory. It
+            decides on `batch_size` and on whether activations between blocks are offloaded to files, and never changes
+            the result. On a GPU, `gpu_memory_limit` limits its memory in the same way.
 
     Raises:
-        InputError: anything a user can mend; then nothing is left at `out`. Among it an OUT.partial that was begun with
-            other options, another model or other calibration windows.
+        InputError: anything a user can fix; then nothing is left at `out`. This includes an OUT.partial that was begun
+            with other options, another model or other calibration windows.
     """
     started = time.monotonic()
     observer, config = observer or Observer(), config or QuantConfig()
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; at least one window has to be in flight")
     limits = memory_limit, gpu_memory_limit
-    given = read_calibration(calibration, config)
-    request = Request(str(model), config, given, revision, trust_remote_code, batch_size, limits, observer)
+    windows_or_text = read_calibration(calibration, config)
+    request = Request(str(model), config, windows_or_text, revision, trust_remote_code, batch_size, limits, observer)
     plan = request.plan(config)
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
@@ -147,7 +148,7 @@ def quantize(
     with ExitStack() as stack:
         stack.enter_context(malloc_policy(frugal=True))
         working = stack.enter_context(partial_folder(Path(out))) if ranks.rank == 0 else partial_folder_of(Path(out))
-        begun = beginning(config, plan.source, where, compute, trust_remote_code)
+        begun = describe_run(config, plan.source, where, compute, trust_remote_code)
         journal, notes = open_journal(working, begun, len(plan.blocks), ranks)
         prepared = _prepare(request, plan, where, compute, journal)
         plan, notes = prepared.plan, [*prepared.plan.notes, *notes, *prepared.notes]
@@ -158,20 +159,20 @@ def quantize(
         store = BlockStore(writer, journal)
         try:
             notes += _quantize_checkpoint(request, prepared, store, working.root, ranks)
-            _copy_the_rest(plan, writer, ranks, observer)
+            _copy_unquantized(plan, writer, ranks, observer)
         finally:
             prepared.weights.prefetcher.join(cancel=True)
             writer.abandon()
         chosen, after = next(iter(plan.layers.values())).format, file_bytes(plan.tensors)
-        record = _record(request, prepared, after, store)
+        record = _make_record(request, prepared, after, store)
         if ranks.rank == 0:
             write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
-    ranks.barrier()  # until OUT is there
-    ahead = prepared.weights.prefetcher
-    observer.prefetched(ahead.nbytes, ahead.seconds, ahead.waited)
+    ranks.barrier()  # wait until the first process has moved the output into place
+    prefetcher = prepared.weights.prefetcher
+    observer.prefetched(prefetcher.nbytes, prefetcher.seconds, prefetcher.waited)
     observer.finished()
     results = _layer_results(store)
-    for note in (remarks := notes_on_samples(results)):
+    for note in (remarks := note_on_samples(results)):
         observer.note(note)
     return Result(
         out=str(out),
@@ -186,25 +187,27 @@ def quantize(
 
 
 def _prepare(request: Request, plan: Plan, device: torch.device, dtype: torch.dtype, journal: Journal) -> Prepared:
-    """Read calibration windows, as many as pay; and choose widths where a target is given, which changes the plan."""
+    """Read the calibration windows; with a target, choose bit widths, and plan the checkpoint again with them."""
     config, observer = request.config, request.observer
     weights = WeightStream(plan.source, plan.names, device, dtype)
     if config.method != "gptq":
         return Prepared(plan, weights, None, [])
-    observer.stage(f"reading calibration data from {describe_calibration(request.given)}")
-    windows, notes = enough_windows(request.given, plan, config, weights, request.trust_remote_code, observer, journal)
+    observer.stage(f"reading calibration data from {describe_calibration(request.calibration)}")
+    windows, notes = find_enough_windows(
+        request.calibration, plan, config, weights, request.trust_remote_code, observer, journal
+    )
     if config.target_bits is not None or config.target_size is not None:
         in_flight = request.batch_size or len(windows)
-        plan = request.plan(_chosen_widths(plan, config, windows, in_flight, weights, observer, journal))
+        plan = request.plan(_widths_from_journal(plan, config, windows, in_flight, weights, observer, journal))
         weights = WeightStream(plan.source, plan.names, device, dtype)
     return Prepared(plan, weights, windows, notes)
 
 
-def _chosen_widths(
+def _widths_from_journal(
     plan: Plan, config: QuantConfig, windows: list[Inputs], in_flight: int, weights: WeightStream, observer: Observer,
     journal: Journal,
 ) -> QuantConfig:  # fmt: skip
-    """The config with a width for each layer: what the journal says was chosen, or else what is chosen now."""
+    """Return the config with the widths that the journal holds; if it holds none, choose and record them."""
     known = journal.find("widths")
     if known:
         return QuantConfig.from_dict(known[0])
@@ -214,13 +217,13 @@ def _chosen_widths(
 
 
 def _open_writer(working: PartialFolder, tensors: dict[str, TensorInfo], ranks: Ranks) -> ShardWriter:
-    """The first process writes; the others compute the same."""
+    """Return the output's writer, which writes in the first process and only reads in the others."""
     if ranks.rank == 0:
         working.require_disk_space(sum(info.nbytes for info in tensors.values()))
         writer = ShardWriter(working.content, tensors, reuse_shards=True)
         ranks.barrier()
         return writer
-    ranks.barrier()  # until the shards are laid out
+    ranks.barrier()  # wait until the first process has created the shards
     return ShardWriter(working.content, tensors, reuse_shards=True, read_only=True)
 
 
@@ -230,50 +233,50 @@ def _open_writer(working: PartialFolder, tensors: dict[str, TensorInfo], ranks: 
 def _quantize_checkpoint(
     request: Request, prepared: Prepared, store: BlockStore, folder: Path, ranks: Ranks
 ) -> list[str]:
-    """Quantize the blocks that an earlier run has not finished; returns the notes on all."""
+    """Quantize the blocks that an earlier run has not finished; return the notes on all blocks."""
     plan, observer, config = prepared.plan, request.observer, request.config
     windows = _own_windows(prepared.windows, ranks)
-    choice = _settle_memory(request, prepared, windows)
+    memory_plan = _decide_memory(request, prepared, windows)
     run = Run(
         config,
         plan.layers,
         prepared.weights,
         observer,
-        Shelf(folder if choice.on_disk else None),
+        ActivationOffload(folder if memory_plan.on_disk else None),
         ranks,
-        returns_memory=choice.returns_memory,
+        returns_memory=memory_plan.returns_memory,
         reruns_blocks=bool(config.tune_steps),
     )
     notes = _restore(plan, store, observer)
-    ranks.barrier()  # before one of them writes what another still looks at
-    with malloc_policy(choice.returns_memory), torch.no_grad(), exact_float32(run.weights.device):
-        left = plan.blocks
+    ranks.barrier()  # no process may write while another still reads the shards
+    with malloc_policy(memory_plan.returns_memory), torch.no_grad(), exact_float32(run.weights.device):
+        unreached = plan.blocks
         if windows is not None and len(store.finished) < len(plan.blocks):
-            left = _quantize_reached(plan, windows, choice.in_flight, store, run)
-        for block in left:
+            unreached = _quantize_reached(plan, windows, memory_plan.in_flight, store, run)
+        for block in unreached:
             if block.name not in store.finished:
                 store.commit(_round_block(block, run, calibrated=windows is not None))
     return notes + [note for result in store.finished.values() for note in result.notes]
 
 
 def _quantize_reached(plan: Plan, windows: list[Inputs], in_flight: int, store: BlockStore, run: Run) -> list[Block]:
-    """Quantize block by block, each on the outputs of those before it; returns the blocks that no window reached."""
+    """Quantize block by block, each on the outputs of those before it; return the blocks that no window reached."""
     walk = BlockWalk(plan.network, plan.blocks, windows, run.config.streams, run.weights, run.offload)
     with walk:
         for block, calls in walk:
             if block.name in store.finished:
                 run.observer.stage(f"{block.name} is finished; taking the windows through it")
-                outputs = run_finished(block, calls, store, run)
+                outputs = run_finished_block(block, calls, store, run)
             else:
                 outputs, result = _quantize_block(block, calls, in_flight, run)
                 store.commit(result)
-                del result  # its tensors
-            walk.go_on(outputs)
-    return walk.left
+                del result  # free its tensors
+            walk.resume_with(outputs)
+    return walk.unreached
 
 
 def _quantize_block(block: Block, calls: Calls, in_flight: int, run: Run) -> tuple[Outputs, BlockResult]:
-    """Solve a block's layers, tune them together where that is asked for, and pack them."""
+    """Solve a block's layers, tune them together if tune_steps is set, and pack them."""
     state = BlockState(block, run)
     outputs = solve_block(calls, in_flight, state, quantize_layer)
     if run.config.tune_steps and not block.is_head():
@@ -296,9 +299,9 @@ def _round_block(block: Block, run: Run, calibrated: bool) -> BlockResult:
 
 
 def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) -> tuple[dict[str, Tensor], BlockError]:
-    """Bring a solved block closer to the original one's outputs, and renew the quantized stream's outputs.
+    """Tune a solved block towards the original block's outputs; recompute the quantized stream's `outputs`.
 
-    Returns tuned parameters that are not packed, by name in the model, and the errors before and after.
+    Returns the tuned norms and biases by name in the model, and the block's error before and after.
     """
     block, run = state.block, state.run
     layers = {block.linears[name]: solution.solved for name, solution in state.solutions.items()}
@@ -306,11 +309,10 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
     full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
     named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
     kept = {key for key, name in named.items() if not run.weights.is_stored_whole(name)}
-    tuned = tune(
-        block.module, calls, [first_tensor(out) for out in outputs[1]], held_out, layers, run.weights.to_forward_layout,
-        {linear: run.layers[name].bits for name, linear in block.linears.items()}, run.config.tune_steps or 0,
-        run.config.seed, kept,
-    )  # fmt: skip
+    bits = {linear: run.layers[name].bits for name, linear in block.linears.items()}
+    targets = [hidden_states(out) for out in outputs[1]]
+    to_tune = BlockToTune(block.module, calls, targets, held_out, layers, bits, run.weights.to_forward_layout, kept)
+    tuned = tune(to_tune, run.config.tune_steps or 0, run.config.seed)
     error = BlockError(block.name, tuned.error_before, tuned.error_after)
     if tuned.layers is layers:
         state.note(f"{block.name}: tuning did not bring it closer to the original, so it stays as it was solved")
@@ -330,7 +332,7 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
 def _pack_block(
     state: BlockState, tuned: Mapping[str, Tensor] | None = None, errors: tuple[BlockError, ...] = ()
 ) -> BlockResult:
-    """All that quantizing a block has yielded, its layers as packed words."""
+    """Pack a block's layers, and collect everything that quantizing it yielded."""
     run = state.run
     tensors: dict[str, Tensor] = {}
     histograms, checksums = {}, {}
@@ -354,34 +356,38 @@ def _pack_block(
 
 
 def _restore(plan: Plan, store: BlockStore, observer: Observer) -> list[str]:
-    """Take over what an earlier run finished; returns notes on what was not usable."""
+    """Load the blocks that an earlier run finished; return notes on damaged ones."""
     notes = store.restore()
     for note in [*notes, *(note for result in store.finished.values() for note in result.notes)]:
         observer.note(note)
     if store.finished:
         layers = (plan.layers[name] for b in plan.blocks if b.name in store.finished for name in b.linears)
-        observer.going_on(len(store.finished), sum(layer.outputs * layer.inputs for layer in layers))
+        observer.resumed(len(store.finished), sum(layer.outputs * layer.inputs for layer in layers))
     return notes
 
 
-def _settle_memory(request: Request, prepared: Prepared, windows: list[Inputs] | None) -> memory.MemoryPlan:
-    """Decide how the memory limit is kept, and say so."""
+def _decide_memory(request: Request, prepared: Prepared, windows: list[Inputs] | None) -> memory.MemoryPlan:
+    """Decide how the run stays within its memory limit, and tell the observer."""
     plan, weights = prepared.plan, prepared.weights
     count, tokens = len(windows or []), memory.Tokens(0, 0, 0)
     if windows is not None:
         hidden = next(iter(plan.layers.values())).inputs
         tokens = memory.size_of_windows(windows, sum(is_held_out(i, count) for i in range(count)), hidden)
-    choice, says = memory.decide_memory(
+    chosen, says = memory.decide_memory(
         plan, request.config, tokens, weights.device, weights.dtype, request.batch_size, *request.memory_limits
     )
     request.observer.stage(f"{plan.summary}; {says}")
-    if choice.prefetches_to_gpu:
+    if chosen.prefetches_to_gpu:
         weights.prefetch_to_device()
-    return choice
+    return chosen
 
 
 def _own_windows(windows: list[Inputs] | None, ranks: Ranks) -> list[Inputs] | None:
-    """Those windows that run through the model in this process."""
+    """Return the windows that this process runs through the model.
+
+    Raises:
+        InputError: there are fewer windows than processes.
+    """
     if windows is not None and len(windows) < ranks.size:
         raise InputError(f"{len(windows)} calibration windows cannot be shared by {ranks.size} processes")
     return None if windows is None else [windows[i] for i in ranks.own_windows(len(windows))]
@@ -390,11 +396,11 @@ def _own_windows(windows: list[Inputs] | None, ranks: Ranks) -> list[Inputs] | N
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
-def _copy_the_rest(plan: Plan, writer: ShardWriter, ranks: Ranks, observer: Observer) -> None:
-    """Write the tensors that are not quantized.
+def _copy_unquantized(plan: Plan, writer: ShardWriter, ranks: Ranks, observer: Observer) -> None:
+    """Copy the tensors that are not quantized, and close the output.
 
     Raises:
-        ValueError: an announced tensor never came.
+        ValueError: a tensor of the plan was not written.
     """
     observer.stage("copying what is not quantized")
     if ranks.rank == 0:
@@ -404,8 +410,8 @@ def _copy_the_rest(plan: Plan, writer: ShardWriter, ranks: Ranks, observer: Obse
         writer.close()
 
 
-def _record(request: Request, prepared: Prepared, after: int, store: BlockStore) -> Record:
-    """What is written about the run beside the tensors; `after` is the size of the written files."""
+def _make_record(request: Request, prepared: Prepared, after: int, store: BlockStore) -> Record:
+    """Return the record of the run that is written next to the tensors; `after` is the size of the written files."""
     plan, windows, results = prepared.plan, prepared.windows, store.finished.values()
     source, layers = plan.source, plan.layers
     replaced = (layer.source for layer in layers.values() if layer.source not in plan.tensors)
@@ -415,7 +421,7 @@ def _record(request: Request, prepared: Prepared, after: int, store: BlockStore)
     values = {
         "model": model_name(request.model),
         "config": request.config.to_dict(),
-        "calibration": None if windows is None else public_name(describe_calibration(request.given)),
+        "calibration": None if windows is None else public_name(describe_calibration(request.calibration)),
         "sizes": {
             "bits_per_weight": plan.bits_per_weight,
             "quantized_bytes_before": sum(source.tensors[name].nbytes for name in replaced),

@@ -1,7 +1,7 @@
-"""Solve the rows of one or several layers with the same input, tile by tile.
+"""Solve the rows of one or more layers that share an input, tile by tile.
 
-Rows do not depend on each other once the Hessian is factorized. So the rows of layers that share an input and a scheme
-are one matrix, taken TILE_ROWS at a time, whichever layer they belong to; processes take the tiles in turns.
+Rows are independent of each other once the Hessian is factorized. The rows of layers that share an input and a scheme
+are therefore stacked into one matrix and solved in tiles of TILE_ROWS rows, which processes take in turns.
 """
 
 from dataclasses import astuple, dataclass, fields
@@ -20,47 +20,47 @@ from gptq.solver.error_propagation import best_share
 from gptq.solver.hessian import output_power
 from gptq.solver.solve import SMALLEST_POWER, TILE_ROWS
 
-SAMPLED_ROWS = 256  # rows per layer, about, that estimate the errors of RTN and on held-out windows
-DEFAULT_SHARE = 0.5  # of the correction, where no held-out window tells a better one (QEP's choice)
-LARGEST_ERROR = 1e30  # that the record's readers accept
-ROUNDING = 1e-10  # relative errors up to here are floating-point rounding
+SAMPLED_ROWS = 256  # rows per layer, approximately, that estimate the error of RTN and the held-out error
+DEFAULT_SHARE = 0.5  # fraction of the correction applied when no held-out window can choose it (as in QEP)
+LARGEST_ERROR = 1e30  # the largest relative error that a record may hold
+ROUNDING = 1e-10  # smaller relative errors are due to floating-point rounding
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The weights of layers with one input as one matrix, and how it is tiled."""
+class StackedRows:
+    """The stacked weights of layers that share an input, and their tiles."""
 
     W: Tensor  # (rows, inputs) float32
-    layers: tuple[slice, ...]  # the rows of each layer
-    tiles: tuple[slice, ...]
+    layers: tuple[slice, ...]  # rows of each layer
+    tiles: tuple[slice, ...]  # rows of each tile
 
     @classmethod
-    def of(cls, weights: list[Tensor]) -> "Rows":
-        """From each layer's weight (outputs, inputs)."""
+    def of(cls, weights: list[Tensor]) -> "StackedRows":
+        """Stack weights (outputs, inputs)."""
         W = torch.cat(weights) if len(weights) > 1 else weights[0]
         tiles = tuple(slice(start, min(start + TILE_ROWS, len(W))) for start in range(0, len(W), TILE_ROWS))
         bounds = [0, *accumulate(map(len, weights))]
         return cls(W, tuple(slice(start, stop) for start, stop in pairwise(bounds)), tiles)
 
     def own_tiles(self, ranks: Ranks) -> dict[int, slice]:
-        """Those that this process solves, by number."""
+        """Return the tiles that this process solves, by number."""
         return {number: tile for number, tile in enumerate(self.tiles) if ranks.owns(number)}
 
 
 @dataclass(frozen=True)
 class Corrections:
-    """What makes up for the drift: W C H^-1 of this process's tiles, and the share of it that each layer takes."""
+    """Corrections for the drift: W C H^-1 of this process's tiles, and the fraction of it that each layer applies."""
 
-    by_tile: dict[int, Tensor]  # (rows of the tile, inputs); empty where nothing drifted; each is used once
-    shares: tuple[float | None, ...]  # by layer; None where the original's activations are not carried
+    by_tile: dict[int, Tensor]  # (rows of the tile, inputs); empty without drift; removed when its tile is solved
+    shares: tuple[float | None, ...]  # fraction by layer; None with one stream
 
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """Sums over some rows of a layer, which add up over tiles; see `figures` for what they make.
+    """Sums over some rows of a layer, which add up over tiles; `figures` turns them into relative errors.
 
-    `power` is tr(W H W^T), errors are tr((T - Q) H (T - Q)^T) with the target T. What costs a product of its own is
-    summed over sampled rows only.
+    `power` is tr(W H W^T), errors are tr((T - Q) H (T - Q)^T) with the target T and the dequantized Q. Sums that need a
+    matrix product of their own run over sampled rows only.
     """
 
     error: float = 0.0
@@ -75,10 +75,10 @@ class ErrorSums:
         return ErrorSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def figures(self, inputs: LayerInputs, share: float | None) -> "LayerFigures":
-        """Relative errors of the layer.
+        """Return the layer's relative errors.
 
-        Sampled rows say how much larger or smaller than the solve's error another error is. Taken by themselves they
-        would be the errors of other rows: a few rows can hold most of a layer's power.
+        Sampled rows give only the ratio between the solve's error and another error. Their own relative error would not
+        represent the layer, because a few rows can hold most of its power.
         """
         error = _ratio(self.error, self.power)
         sampled = _ratio(self.sampled_error, self.sampled_power)
@@ -95,7 +95,7 @@ def _ratio(error: float, power: float) -> float:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """The figures of a solved layer; `output.results.LayerResult` says what each means."""
+    """Error figures of a solved layer, documented in `output.results.LayerResult`."""
 
     error: float
     rtn_error: float
@@ -106,14 +106,14 @@ class LayerFigures:
 
 
 def round_rows(W: Tensor, plan: LayerPlan) -> tuple[solver.SolvedLayer, LayerFigures]:
-    """The nearest codes of W (outputs, inputs), for a layer whose inputs are not known."""
+    """Round W (outputs, inputs) to nearest, for a layer without calibration inputs."""
     nearest = solver.round_to_nearest(W, plan.bits, plan.group_size, plan.sym)
     error = nearest.error / max(float(W.double().square().sum()), SMALLEST_POWER)
     return nearest, LayerFigures(error, error, heldout_error=None, share=None, damp=None, tokens=0)
 
 
-def find_corrections(rows: Rows, inputs: LayerInputs, config: QuantConfig, ranks: Ranks = ALONE) -> Corrections:
-    """What makes up for the drift, and how much of it each layer takes: as much as helps on held-out windows."""
+def find_corrections(rows: StackedRows, inputs: LayerInputs, config: QuantConfig, ranks: Ranks = ALONE) -> Corrections:
+    """Return the corrections for the drift; held-out windows choose the fraction that each layer applies."""
     drift, held_out = inputs.drift, inputs.held_out
     if drift is None:
         return Corrections({}, (0.0 if config.two_streams else None,) * len(rows.layers))
@@ -122,8 +122,8 @@ def find_corrections(rows: Rows, inputs: LayerInputs, config: QuantConfig, ranks
     for number, tile in rows.own_tiles(ranks).items():
         by_tile[number] = drift.correction(rows.W[tile], inputs.factor)
         if held_out is not None:
-            inside = [rows_inside(tile, layer) for layer in rows.layers]
-            found = [_gain(rows.W[tile], by_tile[number], own, held_out) for own in inside]
+            parts = [rows_inside(tile, layer) for layer in rows.layers]
+            found = [_measure_gain(rows.W[tile], by_tile[number], part, held_out) for part in parts]
             if None not in found:
                 gains[number] = torch.tensor(found, dtype=torch.float64, device=rows.W.device)  # (layers, 2)
     exchanged = ranks.gather_pieces(gains, len(rows.tiles))
@@ -132,8 +132,8 @@ def find_corrections(rows: Rows, inputs: LayerInputs, config: QuantConfig, ranks
     return Corrections(by_tile, tuple(best_share(*gain) for gain in torch.stack(exchanged).sum(0).tolist()))
 
 
-def _gain(W: Tensor, correction: Tensor, rows: slice, held_out: HeldOutBlend) -> tuple[float, float] | None:
-    """The arguments of `best_share` for some rows; None where the original's inputs are not known."""
+def _measure_gain(W: Tensor, correction: Tensor, rows: slice, held_out: HeldOutBlend) -> tuple[float, float] | None:
+    """Return the arguments of `best_share` for some rows; None if the original model's inputs are unknown."""
     if not len(W[rows]):
         return 0.0, 0.0
     agreement = held_out.agreement(W[rows], correction[rows])
@@ -141,10 +141,10 @@ def _gain(W: Tensor, correction: Tensor, rows: slice, held_out: HeldOutBlend) ->
 
 
 def solve_rows(
-    rows: Rows, corrections: Corrections, plan: LayerPlan, inputs: LayerInputs, config: QuantConfig,
+    rows: StackedRows, corrections: Corrections, plan: LayerPlan, inputs: LayerInputs, config: QuantConfig,
     ranks: Ranks = ALONE,
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:  # fmt: skip
-    """Codes and figures of each layer; `plan` is that of any of them, as all are stored alike."""
+    """Solve all tiles; return each layer's codes and figures. `plan` is any of the layers', as all share a scheme."""
     W = rows.W
     heights = [layer.stop - layer.start for layer in rows.layers]
     shares = torch.cat(
@@ -155,11 +155,11 @@ def solve_rows(
     for number, tile in rows.own_tiles(ranks).items():
         correction = corrections.by_tile.pop(number, None)
         target = W[tile] if correction is None else W[tile] + shares[tile] * correction
-        correction = None  # its memory is needed
+        correction = None  # free it before the solve
         solved[number] = _solve_tile(target, plan, inputs, config)
         found = [_sum_errors(W[tile], target, solved[number], tile, layer, plan, inputs) for layer in rows.layers]
         sums[number] = torch.tensor([astuple(one) for one in found], dtype=torch.float64, device=W.device)
-    whole = _stacked(solved, len(rows.tiles), ranks)
+    whole = _gather_tiles(solved, len(rows.tiles), ranks)
     totals = [ErrorSums()] * len(rows.layers)
     for of_layers in ranks.gather_pieces(sums, len(rows.tiles)):  # (layers, sums) of each tile
         totals = [total + ErrorSums(*values) for total, values in zip(totals, of_layers.tolist(), strict=True)]
@@ -170,7 +170,7 @@ def solve_rows(
 
 
 def _solve_tile(target: Tensor, plan: LayerPlan, inputs: LayerInputs, config: QuantConfig) -> solver.SolvedLayer:
-    """Codes for rows of a target (rows, inputs)."""
+    """Solve one tile's target (rows, inputs)."""
     solved = solver.solve(
         target, inputs.factor, plan.bits, plan.group_size, plan.sym, config.static_groups, bool(config.search)
     )
@@ -181,7 +181,7 @@ def _sum_errors(
     W: Tensor, target: Tensor, solved: solver.SolvedLayer, tile: slice, layer: slice, plan: LayerPlan,
     inputs: LayerInputs,
 ) -> ErrorSums:  # fmt: skip
-    """The sums over those rows of a tile, W and its target (rows, inputs), that belong to a layer."""
+    """Return the sums over the rows of a tile that belong to one layer; W and target are the tile's (rows, inputs)."""
     own, sample = rows_inside(tile, layer), sampled_rows(tile, layer)
     if not len(W[own]):
         return ErrorSums()
@@ -204,23 +204,23 @@ def _sum_errors(
 
 
 def rows_inside(tile: slice, layer: slice) -> slice:
-    """The rows of a tile that belong to a layer, counted from the tile's start; possibly none."""
+    """Return the rows of a tile that belong to a layer, relative to the tile's start; the slice may be empty."""
     start, stop = max(tile.start, layer.start), min(tile.stop, layer.stop)
     return slice(start - tile.start, max(stop, start) - tile.start)
 
 
 def sampled_rows(tile: slice, layer: slice) -> slice:
-    """Every step-th row of a layer that lies in a tile, the same rows whatever the tiling.
+    """Return every step-th row of a layer inside a tile, relative to its start; the rows do not depend on the tiling.
 
-    The step is odd because attention's rows repeat with a period that is a power of two.
+    The step is odd, because the rows of attention weights repeat with a power-of-two period (the head size).
     """
     rows, step = rows_inside(tile, layer), (layer.stop - layer.start) // SAMPLED_ROWS | 1
-    skipped = (layer.start - tile.start - rows.start) % step  # from the layer's first row on, every step-th
+    skipped = (layer.start - tile.start - rows.start) % step  # so that counting starts at the layer's first row
     return slice(min(rows.start + skipped, rows.stop), rows.stop, step)
 
 
-def _stacked(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> solver.SolvedLayer:
-    """All rows, one tile below the other, wherever they were solved."""
+def _gather_tiles(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> solver.SolvedLayer:
+    """Gather the tiles of all processes and stack them."""
     names = [one.name for one in fields(solver.SolvedLayer)]
     columns = [ranks.gather_pieces({n: getattr(part, name) for n, part in parts.items()}, count) for name in names]
     return solver.SolvedLayer.stack([solver.SolvedLayer(*tile) for tile in zip(*columns, strict=True)])

@@ -1,4 +1,4 @@
-"""The context of a walk through the blocks, which nothing changes on the way, and who is told of its progress."""
+"""`Run`, the constant context of a walk through the blocks; `Observer`, the interface for reporting progress."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from gptq.compute.distributed import Ranks
 from gptq.config import QuantConfig
 from gptq.models.weights import WeightStream
-from gptq.pipeline.offload import Shelf
+from gptq.pipeline.offload import ActivationOffload
 from gptq.planning.plan import LayerPlan
 
 
 class Observer:
-    """Is told how a run goes on; does nothing by itself."""
+    """Receives the progress of a run; override what you want to see. The methods here do nothing."""
 
     def started(self, num_blocks: int, weights: int) -> None: ...
 
-    def going_on(self, blocks: int, weights: int) -> None:
-        """An earlier run finished these blocks and weights; called after `started`."""
+    def resumed(self, blocks: int, weights: int) -> None:
+        """An earlier run has finished this many blocks and weights; called after `started`."""
 
     def note(self, text: str) -> None: ...
 
@@ -25,20 +25,20 @@ class Observer:
     def layer_done(self, block: int, name: str, weights: int) -> None: ...
 
     def prefetched(self, nbytes: int, seconds: float, waited: float) -> None:
-        """How much was read ahead of use, how long that took, and how long the run waited for it; at the end."""
+        """At the end: bytes that were prefetched, seconds that took, and seconds that the run waited for them."""
 
     def finished(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every step of a walk through the blocks may look up."""
+    """The context that every step of a walk through the blocks reads; nothing changes it."""
 
     config: QuantConfig
     layers: Mapping[str, LayerPlan]
     weights: WeightStream
     observer: Observer
-    offload: Shelf = field(default_factory=Shelf)  # of activations between blocks
+    offload: ActivationOffload = field(default_factory=ActivationOffload)  # between blocks
     ranks: Ranks = field(default_factory=Ranks)
-    returns_memory: bool = True  # give freed memory back to the system after each layer, where memory is short
-    reruns_blocks: bool = False  # a solved block runs again (for measuring or tuning), so its weights stay
+    returns_memory: bool = True  # whether freed memory is returned to the system after each layer
+    reruns_blocks: bool = False  # whether a solved block is run again, to measure or tune it, so that its weights stay

@@ -1,4 +1,4 @@
-"""What decides which bytes a run writes, so that a resumed run is the same run."""
+"""Identify a run by everything its output depends on, so that only the same run is resumed."""
 
 import hashlib
 import json
@@ -15,14 +15,17 @@ from gptq.checkpoint.tensors import sha256
 from gptq.config import Override, QuantConfig
 from gptq.version import __version__
 
-HASHED_WHOLE = 2**26  # bytes of a source file; of longer ones a piece every so often
-PIECE, EVERY = 2**16, 2**24
+MAX_HASHED_WHOLE = 2**26  # bytes; of larger files only pieces are hashed
+PIECE_BYTES, PIECE_STRIDE = 2**16, 2**24  # length of a piece, and distance from one to the next
 
 
-def beginning(
+def describe_run(
     config: QuantConfig, source: Source, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """What decides which bytes come out. How many windows run at once, and the number of a GPU, do not."""
+    """Return the options, versions and source files that the output depends on; and the machine.
+
+    batch_size, memory limits and the number of a GPU are left out, because the output does not depend on them.
+    """
     settings = {
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
@@ -45,23 +48,24 @@ def beginning(
 
 
 def fingerprint(file: Path) -> str:
-    """Size and checksum; of a long file only pieces are read, so that 140 GB take seconds.
+    """Return a file's size and checksum; of a large file only pieces are read, so that 140 GB take seconds.
 
-    Content decides, not its date: a model that was downloaded again is the same.
+    The modification time is ignored: a model that was downloaded again is the same.
     """
     size = file.stat().st_size
     digest = hashlib.sha256()
     with file.open("rb") as opened:
-        if size <= HASHED_WHOLE:
+        if size <= MAX_HASHED_WHOLE:
             digest.update(opened.read())
         else:
-            for begin in [*range(0, size, EVERY), size - PIECE]:
-                opened.seek(begin)
-                digest.update(opened.read(PIECE))
+            for start in [*range(0, size, PIECE_STRIDE), size - PIECE_BYTES]:
+                opened.seek(start)
+                digest.update(opened.read(PIECE_BYTES))
     return f"{size} {digest.hexdigest()}"
 
 
 def checksum_of_windows(windows: Iterable[Mapping[str, Tensor]]) -> str:
+    """Return a SHA-256 over names, dtypes, shapes and values of all windows' inputs."""
     digest = hashlib.sha256()
     for window in windows:
         for name, x in sorted(window.items()):
@@ -70,20 +74,24 @@ def checksum_of_windows(windows: Iterable[Mapping[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def find_differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe what differs between two results of `describe_run`, except the machine."""
     files = {**begun["source"], **now["source"]}
     others = [name for name in files if begun["source"].get(name) != now["source"].get(name)]
-    options = changes(begun["version"], now["version"]) + changes(begun["options"], now["options"])
+    options = list_changes(begun["version"], now["version"]) + list_changes(begun["options"], now["options"])
     return options + [f"another {name}" for name in others]
 
 
-def changes(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def list_changes(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe the values that differ between two mappings."""
     before, after = (json.loads(json.dumps(values)) for values in (begun, now))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return [f"{name} {_shown(name, before.get(name))}, now {_shown(name, after.get(name))}" for name in names]
+    return [
+        f"{name} {_format_value(name, before.get(name))}, now {_format_value(name, after.get(name))}" for name in names
+    ]
 
 
-def _shown(name: str, value: Any) -> str:
+def _format_value(name: str, value: Any) -> str:
     if name == "overrides":
         return " ".join(str(Override.of(pair)) for pair in value or []) or "none"
     return "none" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What is tried out before the first layer is quantized for good: how many windows, and which widths."""
+"""Trial runs before quantization: find the number of calibration windows, and the bit widths for a target size."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,21 +17,23 @@ from gptq.models.blocks import Block
 from gptq.models.forward import run_to_end
 from gptq.models.weights import WeightStream, swapped_weights
 from gptq.output.results import LayerResult
-from gptq.pipeline.block import run_as_original, solve_block, walk_block
+from gptq.pipeline.block import run_original, solve_block, walk_block
 from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import Journal
-from gptq.pipeline.layer import BlockState, Station, heldout_excess, quantize_layer
+from gptq.pipeline.layer import BlockState, SharedInput, heldout_excess, quantize_layer
 from gptq.pipeline.run import Observer, Run
-from gptq.pipeline.tune import first_tensor
+from gptq.pipeline.tune import hidden_states
 from gptq.planning.bit_allocation import Unit, choose_storage, find_units, make_overrides
 from gptq.planning.plan import Plan
 from gptq.solver.solve import SMALLEST_POWER
 
-FEWEST_WINDOWS = 16  # that a search for enough windows tries
-ENOUGH = 0.1  # excess of the held-out error up to which more windows change little: it halves when windows double
+MIN_WINDOWS = 16  # where the search for enough windows starts
+# Stop when the held-out error exceeds the calibration error by at most this fraction. Doubling the windows halves the
+# excess, so more windows would gain little.
+MAX_EXCESS = 0.1
 
 
-def enough_windows(
+def find_enough_windows(
     given: Calibration,
     plan: Plan,
     config: QuantConfig,
@@ -40,10 +42,11 @@ def enough_windows(
     observer: Observer,
     journal: Journal,
 ) -> tuple[list[Inputs], list[str]]:
-    """As many windows as the config says, or the journal; for "auto" twice as many, until more would change little.
+    """Return the calibration windows, and notes for the user; the journal of an earlier run decides how many.
 
-    That is when the first block's layers err on those held out nearly as little as on the others. Their ratio is about
-    1 + 2 n / tokens for n inputs, so that it tells what more tokens could bring. Windows that were given are all used.
+    Otherwise num_samples does. For "auto" their number is doubled until the first block's error on held-out windows is
+    nearly that on the others: the ratio is about 1 + 2 n / tokens for layers with n inputs, so it tells what more
+    tokens could gain. Windows given as arrays are all used.
     """
     drawn = journal.find("windows")
     if drawn:
@@ -65,7 +68,7 @@ def _search_windows(
     trust_remote_code: bool,
     observer: Observer,
 ) -> tuple[list[Inputs], list[str]]:
-    windows, notes = make_windows(given, FEWEST_WINDOWS, plan.folder, plan.network, config, trust_remote_code)
+    windows, notes = make_windows(given, MIN_WINDOWS, plan.folder, plan.network, config, trust_remote_code)
     if not isinstance(given, str):
         return windows, notes
     alone = replace(config, effort="fast", two_streams=False, tune_steps=0, target_bits=None, target_size=None)
@@ -74,7 +77,7 @@ def _search_windows(
         observer.stage(
             f"{len(windows)} windows: held-out error of the first block {excess:+.0%} beside the calibration's"
         )
-        if excess <= ENOUGH or 2 * len(windows) > MAX_WINDOWS:
+        if excess <= MAX_EXCESS or 2 * len(windows) > MAX_WINDOWS:
             return windows, notes
         try:
             windows, notes = make_windows(given, 2 * len(windows), plan.folder, plan.network, config, trust_remote_code)
@@ -82,20 +85,21 @@ def _search_windows(
             return windows, [*notes, f"the calibration text ends at {len(windows)} windows; more would help"]
 
 
-def notes_on_samples(results: list[LayerResult]) -> list[str]:
-    """Whether more calibration windows would have helped, where some were held out."""
+def note_on_samples(results: list[LayerResult]) -> list[str]:
+    """Return a note for the user on whether more calibration windows would have helped, if any were held out."""
     if all(result.heldout_error is None for result in results):
         return []
     excess = heldout_excess(results)
     return [
         f"on windows held out, layer errors are {excess:+.0%} beside those on the calibration windows; "
-        + ("more samples would help" if excess > ENOUGH else "more samples would change little")
+        + ("more samples would help" if excess > MAX_EXCESS else "more samples would change little")
     ]
 
 
 def _results_of_first_block(
     windows: list[Inputs], plan: Plan, config: QuantConfig, weights: WeightStream
 ) -> list[LayerResult]:
+    """Quantize the first block and return its layers' results; nothing is written."""
     run = Run(config, plan.layers, weights, Observer(), reruns_blocks=True)
     walk = BlockWalk(plan.network, plan.blocks, windows, num_streams=1, weights=weights)
     with torch.no_grad(), exact_float32(weights.device), walk:
@@ -114,22 +118,25 @@ def choose_widths(
     observer: Observer,
     journal: Journal,
 ) -> QuantConfig:
-    """The config with an override for every layer, so that the target is met; takes one pass over the original model.
+    """Return the config with overrides for every layer that meet the target; takes one pass over the original model.
 
-    What the journal says was measured already is not measured again. A choice is judged by what it does to the output
-    of its block when it alone is quantized: the squared change of a token's output relative to the token's own, as the
-    norms of the blocks that follow will see it.
+    A choice's error is the change of the block's output when only that unit is quantized: the squared norm of a token's
+    change relative to that of its output, because the norm layers of later blocks rescale each token. Blocks that the
+    journal has measured are not measured again.
+
+    Raises:
+        InputError: the target cannot be met.
     """
     units, chosen_format = find_units(plan, config)
-    choose_storage(plan, config, units, chosen_format)  # an impossible target is refused before the work
+    choose_storage(plan, config, units, chosen_format)  # refuse an impossible target before measuring
     observer.stage("measuring what each width does to each layer")
     observer.started(len(plan.blocks), sum(p.outputs * p.inputs for p in plan.layers.values()))
     known: dict[str, list[list[float]]] = {entry["name"]: entry["errors"] for entry in journal.find("measured")}
     if known:
         before = (plan.layers[name] for block in plan.blocks if block.name in known for name in block.linears)
-        observer.going_on(len(known), sum(layer.outputs * layer.inputs for layer in before))
-    run = Run(config, plan.layers, weights, _LayersOnly(observer), reruns_blocks=True)
-    trials = _Trials({name: unit for unit in units for name in unit.layers})
+        observer.resumed(len(known), sum(layer.outputs * layer.inputs for layer in before))
+    run = Run(config, plan.layers, weights, _LayerProgress(observer), reruns_blocks=True)
+    trials = _TrialSolver({name: unit for unit in units for name in unit.layers})
     measured: list[Unit] = []
     walk = BlockWalk(plan.network, plan.blocks, windows, num_streams=1, weights=weights)
     with torch.no_grad(), exact_float32(weights.device), walk:
@@ -137,7 +144,7 @@ def choose_widths(
             inside = [unit for unit in units if unit.layers[0] in block.linears]
             if block.name in known:
                 measured += map(_with_errors, inside, known[block.name])
-                walk.go_on(run_as_original(block, calls[0], run))
+                walk.resume_with(run_original(block, calls[0], run))
                 continue
             outputs = solve_block(calls, in_flight, BlockState(block, run), trials.solve)
             originals = outputs[0] if outputs else None
@@ -146,40 +153,40 @@ def choose_widths(
             measured += found
             errors = [[choice.error for choice in unit.choices] for unit in found]
             journal.append("measured", {"name": block.name, "errors": errors})
-            walk.go_on(outputs)
-    # A block that is not reached sees no difference.
-    measured += [unit for block in walk.left for unit in units if unit.layers[0] in block.linears]
+            walk.resume_with(outputs)
+    # Blocks that no input reaches keep an error of 0 for every choice.
+    measured += [unit for block in walk.unreached for unit in units if unit.layers[0] in block.linears]
     observer.finished()
     overrides = make_overrides(measured, choose_storage(plan, config, measured, chosen_format))
     return replace(config, overrides=(*config.overrides, *overrides), format=chosen_format)
 
 
-class _LayersOnly(Observer):
-    """Tells another observer of layers alone: notes come again when the layers are quantized for good."""
+class _LayerProgress(Observer):
+    """Forwards only `layer_done` to another observer; notes would appear twice, as quantization repeats them."""
 
     def __init__(self, observer: Observer) -> None:
         self.layer_done = observer.layer_done  # type: ignore[method-assign]
 
 
-class _Trials:
-    """Each layer of a block, solved in every way in which its unit could be stored."""
+class _TrialSolver:
+    """Solves each layer of a block once for every choice of its unit."""
 
     def __init__(self, units: dict[str, Unit]) -> None:
-        """`units` are by the names of the layers in them."""
+        """`units` maps each layer's name to its unit."""
         self._units = units
         self.solved: dict[str, dict[tuple[int, int], solver.SolvedLayer]] = {}  # by name, then bits and group size
 
-    def solve(self, name: str, station: Station | None, state: BlockState) -> None:
-        """A LayerSolver that lets the forward go on with the original weight."""
+    def solve(self, name: str, shared: SharedInput | None, state: BlockState) -> None:
+        """Solve a layer for each choice, and give it its original weight; a LayerSolver."""
         run, plan = state.run, state.run.layers[name]
         W = state.weight(name)  # (outputs, inputs) float32
         own = self.solved[name] = {}
         for choice in self._units[name].choices:
             group_size = plan.inputs if choice.group_size == -1 else min(choice.group_size, plan.inputs)
-            if station is None:
+            if shared is None:
                 solved = solver.round_to_nearest(W, choice.bits, group_size, plan.sym)
             else:
-                factor, search = station.inputs.factor, bool(run.config.search)
+                factor, search = shared.inputs.factor, bool(run.config.search)
                 solved = solver.solve(W, factor, choice.bits, group_size, plan.sym, search=search)
             own[choice.bits, choice.group_size] = solved
         run.weights.set_weight(state.block.linears[name], W)
@@ -187,12 +194,12 @@ class _Trials:
 
 
 def _measure(
-    unit: Unit, block: Block, calls: list[partial[Any]], originals: list[Any] | None, trials: _Trials,
+    unit: Unit, block: Block, calls: list[partial[Any]], originals: list[Any] | None, trials: _TrialSolver,
     weights: WeightStream,
 ) -> Unit:  # fmt: skip
-    """The unit with the error that each choice brings into the block's output, on held-out windows.
+    """Return the unit with the error of each choice in the block's output, on held-out windows (on all, if none is).
 
-    Where the outputs of the original block are not given, each is computed when it is compared.
+    Without `originals`, the original block's outputs, each is computed when it is needed.
     """
     windows = [i for i in range(len(calls)) if is_held_out(i, len(calls))] or list(range(len(calls)))
     found = []
@@ -216,6 +223,6 @@ def _with_errors(unit: Unit, errors: list[float]) -> Unit:
 
 
 def _relative_change(output: Any, original: Any) -> float:
-    """Mean over tokens of ||y - y'||^2 / ||y'||^2."""
-    y, wanted = first_tensor(output).double(), first_tensor(original).double()  # (..., tokens, width)
-    return float(((y - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=SMALLEST_POWER)).mean())
+    """Return the mean over tokens of ||y - y'||^2 / ||y'||^2 for the original output y'."""
+    y, target = hidden_states(output).double(), hidden_states(original).double()  # (..., tokens, hidden)
+    return float(((y - target).square().sum(-1) / target.square().sum(-1).clamp(min=SMALLEST_POWER)).mean())

@@ -1,14 +1,16 @@
-"""Block-wise tuning: a block's scales, codes, norms and biases moved together towards the original output.
+"""Block-wise tuning: move a block's scales, codes, norms and biases together towards the original block's output.
 
-Layer by layer, each weight was solved for its own output. What counts is the block's, where the errors of its layers
-meet. Here the whole block is one function of what may still change, and its distance from the original model's output
-on the calibration windows is brought down by Adam: scales and small parameters directly, codes through an offset that
-is rounded with a straight-through gradient (AutoRound, arXiv 2309.05516; EfficientQAT, arXiv 2407.11062).
+The solver minimizes each layer's own output error. What counts is the output of the block, where the errors of its
+layers combine. Here the block is one function of everything that may still change, and Adam minimizes its distance from
+the original model's output on the calibration windows. Scales and small parameters are optimized directly. Codes are
+optimized through an offset that is rounded with a straight-through gradient (AutoRound, arXiv 2309.05516; EfficientQAT,
+arXiv 2407.11062).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,75 +20,122 @@ from gptq.config import TUNE_WINDOWS
 from gptq.solver import grid
 from gptq.solver.solve import SolvedLayer
 
-RATE = 5e-3  # of scales and small parameters, relative to their size
-CODE_TRAVEL = 1.0  # codes that an offset can move by in all: Adam's steps are about as long as their rate
+RATE = 5e-3  # learning rate of scales and small parameters, relative to their size
+CODE_TRAVEL = 1.0  # codes that an offset can move in total: a step of Adam is about as long as its learning rate
+SMALLEST_POWER = 1e-30  # divisor in place of a mean square of 0
+
+ParameterKey = tuple[nn.Module, str]  # a module, and the name of one of its parameters
+
+
+@dataclass(frozen=True)
+class BlockToTune:
+    """A solved block, and what tuning needs to run and judge it."""
+
+    module: nn.Module
+    forwards: Sequence[Callable[[], Any]]  # by window: a call of the block on the quantized model's activations
+    targets: Sequence[Tensor]  # by window: the original model's output of the block
+    held_out: Sequence[int]  # windows that judge and are not learned from; without any, all windows judge
+    layers: dict[nn.Module, SolvedLayer]  # the quantized layers
+    bits: dict[nn.Module, int]  # of each of these layers
+    to_layout: Callable[[nn.Module, Tensor], Tensor]  # turns a layer's weight (outputs, inputs) into its parameter
+    kept: Collection[ParameterKey] = ()  # parameters that must not change
+
+    @cached_property
+    def power(self) -> float:
+        """Mean square of the original output, at least SMALLEST_POWER."""
+        mean_square = sum(float(target.double().square().mean()) for target in self.targets) / len(self.targets)
+        return max(mean_square, SMALLEST_POWER)
+
+    @property
+    def learned(self) -> list[int]:
+        """Windows that are learned from."""
+        return [i for i in range(len(self.forwards)) if i not in set(self.held_out)]
+
+    def distance(self, window: int) -> Tensor:
+        """Mean squared difference between the block's output for a window and the original's."""
+        return (hidden_states(self.forwards[window]()).float() - self.targets[window].float()).square().mean()
+
+    def error(self, tensors: dict[ParameterKey, Tensor]) -> float:
+        """Mean squared difference relative to `power`, on the windows that judge, with these parameters."""
+        judges = self.held_out or range(len(self.forwards))
+        with _substituted(tensors):
+            total = sum(float(self.distance(i)) for i in judges)
+        return total / len(judges) / self.power
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning made of a block; errors are mean squared differences from the original output over its power."""
+    """A tuned block; errors are mean squared differences from the original output, relative to its mean square."""
 
     layers: dict[nn.Module, SolvedLayer]
-    parameters: dict[tuple[nn.Module, str], Tensor]  # norms and biases, float32
+    parameters: dict[ParameterKey, Tensor]  # norms and biases, in the dtype of the forward
     error_before: float
     error_after: float
 
 
-def tune(
-    block: nn.Module,
-    forwards: Sequence[Callable[[], Any]],
-    wanted: Sequence[Tensor],
-    held_out: Sequence[int],
-    layers: dict[nn.Module, SolvedLayer],
-    weigh: Callable[[nn.Module, Tensor], Tensor],
-    bits: dict[nn.Module, int],
-    steps: int,
-    seed: int,
-    kept: Collection[tuple[nn.Module, str]] = (),
-) -> Tuned:
-    """Tune a block; nothing of it is changed where that does not bring it closer on the windows held out.
-
-    Args:
-        forwards: one call of the block per window, on what the quantized model hands it.
-        wanted: what the original model's block gives for each window.
-        held_out: windows to judge by and not to learn from; where there are none, all windows are judged by.
-        layers: the block's quantized layers.
-        weigh: turns a weight (outputs, inputs) into the tensor that a layer computes with.
-        bits: of each layer.
-        kept: parameters, by module and name in it, that stay as they are.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    found = {(m, n): p.detach() for m in block.modules() for n, p in m._parameters.items() if p is not None}
-    small = {key: p for key, p in found.items() if _is_small(p) and key not in kept}
-    scales = {linear: torch.zeros_like(s.scale, requires_grad=True) for linear, s in layers.items()}  # relative
-    offsets = {linear: torch.zeros(s.codes.shape, device=s.codes.device, requires_grad=True)
-               for linear, s in layers.items()}  # fmt: skip
-    changes = {key: torch.zeros_like(p, dtype=torch.float32, requires_grad=True) for key, p in small.items()}
-    sizes = {key: p.float().square().mean().sqrt() for key, p in small.items()}
-
-    def soft() -> dict[tuple[nn.Module, str], Tensor]:
-        weights = {
-            (linear, "weight"): weigh(linear, _soft_weight(s, scales[linear], offsets[linear], bits[linear]))
-            for linear, s in layers.items()
-        }
-        return weights | {key: (p + sizes[key] * changes[key]).to(p.dtype) for key, p in small.items()}
-
-    power = sum(float(w.double().square().mean()) for w in wanted) / len(wanted)
-
-    judges = held_out or range(len(forwards))
-    learned = [i for i in range(len(forwards)) if i not in set(held_out)]
-
-    def error(tensors: dict[tuple[nn.Module, str], Tensor]) -> float:
-        with _substituted(tensors):
-            total = sum(float(_distance(forwards[i], wanted[i])) for i in judges)
-        return total / len(judges) / max(power, 1e-30)
-
+def tune(block: BlockToTune, steps: int, seed: int) -> Tuned:
+    """Tune a block with Adam; return it unchanged unless its error on the held-out windows decreases."""
+    variables = _Variables(block)
     with torch.no_grad():
-        before = error(soft())
+        before = block.error(variables.soft_parameters())
+    _optimize(block, variables, steps, seed)
+    with torch.no_grad():
+        layers, small = variables.round_layers(), variables.small_parameters()
+        weights = {(linear, "weight"): block.to_layout(linear, s.weight()) for linear, s in layers.items()}
+        after = block.error(weights | small)
+    if not after < before:
+        return Tuned(block.layers, {}, before, before)
+    return Tuned(layers, small, before, after)
+
+
+class _Variables:
+    """What Adam changes: relative changes of scales and small parameters, and offsets of codes. All start at 0."""
+
+    def __init__(self, block: BlockToTune) -> None:
+        self._block = block
+        layers = block.layers.items()
+        found = {(m, n): p.detach() for m in block.module.modules() for n, p in m._parameters.items() if p is not None}
+        self._small = {key: p for key, p in found.items() if _is_small(p) and key not in block.kept}
+        self._sizes = {key: p.float().square().mean().sqrt() for key, p in self._small.items()}
+        self.scales = {linear: torch.zeros_like(s.scale, requires_grad=True) for linear, s in layers}
+        self.offsets = {
+            linear: torch.zeros(s.codes.shape, device=s.codes.device, requires_grad=True) for linear, s in layers
+        }
+        self.changes = {
+            key: torch.zeros_like(p, dtype=torch.float32, requires_grad=True) for key, p in self._small.items()
+        }
+
+    def small_parameters(self) -> dict[ParameterKey, Tensor]:
+        """Norms and biases with their changes applied."""
+        return {key: (p + self._sizes[key] * self.changes[key]).to(p.dtype) for key, p in self._small.items()}
+
+    def soft_parameters(self) -> dict[ParameterKey, Tensor]:
+        """All parameters as differentiable functions of the variables."""
+        block = self._block
+        weights = {
+            (linear, "weight"): block.to_layout(
+                linear, _soft_weight(s, self.scales[linear], self.offsets[linear], block.bits[linear])
+            )
+            for linear, s in block.layers.items()
+        }
+        return weights | self.small_parameters()
+
+    def round_layers(self) -> dict[nn.Module, SolvedLayer]:
+        """The layers with codes rounded to integers, and scales to their stored dtype."""
+        return {
+            linear: _round_layer(s, self.scales[linear], self.offsets[linear], self._block.bits[linear])
+            for linear, s in self._block.layers.items()
+        }
+
+
+def _optimize(block: BlockToTune, variables: _Variables, steps: int, seed: int) -> None:
+    """Take `steps` steps of Adam, each on TUNE_WINDOWS windows drawn with replacement; the rate falls linearly to 0."""
+    draw = torch.Generator().manual_seed(seed)
+    learned = block.learned
     optimizer = torch.optim.Adam(
         [
-            {"params": [*scales.values(), *changes.values()], "lr": RATE},
-            {"params": list(offsets.values()), "lr": 2 * CODE_TRAVEL / max(steps, 1)},
+            {"params": [*variables.scales.values(), *variables.changes.values()], "lr": RATE},
+            {"params": list(variables.offsets.values()), "lr": 2 * CODE_TRAVEL / max(steps, 1)},
         ],
         betas=(0.9, 0.95),
     )
@@ -95,47 +144,50 @@ def tune(
         for _ in range(steps):
             size = (min(TUNE_WINDOWS, len(learned)),)
             chosen = [learned[i] for i in torch.randint(len(learned), size, generator=draw)]
-            tensors = soft()
-            leaves = {key: t.detach().requires_grad_() for key, t in tensors.items()}
-            with _substituted(leaves):  # window by window, so that one window's activations are held at a time
-                for i in chosen:
-                    (_distance(forwards[i], wanted[i]) / (len(chosen) * max(power, 1e-30))).backward()
-            reached = [key for key, leaf in leaves.items() if leaf.grad is not None]
-            torch.autograd.backward([tensors[key] for key in reached], [leaves[key].grad for key in reached])
+            _backpropagate(block, variables.soft_parameters(), chosen)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    with torch.no_grad():
-        hard = {linear: _harden(s, scales[linear], offsets[linear], bits[linear]) for linear, s in layers.items()}
-        parameters = {key: (p + sizes[key] * changes[key]).to(p.dtype) for key, p in small.items()}
-        after = error({(m, "weight"): weigh(m, s.weight()) for m, s in hard.items()} | parameters)
-    if not after < before:
-        return Tuned(layers, {}, before, before)
-    return Tuned(hard, parameters, before, after)
+
+
+def _backpropagate(block: BlockToTune, tensors: dict[ParameterKey, Tensor], windows: list[int]) -> None:
+    """Add the gradient of the mean error over `windows` to the variables that `tensors` are functions of.
+
+    Windows are run one at a time against detached copies, so that only one window's activations are held.
+    """
+    leaves = {key: t.detach().requires_grad_() for key, t in tensors.items()}
+    with _substituted(leaves):
+        for i in windows:
+            (block.distance(i) / (len(windows) * block.power)).backward()
+    reached = [key for key, leaf in leaves.items() if leaf.grad is not None]
+    torch.autograd.backward([tensors[key] for key in reached], [leaves[key].grad for key in reached])
 
 
 def _is_small(parameter: Tensor) -> bool:
+    """Whether a parameter is a norm's weight or a bias."""
     return parameter.ndim == 1 and parameter.is_floating_point() and not parameter.is_meta
 
 
 def _soft_weight(solved: SolvedLayer, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Dequantize with scales changed by the fraction `scale` and codes by `offset`; rounding has gradient 1."""
     groups = solved.g_idx.long()
     real = (solved.codes + offset).clamp(0, 2**bits - 1)
     codes = real + (real.round() - real).detach()
     return ((solved.scale * (1 + scale))[:, groups]) * (codes - solved.zero[:, groups].float())
 
 
-def _harden(solved: SolvedLayer, scale: Tensor, offset: Tensor, bits: int) -> SolvedLayer:
+def _round_layer(solved: SolvedLayer, scale: Tensor, offset: Tensor, bits: int) -> SolvedLayer:
+    """Apply the changes to a layer, with integer codes and scales in their stored dtype."""
     codes = (solved.codes + offset).clamp(0, 2**bits - 1).round().to(torch.uint8)
     return replace(solved, codes=codes, scale=grid.round_scale(solved.scale * (1 + scale)))
 
 
-def _distance(forward: Callable[[], Any], wanted: Tensor) -> Tensor:
-    return (first_tensor(forward()).float() - wanted.float()).square().mean()
+def hidden_states(output: Any) -> Tensor:
+    """Return a block's hidden states: its output, or the first of its outputs.
 
-
-def first_tensor(output: Any) -> Tensor:
-    """A block's hidden states: its output, or the first of its outputs."""
+    Raises:
+        TypeError: that is not a tensor.
+    """
     tensor = output if isinstance(output, Tensor) else output[0]
     if not isinstance(tensor, Tensor):
         raise TypeError(f"a block returned {type(tensor).__name__}")
@@ -143,8 +195,8 @@ def first_tensor(output: Any) -> Tensor:
 
 
 @contextmanager
-def _substituted(tensors: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
-    """Inside, modules compute with these tensors instead of their parameters, and gradients reach them."""
+def _substituted(tensors: dict[ParameterKey, Tensor]) -> Iterator[None]:
+    """Inside, modules compute with these tensors instead of their parameters, and gradients reach the tensors."""
     own = {key: key[0]._parameters.pop(key[1]) for key in tensors}
     try:
         for (module, name), tensor in tensors.items():
