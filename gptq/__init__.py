@@ -31,7 +31,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and transformers when they are first needed, not when the package is named."""
+    """Import torch and transformers when a name is first used, so that `import gptq` is fast."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"gptq.{_HOMES[name]}"), name)

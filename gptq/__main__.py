@@ -3,13 +3,13 @@
 import os
 import sys
 
-# Torch asks for large pages where it takes large memory, if it finds this when it is loaded: memory that is given back
-# after every step, as here, costs a fault for each page when it is taken again.
+# torch reads this when it is imported, and then allocates large tensors in transparent huge pages. A run returns freed
+# memory after every layer and faults it in again; larger pages mean fewer page faults.
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def main() -> int:
-    """Run the command line; an interrupt is answered with a sentence even while the libraries are being imported."""
+    """Run the command line; an interrupt prints a message instead of a traceback, even during imports."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:

@@ -1,7 +1,7 @@
-"""The embedded demonstration: a small real Llama, quantized at 4 and 3 bits, measured on text it has not seen.
+"""The demonstration: quantize a small trained Llama to 4 and 3 bits, and measure it on text it was not trained on.
 
-The text is the standard library's `pydoc_data.topics`; its topics, in alphabetical order, calibrate and are measured in
-turn. The model, in `demo_model/`, was trained by `scripts/train_demo_model.py`.
+The text is the standard library's `pydoc_data.topics`. Of its topics in alphabetical order, every other one is used for
+calibration, the rest for measuring. The model, in `demo_model/`, was trained by `scripts/train_demo_model.py`.
 """
 
 import tempfile
@@ -12,7 +12,7 @@ from typing import Any
 
 from gptq import calibration
 from gptq.config import Method, QuantConfig
-from gptq.evaluation.evaluate import perplexity_of
+from gptq.evaluation.evaluate import measure_perplexity
 from gptq.inference.load import load
 from gptq.models.hf_config import read_tokenizer
 from gptq.pipeline.quantize import quantize
@@ -26,7 +26,7 @@ PROMPT = "Abstract\n========\n\nThis PEP proposes"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `above_original` is a fraction."""
+    """One line of the table; `above_original` is the relative increase of perplexity."""
 
     bits: int
     method: str
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demonstration measured, and what the 4-bit GPTQ model writes after the prompt."""
+    """The measured table, and the text that the 4-bit GPTQ model generates after the prompt."""
 
     rows: list[Row]
     prompt: str
@@ -48,20 +48,20 @@ class Demo:
         return asdict(self)
 
 
-def texts() -> tuple[str, str]:
-    """Calibration text and measured text."""
+def read_texts() -> tuple[str, str]:
+    """Return the calibration text and the text to measure."""
     ordered = [topics[name] for name in sorted(topics)]
     return "\n\n".join(ordered[0::2]), "\n\n".join(ordered[1::2])
 
 
 def run(observer: Observer) -> Demo:
-    """Quantize and measure; about a minute on two cores."""
+    """Quantize and measure the demo model; takes about a minute on two cores."""
     tokenizer = read_tokenizer(MODEL, trust_remote_code=False)
-    calibration_text, measured_text = texts()
+    calibration_text, measured_text = read_texts()
     calibration_windows = calibration.draw_windows([calibration_text], tokenizer, CALIBRATION_WINDOWS, SEQ_LEN, seed=0)
     measured = calibration.evaluation_windows([measured_text], tokenizer, SEQ_LEN, MEASURED_WINDOWS)
     observer.stage("measuring the original")
-    original = perplexity_of(load(MODEL), measured).perplexity
+    original = measure_perplexity(load(MODEL), measured).perplexity
     size = (MODEL / "model.safetensors").stat().st_size
     rows = [Row(16, "original", size, 16.0, original, 0.0)]
     generated = ""
@@ -74,7 +74,7 @@ def run(observer: Observer) -> Demo:
                 config = QuantConfig(bits=bits, group_size=GROUP_SIZE, method=method)
                 made = quantize(MODEL, out, config, calibration=calibration_windows)
                 network = load(out)
-                found = perplexity_of(network, measured).perplexity
+                found = measure_perplexity(network, measured).perplexity
                 rows.append(Row(bits, method, made.bytes_after, made.bits_per_weight, found, found / original - 1))
                 if (bits, method) == (4, "gptq"):
                     prompt = tokenizer(PROMPT, return_tensors="pt").to(network.device)

@@ -1,10 +1,10 @@
-"""The one exception a user's mistake raises; its message says what is wrong, where, and what to do."""
+"""`InputError`, the exception for user mistakes; its message says what is wrong, where, and what to do."""
 
 
 class InputError(Exception):
-    """Something the user can mend: a path, an option, a file, a disk. The command line prints it and exits with 2.
+    """Something the user can fix: a path, an option, a file, a full disk. The command line prints it and exits with 2.
 
-    Messages quote what files hold, so they are made `printable`.
+    Messages may quote untrusted files, so control characters are escaped (`printable`).
     """
 
     def __init__(self, message: str) -> None:
@@ -12,11 +12,11 @@ class InputError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with escapes for what could move a terminal's cursor, colour it, or reverse the writing."""
+    """Return `text` on one line, with control characters and bidirectional overrides escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what a library said, at most 200 characters; of its cause where it names one."""
-    cause = error.__cause__ or error  # datasets wraps what went wrong in a sentence that says nothing
+    """Return the first line of a library's error message, or of its cause's if it has one; at most 200 characters."""
+    cause = error.__cause__ or error  # datasets wraps the actual error in an uninformative one
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]

@@ -141,7 +141,7 @@ def measure(args: argparse.Namespace) -> evaluate.Perplexity:
         def window_done(done: int, total: int) -> None:
             bar.update()
 
-        return evaluate.perplexity_of(network, windows, window_done)
+        return evaluate.measure_perplexity(network, windows, window_done)
 
 
 def positive(text: str) -> int:

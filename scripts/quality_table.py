@@ -100,7 +100,7 @@ class Table:
 
 def read_texts(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
     """Read the rows of text for calibration and for measurement."""
-    first, second = demo.texts() if args.model == "demo" else ("", "")
+    first, second = demo.read_texts() if args.model == "demo" else ("", "")
     if args.model != "demo" and not args.data:
         raise InputError("a model of your own needs --data, the text to measure on")
     calibrating = (
@@ -117,7 +117,7 @@ def measure(
         out = Path(scratch) / "out"
         options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
         made = quantize(folder, out, config, calibration=calibrating, **options)
-        numbers = evaluate.per_window(load(out, **options), folder, measured, args.dtype, args.trust_remote_code)
+        numbers = evaluate.measure_windows(load(out, **options), folder, measured, args.dtype, args.trust_remote_code)
     found = evaluate.summarize(numbers, measured.shape[1])
     return {
         "method": method,

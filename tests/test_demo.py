@@ -26,7 +26,7 @@ def test_the_shipped_model_is_small_bf16_and_says_how_it_was_trained() -> None:
 
 
 def test_the_two_halves_of_the_text_share_no_topic() -> None:
-    calibration_text, measured_text = demo.texts()
+    calibration_text, measured_text = demo.read_texts()
     assert 0.5 < len(calibration_text) / len(measured_text) < 2
     assert calibration_text[:200] not in measured_text
 
@@ -35,14 +35,14 @@ def test_the_two_halves_of_the_text_share_no_topic() -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_gptq_beats_round_to_nearest_on_the_shipped_model(bits: int, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(demo.MODEL, trust_remote_code=False)
-    calibration_text, measured_text = demo.texts()
+    calibration_text, measured_text = demo.read_texts()
     windows = calibration.draw_windows([calibration_text], tokenizer, 32, 256, seed=0)
     measured = calibration.evaluation_windows([measured_text], tokenizer, 256, 24)
     found = {}
     for method in ("rtn", "gptq"):
         config = QuantConfig(bits=bits, method=method)
         result = quantize(demo.MODEL, tmp_path / method, config, calibration=windows)
-        found[method] = evaluate.perplexity_of(load(tmp_path / method), measured).perplexity
+        found[method] = evaluate.measure_perplexity(load(tmp_path / method), measured).perplexity
     assert all(layer.error < layer.rtn_error for layer in result.layers)
     assert found["gptq"] < found["rtn"]
     assert verify.verify(tmp_path / "gptq").problems == []

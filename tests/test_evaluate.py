@@ -32,7 +32,7 @@ def test_output_that_is_not_a_number_is_refused(make_model: MakeModel) -> None:
     network = load(make_model("qwen2"))
     network.get_submodule("model.norm").weight.data.fill_(float("nan"))  # type: ignore[operator]
     with pytest.raises(InputError, match="holds NaN or infinity"):
-        evaluate.perplexity_of(network, torch.ones(1, 8, dtype=torch.int64))
+        evaluate.measure_perplexity(network, torch.ones(1, 8, dtype=torch.int64))
 
 
 def test_differences_are_those_of_a_float64_softmax_written_out() -> None:
@@ -46,15 +46,15 @@ def test_differences_are_those_of_a_float64_softmax_written_out() -> None:
         losses = [losses[0] - math.log(q[target]) / 2, losses[1] - math.log(p[target]) / 2]
         kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a) / 2
     expected = [*losses, kl, 0.5]  # the most likely token differs in the first row only
-    assert evaluate.differences(reference, logits, targets).tolist() == pytest.approx(expected, rel=1e-14)
+    assert evaluate.compare_logits(reference, logits, targets).tolist() == pytest.approx(expected, rel=1e-14)
 
 
 def test_differences_do_not_depend_on_the_chunk(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, logits = torch.randn(2, 50, 7, generator=rng)
     targets = torch.randint(7, (50,), generator=rng)
-    whole = evaluate.differences(reference, logits, targets)
-    monkeypatch.setattr(evaluate, "CHUNK", 21)
-    assert torch.allclose(evaluate.differences(reference, logits, targets), whole, rtol=1e-14)
+    whole = evaluate.compare_logits(reference, logits, targets)
+    monkeypatch.setattr(evaluate, "CHUNK_LOGITS", 21)
+    assert torch.allclose(evaluate.compare_logits(reference, logits, targets), whole, rtol=1e-14)
 
 
 def test_intervals_are_reproducible_cover_the_mean_and_shrink_to_nothing() -> None:

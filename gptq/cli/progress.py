@@ -10,7 +10,7 @@ from gptq.pipeline.run import Observer
 
 
 class Progress(Observer):
-    """A bar with the time left on a terminal; elsewhere a line per block, and one per tenth of the windows."""
+    """Shows a bar with the remaining time on a terminal; elsewhere prints a line per block or tenth of the work."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None

@@ -1,4 +1,4 @@
-"""Perplexity of a model on a text, and how far a quantized model's predictions are from the original's."""
+"""Measure a model's perplexity on a text, and compare a quantized model's predictions with the original's."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,14 +23,14 @@ from gptq.models.weights import WeightStream
 from gptq.pipeline.block import set_original_weights
 from gptq.pipeline.block_walk import BlockWalk
 
-MAX_LOSS = 700.0  # its exponential is the largest that a float holds
-RESAMPLES, BOOTSTRAP_SEED, CONFIDENCE = 2000, 0, 0.95
-CHUNK = 2**23  # logits that are compared at once: 64 MB of float64
+MAX_LOSS = 700.0  # nats per token; exp of little more overflows float64
+RESAMPLES, BOOTSTRAP_SEED, CONFIDENCE = 2000, 0, 0.95  # of the bootstrap intervals
+CHUNK_LOGITS = 2**23  # logits compared at a time: 64 MiB in float64
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood of `tokens` predicted tokens, seq_len - 1 in each of `windows`."""
+    """Perplexity: exp of the mean negative log-likelihood over `tokens` predicted tokens, seq_len - 1 per window."""
 
     perplexity: float
     tokens: int
@@ -43,11 +43,11 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Comparison(Perplexity):
-    """A model beside the original it was made from, on the same `tokens` predicted tokens.
+    """A model compared with the original it was made from, on the same predicted tokens.
 
     `gap` is perplexity / original_perplexity - 1. `kl` is the mean over tokens of KL(original || model) in nats, and
-    `top1_agreement` the share of tokens for which both find the same token most likely. `intervals` holds for each of
-    the five numbers the ends of its 95 % paired bootstrap interval over windows; None where there is one window only.
+    `top1_agreement` the fraction of tokens for which both models rank the same token first. `intervals` holds the ends
+    of the 95 % paired bootstrap interval over windows of each of the five figures; None if there is only one window.
     """
 
     original_perplexity: float
@@ -69,14 +69,14 @@ def perplexity(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
-    """Perplexity by the protocol of the GPTQ paper: the text is tokenized as one, cut into windows without overlap.
+    """Measure perplexity as the GPTQ paper does: tokenize the text as a whole, cut it into windows without overlap.
 
     Args:
         model: folder or Hub id, quantized or not.
-        data: source of text, see `gptq.calibration`; the split `test` is taken where there are several.
-        seq_len: tokens per window; shortened to the model's limit where that is smaller.
-        windows: measure only the first so many.
-        progress: called after each window with how many are done, of how many.
+        data: source of text, see `gptq.calibration`; of several splits, `test` is used.
+        seq_len: tokens per window, at most the model's limit.
+        windows: how many windows to measure, from the start of the text; all by default.
+        progress: called after each window with the number done and the total.
 
     Raises:
         InputError: model or data cannot be read, or the text is shorter than a window.
@@ -84,25 +84,26 @@ def perplexity(
     folder = resolve(str(model), revision)
     seq_len, _ = fit_seq_len(seq_len, read_config(folder, trust_remote_code))
     tokenizer = read_tokenizer(folder, trust_remote_code)
-    tokens = text_windows(data, tokenizer, seq_len, windows)
+    tokens = read_windows(data, tokenizer, seq_len, windows)
     network = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    return perplexity_of(network, tokens, progress)
+    return measure_perplexity(network, tokens, progress)
 
 
-def text_windows(data: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, limit: int | None) -> Tensor:
+def read_windows(data: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, limit: int | None) -> Tensor:
+    """Read a text and cut it into windows of tokens (windows, seq_len), at most `limit` of them."""
     if seq_len < 2 or (limit is not None and limit < 1):
         raise InputError("a perplexity needs windows of at least 2 tokens, and at least one window")
     return calibration.evaluation_windows(calibration.documents(data, "test"), tokenizer, seq_len, limit)
 
 
 @torch.no_grad()
-def perplexity_of(
+def measure_perplexity(
     network: PreTrainedModel, tokens: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Perplexity:
-    """Perplexity of a loaded model on windows of tokens (windows, seq_len), log-likelihoods in float32.
+    """Measure the perplexity of a loaded model on windows of tokens (windows, seq_len); log-likelihoods are float32.
 
     Raises:
-        InputError: the model is no causal language model, or its output is not finite.
+        InputError: the model is not a causal language model, or its output is not finite.
     """
     if network.config.is_encoder_decoder or not network.can_generate():
         raise InputError(f"{type(network).__name__} is no causal language model, which perplexity is measured of")
@@ -123,7 +124,7 @@ def perplexity_of(
     return Perplexity(perplexity=math.exp(total / count), tokens=count, windows=windows, seq_len=seq_len)
 
 
-# --- beside the original ----------------------------------------------------------------------------------------------
+# --- comparison with the original -------------------------------------------------------------------------------------
 
 
 def compare(
@@ -139,16 +140,16 @@ def compare(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Perplexity of a model and of its original, KL divergence and agreement between them, in one pass over the text.
+    """Measure perplexity of a model and of its original, and KL divergence and agreement between them, in one pass.
 
-    The original is read one block at a time, so that only `model` has to fit into memory; beside it stand one block
-    of the original and the hidden states of all windows, (windows, seq_len, width).
+    The original is read one block at a time. Memory holds all of `model`, one block of the original, and the hidden
+    states of all windows, (windows, seq_len, hidden).
 
     Args:
         model: folder or Hub id (then at `revision`), quantized or not.
         original: folder or Hub id of an unquantized safetensors checkpoint with the same tokenizer.
         data, seq_len, windows, device, dtype: as for `perplexity`.
-        progress: called with how many steps are done, of how many; a step is one window in one block of either.
+        progress: called with the steps done and the total; a step is one window in one block of either model.
 
     Raises:
         InputError: model, original or data cannot be read, or do not belong together.
@@ -159,17 +160,17 @@ def compare(
         raise InputError(f"{original} is quantized itself; compare with the checkpoint that {model} was made from")
     for config in configs:
         seq_len, _ = fit_seq_len(seq_len, config)
-    tokens = text_windows(data, read_tokenizer(folder, trust_remote_code), seq_len, windows)
+    tokens = read_windows(data, read_tokenizer(folder, trust_remote_code), seq_len, windows)
     if not torch.equal(
-        tokens, text_windows(data, read_tokenizer(original_folder, trust_remote_code), seq_len, windows)
+        tokens, read_windows(data, read_tokenizer(original_folder, trust_remote_code), seq_len, windows)
     ):
         raise InputError(f"the tokenizers of {model} and {original} give different tokens; is it the original?")
     network = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    return summarize(per_window(network, original_folder, tokens, dtype, trust_remote_code, progress), seq_len)
+    return summarize(measure_windows(network, original_folder, tokens, dtype, trust_remote_code, progress), seq_len)
 
 
 @torch.no_grad()
-def per_window(
+def measure_windows(
     network: PreTrainedModel,
     original: Path,
     tokens: Tensor,
@@ -177,11 +178,16 @@ def per_window(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """What `summarize` needs of windows of tokens (windows, seq_len): (windows, 4) float64, see `differences`."""
+    """Compare a model with its original on each window of tokens (windows, seq_len).
+
+    Returns (windows, 4) float64, one row of `compare_logits` per window.
+    """
     check_tokens(tokens, network)
     rows = []
     for window, reference in zip(
-        tokens, original_logits(original, tokens, network.device, dtype, trust_remote_code, progress), strict=True
+        tokens,
+        compute_original_logits(original, tokens, network.device, dtype, trust_remote_code, progress),
+        strict=True,
     ):
         window = window.to(network.device)
         logits = run_forward(network, input_ids=window[None], use_cache=False).logits[
@@ -190,49 +196,50 @@ def per_window(
         if logits.shape != reference.shape:
             found, expected = logits.shape[1], reference.shape[1]
             raise InputError(f"the model has {found} logits, {original} has {expected}; is it the original?")
-        rows.append(differences(reference, logits, window[1:]))
+        rows.append(compare_logits(reference, logits, window[1:]))
     return torch.stack(rows)
 
 
-def differences(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Means over tokens, (4,) float64: the model's and the original's loss, KL(original || model), agreement.
+def compare_logits(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return means over tokens, (4,) float64: the model's loss, the original's, KL(original || model), agreement.
 
     Args:
-        reference, logits: of the original and of the model, (tokens, vocabulary); softmaxes are taken in float64.
-        targets: (tokens,) what comes next.
+        reference: logits of the original, (tokens, vocabulary); softmaxes are computed in float64.
+        logits: logits of the model, (tokens, vocabulary).
+        targets: the next tokens, (tokens,).
     """
     total = torch.zeros(4, dtype=torch.float64, device=logits.device)
-    step = max(1, CHUNK // logits.shape[1])
+    step = max(1, CHUNK_LOGITS // logits.shape[1])
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
         log_p, log_q = (x[part].double().log_softmax(-1) for x in (reference, logits))  # (step, vocabulary)
-        surprise = [-x.gather(1, targets[part, None]).sum() for x in (log_q, log_p)]
-        # A token that the original holds impossible counts 0, the limit of p log p, not 0 * -infinity.
+        losses = [-x.gather(1, targets[part, None]).sum() for x in (log_q, log_p)]
+        # Where the original gives probability 0, the term is 0 (the limit of p log p), not 0 * infinity.
         divergence = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum()
         agreement = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-        total += torch.stack([*surprise, divergence, agreement])
+        total += torch.stack([*losses, divergence, agreement])
     return (total / len(targets)).cpu()
 
 
 def summarize(numbers: Tensor, seq_len: int) -> Comparison:
-    """A comparison from its windows' `differences`, (windows, 4).
+    """Summarize the rows of `measure_windows`, (windows, 4).
 
-    Intervals are percentiles over resamples of whole windows, drawn with replacement from a fixed seed and the same
-    for all numbers; tokens of one window depend on each other, windows hardly (Koehn 2004, "Statistical significance
-    tests for machine translation evaluation", pairs them in the same way).
+    Intervals are percentiles over resamples of whole windows, drawn with replacement from a fixed seed and the same for
+    all figures. Windows are resampled because tokens within one depend on each other, windows hardly (Koehn 2004,
+    "Statistical significance tests for machine translation evaluation", pairs them in the same way).
 
     Raises:
-        InputError: a number is not finite.
+        InputError: a loss is not finite.
     """
-    if not bool((numbers < MAX_LOSS).all()):  # NaN is not smaller either
+    if not bool((numbers < MAX_LOSS).all()):  # also False for NaN
         raise InputError("the output of the model or of the original holds NaN or infinity; try --dtype float32")
     windows = len(numbers)
-    found = _derived(numbers.mean(0))
+    found = _derive_figures(numbers.mean(0))
     intervals = None
     if windows > 1:
         draw = torch.Generator().manual_seed(BOOTSTRAP_SEED)
         means = [numbers[torch.randint(windows, (windows,), generator=draw)].mean(0) for _ in range(RESAMPLES)]
-        resampled = torch.stack(list(_derived(torch.stack(means)).values()))  # (5, resamples)
+        resampled = torch.stack(list(_derive_figures(torch.stack(means)).values()))  # (5, resamples)
         tail = (1 - CONFIDENCE) / 2
         ends = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=1).T.tolist()
         intervals = {name: (low, high) for name, (low, high) in zip(found, ends, strict=True)}
@@ -240,8 +247,8 @@ def summarize(numbers: Tensor, seq_len: int) -> Comparison:
     return Comparison(**values, intervals=intervals, tokens=windows * (seq_len - 1), windows=windows, seq_len=seq_len)
 
 
-def _derived(means: Tensor) -> dict[str, Tensor]:
-    """The five numbers of a comparison from mean differences (..., 4)."""
+def _derive_figures(means: Tensor) -> dict[str, Tensor]:
+    """Return the five figures of a comparison from the means (..., 4) of `compare_logits`."""
     loss, original_loss, kl, agreement = means.unbind(-1)
     return {
         "perplexity": loss.exp(),
@@ -253,7 +260,7 @@ def _derived(means: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def original_logits(
+def compute_original_logits(
     folder: Path,
     tokens: Tensor,
     device: torch.device,
@@ -261,9 +268,10 @@ def original_logits(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Tensor]:
-    """Logits (seq_len - 1, vocabulary) of each window of tokens (windows, seq_len), with one block in memory at a time.
+    """Yield logits (seq_len - 1, vocabulary) of each window of tokens (windows, seq_len).
 
-    All windows go through a block before the next one is read; the head is run window by window at the end.
+    One block is in memory at a time: all windows run through it before the next one is read. The output head runs
+    window by window at the end.
     """
     opened = open_model(folder, trust_remote_code)
     network = opened.network
@@ -271,7 +279,7 @@ def original_logits(
     check_tokens(tokens, network)
     weights = WeightStream(opened.source, opened.names, device, choose_dtype(dtype, opened.hf_config, device))
     blocks, _ = find_blocks(network, {"input_ids"})
-    done, total = 0, 2 * len(tokens) * len(blocks)  # what takes each window yielded goes through as many blocks
+    done, total = 0, 2 * len(tokens) * len(blocks)  # the caller runs its own model as each window is yielded
     with BlockWalk(network, blocks, [{"input_ids": window[None]} for window in tokens], 1, weights) as walk:
         for block, (calls,) in walk:
             set_original_weights(block, weights)

@@ -1,4 +1,4 @@
-"""The quantizer that transformers is given for GPTQ checkpoints (see `integration`): packed layers for linear ones."""
+"""The quantizer class registered with transformers for GPTQ checkpoints (see `hf_registration`)."""
 
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ from gptq.models.tensor_names import Names
 
 
 class PackedQuantizer(HfQuantizer):
-    """Puts empty QuantLinears into a model that transformers then fills from the file, tensor by tensor."""
+    """Replaces linear layers by QuantLinears on the meta device; transformers then fills them from the checkpoint."""
 
     requires_calibration = False
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        """
+        """Replace the model's quantized layers.
+
         Raises:
-            InputError: the file does not hold what its configuration says, or cannot be seen.
+            InputError: the checkpoint does not hold what its configuration says, or no file was given.
         """
         if not checkpoint_files:
             raise InputError("a GPTQ checkpoint is loaded from its files, which say what is packed; none were given")

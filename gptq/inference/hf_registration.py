@@ -1,9 +1,9 @@
-"""What `import gptq` adds to transformers: GPTQ checkpoints load with our packed layers where nothing else loads them.
+"""Register with transformers on `import gptq`, so that GPTQ checkpoints load with this package's packed layers.
 
-transformers hands GPTQ checkpoints to optimum and gptqmodel. With both installed nothing changes. Otherwise its two
-tables for the method "gptq" (transformers/quantizers/auto.py) are given the classes below, so that `from_pretrained`,
-`pipeline` and `save_pretrained` work. This module is executed while transformers is imported and so imports nothing
-of it by itself.
+transformers delegates GPTQ checkpoints to optimum and gptqmodel. With both installed nothing changes. Otherwise the
+classes below replace the entries for the method "gptq" in its two tables (transformers/quantizers/auto.py), so that
+`from_pretrained`, `pipeline` and `save_pretrained` work. This module may run while transformers is being imported, so
+it imports nothing from it.
 """
 
 import importlib.machinery
@@ -14,19 +14,19 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
-TABLES = "transformers.quantizers.auto"
+TABLES = "transformers.quantizers.auto"  # the module with those tables
 
 
 def register() -> None:
-    """Now, if transformers is imported already; else as soon as it is."""
+    """Register now if transformers is imported already, otherwise as soon as it is."""
     if TABLES in sys.modules:
-        _enter(sys.modules[TABLES])
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+        _replace_entries(sys.modules[TABLES])
+    elif not any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportHook())
 
 
-class _Waiting(MetaPathFinder):
-    """Sees transformers' module of tables being imported, and enters ours when it is."""
+class _ImportHook(MetaPathFinder):
+    """Import hook that replaces the entries right after transformers' module of tables is executed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -39,39 +39,41 @@ class _Waiting(MetaPathFinder):
             return None
         execute = spec.loader.exec_module
 
-        def execute_and_enter(module: ModuleType) -> None:
+        def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _enter(module)
+            _replace_entries(module)
 
-        spec.loader.exec_module = execute_and_enter  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 def others_load_gptq() -> bool:
-    """Whether optimum and gptqmodel are installed, which transformers then loads GPTQ checkpoints with."""
+    """Whether optimum and gptqmodel are installed, with which transformers loads GPTQ checkpoints."""
     return all(importlib.util.find_spec(name) for name in ("optimum", "gptqmodel"))
 
 
-def _enter(tables: Any) -> None:
-    """Put our classes into transformers' tables."""
+def _replace_entries(tables: Any) -> None:
+    """Replace the entries for "gptq" in transformers' tables."""
     theirs, their_config = tables.AUTO_QUANTIZER_MAPPING["gptq"], tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
     if others_load_gptq() or getattr(their_config, "by_gptq", False):
         return
 
     class GPTQConfig(their_config):  # type: ignore[misc,valid-type]
-        """transformers' own, which drops what it does not know; what a file says of single layers is kept here."""
+        """transformers' class, but keeping all options of the file; the original drops those of single layers."""
 
         by_gptq = True
 
         def __init__(self, bits: int, **options: Any) -> None:
-            super().__init__(bits, **{key: value for key, value in options.items() if key != FILES_OWN})
-            self.as_stored: dict[str, Any] = {"bits": bits, **options}
+            super().__init__(bits, **{key: value for key, value in options.items() if key != OPTIMUM_OPTION})
+            self.stored_options: dict[str, Any] = {"bits": bits, **options}
 
         def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": "gptq", **self.as_stored}
+            return {"quant_method": "gptq", **self.stored_options}
 
     def quantizer(config: Any, **options: Any) -> Any:
-        if not options.get("pre_quantized", True):  # quantizing is what gptqmodel would do; say so in their words
+        if not options.get(
+            "pre_quantized", True
+        ):  # transformers asks for gptqmodel to quantize; keep its error message
             return theirs(config, **options)
         from gptq.inference.hf_quantizer import PackedQuantizer
 
@@ -81,6 +83,5 @@ def _enter(tables: Any) -> None:
     tables.AUTO_QUANTIZER_MAPPING["gptq"] = quantizer
 
 
-FILES_OWN = (
-    "modules_in_block_to_quantize"  # transformers would ask for optimum; which layers are packed, the file tells
-)
+# transformers requires optimum if it sees this option. It is redundant: the tensors show which layers are packed.
+OPTIMUM_OPTION = "modules_in_block_to_quantize"

@@ -1,4 +1,4 @@
-"""`load`: build a model from a folder, quantized layers packed."""
+"""Load a model from a folder or the Hub, with its quantized layers packed."""
 
 import logging
 import math
@@ -35,14 +35,16 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A Hugging Face model in evaluation mode; quantized layers stay packed, any other checkpoint loads as it is.
+    """Load a Hugging Face model in evaluation mode; quantized layers stay packed in memory.
+
+    An unquantized checkpoint is loaded by transformers.
 
     Args:
         model: folder or Hub id.
-        device, dtype: as for `gptq.quantize`; dtype is that of activations and of what is not quantized.
+        device, dtype: as for `gptq.quantize`; dtype is that of activations and of unquantized layers.
 
     Raises:
-        InputError: the folder is not a checkpoint that can be read; names the tensor or file.
+        InputError: the checkpoint cannot be read; names the tensor or file.
     """
     folder = resolve(str(model), revision)
     hf_config = read_config(folder, trust_remote_code)
@@ -70,14 +72,19 @@ def load(
 def _load_plain(
     source: Source, hf_config: PreTrainedConfig, where: torch.device, compute: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
+    """Load an unquantized checkpoint with transformers.
+
+    Raises:
+        InputError: it is an adapter, or does not hold every tensor that config.json describes.
+    """
     folder = source.folder
-    if (folder / ADAPTER).is_file():  # transformers would load what it names, from wherever that is
+    if (folder / ADAPTER).is_file():  # transformers would download and load the model that it names
         raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and save that")
     held = sum(math.prod(info.shape) for info in source.tensors.values())
     network: PreTrainedModel = build_empty_model(hf_config, trust_remote_code, source)
     tied: dict[str, str] = getattr(network, "all_tied_weights_keys", None) or {}
     wanted = sum(parameter.numel() for name, parameter in network.named_parameters() if name not in tied)
-    if wanted > 2 * held:  # transformers would make the rest up, in memory, before it says what is missing
+    if wanted > 2 * held:  # transformers would allocate all of it before it reports what is missing
         raise InputError(f"{folder} holds {held:,} numbers, but config.json describes a model of {wanted:,}")
     try:
         loaded: Any = find_model_class(hf_config, trust_remote_code).from_pretrained(
@@ -95,14 +102,14 @@ def _load_plain(
     network = loaded[0]
     found: dict[str, set[Any]] = loaded[1]
     wanting = sorted(str(name) for name in [*found["missing_keys"], *found["mismatched_keys"]])
-    if wanting:  # transformers would go on with random numbers
+    if wanting:  # transformers would continue with random weights
         raise InputError(f"{folder} lacks {wanting[0]}, or holds it in another shape than its config.json describes")
     network.to(where)  # type: ignore[arg-type]
     return network
 
 
 def _fill(opened: OpenModel, quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
-    """Give an empty model its tensors, packed layers taking the place of linear ones; what is tied is tied again."""
+    """Read a model's tensors, replacing quantized linear layers by packed ones; then tie weights again."""
     network, source, names = opened.network, opened.source, opened.names
     layers = packed_layers(source, quantization)
     stored = match_layers(network, names, source, layers)
@@ -125,7 +132,7 @@ def _fill(opened: OpenModel, quantization: Quantization, device: torch.device, d
 def replace_linear(
     network: nn.Module, name: str, packed: dict[str, Tensor], bias: Tensor | None, scheme: Scheme
 ) -> None:
-    """Put a QuantLinear in the place of the linear layer called `name`."""
+    """Replace the linear layer called `name` by a QuantLinear."""
     parent, _, child = name.rpartition(".")
     shape = shape_of(network.get_submodule(name))
     setattr(network.get_submodule(parent), child, QuantLinear(packed, bias, scheme, shape))

@@ -11,22 +11,22 @@ from gptq.formats.scheme import Scheme
 from gptq.inference import products
 from gptq.inference.layout import Stored
 
-TRIM_EVERY = 2**24  # bytes of stored words that were replaced, after which the heap's free pages are returned
+TRIM_EVERY = 2**24  # bytes of freed packed words, after which the heap's free pages are returned to the system
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + bias, W (outputs, inputs) held as the stored tensors, its buffers under their names in the file.
+    """y = x W^T + bias with a packed W (outputs, inputs); buffers are the stored tensors under their names on disk.
 
-    As it is made, a layer dequantizes its weight in every forward. `prepare` makes the layout that the kernels of its
-    device read, which may take the place of the stored words: their buffer is None then. State, copies and pickles hold
-    the stored tensors in any case. A prepared layer that is moved or loaded anew is prepared again.
+    Until it is prepared, a layer dequantizes its weight in every forward. `prepare` converts the packed words to the
+    layout that the kernels of its device read. If that layout replaces the words, their buffer is None; state dicts,
+    copies and pickles still hold the stored tensors. A prepared layer that is moved or loaded again is prepared again.
     """
 
     bias: Tensor | None
 
     def __init__(self, packed: dict[str, Tensor], bias: Tensor | None, scheme: Scheme, shape: tuple[int, int]) -> None:
-        """`shape` is that of W."""
+        """`packed` are the stored tensors by their names on disk, `shape` is (outputs, inputs)."""
         super().__init__()
         self.scheme = scheme
         self.out_features, self.in_features = shape
@@ -39,7 +39,7 @@ class QuantLinear(nn.Module):
         self._operands: products.Operands | None = None
 
     def prepare(self) -> int:
-        """Choose the product for the device of the stored tensors; returns how many bytes of these it has replaced."""
+        """Choose the kernel for the device of the stored tensors; return how many bytes of these it replaces."""
         self._restore()
         self.is_prepared = True
         stored = Stored(self.packed(), self.scheme, self.out_features, self.in_features)
@@ -51,12 +51,12 @@ class QuantLinear(nn.Module):
         return product.layout.words.nbytes
 
     def _restore(self) -> None:
-        """Be as it was made: stored tensors alone."""
+        """Undo `prepare`: hold the stored tensors alone."""
         self._buffers.update(self.packed())
         self.is_prepared, self._product, self._operands = False, None, None
 
     def packed(self) -> dict[str, Tensor]:
-        """The stored tensors, by their names in the file."""
+        """Return the stored tensors, by their names on disk."""
         return {suffix: self._stored(suffix) for suffix in self._suffixes}
 
     def _stored(self, suffix: str) -> Tensor:
@@ -69,15 +69,15 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight (outputs, inputs) in float32, exactly as quantization chose it, made on every access.
+        """The dequantized weight (outputs, inputs) in float32, exact; computed on every access.
 
-        A property, as models here and there look at the weight of a linear layer.
+        It is a property because some models read the weight of a linear layer.
         """
         return formats.decode(self.packed(), self.scheme).weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        product, bias = self._product, self._buffers["bias"]  # an attribute lookup that finds None takes microseconds
-        if product is None or x.dtype not in products.DTYPES or not x.numel() or self._has_to_be_seen(x):
+        product, bias = self._product, self._buffers["bias"]  # `self.bias` takes microseconds longer if it is None
+        if product is None or x.dtype not in products.DTYPES or not x.numel() or self._needs_traceable_ops(x):
             return nn.functional.linear(x, self.weight.to(x.dtype), bias)
         if torch.compiler.is_compiling() and self._operands is not None:
             y: Tensor = torch.ops.gptq.multiply(x, *self._operands)
@@ -85,8 +85,8 @@ class QuantLinear(nn.Module):
             y = product.multiply(x)
         return y if bias is None else y + bias
 
-    def _has_to_be_seen(self, x: Tensor) -> bool:
-        """Whether autograd or an exported graph has to see what is computed."""
+    def _needs_traceable_ops(self, x: Tensor) -> bool:
+        """Whether autograd or torch.export has to trace the computation, which a custom kernel would hide."""
         return (torch.is_grad_enabled() and x.requires_grad) or (torch.compiler.is_compiling() and _is_exporting())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":  # .to(), .cuda(), ...
@@ -125,10 +125,10 @@ class QuantLinear(nn.Module):
 
 
 def prepare_for_inference(network: nn.Module) -> None:
-    """Prepare all packed layers of a loaded model for the device on which they are.
+    """Prepare all packed layers of a loaded model for the device that they are on.
 
-    The heap keeps the pages of replaced words, in the end as many as the model takes. Returning them takes a
-    millisecond, so it is done once for many layers.
+    The heap would keep the pages of the replaced words, in total as many as the model has. Returning them to the system
+    takes a millisecond, so it is done once per TRIM_EVERY bytes.
     """
     replaced = 0
     for layer in network.modules():
