@@ -54,7 +54,7 @@ def planned(folder: Path, config: QuantConfig = CONFIG) -> Plan:
 def test_the_same_bytes_with_any_limit(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every way there is: all in memory, activations in files, and fewer windows in flight."""
+    """With each memory plan: all in memory, activations in files, and fewer windows in flight."""
     monkeypatch.setattr("gptq.pipeline.offload.MIN_BYTES", 1)
     source, many = make_model("llama"), torch.cat([windows, windows.flip(0)])
     tokens, base = memory.Tokens(12, 32, 1), memory.warm_up()
@@ -148,7 +148,7 @@ def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
 
 
 @linux
-def test_the_shelf_keeps_values_and_leaves_no_file(tmp_path: Path) -> None:
+def test_offloaded_tensors_keep_their_values_and_leave_no_file(tmp_path: Path) -> None:
     offload, draw = ActivationOffload(tmp_path), torch.Generator().manual_seed(0)
     x = torch.randn(64, MIN_BYTES // 4, generator=draw)
     kept, alias = x.clone(), [x]
@@ -169,7 +169,7 @@ def test_the_shelf_keeps_values_and_leaves_no_file(tmp_path: Path) -> None:
     assert x.data_ptr() == address
 
 
-def test_a_shelf_without_a_folder_does_nothing() -> None:
+def test_offload_without_a_folder_does_nothing() -> None:
     x = torch.ones(MIN_BYTES)
     address = x.data_ptr()
     assert ActivationOffload().put(x).data_ptr() == address
@@ -264,7 +264,7 @@ def test_a_killed_run_leaves_no_activations(make_model: MakeModel, tmp_path: Pat
     ]
     process = start(source, tmp_path / "out", int(sum(ways) / 2 / (1 - memory.MARGIN)), count, length, "balanced")
     assert process.stdout is not None
-    process.stdout.readline()  # a layer is done, so all windows stand in mid-block and their inputs are on the offload
+    process.stdout.readline()  # a layer is done, so all windows are in mid-block and their inputs are offloaded
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -274,7 +274,7 @@ def test_a_killed_run_leaves_no_activations(make_model: MakeModel, tmp_path: Pat
 
 
 class Prefetch(Observer):
-    """Keeps what it is told of reading ahead."""
+    """Records the figures on prefetching."""
 
     def prefetched(self, nbytes: int, seconds: float, waited: float) -> None:
         self.nbytes, self.waited = nbytes, waited
@@ -290,7 +290,7 @@ def test_what_is_read_ahead_is_the_next_block(make_model: MakeModel, windows: Te
 
 
 def copying_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have runs go the way of a GPU, on the CPU: without a CUDA stream, otherwise the same."""
+    """Let runs on the CPU prefetch as they do to a GPU, only without a CUDA stream."""
     decide = memory.decide_memory
 
     def decide_so(*args: Any) -> tuple[memory.MemoryPlan, str]:

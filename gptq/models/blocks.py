@@ -46,7 +46,7 @@ class Block:
         return is_linear(self.module)
 
     def pause_points(self) -> dict[nn.Module, str]:
-        """The modules before which a forward pauses, with their names: each layer, and each list of experts as one."""
+        """Return the modules before which a forward pauses, with their names: each layer, and each list of experts."""
         experts = {m: f"{self.name}.{path}" for path, m in self.module.named_modules() if isinstance(m, Experts)}
         in_experts = {layer for m in experts for layer in m.modules()}
         others = {m: name for name, m in self.linears.items() if m not in in_experts}

@@ -24,7 +24,7 @@ from gptq.errors import InputError
 
 @dataclass(frozen=True)
 class Pause:
-    """Where a forward stands: it is about to run `module` on these arguments."""
+    """The point at which a forward is paused: it is about to run `module` on these arguments."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -40,9 +40,9 @@ class PausableForward:
         self._greenlet = greenlet(function)
 
     def advance(self, answer: Any = None) -> Pause | None:
-        """Go on to the next pause, or to the end; then None comes back and `result` is set.
+        """Run to the next pause and return it; at the end, return None and set `result`.
 
-        `answer` is what the module at which the forward stands returns, if it was entered by `pause_instead`.
+        `answer` becomes the output of the module that the forward is paused at, if `pause_instead` paused it.
         """
         self.standing = None
         if self._greenlet.dead:
@@ -56,7 +56,7 @@ class PausableForward:
         return self.standing
 
     def stop(self) -> None:
-        """Leave the forward where it stands for good and free what it holds."""
+        """Abandon the forward at its pause, and free the activations that it holds."""
         if self._greenlet:
             self._greenlet.throw(GreenletExit)
         self.standing = None
@@ -71,7 +71,7 @@ def _pause(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @contextmanager
 def pause_before(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, forwards stop before each of `modules` and then run it."""
+    """Inside, forwards pause before each of `modules`, and run it when they are resumed."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _pause(module, args, kwargs)
@@ -86,9 +86,9 @@ def pause_before(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def pause_instead(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Callable[..., Any]]]:
-    """Inside, forwards stop before each of `modules`, and take the answer they are given for its output.
+    """Inside, forwards pause before each of `modules` and do not run it: the answer to the pause is its output.
 
-    Yields the modules' own forward functions.
+    Yields the modules' original forward functions.
     """
     originals = {module: module.forward for module in modules}
     try:
@@ -97,7 +97,7 @@ def pause_instead(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Call
         yield originals
     finally:
         for module in originals:
-            del module.forward  # the class's own shows again
+            del module.forward  # uncovers the method of the class
 
 
 def _pausing_forward(module: nn.Module) -> Callable[..., Any]:

@@ -79,7 +79,7 @@ class Names:
         return next((self._stored[s] for s in self._spellings(name) if s in self._stored), None)
 
     def _spellings(self, name: str) -> tuple[str, ...]:
-        """A name as it is, and with the base model's prefix removed or added."""
+        """Return a name unchanged, with the base model's prefix removed, and with it added."""
         return name, name.removeprefix(self._prefix), self._prefix + name
 
     def find_split(self, name: str) -> SplitTensor | None:
@@ -127,7 +127,7 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, int] | None]:
-    """Return the name in the model of a stored tensor, and what it is a part of.
+    """Return the name in the model of a stored tensor, and the tensor that it is a part of.
 
     A matrix of one expert is named as in `models.experts`. If the table assembles the tensor into another one, the
     second value is that one's name, the pattern that matched, and the table entry's number; otherwise None.

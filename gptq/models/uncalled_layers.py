@@ -68,7 +68,7 @@ class _WeightUseRecorder(TorchFunctionMode):
             self.found |= {self._not_called[x] for x in used if x in self._not_called}
         if name == "__bool__" and args[0].is_meta and self._false_answers < MAX_FALSE_ANSWERS:
             self._false_answers += 1
-            return False  # a meta tensor has no value, and would raise; with either answer the forward goes on
+            return False  # a meta tensor has no value, and bool() would raise; either answer lets the forward continue
         return function(*args, **kwargs)
 
 

@@ -225,5 +225,5 @@ class _LayerWalk:
 
 
 def _pauses_at(linear: nn.Module, forwards: list[PausableForward]) -> dict[int, Pause]:
-    """Return the pauses of those forwards that stand at `linear`, by their number."""
+    """Return the pauses of the forwards that are paused at `linear`, by window."""
     return {i: f.standing for i, f in enumerate(forwards) if f.standing and f.standing.module is linear}

@@ -46,7 +46,7 @@ class SharedInput:
         return self._has_drift or name in self.solved_siblings
 
     def prepare_drift(self, rows: int) -> None:
-        """Bring the drift into the form that is cheapest for correcting this many rows."""
+        """Convert the drift to the form that is cheapest for correcting this many rows."""
         drift = self.inputs.drift
         if drift is not None:
             self.inputs = replace(self.inputs, drift=drift.for_rows(rows, self.inputs.factor))

@@ -52,11 +52,11 @@ class BlockToTune:
         return [i for i in range(len(self.forwards)) if i not in set(self.held_out)]
 
     def distance(self, window: int) -> Tensor:
-        """Mean squared difference between the block's output for a window and the original's."""
+        """Return the mean squared difference between the block's output for a window and the original's."""
         return (hidden_states(self.forwards[window]()).float() - self.targets[window].float()).square().mean()
 
     def error(self, tensors: dict[ParameterKey, Tensor]) -> float:
-        """Mean squared difference relative to `power`, on the windows that judge, with these parameters."""
+        """Return the mean squared difference relative to `power`, with these parameters, on the windows that judge."""
         judges = self.held_out or range(len(self.forwards))
         with _substituted(tensors):
             total = sum(float(self.distance(i)) for i in judges)
@@ -106,11 +106,11 @@ class _Variables:
         }
 
     def small_parameters(self) -> dict[ParameterKey, Tensor]:
-        """Norms and biases with their changes applied."""
+        """Return norms and biases with their changes applied."""
         return {key: (p + self._sizes[key] * self.changes[key]).to(p.dtype) for key, p in self._small.items()}
 
     def soft_parameters(self) -> dict[ParameterKey, Tensor]:
-        """All parameters as differentiable functions of the variables."""
+        """Return all parameters as differentiable functions of the variables."""
         block = self._block
         weights = {
             (linear, "weight"): block.to_layout(
@@ -121,7 +121,7 @@ class _Variables:
         return weights | self.small_parameters()
 
     def round_layers(self) -> dict[nn.Module, SolvedLayer]:
-        """The layers with codes rounded to integers, and scales to their stored dtype."""
+        """Return the layers with codes rounded to integers, and scales to their stored dtype."""
         return {
             linear: _round_layer(s, self.scales[linear], self.offsets[linear], self._block.bits[linear])
             for linear, s in self._block.layers.items()

@@ -78,13 +78,13 @@ def count_work(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
 
 
 def _operations_per_input(n: int, rows: int, tokens: int, streams: int) -> float:
-    """Operations for H, its factor and C, and the correction of `rows` rows of layers that share an input."""
+    """Count the operations for H, its factor and C, and for correcting `rows` rows of layers that share an input."""
     factor = tokens * n**2 + n**3 / 3
     return factor if streams == 1 else factor + 2.0 * tokens * n**2 + 2.0 * (rows + min(rows, n)) * n**2
 
 
 def _operations_per_layer(layer: LayerPlan, config: QuantConfig) -> float:
-    """Operations of the solve and the sweeps."""
+    """Count the operations of a layer's solve and sweeps."""
     unit = float(layer.outputs * layer.inputs**2)
     return unit * (1 + 2 * (config.sweeps or 0))
 

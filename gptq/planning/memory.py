@@ -160,7 +160,7 @@ def estimate_peak(plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.
 
 
 def _outside_blocks(plan: Plan, config: QuantConfig, dtype: torch.dtype) -> int:
-    """Bytes of the largest tensor outside the blocks, usually the embedding, while it is read or copied."""
+    """Return the bytes of the largest tensor outside the blocks, usually the embedding, while it is read or copied."""
     prefixes = {f"{block.name}." for block in plan.all_blocks}
     others = [i for n, i in plan.source.tensors.items() if not any(prefix in n for prefix in prefixes)]
     size = max((info.nbytes // info.dtype.itemsize for info in others), default=0)
@@ -202,14 +202,14 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
 
 
 def _kept_outputs(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
-    """Features per token that stay in memory with a layer's input: outputs of earlier siblings (queries, keys, ...)."""
+    """Count the features per token that stay in memory with a layer's input: outputs of queries, keys and the like."""
     parent = layer.name.rpartition(".")[0]
     earlier = [other for other in layers[: layers.index(layer)] if other.name.rpartition(".")[0] == parent]
     return sum(other.outputs for other in earlier if other.inputs == layer.inputs)
 
 
 def _layer_inputs(layer: LayerPlan, tokens: Tokens, config: QuantConfig, dtype: torch.dtype) -> int:
-    """Bytes of H, of U, and of the rows or sums of held-out windows."""
+    """Return the bytes of H, of U, and of the rows or sums of held-out windows."""
     n = layer.inputs
     held_out = tokens.held_out * tokens.per_window
     return 8 * n * n + (dtype.itemsize * held_out if held_out <= n else 4 * n) * config.streams * n
@@ -231,7 +231,7 @@ def _solving_moments(group: list[LayerPlan], config: QuantConfig, tokens: Tokens
 
 
 def _stored_bytes(block: Block, plan: Plan) -> int:
-    """Size of a block's tensors in the checkpoint."""
+    """Return the bytes of a block's tensors in the checkpoint."""
     names = (plan.names.find_all(f"{block.name}.{name}") for name, _ in block.module.named_parameters())
     return sum(plan.source.tensors[stored].nbytes for own in names for stored in own)
 

@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def packed_bytes(self) -> int:
-        """Size of all tensors of the quantized layers."""
+        """Bytes of all stored tensors of the quantized layers."""
         layers = self.layers.values()
         return sum(i.nbytes for p in layers for i in formats.layout(p.scheme, p.outputs, p.inputs).values())
 
