@@ -6,44 +6,38 @@ source tensors -> one block -> inputs of each layer -> Hessian -> solver -> code
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gptq import formats
 from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import Calibration, count_tokens, describe_calibration, is_held_out, read_calibration
 from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder, partial_folder_of
-from gptq.checkpoint.tensors import TensorInfo, sha256
+from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter, file_bytes
-from gptq.compute.allocator import malloc_policy, return_freed_memory
+from gptq.compute.allocator import malloc_policy
 from gptq.compute.distributed import Ranks, current_ranks
 from gptq.compute.matmul import exact_float32
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block
-from gptq.models.forward import run_to_end
 from gptq.models.hf_config import choose_device, choose_dtype
-from gptq.models.weights import WeightStream, drop_parameters
+from gptq.models.weights import WeightStream
 from gptq.output.files import linears_of, write_files
 from gptq.output.record import Record, layer_records, model_name, public_name
-from gptq.output.results import BlockError, LayerResult, code_histogram
-from gptq.pipeline.block import solve_block
-from gptq.pipeline.block_result import BlockResult
+from gptq.output.results import LayerResult
 from gptq.pipeline.block_store import BlockStore
-from gptq.pipeline.block_walk import BlockWalk, Calls, Outputs
+from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import Journal
-from gptq.pipeline.layer import BlockState, quantize_layer
 from gptq.pipeline.offload import ActivationOffload
+from gptq.pipeline.quantize_block import quantize_block, round_block
 from gptq.pipeline.resume import open_journal, run_finished_block
 from gptq.pipeline.run import Observer, Run
 from gptq.pipeline.run_identity import describe_run
 from gptq.pipeline.search import choose_widths, find_enough_windows, note_on_samples
-from gptq.pipeline.tune import BlockToTune, hidden_states, tune
 from gptq.planning import memory
 from gptq.planning.plan import Plan, plan_checkpoint
 
@@ -255,7 +249,7 @@ def _quantize_checkpoint(
             unreached = _quantize_reached(plan, windows, memory_plan.in_flight, store, run)
         for block in unreached:
             if block.name not in store.finished:
-                store.commit(_round_block(block, run, calibrated=windows is not None))
+                store.commit(round_block(block, run, calibrated=windows is not None))
     return notes + [note for result in store.finished.values() for note in result.notes]
 
 
@@ -268,91 +262,11 @@ def _quantize_reached(plan: Plan, windows: list[Inputs], in_flight: int, store: 
                 run.observer.stage(f"{block.name} is finished; taking the windows through it")
                 outputs = run_finished_block(block, calls, store, run)
             else:
-                outputs, result = _quantize_block(block, calls, in_flight, run)
+                outputs, result = quantize_block(block, calls, in_flight, run)
                 store.commit(result)
                 del result  # free its tensors
             walk.resume_with(outputs)
     return walk.unreached
-
-
-def _quantize_block(block: Block, calls: Calls, in_flight: int, run: Run) -> tuple[Outputs, BlockResult]:
-    """Solve a block's layers, tune them together if tune_steps is set, and pack them."""
-    state = BlockState(block, run)
-    outputs = solve_block(calls, in_flight, state, quantize_layer)
-    if run.config.tune_steps and not block.is_head():
-        tuned, error = _tune_block(calls[0], outputs, state)
-        return outputs, _pack_block(state, tuned, (error,))
-    return outputs, _pack_block(state)
-
-
-def _round_block(block: Block, run: Run, calibrated: bool) -> BlockResult:
-    """Round the layers of a block that has no calibration inputs to nearest."""
-    state = BlockState(block, run)
-    if calibrated:
-        state.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
-    for name in block.linears:
-        quantize_layer(name, None, state)
-    result = _pack_block(state)
-    drop_parameters(block.module)
-    return_freed_memory()
-    return result
-
-
-def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) -> tuple[dict[str, Tensor], BlockError]:
-    """Tune a solved block towards the original block's outputs; recompute the quantized stream's `outputs`.
-
-    Returns the tuned norms and biases by name in the model, and the block's error before and after.
-    """
-    block, run = state.block, state.run
-    layers = {block.linears[name]: solution.solved for name, solution in state.solutions.items()}
-    held_out = [i for i in range(len(calls)) if is_held_out(i, len(calls))]
-    full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
-    named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
-    kept = {key for key, name in named.items() if not run.weights.is_stored_whole(name)}
-    bits = {linear: run.layers[name].bits for name, linear in block.linears.items()}
-    targets = [hidden_states(out) for out in outputs[1]]
-    to_tune = BlockToTune(block.module, calls, targets, held_out, layers, bits, run.weights.to_forward_layout, kept)
-    tuned = tune(to_tune, run.config.tune_steps or 0, run.config.seed)
-    error = BlockError(block.name, tuned.error_before, tuned.error_after)
-    if tuned.layers is layers:
-        state.note(f"{block.name}: tuning did not bring it closer to the original, so it stays as it was solved")
-        return {}, error
-    for name, linear in block.linears.items():
-        state.solutions[name] = replace(state.solutions[name], solved=tuned.layers[linear])
-        run.weights.set_weight(linear, state.solutions[name].solved.weight())
-    parameters: dict[str, Tensor] = {}
-    for (module, key), tensor in tuned.parameters.items():
-        name = named[module, key]
-        _, parameters[name] = run.weights.to_stored(name, tensor)
-        module._parameters[key] = nn.Parameter(parameters[name].to(tensor), requires_grad=False)
-    outputs[0][:] = [run_to_end(call) for call in calls]
-    return parameters, error
-
-
-def _pack_block(
-    state: BlockState, tuned: Mapping[str, Tensor] | None = None, errors: tuple[BlockError, ...] = ()
-) -> BlockResult:
-    """Pack a block's layers, and collect everything that quantizing it yielded."""
-    run = state.run
-    tensors: dict[str, Tensor] = {}
-    histograms, checksums = {}, {}
-    for name in state.block.linears:
-        solution, plan = state.solutions.pop(name), run.layers[name]
-        tensors |= {f"{plan.stored}.{key}": t for key, t in formats.encode(solution.solved, plan.scheme).items()}
-        histograms[name] = solution.histogram | code_histogram(solution.solved.codes, plan.bits)
-        checksums[name] = sha256(solution.solved.weight())
-    stored = {name: run.weights.to_stored(name, tensor) for name, tensor in (tuned or {}).items()}
-    return BlockResult(
-        name=state.block.name,
-        layers=tuple(state.results),
-        weight_checksums=checksums,
-        histograms=histograms,
-        tuned={name: own for name, (own, _) in stored.items()},
-        errors=errors,
-        coverage=tuple(state.coverage),
-        notes=tuple(state.notes),
-        tensors=tensors | dict(stored.values()),
-    )
 
 
 def _restore(plan: Plan, store: BlockStore, observer: Observer) -> list[str]:

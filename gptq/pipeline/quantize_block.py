@@ -1,0 +1,103 @@
+"""One block of the journey: its layers solved, tuned together where that is asked for, and packed."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from gptq import formats
+from gptq.calibration.windows import is_held_out
+from gptq.checkpoint.tensors import sha256
+from gptq.compute.allocator import return_freed_memory
+from gptq.models.blocks import Block
+from gptq.models.forward import run_to_end
+from gptq.models.weights import drop_parameters
+from gptq.output.results import BlockError, code_histogram
+from gptq.pipeline.block import solve_block
+from gptq.pipeline.block_result import BlockResult
+from gptq.pipeline.block_walk import Calls, Outputs
+from gptq.pipeline.layer import BlockState, quantize_layer
+from gptq.pipeline.run import Run
+from gptq.pipeline.tune import BlockToTune, hidden_states, tune
+
+
+def quantize_block(block: Block, calls: Calls, in_flight: int, run: Run) -> tuple[Outputs, BlockResult]:
+    """Solve a block's layers, tune them together if tune_steps is set, and pack them."""
+    state = BlockState(block, run)
+    outputs = solve_block(calls, in_flight, state, quantize_layer)
+    if run.config.tune_steps and not block.is_head():
+        tuned, error = _tune_block(calls[0], outputs, state)
+        return outputs, _pack_block(state, tuned, (error,))
+    return outputs, _pack_block(state)
+
+
+def round_block(block: Block, run: Run, calibrated: bool) -> BlockResult:
+    """Round the layers of a block that has no calibration inputs to nearest."""
+    state = BlockState(block, run)
+    if calibrated:
+        state.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
+    for name in block.linears:
+        quantize_layer(name, None, state)
+    result = _pack_block(state)
+    drop_parameters(block.module)
+    return_freed_memory()
+    return result
+
+
+def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) -> tuple[dict[str, Tensor], BlockError]:
+    """Tune a solved block towards the original block's outputs; recompute the quantized stream's `outputs`.
+
+    Returns the tuned norms and biases by name in the model, and the block's error before and after.
+    """
+    block, run = state.block, state.run
+    layers = {block.linears[name]: solution.solved for name, solution in state.solutions.items()}
+    held_out = [i for i in range(len(calls)) if is_held_out(i, len(calls))]
+    full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
+    named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
+    kept = {key for key, name in named.items() if not run.weights.is_stored_whole(name)}
+    bits = {linear: run.layers[name].bits for name, linear in block.linears.items()}
+    targets = [hidden_states(out) for out in outputs[1]]
+    to_tune = BlockToTune(block.module, calls, targets, held_out, layers, bits, run.weights.to_forward_layout, kept)
+    tuned = tune(to_tune, run.config.tune_steps or 0, run.config.seed)
+    error = BlockError(block.name, tuned.error_before, tuned.error_after)
+    if tuned.layers is layers:
+        state.note(f"{block.name}: tuning did not bring it closer to the original, so it stays as it was solved")
+        return {}, error
+    for name, linear in block.linears.items():
+        state.solutions[name] = replace(state.solutions[name], solved=tuned.layers[linear])
+        run.weights.set_weight(linear, state.solutions[name].solved.weight())
+    parameters: dict[str, Tensor] = {}
+    for (module, key), tensor in tuned.parameters.items():
+        name = named[module, key]
+        _, parameters[name] = run.weights.to_stored(name, tensor)
+        module._parameters[key] = nn.Parameter(parameters[name].to(tensor), requires_grad=False)
+    outputs[0][:] = [run_to_end(call) for call in calls]
+    return parameters, error
+
+
+def _pack_block(
+    state: BlockState, tuned: Mapping[str, Tensor] | None = None, errors: tuple[BlockError, ...] = ()
+) -> BlockResult:
+    """Pack a block's layers, and collect everything that quantizing it yielded."""
+    run = state.run
+    tensors: dict[str, Tensor] = {}
+    histograms, checksums = {}, {}
+    for name in state.block.linears:
+        solution, plan = state.solutions.pop(name), run.layers[name]
+        tensors |= {f"{plan.stored}.{key}": t for key, t in formats.encode(solution.solved, plan.scheme).items()}
+        histograms[name] = solution.histogram | code_histogram(solution.solved.codes, plan.bits)
+        checksums[name] = sha256(solution.solved.weight())
+    stored = {name: run.weights.to_stored(name, tensor) for name, tensor in (tuned or {}).items()}
+    return BlockResult(
+        name=state.block.name,
+        layers=tuple(state.results),
+        weight_checksums=checksums,
+        histograms=histograms,
+        tuned={name: own for name, (own, _) in stored.items()},
+        errors=errors,
+        coverage=tuple(state.coverage),
+        notes=tuple(state.notes),
+        tensors=tensors | dict(stored.values()),
+    )
