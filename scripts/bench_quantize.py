@@ -51,7 +51,7 @@ TIMED = {  # module -> function (or Class.method) -> the stage that its time cou
     "gptq.pipeline.moe": {"accumulate": "Hessian"},
     "gptq.pipeline.layer": {"solve_rows": "solve", "find_corrections": "solve"},
     "gptq.formats": {"encode": "pack"},
-    "gptq.pipeline.quantize_block": {"sha256": "write"},
+    "gptq.pipeline.block": {"sha256": "write"},
     "gptq.pipeline.quantize": {"write_files": "write"},
     "gptq.checkpoint.writer": {"ShardWriter.write": "write", "ShardWriter.close": "write"},
 }

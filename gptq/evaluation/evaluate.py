@@ -20,8 +20,8 @@ from gptq.models.forward import check_tokens, run_forward
 from gptq.models.hf_config import choose_dtype, fit_seq_len, read_config, read_tokenizer
 from gptq.models.tensor_names import check_tensors
 from gptq.models.weights import WeightStream
-from gptq.pipeline.block import set_original_weights
 from gptq.pipeline.block_walk import BlockWalk
+from gptq.pipeline.layer_walk import set_original_weights
 
 MAX_LOSS = 700.0  # nats per token; exp of little more overflows float64
 RESAMPLES, BOOTSTRAP_SEED, CONFIDENCE = 2000, 0, 0.95  # of the bootstrap intervals

@@ -1,229 +1,103 @@
-"""Run calibration windows through a block and solve it layer by layer, each on the outputs of quantized layers."""
+"""Quantize one decoder block: solve its layers, tune them together if asked to, and pack them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from gptq import formats
+from gptq.calibration.windows import is_held_out
+from gptq.checkpoint.tensors import sha256
+from gptq.compute.allocator import return_freed_memory
 from gptq.models.blocks import Block
-from gptq.models.experts import Experts
-from gptq.models.forward import (
-    PausableForward,
-    Pause,
-    argument_at,
-    get_argument,
-    identify,
-    input_at,
-    pause_before,
-    run_to_end,
-    run_until,
-)
-from gptq.models.uncalled_layers import UnsolvedWeight
-from gptq.models.weights import WeightStream, swapped_weights
+from gptq.models.forward import run_to_end
+from gptq.models.weights import drop_parameters
+from gptq.output.results import BlockError, code_histogram
+from gptq.pipeline.block_result import BlockResult
 from gptq.pipeline.block_walk import Calls, Outputs
-from gptq.pipeline.layer import BlockState, LayerSolver, SharedInput, read_original_weights
-from gptq.pipeline.layer_inputs import gather_inputs, inputs_from_sums, note_on_damping
-from gptq.pipeline.moe import gather_routings, routing_of, solve_experts
+from gptq.pipeline.layer import BlockState, quantize_layer
+from gptq.pipeline.layer_walk import solve_block
 from gptq.pipeline.run import Run
+from gptq.pipeline.tune import BlockToTune, hidden_states, tune
 
 
-def solve_block(calls: Calls, in_flight: int, state: BlockState, solve_layer: LayerSolver) -> Outputs:
-    """Solve a block's layers, or the output head; return the block's outputs, or [] for the head."""
-    if state.block.is_head():
-        solve_head(calls, state, solve_layer)
-        return []
-    return walk_block(calls, in_flight, state, solve_layer)
+def quantize_block(block: Block, calls: Calls, in_flight: int, run: Run) -> tuple[Outputs, BlockResult]:
+    """Solve a block's layers, tune them together if tune_steps is set, and pack them."""
+    state = BlockState(block, run)
+    outputs = solve_block(calls, in_flight, state, quantize_layer)
+    if run.config.tune_steps and not block.is_head():
+        tuned, error = _tune_block(calls[0], outputs, state)
+        return outputs, _pack_block(state, tuned, (error,))
+    return outputs, _pack_block(state)
 
 
-def solve_head(calls: Calls, state: BlockState, solve_layer: LayerSolver) -> None:
-    """Solve the output head without running it: nothing uses its output."""
-    name = next(iter(state.block.linears))
-    arguments = [[get_argument(call.args, call.keywords) for call in stream] for stream in calls]
-    pairs = zip(arguments[0], arguments[1] if len(arguments) > 1 else [None] * len(arguments[0]), strict=True)
-    solve_layer(name, _gather_shared_input(name, pairs, len(arguments[0]), state), state)
+def round_block(block: Block, run: Run, calibrated: bool) -> BlockResult:
+    """Round the layers of a block that has no calibration inputs to nearest."""
+    state = BlockState(block, run)
+    if calibrated:
+        state.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
+    for name in block.linears:
+        quantize_layer(name, None, state)
+    result = _pack_block(state)
+    drop_parameters(block.module)
+    return_freed_memory()
+    return result
 
 
-def _gather_shared_input(
-    name: str, pairs: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, state: BlockState
-) -> SharedInput:
-    """Sum a layer's inputs over all windows, and factorize their Hessian; see `gather_inputs`."""
-    inputs = inputs_from_sums(name, gather_inputs(name, pairs, windows, state.run), None, state.run)
-    for note in note_on_damping(name, inputs, state.run):
-        state.note(note)
-    return SharedInput(inputs)
+def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) -> tuple[dict[str, Tensor], BlockError]:
+    """Tune a solved block towards the original block's outputs; recompute the quantized stream's `outputs`.
 
-
-def walk_block(calls: Calls, in_flight: int, state: BlockState, solve_layer: LayerSolver) -> Outputs:
-    """Solve a block's layers in the order in which its forward reaches them; return its output for every window.
-
-    The first `in_flight` windows run once, and pause before each layer until it is solved. The other windows run again
-    for each distinct layer input, and once more at the end.
+    Returns the tuned norms and biases by name in the model, and the block's error before and after.
     """
     block, run = state.block, state.run
-    walk = _LayerWalk(calls, in_flight, state, solve_layer)
-    free_weights(block.module, block, run.weights.device)
-    try:
-        with pause_before(block.pause_points()):
-            walk.solve_layers()
-            for name, linear in block.linears.items():
-                if linear not in walk.solved:
-                    state.note(f"{name}: no calibration token reached it, so it is rounded to nearest")
-                    solve_layer(name, None, state)
-            return walk.outputs()
-    finally:
-        walk.stop()
-
-
-def run_original(block: Block, calls: list[partial[Any]], run: Run) -> Outputs:
-    """Return the outputs of a block with its original weights for one stream, or [] for the output head."""
-    if block.is_head():
-        return []
-    set_original_weights(block, run.weights)
-    return [[run.offload.put(run_to_end(call)) for call in calls]]
-
-
-def set_original_weights(block: Block, weights: WeightStream) -> None:
-    """Read the weights of a block's layers from the checkpoint."""
+    layers = {block.linears[name]: solution.solved for name, solution in state.solutions.items()}
+    held_out = [i for i in range(len(calls)) if is_held_out(i, len(calls))]
+    full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
+    named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
+    kept = {key for key, name in named.items() if not run.weights.is_stored_whole(name)}
+    bits = {linear: run.layers[name].bits for name, linear in block.linears.items()}
+    targets = [hidden_states(out) for out in outputs[1]]
+    to_tune = BlockToTune(block.module, calls, targets, held_out, layers, bits, run.weights.to_forward_layout, kept)
+    tuned = tune(to_tune, run.config.tune_steps or 0, run.config.seed)
+    error = BlockError(block.name, tuned.error_before, tuned.error_after)
+    if tuned.layers is layers:
+        state.note(f"{block.name}: tuning did not bring it closer to the original, so it stays as it was solved")
+        return {}, error
     for name, linear in block.linears.items():
-        weights.set_weight(linear, weights.weight(linear, name))
+        state.solutions[name] = replace(state.solutions[name], solved=tuned.layers[linear])
+        run.weights.set_weight(linear, state.solutions[name].solved.weight())
+    parameters: dict[str, Tensor] = {}
+    for (module, key), tensor in tuned.parameters.items():
+        name = named[module, key]
+        _, parameters[name] = run.weights.to_stored(name, tensor)
+        module._parameters[key] = nn.Parameter(parameters[name].to(tensor), requires_grad=False)
+    outputs[0][:] = [run_to_end(call) for call in calls]
+    return parameters, error
 
 
-def free_weights(stop: nn.Module, block: Block, device: torch.device) -> None:
-    """Replace the weights of a block's layers inside the module `stop` by placeholders (see `UnsolvedWeight`)."""
-    inside = set(stop.modules())
-    for name, linear in block.linears.items():
-        if linear in inside:
-            linear._parameters["weight"] = UnsolvedWeight.of(linear, name, device)
-
-
-class _LayerWalk:
-    """The forwards of a block's windows, advanced from layer to layer.
-
-    Forwards in flight stay paused; the other windows are run up to a layer each time its inputs are gathered. Layers
-    that get the very same tensors (queries, keys and values, say) share one Hessian and its factor.
-    """
-
-    def __init__(self, calls: Calls, in_flight: int, state: BlockState, solve_layer: LayerSolver) -> None:
-        self.solved: set[nn.Module] = set()
-        self._state = state
-        self._solve_layer = solve_layer
-        self._in_flight = [[PausableForward(call) for call in stream[:in_flight]] for stream in calls]
-        self._waiting = [stream[in_flight:] for stream in calls]
-        self._names = state.block.pause_points()
-        self._originals: dict[nn.Module, nn.Parameter | None] = {}  # needed when waiting windows run again
-        self._shared: SharedInput | None = None
-        self._shared_keys: list[dict[int, object]] = []  # keys (see `identify`) of the tensors that it was made from
-
-    def solve_layers(self) -> None:
-        """Advance all forwards to the end of the block, solving each layer; all processes solve a layer together."""
-        order = {linear: i for i, linear in enumerate(self._names)}
-        modules = [*self._names]
-        for forward in chain(*self._in_flight):
-            forward.advance()
-        while True:
-            standing = (order[f.standing.module] for f in chain(*self._in_flight) if f.standing)
-            at = self._state.run.ranks.minimum(min(standing, default=len(order)))
-            if at == len(order):
-                return
-            self._solve_and_resume(modules[at])
-
-    def _solve_and_resume(self, stop: nn.Module) -> None:
-        """Solve a layer, or list of experts, if the quantized stream has reached it; then resume the forwards."""
-        state, run = self._state, self._state.run
-        standing = self._input_keys(stop)
-        if stop not in self.solved and run.ranks.any(bool(standing[0])):
-            if isinstance(stop, Experts):
-                self._solve_experts(stop)
-            else:
-                self._solve(stop, standing)
-            self.solved.update(stop.modules())
-        self._restore_weights(stop)
-        self._resume(stop, standing)
-        if not any(self._waiting) and not run.reruns_blocks:
-            free_weights(stop, state.block, run.weights.device)
-
-    def _solve_experts(self, experts: Experts) -> None:
-        state = self._state
-        routings = (routing_of(*pauses) for pauses in self._pauses_of_windows(experts))
-        gathered = gather_routings(routings, self._num_windows(), state.run)
-        solve_experts(self._names[experts], experts, gathered, state, self._solve_layer)
-
-    def _solve(self, linear: nn.Module, standing: list[dict[int, object]]) -> None:
-        state, run, name = self._state, self._state.run, self._names[linear]
-        incomplete = self._shared is not None and not self._shared.can_solve(name)
-        if incomplete or run.ranks.any(standing != self._shared_keys):
-            self._shared = None  # free the old one first
-            pairs = ((input_at(pause), input_at(original)) for pause, original in self._pauses_of_windows(linear))
-            self._shared = _gather_shared_input(name, pairs, self._num_windows(), state)
-            for forwards in self._in_flight:  # these inputs are not needed while the layer is solved
-                run.offload.put([argument_at(pause) for pause in _pauses_at(linear, forwards).values()])
-            self._shared_keys = self._input_keys(linear)
-        run.offload.release()
-        self._solve_layer(name, self._shared, state)
-
-    def _num_windows(self) -> int:
-        return len(self._in_flight[0]) + len(self._waiting[0])
-
-    def _restore_weights(self, stop: nn.Module) -> None:
-        """Restore weights freed by `free_weights`, for a forward that reaches a solved layer a second time."""
-        inside = set(stop.modules())
-        for name, linear in self._state.block.linears.items():
-            if name in self._state.solutions and linear in inside and linear.weight.is_meta:
-                self._state.run.weights.set_weight(linear, self._state.solutions[name].solved.weight())
-
-    def _resume(self, stop: nn.Module, standing: list[dict[int, object]]) -> None:
-        """Resume the forwards that are paused at `stop`, each with the weights of its own stream."""
-        if len(standing) > 1 and standing[1]:
-            own = read_original_weights(stop, self._state)
-            if any(self._waiting):
-                self._originals |= own
-            with swapped_weights(own):
-                for i in standing[1]:
-                    self._in_flight[1][i].advance()
-        for i in standing[0]:
-            self._in_flight[0][i].advance()
-
-    def _input_keys(self, linear: nn.Module) -> list[dict[int, object]]:
-        """Return, by stream and window, the key of the input (see `identify`) of each forward paused at `linear`."""
-        return [
-            {i: identify(argument_at(pause)) for i, pause in _pauses_at(linear, forwards).items()}
-            for forwards in self._in_flight
-        ]
-
-    def _pauses_of_windows(self, linear: nn.Module) -> Iterator[tuple[Pause | None, Pause | None]]:
-        """Yield each window's pause at `linear`, and the original stream's; None if the window does not reach it.
-
-        Windows in flight come first, then the waiting ones, which are run up to `linear` now.
-        """
-        in_flight, waiting = self._in_flight, self._waiting
-        here = [_pauses_at(linear, forwards) for forwards in in_flight]
-        for i in range(len(in_flight[0])):
-            yield here[0].get(i), here[1].get(i) if len(here) > 1 else None
-        for i, call in enumerate(waiting[0]):
-            pause, original = run_until(call, linear), None
-            if len(waiting) > 1:
-                with swapped_weights(self._originals):
-                    original = run_until(waiting[1][i], linear)
-            yield pause, original
-
-    def outputs(self) -> Outputs:
-        """Return the block's outputs once all layers are solved."""
-        offload = self._state.run.offload
-        outputs = [[offload.put(forward.result) for forward in forwards] for forwards in self._in_flight]
-        outputs[0] += [offload.put(run_to_end(call)) for call in self._waiting[0]]
-        with swapped_weights(self._originals):
-            for out, calls in zip(outputs[1:], self._waiting[1:], strict=True):
-                out += [offload.put(run_to_end(call)) for call in calls]
-        return outputs
-
-    def stop(self) -> None:
-        for forward in chain(*self._in_flight):
-            forward.stop()
-
-
-def _pauses_at(linear: nn.Module, forwards: list[PausableForward]) -> dict[int, Pause]:
-    """Return the pauses of the forwards that are paused at `linear`, by window."""
-    return {i: f.standing for i, f in enumerate(forwards) if f.standing and f.standing.module is linear}
+def _pack_block(
+    state: BlockState, tuned: Mapping[str, Tensor] | None = None, errors: tuple[BlockError, ...] = ()
+) -> BlockResult:
+    """Pack a block's layers, and collect everything that quantizing it yielded."""
+    run = state.run
+    tensors: dict[str, Tensor] = {}
+    histograms, checksums = {}, {}
+    for name in state.block.linears:
+        solution, plan = state.solutions.pop(name), run.layers[name]
+        tensors |= {f"{plan.stored}.{key}": t for key, t in formats.encode(solution.solved, plan.scheme).items()}
+        histograms[name] = solution.histogram | code_histogram(solution.solved.codes, plan.bits)
+        checksums[name] = sha256(solution.solved.weight())
+    stored = {name: run.weights.to_stored(name, tensor) for name, tensor in (tuned or {}).items()}
+    return BlockResult(
+        name=state.block.name,
+        layers=tuple(state.results),
+        weight_checksums=checksums,
+        histograms=histograms,
+        tuned={name: own for name, (own, _) in stored.items()},
+        errors=errors,
+        coverage=tuple(state.coverage),
+        notes=tuple(state.notes),
+        tensors=tensors | dict(stored.values()),
+    )

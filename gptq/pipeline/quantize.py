@@ -29,11 +29,11 @@ from gptq.models.weights import WeightStream
 from gptq.output.files import linears_of, write_files
 from gptq.output.record import Record, layer_records, model_name, public_name
 from gptq.output.results import LayerResult
+from gptq.pipeline.block import quantize_block, round_block
 from gptq.pipeline.block_store import BlockStore
 from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import Journal
 from gptq.pipeline.offload import ActivationOffload
-from gptq.pipeline.quantize_block import quantize_block, round_block
 from gptq.pipeline.resume import open_journal, run_finished_block
 from gptq.pipeline.run import Observer, Run
 from gptq.pipeline.run_identity import describe_run

@@ -9,10 +9,10 @@ from gptq.checkpoint.atomic_folder import PartialFolder
 from gptq.compute.distributed import Ranks
 from gptq.models.blocks import Block
 from gptq.models.forward import run_to_end
-from gptq.pipeline.block import run_original
 from gptq.pipeline.block_store import BlockStore
 from gptq.pipeline.block_walk import Calls, Outputs
 from gptq.pipeline.journal import Journal, JournalCopy
+from gptq.pipeline.layer_walk import run_original
 from gptq.pipeline.run import Run
 
 

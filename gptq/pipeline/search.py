@@ -17,10 +17,10 @@ from gptq.models.blocks import Block
 from gptq.models.forward import run_to_end
 from gptq.models.weights import WeightStream, swapped_weights
 from gptq.output.results import LayerResult
-from gptq.pipeline.block import run_original, solve_block, walk_block
 from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import Journal
 from gptq.pipeline.layer import BlockState, SharedInput, heldout_excess, quantize_layer
+from gptq.pipeline.layer_walk import run_original, solve_block, walk_block
 from gptq.pipeline.run import Observer, Run
 from gptq.pipeline.tune import hidden_states
 from gptq.planning.bit_allocation import Unit, choose_storage, find_units, make_overrides
