@@ -6,6 +6,10 @@ import sys
 
 import pytest
 
+from gptq.cli import main
+from gptq.compute import allocator
+from tests.conftest import MakeModel
+
 PROGRAM = """
 import ctypes, resource
 from gptq.compute.allocator import malloc_policy, return_freed_memory
@@ -38,3 +42,11 @@ def test_freed_blocks_are_kept_by_a_generous_policy_and_afterwards_as_usual() ->
     """16 MiB are below the generous and the usual threshold (32 MiB), above the frugal one; 64 MiB are above all."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False", "False", "False", "True", "False"]
+
+
+def test_planning_leaves_malloc_alone(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(allocator, "_set_thresholds", lambda *_: pytest.fail("malloc was set"))
+    assert main(["plan", str(make_model("llama")), "--json"]) == 0
+    assert "peak_bytes" in capsys.readouterr().out
