@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq.compute.matmul import exact_float32
-from gptq.solver.hessian import HessianAccumulator, output_power
+from gptq.solver.hessian import HessianAccumulator, mean_output_power
 from gptq.solver.solve import act_order, factorize, round_to_nearest, solve
 from lenet_baseline.maxabs import dequantize_weights, quantize_weights
 from lenet_baseline.model import LeNet, run_layers, unfold
@@ -58,7 +58,7 @@ def quantize_model(model: LeNet, bits: int, images: Tensor) -> Quantized:
         H = _hessian(x, model.weight(name))
         for method in METHODS:
             Q = quantize_weight(W, H, method, bits)
-            errors[method][name] = output_power(W - Q, H) / output_power(W, H)
+            errors[method][name] = mean_output_power(W - Q, H) / mean_output_power(W, H)
             models[method].weight(name).copy_(Q.view(shape))
         return models["gptq"].layer(name, x)
 

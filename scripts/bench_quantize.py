@@ -47,7 +47,7 @@ TIMED = {  # module -> function (or Class.method) -> the stage that its time cou
     "gptq.models.weights": {"WeightStream.read": "read", "WeightStream.weight": "read"},
     "gptq.models.forward": {"PausableForward.advance": "forward"},
     "gptq.solver.hessian": {"HessianAccumulator.take": "Hessian"},  # includes adding the last windows
-    "gptq.pipeline.layer_inputs": {"accumulate": "Hessian", "blend": "Hessian", "_factorize": "factorize"},
+    "gptq.pipeline.layer_inputs": {"accumulate": "Hessian", "blend_hessians": "Hessian", "_factorize": "factorize"},
     "gptq.pipeline.moe": {"accumulate": "Hessian"},
     "gptq.pipeline.layer": {"solve_rows": "solve", "find_corrections": "solve"},
     "gptq.formats": {"encode": "pack"},

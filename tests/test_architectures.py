@@ -29,7 +29,7 @@ from gptq.models.uncalled_layers import UnsolvedWeight, find_uncalled_layers
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.results import RECORD
-from gptq.pipeline.layer_inputs import blend, pseudo_tokens
+from gptq.pipeline.layer_inputs import blend_hessians, pseudo_tokens
 from gptq.solver.hessian import HessianAccumulator
 from tests import oracle
 from tests.conftest import EXPERTS, MIXED, OTHERS, VOCAB, MakeModel
@@ -145,12 +145,12 @@ def test_a_starved_experts_hessian_is_the_blend_that_is_promised(rng: torch.Gene
     k = pseudo_tokens(5, 8)
     assert k == 11
     assert pseudo_tokens(16, 8) == 0
-    H, C = blend(own, everyone, 5 / (5 + k))
+    H, C = blend_hessians(own, everyone, 5 / (5 + k))
     assert C is not None
     for found, left, right in ((H, own_x, all_x), (C, own_d, all_d)):
         of_own, of_all = left.T.double() @ own_x.double(), right.T.double() @ all_x.double()
         torch.testing.assert_close(found.double(), (of_own + k * of_all / 40) / (5 + k), atol=1e-5, rtol=1e-5)
-    assert torch.equal(blend(own, everyone, 1.0)[0], own.mean())
+    assert torch.equal(blend_hessians(own, everyone, 1.0)[0], own.mean())
 
 
 UNCALLED = {"mamba": 2, "jamba": 1, "longcat_flash": 1, "rwkv": 4}  # layers with whose weights the model computes

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gptq import solver
-from gptq.solver.error_propagation import best_share, divide_by_hessian, full_correction
+from gptq.solver.error_propagation import best_correction_share, divide_by_hessian, full_correction
 from tests import oracle
 from tests.test_solver import problem
 
@@ -43,7 +43,7 @@ def test_no_drift_is_plain_gptq(rng: torch.Generator) -> None:
     factor = solver.factorize(H, solver.natural_order(H))
     nothing = full_correction(W, torch.zeros_like(H), factor)
     assert torch.equal(nothing, torch.zeros_like(W))
-    assert best_share(0.0, 0.0) == 0
+    assert best_correction_share(0.0, 0.0) == 0
 
 
 @pytest.mark.parametrize("n", [24, 600])
@@ -68,7 +68,7 @@ def test_the_share_is_the_best_on_unseen_tokens(rng: torch.Generator) -> None:
     unseen = X[60:], original[60:]
     H, C = means(*unseen)
     power, agreement = float(((correction @ H) * correction).sum()), float(((W @ C) * correction).sum())
-    share = best_share(power, agreement)
+    share = best_correction_share(power, agreement)
     assert 0 < share < 1
 
     def error(part: float) -> float:

@@ -9,7 +9,7 @@ from gptq import solver
 from gptq.compute import matmul
 from gptq.compute.matmul import exact_float32, onednn_linears, product
 from gptq.solver import hessian as hessian_module
-from gptq.solver.hessian import HeldOut, HessianAccumulator, output_power
+from gptq.solver.hessian import HeldOut, HessianAccumulator, mean_output_power
 from tests.conftest import threads
 
 
@@ -179,7 +179,7 @@ def test_powers_are_those_of_the_closed_form_to_three_digits(
     off = W - solved.weight()
     for A in (W, off):
         exact = float(torch.trace(A.double() @ H.double() @ A.double().T))
-        assert output_power(A, H) == pytest.approx(exact, rel=1e-3 if way != "floats" else 1e-5)
+        assert mean_output_power(A, H) == pytest.approx(exact, rel=1e-3 if way != "floats" else 1e-5)
     exact = float(torch.trace(W.double() @ H.double() @ H.double() @ off.double().T))
     size = float((W.double() @ H.double()).norm() * (off.double() @ H.double()).norm())
     assert hessian_module._gram_dot(W, off, H @ H) == pytest.approx(exact, abs=1e-3 * size)

@@ -120,10 +120,10 @@ def test_where_optimum_and_gptqmodel_are_nothing_changes(monkeypatch: pytest.Mon
 
     tables: Any = types.ModuleType("tables")
     tables.AUTO_QUANTIZER_MAPPING, tables.AUTO_QUANTIZATION_CONFIG_MAPPING = {"gptq": Theirs}, {"gptq": Theirs}
-    monkeypatch.setattr(hf_registration, "others_load_gptq", lambda: True)
+    monkeypatch.setattr(hf_registration, "gptqmodel_is_installed", lambda: True)
     hf_registration._replace_entries(tables)
     assert tables.AUTO_QUANTIZER_MAPPING["gptq"] is tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is Theirs
-    monkeypatch.setattr(hf_registration, "others_load_gptq", lambda: False)
+    monkeypatch.setattr(hf_registration, "gptqmodel_is_installed", lambda: False)
     hf_registration._replace_entries(tables)
     entered = tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
     assert issubclass(entered, Theirs)

@@ -35,7 +35,7 @@ def random_layer(
     zero = torch.full((outputs, groups), 2 ** (bits - 1))
     if not scheme.sym:
         zero = torch.randint(1, 2**bits, (outputs, groups), generator=rng)
-    g_idx = formats.in_runs(scheme, inputs)
+    g_idx = formats.contiguous_groups(scheme, inputs)
     if scheme.scattered:
         g_idx = g_idx[torch.randperm(inputs, generator=rng)]
     packed = formats.encode(Codes(codes, scale, zero.to(torch.uint8), g_idx), scheme)

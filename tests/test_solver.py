@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gptq import solver
 from gptq.solver import grid
-from gptq.solver.hessian import output_power
+from gptq.solver.hessian import mean_output_power
 from tests import oracle
 
 
@@ -87,9 +87,9 @@ def test_error_is_the_layer_error_and_beats_round_to_nearest(static_groups: bool
     solved = solver.solve(W, factor, 3, 8, sym=True, static_groups=static_groups)
     E = W - solved.weight().double()
     assert solved.error == pytest.approx(float(torch.trace(E @ oracle.damped(H, 0.01) @ E.T)), rel=1e-9)
-    assert output_power(E, H) == pytest.approx(float(torch.trace(E @ H @ E.T)), rel=1e-9)
+    assert mean_output_power(E, H) == pytest.approx(float(torch.trace(E @ H @ E.T)), rel=1e-9)
     nearest = W - solver.round_to_nearest(W, 3, 8, sym=True).weight().double()
-    assert output_power(E, H) < output_power(nearest, H)
+    assert mean_output_power(E, H) < mean_output_power(nearest, H)
 
 
 def test_factor_is_ldl_of_the_damped_hessian_in_solving_order(rng: torch.Generator) -> None:

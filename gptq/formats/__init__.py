@@ -10,12 +10,12 @@ from gptq.config import Format
 from gptq.formats.format import SCALE_DTYPE, FileFormat
 from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
 from gptq.formats.pack_quantized import PackQuantized
-from gptq.formats.scheme import Scheme, in_runs
+from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.solver import Codes
 
 __all__ = [
-    "FORMATS", "GPTQ_BITS", "Codes", "FileFormat", "Scheme", "decode", "decode_groups", "decode_zeros", "encode",
-    "in_runs", "layout", "refusal",
+    "FORMATS", "GPTQ_BITS", "Codes", "FileFormat", "Scheme", "contiguous_groups", "decode", "decode_groups",
+    "decode_zeros", "encode", "layout", "refusal",
 ]  # fmt: skip
 
 FORMATS: dict[Format, FileFormat] = {known.name: known for known in (GptqV1(), GptqV2(), PackQuantized())}

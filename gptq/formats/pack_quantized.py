@@ -31,7 +31,7 @@ from gptq.errors import InputError
 from gptq.formats.format import SCALE_DTYPE, FileFormat
 from gptq.formats.name_rules import Quantization, check_expression, name_patterns
 from gptq.formats.packing import num_words, pack, unpack
-from gptq.formats.scheme import Linears, Scheme, in_runs, names_by_scheme
+from gptq.formats.scheme import Linears, Scheme, contiguous_groups, names_by_scheme
 from gptq.solver import Codes
 
 METHOD = "compressed-tensors"
@@ -95,7 +95,7 @@ class PackQuantized(FileFormat):
     def decode_groups(self, packed: Mapping[str, Tensor], scheme: Scheme, inputs: int) -> Tensor:
         if scheme.scattered:
             return packed["weight_g_idx"]
-        return in_runs(scheme, inputs).to(packed["weight_scale"].device)
+        return contiguous_groups(scheme, inputs).to(packed["weight_scale"].device)
 
     def decode_zeros(self, packed: Mapping[str, Tensor], scheme: Scheme, outputs: int) -> Tensor:
         if not scheme.sym:

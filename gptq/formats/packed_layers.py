@@ -10,7 +10,7 @@ from gptq import formats
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.formats.name_rules import Quantization
-from gptq.formats.scheme import Scheme, in_runs
+from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.models.blocks import is_linear, shape_of
 from gptq.models.tensor_names import Names
 
@@ -99,7 +99,7 @@ def _check_groups(g_idx: Tensor, layer: PackedLayer, where: str) -> None:
     groups, low, high = layer.scheme.groups(layer.inputs), int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
         raise InputError(f"{where} runs from {low} to {high}, but there are {groups} groups")
-    if not layer.scheme.scattered and not torch.equal(g_idx, in_runs(layer.scheme, layer.inputs)):
+    if not layer.scheme.scattered and not torch.equal(g_idx, contiguous_groups(layer.scheme, layer.inputs)):
         raise InputError(
             f"{where} is not made of runs of {layer.scheme.columns(layer.inputs)} columns, "
             "though its quantization_config says desc_act false, so that readers would ignore it"

@@ -42,7 +42,7 @@ class Linears:
     others: Collection[str]
 
 
-def in_runs(scheme: Scheme, inputs: int) -> Tensor:
+def contiguous_groups(scheme: Scheme, inputs: int) -> Tensor:
     """The g_idx (inputs,) int32 of groups that are runs of columns."""
     return torch.arange(inputs, dtype=torch.int32) // scheme.columns(inputs)
 

@@ -47,7 +47,7 @@ class _ImportHook(MetaPathFinder):
         return spec
 
 
-def others_load_gptq() -> bool:
+def gptqmodel_is_installed() -> bool:
     """Whether optimum and gptqmodel are installed, with which transformers loads GPTQ checkpoints."""
     return all(importlib.util.find_spec(name) for name in ("optimum", "gptqmodel"))
 
@@ -55,7 +55,7 @@ def others_load_gptq() -> bool:
 def _replace_entries(tables: Any) -> None:
     """Replace the entries for "gptq" in transformers' tables."""
     theirs, their_config = tables.AUTO_QUANTIZER_MAPPING["gptq"], tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
-    if others_load_gptq() or getattr(their_config, "by_gptq", False):
+    if gptqmodel_is_installed() or getattr(their_config, "by_gptq", False):
         return
 
     class GPTQConfig(their_config):  # type: ignore[misc,valid-type]

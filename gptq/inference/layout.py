@@ -64,7 +64,7 @@ class Layout:
         if scheme.scattered:
             g_idx = formats.decode_groups(stored.packed, scheme, inputs)
             perm = torch.argsort(g_idx, stable=True)
-            if not torch.equal(g_idx[perm], formats.in_runs(scheme, inputs)):
+            if not torch.equal(g_idx[perm], formats.contiguous_groups(scheme, inputs)):
                 return None
         padded_outputs, padded_inputs = round_up(outputs, simd.WIDE), round_up(inputs, 32)
         whole = (

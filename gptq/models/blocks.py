@@ -19,7 +19,7 @@ from gptq.errors import InputError
 from gptq.models.experts import Experts, try_forward
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is stored as (inputs, outputs)
-LINEAR_FORWARDS = [kind.forward for kind in LINEAR]  # of classes that do not override it
+LINEAR_FORWARDS = [kind.forward for kind in LINEAR]  # the forward of linear layers that do not override it
 # Layers that inference engines fuse: the fused layer's name in vLLM (`packed_modules_mapping`), and its parts.
 FUSED = (
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -61,7 +61,7 @@ def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tupl
 
     Blocks are the elements of each outermost nn.ModuleList whose elements have the same type and contain linear layers.
     `inputs` are the names of the arguments that the model will be called with. Lists inside a submodel (an image
-    encoder, say) that takes none of them are left out, because no input will reach them.
+    encoder, say) that takes none of these arguments are left out, because no input will reach them.
 
     Raises:
         InputError: the model has no repeated blocks with linear layers.
@@ -97,7 +97,8 @@ def _takes(model: nn.Module, name: str, inputs: Collection[str]) -> bool:
 def _repeats(modules: nn.ModuleList) -> bool:
     """Whether the elements of a list are repeated blocks.
 
-    They have the same type, or are all decoder layers of transformers: hybrid models alternate between layer types.
+    Repeated blocks have the same type, or are all decoder layers of transformers: hybrid models alternate between layer
+    types.
     """
     alike = len({type(child) for child in modules}) == 1 and not is_linear(modules[0])
     return alike or (len(modules) > 0 and all(isinstance(child, GradientCheckpointingLayer) for child in modules))
@@ -137,7 +138,7 @@ def _linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
 
 
 def group_fused_siblings(layers: Iterable[str]) -> list[list[str]]:
-    """Group layers by name: those that engines fuse into one layer (see FUSED) together, each other layer alone."""
+    """Group layers by name. Layers that engines fuse (see FUSED) form one group; every other layer forms its own."""
     groups: dict[tuple[str, object], list[str]] = {}
     for name in layers:
         parent, _, child = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Build a model on the meta device; refuse one that is far larger than its checkpoint."""
+"""Build a model on the meta device; refuse a model that is far larger than its checkpoint."""
 
 import copy
 import math
@@ -94,7 +94,7 @@ def open_model(folder: Path, trust_remote_code: bool) -> OpenModel:
     Experts that the checkpoint stores one by one become separate modules.
 
     Raises:
-        InputError: a file is missing or damaged, or config.json describes no model or a far larger one.
+        InputError: a file is missing or damaged, or config.json describes no model, or one far larger than the files.
     """
     source = Source(folder)
     hf_config = read_config(folder, trust_remote_code)
@@ -137,9 +137,9 @@ class _SizeGuard(TorchFunctionMode):
 
 
 def unfuse_all_experts(model: nn.Module, names: Names) -> list[str]:
-    """Replace each module of fused experts by separate ones where the checkpoint stores them separately.
+    """Replace each module of fused experts by separate experts, if the checkpoint stores its experts separately.
 
-    Returns notes for the user on those that stay fused.
+    Returns notes for the user on modules that stay fused.
     """
     fused = []
     for name, module in list(model.named_modules()):
@@ -163,7 +163,8 @@ def check_untied(config: PreTrainedConfig, head: Block, names: Names, trust_remo
     """Check that a variant of the model with an untied output head can be described by config.json.
 
     Raises:
-        InputError: the configuration ties it anyway, or the untied model needs a tensor that the checkpoint lacks.
+        InputError: the configuration ties the head anyway, or the untied model needs a tensor that the checkpoint
+        lacks.
     """
     values = config.to_dict()
     for part in (values, values.get("text_config")):

@@ -46,7 +46,13 @@ class Experts(nn.ModuleList):
     """The experts of one layer, with the call signature of the fused module in transformers."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum each token's experts: (tokens, hidden), (tokens, k) expert numbers, (tokens, k) -> (tokens, hidden)."""
+        """Return the weighted sum of each token's experts, (tokens, hidden).
+
+        Args:
+            hidden_states: (tokens, hidden).
+            top_k_index: (tokens, k) numbers of each token's experts.
+            top_k_weights: (tokens, k).
+        """
         out = torch.zeros_like(hidden_states)
         for number, expert in enumerate(self):
             token, choice = torch.where(top_k_index == number)
@@ -57,7 +63,7 @@ class Experts(nn.ModuleList):
 
 
 def unfuse_experts(fused: nn.Module) -> Experts | None:
-    """Return separate experts on the meta device that compute what `fused` computes; None if it computes otherwise.
+    """Return separate experts on the meta device that compute what `fused` computes; None if that is not so.
 
     The parameters of `fused` must be gate_up_proj (experts, 2 intermediate, hidden) or up_proj (experts, intermediate,
     hidden), and down_proj (experts, hidden, intermediate). Both forwards must agree on small random inputs.

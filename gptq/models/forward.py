@@ -2,7 +2,7 @@
 
 GPTQ has to see what reaches each layer after the layers before it were quantized. Instead of running a block again for
 every layer, the forward of each calibration window runs in a greenlet, a function call that can be left in the middle
-and entered again. When all windows stand at a layer, its whole input is known; the layer is quantized, its weight
+and entered again. When all windows stand at a layer, all its inputs are known; the layer is quantized, its weight
 replaced, and the forwards go on: one forward per window, whatever happens inside the model's code.
 """
 
@@ -86,7 +86,7 @@ def pause_before(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def pause_instead(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Callable[..., Any]]]:
-    """Inside, forwards pause before each of `modules` and do not run it: the answer to the pause is its output.
+    """Inside, forwards pause before each of `modules` and do not run it: the `answer` on resuming is its output.
 
     Yields the modules' original forward functions.
     """
@@ -105,24 +105,25 @@ def _pausing_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def identify(x: Tensor) -> tuple[object, ...]:
-    """Return a key that two tensors share if they view the same memory, not modified in between.
+    """Return a key for a tensor.
 
-    Layers whose inputs have the same key share a Hessian. The key does not keep the tensor alive.
+    Two tensors have the same key if they view the same memory, and it was not modified between the two calls. Layers
+    whose inputs have the same key share a Hessian. The key does not keep the tensor alive.
     """
     memory = StorageWeakRef(x.untyped_storage())  # while this reference exists, no new storage compares equal to it
     return memory, x.storage_offset(), x.dtype, tuple(x.shape), x.stride(), x._version
 
 
 def argument_at(pause: Pause, number: int = 0) -> Tensor:
-    """Return the argument with this number of the call that a forward is paused at."""
+    """Return argument `number` of the call at which a forward is paused; see `get_argument`."""
     return get_argument(pause.args, pause.kwargs, number)
 
 
 def get_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int = 0) -> Tensor:
-    """Return a call's argument by its number, positional ones first.
+    """Return argument `number` of a call: positional arguments count first, then keyword arguments.
 
     Raises:
-        TypeError: it is not a tensor.
+        TypeError: the argument is not a tensor.
     """
     x = [*args, *kwargs.values()][number]
     if not isinstance(x, Tensor):
@@ -136,7 +137,7 @@ def input_at(pause: Pause | None) -> Tensor | None:
 
 
 def run_until(function: Callable[[], Any], linear: nn.Module) -> Pause | None:
-    """Run `function` until it pauses before `linear`, and abandon it there; None if it never does."""
+    """Run `function` until it pauses before `linear`, and abandon it; return the pause, or None without one."""
     forward = PausableForward(function)
     pause = forward.advance()
     while pause and pause.module is not linear:
@@ -157,7 +158,7 @@ def check_tokens(windows: Tensor, network: PreTrainedModel) -> None:
     """Check that every token has an embedding.
 
     Raises:
-        InputError: one has none, so the tokenizer is probably another model's.
+        InputError: a token has no embedding; the tokenizer probably belongs to another model.
     """
     vocabulary = int(network.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     low, high = int(windows.min()), int(windows.max())
@@ -171,7 +172,7 @@ def check_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> None:
     """Check that the model's forward takes arguments with these names.
 
     Raises:
-        InputError: it does not take one of them.
+        InputError: the forward does not take one of the inputs.
     """
     known = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
     unknown = [name for name in inputs if name not in known]
@@ -194,7 +195,8 @@ def run_forward(model: PreTrainedModel, **inputs: Any) -> Any:
     """Return the output of the model's forward.
 
     Raises:
-        InputError: it fails. config.json and the inputs can disagree in ways that no check of shapes finds, such as a
+        InputError: the forward fails. config.json and the inputs can disagree in ways that no check of shapes finds,
+        such as a
             number of heads that does not divide the hidden size.
     """
     try:

@@ -19,7 +19,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Read config.json.
 
     Raises:
-        InputError: it is missing, broken, or of a model that transformers does not know.
+        InputError: config.json is missing or broken, or describes a model that transformers does not know.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; is it a model folder?")
@@ -36,7 +36,7 @@ def _check_config(file: Path, values: dict[str, Any]) -> None:
     """Check config.json for values that are dangerous to hand to transformers.
 
     Raises:
-        InputError: a value would make it build millions of modules, or load code from the Hub.
+        InputError: a value would make transformers build millions of modules, or load code from the Hub.
     """
     for key, value in values.items():
         if isinstance(value, dict):
@@ -67,7 +67,7 @@ def choose_dtype(dtype: str, hf_config: PreTrainedConfig, device: torch.device) 
     """Return the dtype of forward passes; `quantize` documents the choices.
 
     Raises:
-        InputError: `dtype` is none of them.
+        InputError: `dtype` is none of these choices.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype in known:
@@ -83,7 +83,7 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     """Read the tokenizer of a model folder.
 
     Raises:
-        InputError: it is missing or broken.
+        InputError: the tokenizer is missing or broken.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -95,7 +95,8 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
 def fit_seq_len(seq_len: int, hf_config: PreTrainedConfig, model: nn.Module | None = None) -> tuple[int, list[str]]:
     """Return seq_len or the model's limit, whichever is smaller; and a note if the limit applied.
 
-    A position embedding with a padding row (RoBERTa's) has fewer usable positions, which only `model` can tell.
+    A position embedding with a padding row (RoBERTa's) has fewer usable positions than config.json says; pass `model`
+    to count them.
 
     Raises:
         InputError: the limit is less than 2 tokens.

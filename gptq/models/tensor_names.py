@@ -22,10 +22,12 @@ from gptq.models.experts import FUSED_PARTS
 
 @dataclass(frozen=True)
 class SplitTensor:
-    """A model's tensor that the checkpoint stores in parts, such as experts one by one; transformers assembles it."""
+    """A tensor of the model that the checkpoint stores in parts, one per expert, say; transformers joins the parts."""
 
     name: str  # in the model
-    parts: tuple[tuple[str, str], ...]  # (pattern of the converter that matches it, name in the checkpoint) of each
+    parts: tuple[
+        tuple[str, str], ...
+    ]  # for each part: (converter pattern that matches its name, its name in the checkpoint)
     converter: Any  # transformers' WeightConverter
     config: PreTrainedConfig  # of the model
 
@@ -42,12 +44,12 @@ class SplitTensor:
 class Names:
     """Translates the names of a model's tensors to the names that a checkpoint uses.
 
-    - A checkpoint saved from a base model lacks the prefix of the model with a head (`h.0.` for `transformer.h.0.`), or
-      has one too many.
+    - A checkpoint saved from a base model lacks the prefix of the model with a head (`h.0.` for `transformer.h.0.`);
+      other checkpoints have a prefix that the model lacks.
     - Of tied tensors, the checkpoint may store only one.
     - transformers' conversion table knows of other names, such as `block_sparse_moe` for `mlp`, or w1, w2 and w3 of an
       expert. Separate experts are named as in `models.experts`.
-    - A tensor that this table assembles from several stored ones has no single name: see `find_split`.
+    - A tensor that this table assembles from several stored tensors has no single name: see `find_split`.
     """
 
     def __init__(self, model: PreTrainedModel, stored: Collection[str]) -> None:
@@ -70,43 +72,46 @@ class Names:
         }
 
     def find(self, name: str) -> str | None:
-        """Return the stored name of a tensor, or of a tensor it is tied to; None if the checkpoint has neither."""
+        """Return the checkpoint's name of a tensor, or of a tensor tied to it; None if neither is stored."""
         found = self.find_own(name)
         return self.find_own(self._tied[name]) if found is None and name in self._tied else found
 
     def find_own(self, name: str) -> str | None:
-        """Return the stored name of a tensor; None if only a tensor it is tied to is stored, or neither."""
-        return next((self._stored[s] for s in self._spellings(name) if s in self._stored), None)
+        """Return the checkpoint's name of a tensor; None if it is not stored, even if a tensor tied to it is."""
+        return next((self._stored[s] for s in self._possible_names(name) if s in self._stored), None)
 
-    def _spellings(self, name: str) -> tuple[str, ...]:
+    def _possible_names(self, name: str) -> tuple[str, ...]:
         """Return a name unchanged, with the base model's prefix removed, and with it added."""
         return name, name.removeprefix(self._prefix), self._prefix + name
 
     def find_split(self, name: str) -> SplitTensor | None:
-        """Return how to assemble a tensor from stored parts; None if it is stored whole, or has no parts."""
+        """Return how to assemble a tensor from parts; None if the checkpoint stores it whole, or not at all."""
         if self.find(name) is not None:
             return None
-        return next((self._split[s] for s in self._spellings(name) if s in self._split), None)
+        return next((self._split[s] for s in self._possible_names(name) if s in self._split), None)
 
     def find_all(self, name: str) -> list[str]:
-        """Return the stored name of a tensor, or those of its parts; none if the checkpoint lacks it."""
+        """Return the checkpoint's names of a tensor or of its parts; an empty list if nothing is stored."""
         found, split = self.find(name), self.find_split(name)
         return [found] if found else [stored for _, stored in split.parts] if split else []
 
     def find_packed(self, layer: str) -> str | None:
-        """Return the stored name of a packed layer; None if the checkpoint does not hold it packed."""
+        """Return the checkpoint's name of a packed layer; None if the checkpoint does not hold the layer packed."""
         found = (self.find_own(f"{layer}.{marker}") for marker in PACKED_WEIGHTS)
         return next((name.rpartition(".")[0] for name in found if name), None)
 
     def find_layer(self, layer: str) -> str:
-        """Return the stored name of an unpacked layer; its name in the model if no weight is stored for it."""
+        """Return the checkpoint's name of a layer that is not packed.
+
+        If the checkpoint has no weight for the layer, returns the layer's name in the model.
+        """
         return (self.find_own(f"{layer}.weight") or layer).removesuffix(".weight")
 
     def require(self, name: str) -> str:
-        """Return the stored name of a tensor.
+        """Return the checkpoint's name of a tensor.
 
         Raises:
-            InputError: the checkpoint lacks it.
+            InputError: the checkpoint lacks the tensor.
         """
         found = self.find(name)
         if found is None:
@@ -127,10 +132,10 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, int] | None]:
-    """Return the name in the model of a stored tensor, and the tensor that it is a part of.
+    """Return the name in the model of a stored tensor, and how the table assembles it into a whole tensor.
 
-    A matrix of one expert is named as in `models.experts`. If the table assembles the tensor into another one, the
-    second value is that one's name, the pattern that matched, and the table entry's number; otherwise None.
+    A matrix of one expert is named as in `models.experts`. The second value is the name of the whole tensor, the
+    pattern that matched, and the number of the table's entry; None if the stored tensor is not a part of another.
     """
     part = None
     suffix = PACKED.search(name)
@@ -150,7 +155,7 @@ def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, in
 
 
 def _name_of_expert_matrix(key: str, fused: str, pattern: str, converter: Any) -> str | None:
-    """Return the name in `models.experts` of a matrix that is stacked into `fused`; None if it is no expert's."""
+    """Return the name in `models.experts` of a matrix that is part of `fused`; None if it is not an expert's."""
     experts, _, parameter = fused.rpartition(".")
     parts = FUSED_PARTS.get(parameter, ())
     number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
@@ -194,7 +199,7 @@ def _assembled_shape(split: SplitTensor, tensors: dict[str, TensorInfo]) -> tupl
     """Return the shape of a tensor assembled from its parts, on the meta device.
 
     Raises:
-        InputError: transformers cannot assemble it.
+        InputError: transformers cannot assemble the tensor.
     """
     try:
         return tuple(split.assemble(lambda stored: torch.empty(tensors[stored].shape, device="meta")).shape)

@@ -50,7 +50,7 @@ class _WeightUseRecorder(TorchFunctionMode):
 
     def __init__(self, linears: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.found: set[str] = set()  # names of those layers
+        self.found: set[str] = set()  # names of the recorded layers
         self._false_answers = 0
         self._not_called = {id(linear.weight): name for name, linear in linears.items()}
         for linear in linears.values():
@@ -73,11 +73,11 @@ class _WeightUseRecorder(TorchFunctionMode):
 
 
 def find_uncalled_layers(network: PreTrainedModel, blocks: Iterable[Block], inputs: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of linear layers whose weight the model uses before it calls the layer, if it ever does.
+    """Return the names of linear layers whose weight the model uses before it calls the layer, or without calling it.
 
-    Runs a forward on the meta device, which may stop early because it needs a tensor's value. The result also has the
-    layers of the same name in modules of the same class as a layer found, and the layers that engines fuse with one.
-    Models whose source code mentions no such weight are not run.
+    Runs a forward on the meta device, which may stop early because it needs a tensor's value. For each layer found, the
+    result also has the layers of the same name in other modules of the same class, and the layers that engines fuse
+    with these. A model whose source code mentions no layer's `.weight` is not run.
 
     Args:
         inputs: the model's inputs, on any device.
@@ -105,7 +105,7 @@ def find_uncalled_layers(network: PreTrainedModel, blocks: Iterable[Block], inpu
 def _copy_without_experts(network: PreTrainedModel) -> PreTrainedModel | None:
     """Copy a model to the meta device, because some models keep state from a forward; None if it cannot be copied.
 
-    Each list of experts is replaced by one that is empty and returns its input, because routing needs values.
+    Each list of experts is replaced by an empty list whose output has the shape of its input: routing needs values.
     """
     stubs = {id(module): _stub_experts(module) for module in network.modules() if isinstance(module, Experts)}
     try:
@@ -148,7 +148,7 @@ def _read_source(file: str) -> str:
 class UnsolvedWeight(nn.Parameter):
     """Placeholder on the meta device for the weight of a layer that is not solved yet; computing with it is an error.
 
-    torch itself may raise none: products of a CPU tensor and a meta tensor have returned uninitialized memory.
+    torch itself may raise no error: products of a CPU tensor and a meta tensor have returned uninitialized memory.
 
     Raises:
         InputError: the model computes with the weight.

@@ -67,7 +67,7 @@ class WeightStream:
         return stored, tensor.to(self._source.tensors[stored].dtype)
 
     def prefetch_to_device(self) -> None:
-        """From now on, prefetch to the device; it must have room for two blocks in their stored dtype."""
+        """From now on, prefetch to the device, which must have room for two blocks in their stored dtype."""
         self.prefetcher.join(cancel=True)
         self.prefetcher = CopyAhead(self._source, self.device)
 
@@ -143,7 +143,7 @@ def _refuse_meta_inputs(name: str, inputs: tuple[Any, ...]) -> None:
     """Check that a module is not called on meta tensors, which torch may silently turn into uninitialized memory.
 
     Raises:
-        InputError: it is.
+        InputError: an input is a meta tensor.
     """
     if any(isinstance(x, Tensor) and x.is_meta for x in inputs):
         raise InputError(f"the model sends what {name} gets to where its weights are, before they are read")

@@ -139,7 +139,7 @@ def _target_scheme(source: Source, name: str, layer: PackedLayer, chosen: Format
     scheme = replace(layer.scheme, format=chosen, by_gptqmodel=False)
     if scheme.scattered and not formats.FORMATS[chosen].has_g_idx:
         g_idx = formats.decode_groups(read_packed(source, name, layer, with_codes=False), layer.scheme, layer.inputs)
-        scheme = replace(scheme, scattered=not torch.equal(g_idx, formats.in_runs(scheme, layer.inputs)))
+        scheme = replace(scheme, scattered=not torch.equal(g_idx, formats.contiguous_groups(scheme, layer.inputs)))
     reason = formats.refusal(scheme, layer.outputs, layer.inputs, transposed)
     if reason:
         raise InputError(f"{name} cannot be written as {chosen!r}: {reason}")

@@ -181,7 +181,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def claims_record(folder: Path) -> bool:
+def mentions_record(folder: Path) -> bool:
     """Whether a folder's own words say that there is a record: the model card's, or those of a GPTQ file."""
     card, quantization = folder / CARD, quantization_of(folder) or {}
     mentioned = card.is_file() and RECORD in card.read_text(encoding="utf-8", errors="replace")

@@ -22,7 +22,7 @@ from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.models.build import open_model
 from gptq.models.tensor_names import check_tensors
 from gptq.output.files import add_perplexity
-from gptq.output.record import LayerRecord, PerplexityRecord, WrittenRecord, claims_record, read_record
+from gptq.output.record import LayerRecord, PerplexityRecord, WrittenRecord, mentions_record, read_record
 from gptq.output.results import RECORD
 
 
@@ -159,7 +159,7 @@ def verify(folder: str | Path) -> Verification:
         source, quantization = _open_checkpoint(folder)
         packed = packed_layers(source, quantization)
         problems = [*_find_inconsistencies(folder, source, packed)]
-        if claims_record(folder):
+        if mentions_record(folder):
             lost = f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it"
             problems = [lost, *problems]
         return Verification(False, len(packed), len(source.tensors), 0, problems)

@@ -1,1 +1,1 @@
-"""The journey of a checkpoint, block by block; start reading at `quantize.py`."""
+"""Quantize a checkpoint block by block and layer by layer, and resume stopped runs; start reading at `quantize.py`."""

@@ -19,7 +19,7 @@ class BlockResult:
     name: str
     layers: tuple[LayerResult, ...]
     weight_checksums: Mapping[str, str]  # SHA-256 of each dequantized weight
-    histograms: Mapping[str, Mapping[str, Any]]  # of weights and of codes
+    histograms: Mapping[str, Mapping[str, Any]]  # of a layer's weights and of its codes
     tuned: Mapping[str, str] = field(
         default_factory=dict
     )  # name of a tuned parameter in the model -> in the checkpoint
@@ -30,7 +30,10 @@ class BlockResult:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # tensors not yet on disk, by stored name
 
     def mark_written(self, checksums: Mapping[str, str]) -> "BlockResult":
-        """Return the result without its tensors, once they are on disk; `checksums` has at least theirs."""
+        """Return the result without its tensors, once they are on disk.
+
+        `checksums` maps at least the names of these tensors to their SHA-256.
+        """
         return replace(self, checksums={name: checksums[name] for name in self.tensors}, tensors={})
 
     def to_entry(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class BlockStore:
         self._journal = journal
 
     def commit(self, result: BlockResult) -> None:
-        """Write a block's tensors, and after they are on disk its entry in the journal."""
+        """Write a block's tensors to disk, and then its entry in the journal."""
         for name, tensor in result.tensors.items():
             self._writer.write(name, tensor)
         self._writer.sync()

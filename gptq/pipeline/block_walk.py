@@ -29,12 +29,12 @@ Outputs = list[list[Any]]  # by stream and window: the output of a block
 
 
 class BlockWalk:
-    """The forwards of all windows, each of which pauses in place of running a block.
+    """The forwards of all windows. Where the model would run a block, a forward pauses instead.
 
     With two streams every window is run twice: with activations of the quantized model and of the original model.
-    Iterating yields each block, with the calls that would run it, in the order in which the forward reaches them. The
+    Iterating yields each block with the calls that run it, in the order in which the forwards reach the blocks. The
     block's parameters are in memory by then, except the weights of `block.linears`. The loop body passes the block's
-    outputs to `resume_with`; without them the walk ends.
+    outputs to `resume_with`; if it passes none, the walk ends.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class BlockWalk:
         return [*self._left.values()]
 
     def resume_with(self, outputs: Outputs) -> None:
-        """Pass on the current block's outputs; each is set to None in its list when its forward has resumed."""
+        """Pass on the current block's outputs. An output is replaced by None once its window's forward has resumed."""
         self._outputs = outputs
 
     def __iter__(self) -> Iterator[tuple[Block, Calls]]:

@@ -1,14 +1,14 @@
-"""The journal of a run: what it has finished, line by line, so that the same command can resume after any interruption.
+"""The journal of a run: one line for each finished step, so that the same command can resume after any interruption.
 
 OUT.partial/journal.jsonl holds one JSON object per line, {"sha256": of the entry's JSON, "entry": {kind: content}}:
 
-    begun      everything except the calibration data that the output depends on; and the machine
+    begun      everything that the output depends on, except the calibration data; and the machine
     windows    the calibration windows that were drawn: how many, their checksum, notes
     measured   with a target: the error of each width in each layer of one block
     widths     with a target: the config with the chosen widths
-    block      a finished block: checksums of its tensors, and everything that the record will hold of it
+    block      a finished block: checksums of its tensors, and everything that the record will say of the block
 
-A line is written after what it describes is on disk. The first torn or damaged line and all lines after it are
+A line is written when the data that it describes is on disk. The first torn or damaged line and all lines after it are
 ignored. Activations are not stored: on resuming, the windows run through the finished blocks again, forward only and
 with the same weights, so the output is the same to the byte.
 """
@@ -99,10 +99,10 @@ class Journal:
         return next(i for i, (kind, content) in enumerate(self.entries) if kind == "block" and content["name"] == name)
 
     def require_same(self, now: Mapping[str, Any]) -> list[str]:
-        """Compare the run's options, model and versions now with those it was begun with; return notes for the user.
+        """Compare options, model and versions `now` with those that began the run; return notes for the user.
 
         Raises:
-            InputError: something differs that the output depends on; says what.
+            InputError: a difference would change the output; the message says which.
         """
         begun = self.find("begun")[0]
         changed = find_differences(begun, now)

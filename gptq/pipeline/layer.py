@@ -33,7 +33,8 @@ class Solution:
 class SharedInput:
     """The calibration input of one or more layers, kept until the last of them is solved.
 
-    Holds immutable values and replaces them. If the drift C is larger than a layer, it is freed before the solve.
+    Holds immutable values and replaces them. If the drift C (see `layer_inputs.Drift`) is larger than the weight of the
+    layer, C is freed before the solve.
     """
 
     def __init__(self, inputs: LayerInputs) -> None:
@@ -77,7 +78,7 @@ class BlockState:
 
 
 class LayerSolver(Protocol):
-    """Handles a layer that all forwards have reached, and sets the weight they continue with.
+    """Handles a layer that all forwards have reached, and sets the weight with which the forwards continue.
 
     `shared` is None for a layer that no calibration input reaches.
     """
@@ -101,7 +102,7 @@ def quantize_layer(name: str, shared: SharedInput | None, state: BlockState) -> 
 
 
 def _solve(name: str, shared: SharedInput | None, state: BlockState) -> Solution:
-    """Return a layer's solution, solving it and its siblings unless an earlier sibling has."""
+    """Return a layer's solution; a layer is solved together with its siblings, when the first of them is reached."""
     if shared is None:
         return _solve_together([name], None, state)[name]
     if name not in shared.solved_siblings:
@@ -112,8 +113,8 @@ def _solve(name: str, shared: SharedInput | None, state: BlockState) -> Solution
 def _unsolved_siblings(name: str, state: BlockState) -> list[str]:
     """Return a layer, and its unsolved siblings with the same scheme and number of inputs.
 
-    Siblings are layers that engines fuse. With the same number of inputs they share their input in every known
-    architecture; one that turns out to have another input is solved again on that.
+    Siblings are layers that engines fuse. In every known architecture, siblings with the same number of inputs have the
+    same input. A sibling that turns out to have another input is solved again on that input.
     """
     layers = state.run.layers
     together = next(names for names in group_fused_siblings(state.block.linears) if name in names)
@@ -125,7 +126,8 @@ def _unsolved_siblings(name: str, state: BlockState) -> list[str]:
 def _is_last_on_input(name: str, state: BlockState) -> bool:
     """Whether a layer has more inputs than outputs, and all layers that engines fuse with it are solved.
 
-    Then C is larger than the layer. It is freed before the solve, and gathered again if another layer needs it.
+    Then the drift C is larger than the layer's weight. C is freed before the solve, and gathered again if another layer
+    needs it.
     """
     together = next(names for names in group_fused_siblings(state.block.linears) if name in names)
     alone = all(sibling == name or sibling in state.solutions for sibling in together)
@@ -137,7 +139,7 @@ def _solve_together(names: list[str], shared: SharedInput | None, state: BlockSt
     """Solve layers that share an input and a scheme as one matrix.
 
     Raises:
-        InputError: a layer's scales do not fit their stored dtype; names it.
+        InputError: a layer's scales do not fit the dtype in which they are stored; the message names the layer.
     """
     run = state.run
     weights = [state.weight(name) for name in names]  # (outputs, inputs) float32 each
@@ -147,7 +149,7 @@ def _solve_together(names: list[str], shared: SharedInput | None, state: BlockSt
         else:
             found = _solve_with_input(shared, weights, names, state)
     except ValueError as problem:
-        if len(names) > 1 and run.ranks.size == 1:  # to name the one that fails
+        if len(names) > 1 and run.ranks.size == 1:  # so that the error names the layer that fails
             return _solve_together(names[:1], shared, state)
         raise InputError(
             f"{names[0]}: {problem}; its largest weight is {float(weights[0].abs().max()):.3g}"
@@ -180,7 +182,10 @@ def read_original_weights(stop: nn.Module, state: BlockState) -> dict[nn.Module,
     }
 
 
-def heldout_excess(results: Iterable[LayerResult]) -> float:
-    """Return by which fraction the sum of the layers' errors is larger on held-out windows than on the others."""
+def held_out_excess(results: Iterable[LayerResult]) -> float:
+    """Return by which fraction the layers' summed error on held-out windows exceeds that on the other windows.
+
+    Only layers with a held-out error count; 0 if there is none.
+    """
     both = [(r.error, r.heldout_error) for r in results if r.heldout_error is not None]
     return sum(held for _, held in both) / max(sum(error for error, _ in both), SMALLEST_POWER) - 1 if both else 0.0

@@ -30,9 +30,10 @@ class InputSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Drift:
-    """The drift C = mean of (x~ - x) x^T of a layer's inputs x from the original model's x~ (see error_propagation).
+    """The drift C: the mean over tokens of (x~ - x) x^T (see error_propagation).
 
-    If more rows are solved than the layer has inputs, C is replaced by C H^-1, computed once.
+    x is the layer's input in the quantized model, x~ the same input in the original model. If more rows are solved than
+    the layer has inputs, C is replaced by C H^-1, computed once.
     """
 
     matrix: Tensor  # (inputs, inputs) C, or C H^-1 where `divided`
@@ -51,12 +52,15 @@ class Drift:
 
 @dataclass(frozen=True)
 class HeldOutBlend:
-    """Held-out inputs; of an expert, a weighted mean of those of its own tokens and of all tokens."""
+    """Held-out inputs of a layer.
+
+    An expert with few tokens has two parts: the inputs of its own tokens, and the inputs of all tokens.
+    """
 
     parts: tuple[tuple[float, HeldOut], ...]  # (weight, inputs), weights sum to 1
 
     def power(self, A: Tensor) -> float:
-        """See HeldOut.power."""
+        """Return the mean squared output of a weight A (outputs, inputs); see HeldOut.power."""
         return sum(weight * held.power(A) for weight, held in self.parts)
 
     def agreement(self, W: Tensor, A: Tensor) -> float | None:
@@ -71,7 +75,7 @@ class HeldOutBlend:
 class LayerInputs:
     """Everything that solving a layer needs to know of its inputs.
 
-    `drift` is None with one stream or once it is freed, `held_out` if no window is held out.
+    `drift` is None with one stream, and after it was freed. `held_out` is None if no window is held out.
     """
 
     factor: solver.Factor
@@ -81,10 +85,10 @@ class LayerInputs:
 
 
 def gather_inputs(name: str, pairs: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run) -> InputSums:
-    """Sum a layer's inputs over the windows of all processes.
+    """Sum the products of a layer's inputs over the windows of all processes.
 
-    `pairs` yields, for each of this process's `windows` windows, the layer's input and the original model's. Either is
-    None where there is none.
+    `pairs` yields one pair for each of the `windows` windows of this process: the layer's input, and the same input in
+    the original model; None for an input that the window does not have.
     """
     total = run.ranks.total(windows)
     everyone = ((x, original) for x, original in run.ranks.gather_windows(pairs, total, parts=2))
@@ -94,18 +98,21 @@ def gather_inputs(name: str, pairs: Iterable[tuple[Tensor | None, Tensor | None]
 def accumulate(
     num_inputs: int, pairs: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run
 ) -> InputSums:
-    """Sum the inputs of all windows; one window in HELD_OUT_EVERY is held out and summed separately."""
+    """Sum the products of inputs over all windows; one in HELD_OUT_EVERY windows is held out and summed separately."""
     device = run.weights.device
     sums = InputSums(HessianAccumulator(num_inputs, device, run.ranks), HeldOut(num_inputs, device))
     for i, (x, original) in enumerate(pairs):
         if x is not None:
             (sums.held_out if is_held_out(i, windows) else sums.seen).add(x, original)
-        x = original = None  # free them before the next window's are computed
+        x = original = None  # free both before the inputs of the next window are computed
     return sums
 
 
 def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, run: Run) -> LayerInputs:
-    """Return a layer's inputs from their sums; an expert's are blended with those of all tokens, `everyone`, if given.
+    """Return what solving a layer needs, from the sums over its inputs.
+
+    `everyone` is given for an expert: sums over the inputs of all tokens. If the expert saw too few tokens, its
+    statistics are blended with these.
 
     Raises:
         InputError: the inputs hold NaN or infinity, or their Hessian cannot be factorized.
@@ -115,7 +122,7 @@ def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, run:
     weight = num_tokens / (num_tokens + missing) if missing else 1.0
     everyone = everyone or own
     H, C = (
-        own.seen.take() if weight == 1 else blend(own.seen, everyone.seen, weight)
+        own.seen.take() if weight == 1 else blend_hessians(own.seen, everyone.seen, weight)
     )  # take() moves H out, so that a large one is not copied
     if not bool(torch.isfinite(H.diagonal()).all()):
         raise InputError(
@@ -147,12 +154,14 @@ def _factorize(name: str, H: Tensor, run: Run) -> solver.Factor:
 
 
 def pseudo_tokens(tokens: int, inputs: int) -> int:
-    """Return how many tokens of the whole layer are added to an expert that saw too few (see `blend`)."""
+    """Return how many tokens of the whole layer are added to an expert with few tokens (see `blend_hessians`)."""
     return max(TOKENS_PER_INPUT * inputs - tokens, 0)
 
 
-def blend(own: HessianAccumulator, everyone: HessianAccumulator, own_weight: float) -> tuple[Tensor, Tensor | None]:
-    """Return H and C (see `HessianAccumulator`) of an expert: a weighted mean over its own and over all tokens.
+def blend_hessians(
+    own: HessianAccumulator, everyone: HessianAccumulator, own_weight: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return H and C (see `HessianAccumulator`) of an expert: weighted means over its own tokens and over all tokens.
 
     With n tokens of its own and k pseudo-tokens, own_weight = n / (n + k) and so
 

@@ -113,9 +113,11 @@ class _LayerWalk:
         self._in_flight = [[PausableForward(call) for call in stream[:in_flight]] for stream in calls]
         self._waiting = [stream[in_flight:] for stream in calls]
         self._names = state.block.pause_points()
-        self._originals: dict[nn.Module, nn.Parameter | None] = {}  # needed when waiting windows run again
+        self._originals: dict[
+            nn.Module, nn.Parameter | None
+        ] = {}  # original weights, for waiting windows that run again
         self._shared: SharedInput | None = None
-        self._shared_keys: list[dict[int, object]] = []  # keys (see `identify`) of the tensors that it was made from
+        self._shared_keys: list[dict[int, object]] = []  # keys (see `identify`) of the inputs of `_shared`
 
     def solve_layers(self) -> None:
         """Advance all forwards to the end of the block, solving each layer; all processes solve a layer together."""
@@ -155,7 +157,7 @@ class _LayerWalk:
         state, run, name = self._state, self._state.run, self._names[linear]
         incomplete = self._shared is not None and not self._shared.can_solve(name)
         if incomplete or run.ranks.any(standing != self._shared_keys):
-            self._shared = None  # free the old one first
+            self._shared = None  # free the old inputs first
             pairs = ((input_at(pause), input_at(original)) for pause, original in self._pauses_of_windows(linear))
             self._shared = _gather_shared_input(name, pairs, self._num_windows(), state)
             for forwards in self._in_flight:  # these inputs are not needed while the layer is solved
@@ -194,9 +196,10 @@ class _LayerWalk:
         ]
 
     def _pauses_of_windows(self, linear: nn.Module) -> Iterator[tuple[Pause | None, Pause | None]]:
-        """Yield each window's pause at `linear`, and the original stream's; None if the window does not reach it.
+        """Yield for each window its pause at `linear` in the quantized stream, and the one in the original stream.
 
-        Windows in flight come first, then the waiting ones, which are run up to `linear` now.
+        A pause is None if the window does not reach `linear` in that stream. Windows in flight come first; then the
+        waiting windows, which are run up to `linear` now.
         """
         in_flight, waiting = self._in_flight, self._waiting
         here = [_pauses_at(linear, forwards) for forwards in in_flight]

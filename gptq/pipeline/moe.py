@@ -21,17 +21,21 @@ from gptq.pipeline.layer_inputs import (
 )
 from gptq.pipeline.run import Run
 
-# A window's x (tokens, hidden), the numbers of its experts (tokens, k), and x of the original model.
+# For one window: x, the input of the experts, (tokens, hidden); the numbers of the experts that the router chose,
+# (tokens, k); and x in the original model, None if it is not known.
 Routed = tuple[Tensor, Tensor, Tensor | None]
 
 
 def routing_of(pause: Pause | None, original: Pause | None) -> Item:
-    """Return a window's Routed, read from its pauses; three Nones if it does not reach the experts."""
+    """Return the `Routed` of a window from its pauses in both streams; three Nones if it does not reach the experts."""
     return (None, None, None) if pause is None else (argument_at(pause), argument_at(pause, 1), input_at(original))
 
 
 def gather_routings(own: Iterable[Item], windows: int, run: Run) -> list[Routed]:
-    """Return the routings of all processes' windows; `own` yields those of this process, for `windows` windows."""
+    """Return the `Routed` of all windows that reach the experts, from all processes.
+
+    `own` yields one item for each of the `windows` windows of this process.
+    """
     items = run.ranks.gather_windows(own, run.ranks.total(windows), parts=3)
     return [(x, experts, original) for x, experts, original in items if x is not None and experts is not None]
 
@@ -39,7 +43,10 @@ def gather_routings(own: Iterable[Item], windows: int, run: Run) -> list[Routed]
 def solve_experts(
     name: str, experts: Experts, windows: list[Routed], state: BlockState, solve_layer: LayerSolver
 ) -> None:
-    """Quantize a list of experts, each on its own tokens, blended with all tokens if they are too few (see `blend`)."""
+    """Quantize a list of experts, each on its own tokens.
+
+    If an expert has too few tokens, its Hessian is blended with that of all tokens (see `blend_hessians`).
+    """
     inputs = ((x, original) for x, _, original in windows)
     everyone = accumulate(windows[0][0].shape[-1], inputs, len(windows), state.run)
     tokens, blended = [], []
@@ -84,7 +91,7 @@ def _solve_expert(
 def _solve_down(
     name: str, expert: Expert, windows: list[tuple[Routed, Tensor]], state: BlockState, solve_layer: LayerSolver
 ) -> bool:
-    """Quantize an expert's down_proj on the outputs of its quantized gate and up; return whether it saw too few."""
+    """Quantize an expert's down_proj on the outputs of its quantized gate and up; return whether they were too few."""
     originals = read_original_weights(expert, state)
     num_inputs = state.run.layers[name].inputs
 

@@ -1,8 +1,8 @@
-"""Activation offload: keep activations between blocks in memory-mapped files instead of anonymous memory.
+"""Move activations that wait between blocks from memory to files, to reduce peak memory.
 
 An offloaded tensor stays the same object; its storage becomes a memory-mapped file. The file has no name, so that
-nothing is left on the disk however the process ends. Reading the tensor faults its pages back in; `release` frees the
-resident ones again.
+nothing is left on the disk however the process ends. Reading the tensor loads pages of the file into memory; `release`
+frees the pages that are loaded.
 """
 
 import ctypes

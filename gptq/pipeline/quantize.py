@@ -113,13 +113,13 @@ def quantize(
             integers; or the model's inputs, as dicts of arrays whose first dimension counts windows (`pixel_values` of
             images, say, or `input_ids` and `attention_mask` of padded texts).
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
-        dtype: of the forward passes: "float32", "bfloat16", "float16"; "auto" is that of config.json, but float32 on a
-            CPU without native bfloat16. The solver works in float32 on the stored weights.
-        batch_size: how many calibration windows are in mid-block at once (default all). The others repeat the block's
-            forward for each distinct layer input: less memory, more time, the same result.
-        memory_limit: largest resident memory of this process in bytes; by default most of the machine's free memory. It
-            decides on `batch_size` and on whether activations between blocks are offloaded to files, and never changes
-            the result. On a GPU, `gpu_memory_limit` limits its memory in the same way.
+        dtype: of the forward passes: "float32", "bfloat16", "float16"; "auto" is the dtype in config.json, but
+            float32 on a CPU without native bfloat16. The solver works in float32 on the stored weights.
+        batch_size: how many calibration windows are in mid-block at once (default all). The remaining windows
+            repeat the block's forward for each distinct layer input: less memory, more time, the same result.
+        memory_limit: largest resident memory of this process in bytes; by default most of the machine's free memory.
+            The limit decides on `batch_size` and on whether activations between blocks are offloaded to files; it
+            never changes the result. `gpu_memory_limit` limits the memory of the GPU in the same way.
 
     Raises:
         InputError: anything a user can fix; then nothing is left at `out`. This includes an OUT.partial that was begun
@@ -181,7 +181,7 @@ def quantize(
 
 
 def _prepare(request: Request, plan: Plan, device: torch.device, dtype: torch.dtype, journal: Journal) -> Prepared:
-    """Read the calibration windows; with a target, choose bit widths, and plan the checkpoint again with them."""
+    """Read the calibration windows. For a target size, choose the bit widths and plan the checkpoint with these."""
     config, observer = request.config, request.observer
     weights = WeightStream(plan.source, plan.names, device, dtype)
     if config.method != "gptq":
@@ -201,7 +201,7 @@ def _widths_from_journal(
     plan: Plan, config: QuantConfig, windows: list[Inputs], in_flight: int, weights: WeightStream, observer: Observer,
     journal: Journal,
 ) -> QuantConfig:  # fmt: skip
-    """Return the config with the widths that the journal holds; if it holds none, choose and record them."""
+    """Return the config with the widths from the journal; if the journal has none, choose widths and record them."""
     known = journal.find("widths")
     if known:
         return QuantConfig.from_dict(known[0])
@@ -211,7 +211,7 @@ def _widths_from_journal(
 
 
 def _open_writer(working: PartialFolder, tensors: dict[str, TensorInfo], ranks: Ranks) -> ShardWriter:
-    """Return the output's writer, which writes in the first process and only reads in the others."""
+    """Open the output writer. Only the first process writes; the other processes use it to read finished tensors."""
     if ranks.rank == 0:
         working.require_disk_space(sum(info.nbytes for info in tensors.values()))
         writer = ShardWriter(working.content, tensors, reuse_shards=True)
@@ -254,7 +254,7 @@ def _quantize_checkpoint(
 
 
 def _quantize_reached(plan: Plan, windows: list[Inputs], in_flight: int, store: BlockStore, run: Run) -> list[Block]:
-    """Quantize block by block, each on the outputs of those before it; return the blocks that no window reached."""
+    """Quantize blocks, each on the outputs of the blocks before it; return the blocks that no window reached."""
     walk = BlockWalk(plan.network, plan.blocks, windows, run.config.streams, run.weights, run.offload)
     with walk:
         for block, calls in walk:
@@ -270,7 +270,7 @@ def _quantize_reached(plan: Plan, windows: list[Inputs], in_flight: int, store: 
 
 
 def _restore(plan: Plan, store: BlockStore, observer: Observer) -> list[str]:
-    """Load the blocks that an earlier run finished; return notes on damaged ones."""
+    """Load the blocks that an earlier run finished; return notes on damaged blocks."""
     notes = store.restore()
     for note in [*notes, *(note for result in store.finished.values() for note in result.notes)]:
         observer.note(note)

@@ -17,7 +17,7 @@ from gptq.pipeline.run import Run
 
 
 def open_journal(working: PartialFolder, begun: dict[str, Any], blocks: int, ranks: Ranks) -> tuple[Journal, list[str]]:
-    """Return the journal of an earlier run if resuming saves work, otherwise a new one; and notes for the user.
+    """Return the journal of an earlier run if resuming saves work, otherwise a new journal; and notes for the user.
 
     Raises:
         InputError: the earlier run was begun with other options or another model.

@@ -16,8 +16,8 @@ from gptq.config import QuantConfig
 from gptq.pipeline.layer_inputs import HeldOutBlend, LayerInputs
 from gptq.planning.plan import LayerPlan
 from gptq.solver.coordinate_descent import refine
-from gptq.solver.error_propagation import best_share
-from gptq.solver.hessian import output_power
+from gptq.solver.error_propagation import best_correction_share
+from gptq.solver.hessian import mean_output_power
 from gptq.solver.solve import SMALLEST_POWER, TILE_ROWS
 
 SAMPLED_ROWS = 256  # rows per layer, approximately, that estimate the error of RTN and the held-out error
@@ -49,9 +49,9 @@ class StackedRows:
 
 @dataclass(frozen=True)
 class Corrections:
-    """Corrections for the drift: W C H^-1 of this process's tiles, and the fraction of it that each layer applies."""
+    """Corrections W C H^-1 for the drift C, and the fraction of its correction that each layer applies."""
 
-    by_tile: dict[int, Tensor]  # (rows of the tile, inputs); empty without drift; removed when its tile is solved
+    by_tile: dict[int, Tensor]  # own tiles, (rows, inputs) each; removed when solved; empty without drift
     shares: tuple[float | None, ...]  # fraction by layer; None with one stream
 
 
@@ -59,8 +59,9 @@ class Corrections:
 class ErrorSums:
     """Sums over some rows of a layer, which add up over tiles; `figures` turns them into relative errors.
 
-    `power` is tr(W H W^T), errors are tr((T - Q) H (T - Q)^T) with the target T and the dequantized Q. Sums that need a
-    matrix product of their own run over sampled rows only.
+    `power` is tr(W H W^T), errors are tr((T - Q) H (T - Q)^T), with the original weight W, the input Hessian H, the
+    target T (W plus its correction) and the dequantized weight Q. Sums that need a matrix product of their own run over
+    sampled rows only.
     """
 
     error: float = 0.0
@@ -77,8 +78,8 @@ class ErrorSums:
     def figures(self, inputs: LayerInputs, share: float | None) -> "LayerFigures":
         """Return the layer's relative errors.
 
-        Sampled rows give only the ratio between the solve's error and another error. Their own relative error would not
-        represent the layer, because a few rows can hold most of its power.
+        Sampled rows give only the ratio between the solve's error and another error. The relative error of the sampled
+        rows would not represent the layer, because a few rows can hold most of the layer's output power.
         """
         error = _ratio(self.error, self.power)
         sampled = _ratio(self.sampled_error, self.sampled_power)
@@ -89,7 +90,7 @@ class ErrorSums:
 
 
 def _ratio(error: float, power: float) -> float:
-    """A relative error, at most what the record can hold: a layer may have no output to speak of."""
+    """Return a relative error, at most LARGEST_ERROR: the output power of a layer can be almost 0."""
     return min(error / max(power, SMALLEST_POWER), LARGEST_ERROR)
 
 
@@ -129,11 +130,11 @@ def find_corrections(rows: StackedRows, inputs: LayerInputs, config: QuantConfig
     exchanged = ranks.gather_pieces(gains, len(rows.tiles))
     if not exchanged:
         return Corrections(by_tile, (DEFAULT_SHARE,) * len(rows.layers))
-    return Corrections(by_tile, tuple(best_share(*gain) for gain in torch.stack(exchanged).sum(0).tolist()))
+    return Corrections(by_tile, tuple(best_correction_share(*gain) for gain in torch.stack(exchanged).sum(0).tolist()))
 
 
 def _measure_gain(W: Tensor, correction: Tensor, rows: slice, held_out: HeldOutBlend) -> tuple[float, float] | None:
-    """Return the arguments of `best_share` for some rows; None if the original model's inputs are unknown."""
+    """Return the arguments of `best_correction_share` for some rows; None if no inputs of the original are known."""
     if not len(W[rows]):
         return 0.0, 0.0
     agreement = held_out.agreement(W[rows], correction[rows])
@@ -144,7 +145,7 @@ def solve_rows(
     rows: StackedRows, corrections: Corrections, plan: LayerPlan, inputs: LayerInputs, config: QuantConfig,
     ranks: Ranks = ALONE,
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:  # fmt: skip
-    """Solve all tiles; return each layer's codes and figures. `plan` is any of the layers', as all share a scheme."""
+    """Solve all tiles; return each layer's codes and figures. `plan` is that of any layer: all have the same scheme."""
     W = rows.W
     heights = [layer.stop - layer.start for layer in rows.layers]
     shares = torch.cat(
@@ -181,14 +182,14 @@ def _sum_errors(
     W: Tensor, target: Tensor, solved: solver.SolvedLayer, tile: slice, layer: slice, plan: LayerPlan,
     inputs: LayerInputs,
 ) -> ErrorSums:  # fmt: skip
-    """Return the sums over the rows of a tile that belong to one layer; W and target are the tile's (rows, inputs)."""
+    """Return the sums over a tile's rows that belong to one layer; W and target are the tile's rows, (rows, inputs)."""
     own, sample = rows_inside(tile, layer), sampled_rows(tile, layer)
     if not len(W[own]):
         return ErrorSums()
     factor, held_out = inputs.factor, inputs.held_out
     off = target[own] - solved.take(own).weight()
     undamped = (solved.row_errors[own] - factor.ridge * off.square().sum(1, dtype=torch.float64)).clamp(min=0)
-    sums = ErrorSums(error=float(undamped.sum()), power=output_power(W[own], factor.H))
+    sums = ErrorSums(error=float(undamped.sum()), power=mean_output_power(W[own], factor.H))
     some = W[sample].contiguous()  # (sampled rows, inputs)
     if not len(some):
         return sums
@@ -196,8 +197,8 @@ def _sum_errors(
     nearest = solver.round_to_nearest(some, plan.bits, plan.group_size, plan.sym).weight()
     return sums + ErrorSums(
         sampled_error=float(undamped[inside].sum()),
-        sampled_power=sums.power if len(some) == len(W[own]) else output_power(some, factor.H),
-        sampled_rtn_error=output_power(target[sample] - nearest, factor.H),
+        sampled_power=sums.power if len(some) == len(W[own]) else mean_output_power(some, factor.H),
+        sampled_rtn_error=mean_output_power(target[sample] - nearest, factor.H),
         held_out_error=0.0 if held_out is None else held_out.power(off[inside].contiguous()),
         held_out_power=0.0 if held_out is None else held_out.power(some),
     )

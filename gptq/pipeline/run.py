@@ -25,7 +25,7 @@ class Observer:
     def layer_done(self, block: int, name: str, weights: int) -> None: ...
 
     def prefetched(self, nbytes: int, seconds: float, waited: float) -> None:
-        """At the end: bytes that were prefetched, seconds that took, and seconds that the run waited for them."""
+        """At the end: bytes prefetched, seconds spent on reading them, and seconds that the run waited for them."""
 
     def finished(self) -> None: ...
 
@@ -41,4 +41,4 @@ class Run:
     offload: ActivationOffload = field(default_factory=ActivationOffload)  # between blocks
     ranks: Ranks = field(default_factory=Ranks)
     returns_memory: bool = True  # whether freed memory is returned to the system after each layer
-    reruns_blocks: bool = False  # whether a solved block is run again, to measure or tune it, so that its weights stay
+    reruns_blocks: bool = False  # whether solved blocks run again, to be measured or tuned; then their weights stay

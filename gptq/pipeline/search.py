@@ -19,7 +19,7 @@ from gptq.models.weights import WeightStream, swapped_weights
 from gptq.output.results import LayerResult
 from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import Journal
-from gptq.pipeline.layer import BlockState, SharedInput, heldout_excess, quantize_layer
+from gptq.pipeline.layer import BlockState, SharedInput, held_out_excess, quantize_layer
 from gptq.pipeline.layer_walk import run_original, solve_block, walk_block
 from gptq.pipeline.run import Observer, Run
 from gptq.pipeline.tune import hidden_states
@@ -42,10 +42,11 @@ def find_enough_windows(
     observer: Observer,
     journal: Journal,
 ) -> tuple[list[Inputs], list[str]]:
-    """Return the calibration windows, and notes for the user; the journal of an earlier run decides how many.
+    """Return the calibration windows, and notes for the user.
 
-    Otherwise num_samples does. For "auto" their number is doubled until the first block's error on held-out windows is
-    nearly that on the others: the ratio is about 1 + 2 n / tokens for layers with n inputs, so it tells what more
+    The journal of an earlier run decides how many windows are drawn; without one, num_samples does. For "auto" the
+    number of windows is doubled until the first block's error on held-out windows is nearly its error on the other
+    windows: the ratio of these two errors is about 1 + 2 n / tokens for layers with n inputs, so it tells what more
     tokens could gain. Windows given as arrays are all used.
     """
     drawn = journal.find("windows")
@@ -73,7 +74,7 @@ def _search_windows(
         return windows, notes
     alone = replace(config, effort="fast", two_streams=False, tune_steps=0, target_bits=None, target_size=None)
     while True:
-        excess = heldout_excess(_results_of_first_block(windows, plan, alone, weights))
+        excess = held_out_excess(_results_of_first_block(windows, plan, alone, weights))
         observer.stage(
             f"{len(windows)} windows: held-out error of the first block {excess:+.0%} beside the calibration's"
         )
@@ -89,7 +90,7 @@ def note_on_samples(results: list[LayerResult]) -> list[str]:
     """Return a note for the user on whether more calibration windows would have helped, if any were held out."""
     if all(result.heldout_error is None for result in results):
         return []
-    excess = heldout_excess(results)
+    excess = held_out_excess(results)
     return [
         f"on windows held out, layer errors are {excess:+.0%} beside those on the calibration windows; "
         + ("more samples would help" if excess > MAX_EXCESS else "more samples would change little")
@@ -118,11 +119,11 @@ def choose_widths(
     observer: Observer,
     journal: Journal,
 ) -> QuantConfig:
-    """Return the config with overrides for every layer that meet the target; takes one pass over the original model.
+    """Choose the bit widths that meet the target; return the config with an override for every layer.
 
-    A choice's error is the change of the block's output when only that unit is quantized: the squared norm of a token's
-    change relative to that of its output, because the norm layers of later blocks rescale each token. Blocks that the
-    journal has measured are not measured again.
+    Takes one pass over the original model. The error of a choice is measured in the block's output when only that unit
+    is quantized: ||change||^2 / ||output||^2 of each token, because the norm layers of later blocks rescale each token.
+    Blocks whose errors the journal holds are not measured again.
 
     Raises:
         InputError: the target cannot be met.
@@ -197,9 +198,10 @@ def _measure(
     unit: Unit, block: Block, calls: list[partial[Any]], originals: list[Any] | None, trials: _TrialSolver,
     weights: WeightStream,
 ) -> Unit:  # fmt: skip
-    """Return the unit with the error of each choice in the block's output, on held-out windows (on all, if none is).
+    """Return the unit with the error that each choice causes in the block's output, averaged over held-out windows.
 
-    Without `originals`, the original block's outputs, each is computed when it is needed.
+    If no window is held out, all windows are used. `originals` are the outputs of the original block; without them,
+    each output is computed when it is needed.
     """
     windows = [i for i in range(len(calls)) if is_held_out(i, len(calls))] or list(range(len(calls)))
     found = []

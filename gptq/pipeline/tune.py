@@ -34,9 +34,9 @@ class BlockToTune:
     module: nn.Module
     forwards: Sequence[Callable[[], Any]]  # by window: a call of the block on the quantized model's activations
     targets: Sequence[Tensor]  # by window: the original model's output of the block
-    held_out: Sequence[int]  # windows that judge and are not learned from; without any, all windows judge
+    held_out: Sequence[int]  # windows that only measure the error; if empty, all windows measure it
     layers: dict[nn.Module, SolvedLayer]  # the quantized layers
-    bits: dict[nn.Module, int]  # of each of these layers
+    bits: dict[nn.Module, int]  # bits per weight of each quantized layer
     to_layout: Callable[[nn.Module, Tensor], Tensor]  # turns a layer's weight (outputs, inputs) into its parameter
     kept: Collection[ParameterKey] = ()  # parameters that must not change
 
@@ -52,11 +52,11 @@ class BlockToTune:
         return [i for i in range(len(self.forwards)) if i not in set(self.held_out)]
 
     def distance(self, window: int) -> Tensor:
-        """Return the mean squared difference between the block's output for a window and the original's."""
+        """Return the mean squared difference between the block's output for a window and the original output."""
         return (hidden_states(self.forwards[window]()).float() - self.targets[window].float()).square().mean()
 
     def error(self, tensors: dict[ParameterKey, Tensor]) -> float:
-        """Return the mean squared difference relative to `power`, with these parameters, on the windows that judge."""
+        """Return the mean squared difference relative to `power`, with these parameters, on the held-out windows."""
         judges = self.held_out or range(len(self.forwards))
         with _substituted(tensors):
             total = sum(float(self.distance(i)) for i in judges)
@@ -186,7 +186,7 @@ def hidden_states(output: Any) -> Tensor:
     """Return a block's hidden states: its output, or the first of its outputs.
 
     Raises:
-        TypeError: that is not a tensor.
+        TypeError: the block returned something else.
     """
     tensor = output if isinstance(output, Tensor) else output[0]
     if not isinstance(tensor, Tensor):

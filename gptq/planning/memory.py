@@ -121,7 +121,7 @@ def find_memory_plan(
     Raises:
         InputError: no plan does; says how much memory the smallest one needs.
     """
-    counts = [batch_size] if batch_size else list(_halvings(tokens.windows))
+    counts = [batch_size] if batch_size else list(_halving_counts(tokens.windows))
     candidates = [(min(counts[0], tokens.windows), False)]
     candidates += [(min(count, tokens.windows), files) for count in counts]
     least: MemoryPlan | None = None
@@ -140,7 +140,7 @@ def find_memory_plan(
     return least
 
 
-def _halvings(count: int) -> Iterator[int]:
+def _halving_counts(count: int) -> Iterator[int]:
     while count > 1:
         yield count
         count = -(-count // 2)

@@ -25,11 +25,11 @@ class Codes:
             scale, zero = self.scale.float()[:, g_idx], self.zero.float()[:, g_idx]
             return grid.dequantize(self.codes.float(), scale, zero)
         runs = torch.arange(groups, device=g_idx.device).repeat_interleave(columns // groups)
-        in_runs = torch.equal(g_idx, runs)
+        is_contiguous = torch.equal(g_idx, runs)
         Q = torch.empty(rows, columns, device=g_idx.device)
         for chunk in row_chunks(rows):
             codes, scale, zero = self.codes[chunk].float(), self.scale[chunk].float(), self.zero[chunk].float()
-            if in_runs:
+            if is_contiguous:
                 grouped = codes.view(len(codes), groups, columns // groups)
                 Q[chunk] = grid.dequantize(grouped, scale[..., None], zero[..., None]).view(len(codes), columns)
             else:

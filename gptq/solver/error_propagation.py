@@ -64,7 +64,7 @@ def divide_by_hessian(A: Tensor, factor: Factor) -> Tensor:
     return A
 
 
-def best_share(power: float, agreement: float) -> float:
+def best_correction_share(power: float, agreement: float) -> float:
     """The share in [0, 1] of a correction that minimizes the error, mean ||W d - share correction x||^2.
 
     Args:

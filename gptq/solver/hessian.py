@@ -15,20 +15,20 @@ from gptq.compute.distributed import ALONE, Ranks
 from gptq.compute.matmul import allow_bfloat16_matmul, product
 
 PANEL_ROWS = 256  # rows of H per matrix product, from the diagonal to the right; a multiple of simd.WIDE
-CHUNK_TOKENS = 1024  # tokens added per pass over H: fewer read and write H more often, more take memory
+CHUNK_TOKENS = 1024  # tokens per pass over H; fewer tokens cost more passes, more tokens cost memory
 
 
 class HessianAccumulator:
-    """Sums x x^T of one layer input in float32, in the order in which windows arrive.
+    """Sums x x^T over the tokens of one layer input x in float32, in the order in which windows arrive.
 
-    A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. If the original model's
-    input x~ is passed beside x, x~ x^T is summed as well. Every call adds one whole window, so the result depends on
-    the windows and their order alone. Windows are kept until they have CHUNK_TOKENS tokens together; the caller must
-    not modify them.
+    A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. If x~, the same input in
+    the original model, is passed beside x, x~ x^T is summed as well. Every call adds one whole window, so the result
+    depends on the windows and their order alone. Windows are kept until they have CHUNK_TOKENS tokens together; the
+    caller must not modify them.
     """
 
     def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
-        """With several `ranks` each sums its own panels: all must add the same windows and call the same methods."""
+        """With several `ranks`, each process sums its own panels; all must add the same windows in the same order."""
         self._sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # valid right of diagonal
         self._ranks = ranks
         self._original_sum: Tensor | None = None  # x~ x^T, once x~ differs from x
@@ -38,8 +38,8 @@ class HessianAccumulator:
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Add the input of one window, (..., num_inputs); all leading dimensions count tokens.
 
-        An `original` of another shape is ignored: its tokens are not those of x, as when a router sent other tokens to
-        an expert in the original model.
+        An `original` of another shape than x is ignored, because it belongs to other tokens: in the original model the
+        router may have sent other tokens to an expert.
         """
         x, original = flatten_tokens(x, original)
         if self._waiting and (self._waiting[0][1] is None) != (original is None):
@@ -72,12 +72,12 @@ class HessianAccumulator:
             add_products(self._original_sum, x if original is None else original, x, own, upper=False)
 
     def mean(self) -> Tensor:
-        """H, (num_inputs, num_inputs) float32; zero without tokens."""
+        """Return H, (num_inputs, num_inputs) float32; zero without tokens."""
         self._add_waiting()
         return _symmetrize(self._complete(self._sum) / max(self.num_tokens, 1))
 
     def drift_mean(self) -> Tensor | None:
-        """C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None if x~ never differed from x."""
+        """Return C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None if x~ never differed from x."""
         self._add_waiting()
         if self._original_sum is None:
             return None
@@ -103,7 +103,7 @@ class HessianAccumulator:
 
 
 def flatten_tokens(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Reshape both to (tokens, num_inputs); the original becomes None if it equals x or has another shape."""
+    """Reshape x and original to (tokens, num_inputs). original becomes None if it equals x or has another shape."""
     rows = x.reshape(-1, x.shape[-1])
     if original is None or original.shape != x.shape or torch.equal(original, x):
         return rows, None
@@ -111,7 +111,7 @@ def flatten_tokens(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor |
 
 
 def _prepare_factors(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None, Callable[..., None]]:
-    """Choose the function that adds up the products of x and x~ (tokens, num_inputs); convert both to its layout.
+    """Choose the function that adds up the products of x and x~ (tokens, num_inputs); convert x and x~ to its layout.
 
     Returns:
         x, x~, and the function f(sums, a, b, panels, upper), which adds a[:, panel]^T b to sums[panel] for each panel;
@@ -146,7 +146,7 @@ def _has_bf16_kernel(x: Tensor) -> bool:
 
 
 def _add_half_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool) -> None:
-    """On a GPU: factors of 16 bits, products summed in float32."""
+    """Add a[:, panel]^T b to sums[panel], on a GPU: factors of 16 bits, products summed in float32."""
     for panel in panels:
         right = slice(panel.start if upper else 0, None)
         sums[panel, right] += torch.mm(a[:, panel].T, b[:, right], out_dtype=torch.float32)
@@ -155,7 +155,7 @@ def _add_half_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], 
 def _add_float_products(
     held: torch.dtype, sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper: bool
 ) -> None:
-    """On any device: float32 factors, whose values are exact in the dtype `held`."""
+    """Add a[:, panel]^T b to sums[panel], on any device: float32 factors, exact in the dtype `held`."""
     with allow_bfloat16_matmul(held, a.device):
         for panel in panels:
             right = slice(panel.start if upper else 0, None)
@@ -175,7 +175,7 @@ def _symmetrize(H: Tensor) -> Tensor:
 class HeldOut:
     """Held-out inputs of a layer, which measure the error on windows that the solver has not seen.
 
-    Tokens are kept as they are until there are more than inputs; from then on only H and C are kept.
+    The rows x and x~ are kept until there are more tokens than inputs; from then on only H and C are kept.
     """
 
     def __init__(self, num_inputs: int, device: torch.device) -> None:
@@ -186,7 +186,7 @@ class HeldOut:
         self._means: tuple[Tensor, Tensor | None] | None = None
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """As HessianAccumulator.add; only allowed before the first measurement."""
+        """Add the input of one window, as HessianAccumulator.add does; only allowed before the first measurement."""
         if self._means is not None:
             raise RuntimeError("inputs come after what they measure")
         self._rows.append(flatten_tokens(x, original))
@@ -198,14 +198,19 @@ class HeldOut:
             self._rows = []
 
     def power(self, A: Tensor) -> float:
-        """Mean over tokens of ||A x||^2, for a weight A (outputs, inputs)."""
+        """Return the mean squared output: ||A x||^2 of a weight A (outputs, inputs), averaged over the inputs x."""
         if means := self._known_means():
-            return output_power(A, means[0])
+            return mean_output_power(A, means[0])
         found = sum(float(_layer_outputs(A, x).square_().sum(dtype=torch.float64)) for x, _ in self._rows)
         return found / max(self.num_tokens, 1)
 
     def agreement(self, W: Tensor, A: Tensor) -> float | None:
-        """Mean over tokens of (W d) . (A x), d = x~ - x; None if x~ never differs from x."""
+        """Return the mean over tokens of (W d) . (A x), d = x~ - x; None if x~ never differs from x.
+
+        Args:
+            W, A: (outputs, inputs) a weight, and a correction of it that is multiplied by the layer's input x in the
+                quantized model; x~ is the same input in the original model.
+        """
         if means := self._known_means():
             C = means[1]
             return None if C is None else _gram_dot(W, A, C)
@@ -225,7 +230,7 @@ class HeldOut:
 
 
 def _layer_outputs(A: Tensor, x: Tensor) -> Tensor:
-    """x A^T (tokens, outputs) in A's dtype, computed in the precision of x's dtype; only for measuring errors.
+    """Return x A^T (tokens, outputs) in A's dtype, computed in the precision of x's dtype; only for measuring errors.
 
     For bfloat16 x (tokens, inputs) the weight A is rounded to bfloat16, as in the model's own forward; in a mean over
     many tokens the roundings cancel.
@@ -235,8 +240,8 @@ def _layer_outputs(A: Tensor, x: Tensor) -> Tensor:
     return (x @ A.to(x.dtype).T).to(A.dtype)
 
 
-def output_power(A: Tensor, H: Tensor) -> float:
-    """tr(A H A^T) of a weight A (rows, n) and a symmetric H (n, n): the mean of ||A x||^2 over tokens.
+def mean_output_power(A: Tensor, H: Tensor) -> float:
+    """Return tr(A H A^T), A (rows, n) a weight, H (n, n) symmetric: the mean of ||A x||^2 over the tokens x of H.
 
     Computed as <A^T A, H>, for which half of A^T A suffices. Where the machine multiplies bfloat16 much faster, A is
     rounded to bfloat16: over n^2 terms the roundings cancel, which leaves three correct digits or more.
@@ -249,7 +254,7 @@ def output_power(A: Tensor, H: Tensor) -> float:
 
 
 def _gram_dot(A: Tensor, B: Tensor, C: Tensor) -> float:
-    """<A^T B, C> of A, B (rows, n) and C (n, n), as precise as `output_power`."""
+    """Return the inner product <A^T B, C> of A, B (rows, n) and C (n, n), as precise as `mean_output_power`."""
     panels = _gram_panels(A, B, upper=False)
     return sum(float(sums.mul_(C[start : start + PANEL_ROWS]).sum(dtype=torch.float64)) for start, sums in panels)
 
@@ -262,7 +267,7 @@ def _gram_panels(A: Tensor, B: Tensor, upper: bool) -> Iterator[tuple[int, Tenso
 
 
 def _gram_panel_function(A: Tensor, B: Tensor) -> Callable[[slice, int], Tensor]:
-    """The fastest function f(panel, start) = A[:, panel]^T B[:, start:]; as precise as `output_power` says."""
+    """Return the fastest function f(panel, start) = A[:, panel]^T B[:, start:]; as precise as `mean_output_power` says."""
     sample = A[:0].bfloat16()  # empty, to look up which kernel bfloat16 values of A's device and width would take
     if A.dtype != torch.float32 or not (_has_mixed_precision_mm(sample) or _has_bf16_kernel(sample)):
         return lambda panel, start: A[:, panel].T @ B[:, start:]  # `product` would copy these strides each time
