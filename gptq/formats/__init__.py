@@ -1,4 +1,4 @@
-"""The same integers in each engine's words, one file per format; `FORMATS` is the table of them."""
+"""The file formats: how integers are stored for each engine, one file per format; `FORMATS` lists the formats."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ __all__ = [
 FORMATS: dict[Format, FileFormat] = {known.name: known for known in (GptqV1(), GptqV2(), PackQuantized())}
 
 
-# What a `FileFormat` answers, asked of the format that a scheme names.
+# The methods of `FileFormat`, called on the format that a scheme names.
 
 
 def layout(scheme: Scheme, outputs: int, inputs: int, scale_dtype: torch.dtype = SCALE_DTYPE) -> dict[str, TensorInfo]:

@@ -1,4 +1,4 @@
-"""Which engines take a file: the rules of their readers, each with where it stands.
+"""Tell which inference engines can load a quantized file. Each rule names the place in an engine's source it is from.
 
 Nothing here runs an engine. The rules were read from vLLM (September 2026), SGLang and GPTQModel 7.7; where a rule is
 not known, the answer says so.
@@ -27,7 +27,7 @@ class Engine:
 
 
 def engines(layers: Layers) -> list[Engine]:
-    """What each engine makes of a file that holds these layers, all in formats of one `quant_method`."""
+    """Return for each engine whether it takes a file with these layers, all in formats of one `quant_method`."""
     first, _ = next(iter(layers.values()))
     rules = RULES[formats.FORMATS[first.format].quant_method]
     own = Engine("gptq", True, "`gptq.load`, or `import gptq` and then transformers")
@@ -35,7 +35,7 @@ def engines(layers: Layers) -> list[Engine]:
 
 
 def _explain_uneven(layers: Layers) -> str | None:
-    """The first layer whose last group is short or, in a format where that matters, whose words are not full."""
+    """Name the first layer whose last group is short; or whose words are not full, if that matters in its format."""
     for name, (scheme, inputs) in layers.items():
         if inputs % scheme.columns(inputs):
             return f"{name} has {inputs} inputs, which groups of {scheme.group_size} do not divide"
@@ -45,7 +45,7 @@ def _explain_uneven(layers: Layers) -> str | None:
 
 
 def _explain_siblings(layers: Layers) -> str | None:
-    """vLLM makes one layer of them, so they have to be stored alike (utils/gptq_utils.py)."""
+    """Name the first siblings that are stored differently: vLLM makes one layer of them (utils/gptq_utils.py)."""
     for group in group_fused_siblings(layers):
         kinds = {normalized_scheme(*layers[name]) for name in group}
         if len(kinds) > 1:
@@ -98,7 +98,7 @@ def _gptqmodel_gptq(layers: Layers) -> tuple[bool, str]:
 
 
 def _explain_beyond_gptqmodel(layers: Layers) -> str | None:
-    """The first layer that none of its kernels computes."""
+    """Name the first layer that no kernel of GPTQModel computes."""
     for name, (scheme, inputs) in layers.items():
         if scheme.bits not in GPTQ_BITS:
             return f"{name} has {scheme.bits} bits"
@@ -108,7 +108,7 @@ def _explain_beyond_gptqmodel(layers: Layers) -> str | None:
 
 
 def _has_offset_zeros(scheme: Scheme) -> bool:
-    """Whether zero points are stored less 1, as in GPTQ's version 1."""
+    """Whether the stored zero points are reduced by 1, as in GPTQ's version 1."""
     return bool(formats.FORMATS[scheme.format].zero_offset)
 
 

@@ -7,9 +7,9 @@ For a linear layer P with `out` outputs and `in` inputs in groups of g it stores
     P.scales   (ceil(in / g), out)                    float16
     P.g_idx    (in,)                                  int32    group of each input
 
-A layer whose inputs the group size does not divide has a short last group, and one whose codes do not fill the last
-word has zero bits there. The `quantization_config`, in config.json and again in quantize_config.json, gives one scheme
-for all layers and `dynamic` rules for the others: regular expressions that readers match from the start of a layer's
+If the group size does not divide the number of inputs, the last group is short; if the codes do not fill the last word,
+its remaining bits are zero. The `quantization_config`, in config.json and again in quantize_config.json, gives one scheme
+for all layers and `dynamic` rules for exceptions: regular expressions that readers match from the start of a layer's
 name, the first match wins, and `-:` in front means "not quantized".
 """
 
@@ -40,7 +40,7 @@ QUANTIZE_CONFIG = "quantize_config.json"
 
 
 class Gptq(FileFormat):
-    """What both versions have in common."""
+    """What versions 1 and 2 of the format have in common."""
 
     quant_method = METHOD
     codes_key, scale_key, zero_key, g_idx_key = "qweight", "scales", "qzeros", "g_idx"
@@ -83,9 +83,9 @@ class Gptq(FileFormat):
     def _encode_zeros(self, zero: Tensor, scheme: Scheme, allow_zero: bool) -> Tensor:
         """qzeros (groups, words) of zero points (outputs, groups).
 
-        GPTQModel (utils/model.py, convert_gptq_v2_to_v1_format_module) takes 1 off every field at 3 bits, and at the
-        other widths off the whole word as one number: a zero point of 0 borrows from its neighbour, and so do unused
-        fields.
+        GPTQModel (utils/model.py, convert_gptq_v2_to_v1_format_module) subtracts 1 from every field at 3 bits. At other
+        widths it subtracts a word of ones from the whole word as one number: a zero point of 0 borrows from its
+        neighbour, and so do unused fields.
         """
         if not self.zero_offset:
             return pack(zero, scheme.bits).T.contiguous()
@@ -104,7 +104,7 @@ class Gptq(FileFormat):
         return packed["g_idx"]
 
     def decode_zeros(self, packed: Mapping[str, Tensor], scheme: Scheme, outputs: int) -> Tensor:
-        """A v1 field of all ones stands for -1 + 1 = 0, as readers that mask after adding take it."""
+        """Return the zero points; a v1 field of all ones stands for 0, as for readers that mask after adding 1."""
         qzeros = packed["qzeros"]
         if not self.zero_offset:
             return unpack(qzeros.T, scheme.bits, outputs)
@@ -121,7 +121,7 @@ class Gptq(FileFormat):
         return scales[1], g_idx[0]
 
     def write_config(self, linears: Linears, config: QuantConfig | None) -> dict[str, Any]:
-        """`desc_act` says what readers take it for: that groups are not runs of columns, so that g_idx is used."""
+        """Return the `quantization_config`; `desc_act` means, as for readers, that groups are not runs of columns."""
         everywhere = self._scheme_of_options(config) if config else most_common_scheme(linears.layers)
         rules = dynamic_rules(everywhere, linears.layers, linears.kept)
         return {
@@ -141,7 +141,7 @@ class Gptq(FileFormat):
         }
 
     def _scheme_of_options(self, config: QuantConfig) -> Scheme:
-        """The scheme of layers without options of their own."""
+        """Return the scheme of layers that no override changes."""
         shuffled = config.shuffles_groups and config.group_size != -1
         return Scheme(config.bits, config.group_size, config.sym, self.name, shuffled)
 
@@ -163,14 +163,14 @@ class Gptq(FileFormat):
 
 
 class GptqV1(Gptq):
-    """Zero points are stored less 1."""
+    """Version 1: zero points are reduced by 1 when they are stored."""
 
     name: Format = "gptq"
     zero_offset = 1
 
 
 class GptqV2(Gptq):
-    """Zero points are stored as they are."""
+    """Version 2: zero points are stored as they are."""
 
     name: Format = "gptq_v2"
 
@@ -196,7 +196,7 @@ def _options_of_solver(config: QuantConfig) -> dict[str, Any]:
 
 
 def dynamic_rules(everywhere: Scheme, layers: Layers, kept: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Rules for the layers whose scheme `everywhere` does not describe, and for those that stay as they are."""
+    """Return rules for layers whose scheme is not `everywhere`, and for the layers `kept` that are not quantized."""
     names = [*layers, *kept]
     rules: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in name_patterns(kept, names)}
     for scheme, chosen in names_by_scheme(layers).items():
@@ -251,7 +251,7 @@ def _read_schemes(where: str | Path, quantization: Mapping[str, Any], name: Form
 
 
 def _makers(quantization: Mapping[str, Any]) -> list[str]:
-    """The tools that made the file, by its own words."""
+    """Return the tools that made the file, as its `meta` names them."""
     meta = quantization.get("meta")
     makers = meta.get("quantizer", ()) if isinstance(meta, dict) else ()
     return [str(maker) for maker in makers] if isinstance(makers, list | tuple) else [str(makers)]

@@ -1,8 +1,8 @@
-"""Which layers a rule of a `quantization_config` means: regular expressions on names, written, checked and matched.
+"""Write, check and match the regular expressions by which a `quantization_config` names layers.
 
-vLLM makes one layer of q/k/v and of gate/up and looks for the name of that one
-(vllm/model_executor/layers/quantization/utils/gptq_utils.py), others for the single names, so the expressions that are
-written match both.
+vLLM makes one layer of q/k/v and of gate/up and looks for the name of the fused layer
+(vllm/model_executor/layers/quantization/utils/gptq_utils.py); other engines look for the names of the single layers. So
+the expressions that are written match the fused name and the single names.
 """
 
 import math
@@ -32,10 +32,10 @@ class Quantization:
     rules: tuple[tuple[str, Scheme | None], ...] = ()
 
     def schemes(self, layers: Iterable[str]) -> dict[str, Scheme | None]:
-        """Of the layers with these names.
+        """Return the scheme of each of these layers, by name; None for a layer that is not quantized.
 
         Raises:
-            InputError: a rule does not come to an end; some expressions take time exponential in a name's length.
+            InputError: matching a rule takes too long; some expressions take time exponential in a name's length.
         """
         rules = [(regex.compile(pattern), scheme) for pattern, scheme in self.rules]
         until = time.process_time() + PATIENCE
@@ -54,7 +54,7 @@ class Quantization:
 
 
 def check_expression(where: str | Path, pattern: str) -> None:
-    """Raises InputError for what is no regular expression, or takes gigabytes when it is compiled."""
+    """Raises InputError if `pattern` is not a regular expression, or would take gigabytes when it is compiled."""
     counts = [int(number) for number in re.findall(r"\d{1,9}", "".join(re.findall(r"\{[\d,]*\}", pattern)))]
     if len(pattern) > MAX_EXPRESSION or math.prod(max(count, 1) for count in counts) > MAX_REPEATS:
         raise InputError(f"{where}: the regular expression {pattern[:80]!r} is too large")
@@ -65,10 +65,10 @@ def check_expression(where: str | Path, pattern: str) -> None:
 
 
 def name_patterns(chosen: Collection[str], layers: Collection[str]) -> list[str]:
-    """Regular expressions that match, of `layers`, the chosen ones, and what engines call those they fuse.
+    """Return regular expressions that match the chosen ones of `layers`, and the names of their fused layers in engines.
 
-    The outermost module's name is left open, because checkpoints and engines differ in it, unless it tells chosen
-    layers from others (an encoder's from a decoder's).
+    The outermost module's name is left open, because checkpoints and engines use different names, unless this name
+    tells chosen layers from other layers (those of an encoder from those of a decoder).
     """
     found = _write_patterns(chosen, layers, whole=False)
     others = set(layers) - set(chosen)

@@ -28,10 +28,10 @@ class PackedLayer:
 
 
 def packed_layers(source: Source, quantization: Quantization) -> dict[str, PackedLayer]:
-    """Quantized layers by their stored names, whose tensors are all there and fit each other.
+    """Return the quantized layers by their stored names, after checking that all tensors of each are there and fit.
 
     Raises:
-        InputError: names the tensor and what was expected.
+        InputError: a tensor is missing or wrong; the message names the tensor and what was expected.
     """
     marker = formats.FORMATS[quantization.format].codes_key
     keys = frozenset().union(*(known.keys for known in formats.FORMATS.values()))
@@ -78,7 +78,7 @@ def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme)
 
 
 def read_packed(source: Source, name: str, layer: PackedLayer, with_codes: bool = True) -> dict[str, Tensor]:
-    """The stored tensors of a quantized layer, without the codes, the large one, if `with_codes` is false.
+    """Read the stored tensors of a quantized layer, without the codes (the largest) if `with_codes` is false.
 
     Raises:
         InputError: g_idx points outside the groups, or zero points or g_idx are not what the configuration says.

@@ -43,17 +43,17 @@ class Linears:
 
 
 def contiguous_groups(scheme: Scheme, inputs: int) -> Tensor:
-    """The g_idx (inputs,) int32 of groups that are runs of columns."""
+    """Return the g_idx (inputs,) int32 of groups that are runs of adjacent columns, in order."""
     return torch.arange(inputs, dtype=torch.int32) // scheme.columns(inputs)
 
 
 def normalized_scheme(scheme: Scheme, inputs: int) -> Scheme:
-    """The same with group size -1 where a group is a row, so that schemes which store a layer alike are equal."""
+    """Return the scheme with group size -1 if a group is a whole row: schemes that store a layer alike are then equal."""
     return scheme if scheme.columns(inputs) < inputs else replace(scheme, group_size=-1, scattered=False)
 
 
 def names_by_scheme(layers: Layers) -> dict[Scheme, list[str]]:
-    """The names of the layers that are stored alike, by their normalized scheme."""
+    """Group the names of layers by their normalized scheme: layers of one group are stored alike."""
     found: dict[Scheme, list[str]] = {}
     for name, (scheme, inputs) in layers.items():
         found.setdefault(normalized_scheme(scheme, inputs), []).append(name)
@@ -61,6 +61,6 @@ def names_by_scheme(layers: Layers) -> dict[Scheme, list[str]]:
 
 
 def most_common_scheme(layers: Layers) -> Scheme:
-    """The normalized scheme of most layers; of equally common ones the first."""
+    """Return the normalized scheme of most layers; the first one if several are equally common."""
     names = names_by_scheme(layers)
     return max(names, key=lambda scheme: len(names[scheme]))

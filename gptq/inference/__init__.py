@@ -1,1 +1,1 @@
-"""A packed layer multiplies, and a model of packed layers loads."""
+"""Load a model with packed layers, and multiply by packed weights."""

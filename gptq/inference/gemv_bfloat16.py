@@ -6,9 +6,9 @@ table repeats every 2^bits, so bits above the code do not matter. Each pair of c
 multiply-add. Wider codes are converted one by one. Two codes in the two halves of a word form a pair; `code_order`
 lists the pairs, and x is stored in that order.
 
-For few rows (`gptq.inference.gemv`) codes are converted again for each row; the CPU does it while it waits for memory.
-`multiply_many` converts the codes of one group and WIDE outputs once, into a buffer that fits the first-level cache,
-and multiplies it by all rows.
+For few rows (`gptq.inference.gemv`) codes are converted again for each row; the CPU converts them while it waits for
+memory. `multiply_many` converts the codes of one group and WIDE outputs once, into a buffer that fits the first-level
+cache, and multiplies this buffer by all rows.
 """
 
 from collections.abc import Iterator
@@ -94,7 +94,7 @@ def _three_bit_places(builder: Any, lines: list[Any]) -> Iterator[Any]:
 
 
 def _converted(builder: Any, lines: list[Any], c: int, bits: int) -> Any:
-    """Code c minus half its range, as float32 viewed as INTS; the low 16 bits are zero, so it is exact in bfloat16."""
+    """Code c minus half its range, as float32 viewed as INTS; the low 16 bits are zero, so bfloat16 holds it exactly."""
     word, shift = divmod(c * bits, 32)
     code = builder.lshr(lines[word], constant_vector(shift)) if shift else lines[word]
     if shift + bits > 32:
@@ -106,7 +106,7 @@ def _converted(builder: Any, lines: list[Any], c: int, bits: int) -> Any:
 def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
     """Add the product of a unit's codes and x to the total of LANES outputs.
 
-    total + (codes - 2 ** (bits - 1)) @ x     codes: (LANES, 32); x points to its 16 pairs
+    total + (codes - 2 ** (bits - 1)) @ x     codes: (LANES, 32); x points to 16 pairs of inputs
     """
     totals = [total, ir.Constant(FLOATS, None)]  # two independent sums hide the latency of the instruction
     for p, pair in enumerate(_pairs(builder, lines)):
@@ -116,7 +116,7 @@ def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
 
 
 def _order_unit_intrinsic(context, x, at, pairs, pairs_at, sums, bits_tuple):  # type: ignore[no-untyped-def]
-    """_order_unit(...): copy a unit's x in the order of the codes, and add it up in LANES partial sums.
+    """_order_unit(...): copy a unit's x in the order of the codes; add this x to LANES partial sums.
 
     unit = x[at : at + 32][code_order(bits)]
     pairs[pairs_at : pairs_at + 16] = unit viewed as pairs;  sums += unit.reshape(16, 2).sum(1)
@@ -200,7 +200,7 @@ _add_tile: Any = intrinsic(_add_tile_intrinsic)
 
 @compiled
 def prepare_row(x, row, pairs, to, x_sums, columns, bits_tuple):  # type: ignore[no-untyped-def]
-    """Write row `row` of x in the order of the codes to line `to` of pairs (lines, inputs / 2), and its groups' sums.
+    """Write row `row` of x in the order of the codes to line `to` of pairs (lines, inputs / 2); sum the row by groups.
 
     x_sums[to, group] = x[row, inputs of the group].sum()
     """

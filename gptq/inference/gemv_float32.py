@@ -2,8 +2,8 @@
 
 32 codes of an output fill `bits` words at any width (see `gptq.formats.packing`), and in `layout.Layout` the words of
 LANES outputs lie side by side, one output per vector lane. The 32 codes of a unit are unrolled: mask, convert,
-multiply-add. A code is not shifted down to bit 0. Left in place it is 2^shift times too large, so its input is scaled
-by 2^-shift beforehand, which is exact. Only codes that straddle two words or reach the sign bit are shifted.
+multiply-add. A code is not shifted down to bit 0. In its place in the word it is 2^shift times too large, so its input
+is scaled by 2^-shift beforehand, which is exact. Only codes that straddle two words or reach the sign bit are shifted.
 """
 
 from collections.abc import Iterator
@@ -100,7 +100,7 @@ def _write_unit_intrinsic(context, words, at, scale, zero, grid_at, weight, weig
 
 
 def _scale_unit_intrinsic(context, x, at, units, units_at, sums, bits_tuple):  # type: ignore[no-untyped-def]
-    """_scale_unit(...): scale a unit's x, and add it up in LANES partial sums.
+    """_scale_unit(...): write a unit's x, scaled, into `units`; add the unscaled x to LANES partial sums.
 
     units[units_at : units_at + 32] = x[at : at + 32] * prescale_factors(bits)
     sums += x[at : at + 32].reshape(-1, LANES).sum(0)
@@ -129,7 +129,7 @@ _scale_unit: Any = intrinsic(_scale_unit_intrinsic)
 
 @compiled
 def prepare_row(x, row, units, to, x_sums, columns, bits_tuple):  # type: ignore[no-untyped-def]
-    """Write row `row` of x, scaled, to line `to` of units (lines, inputs / 32, 32) float32, and its groups' sums.
+    """Write row `row` of x, scaled, to line `to` of units (lines, inputs / 32, 32) float32; sum the row by groups.
 
     x_sums[to, group] = x[row, inputs of the group].sum()
     """

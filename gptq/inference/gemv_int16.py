@@ -2,7 +2,7 @@
 
 One instruction (`simd.dot_int16_pairs`) multiplies pairs of 16-bit integers and adds up each pair: twice as many
 products as a float32 multiply-add of the same vector width. So a unit's 32 numbers of x are rounded to 16-bit integers
-with one scale per unit; the error of each is at most about 2^-16 of the largest (2^-15 for codes of 3 bits). Two codes
+with one scale per unit; a rounding error is at most about 2^-16 of the unit's largest number (2^-15 for 3-bit codes). Two codes
 in the halves of a word form a pair. They are not shifted down: masked in place they are 2^shift times too large.
 Products of the same shift are summed separately, and each sum is shifted once at the end of the unit, which is exact.
 """
@@ -38,7 +38,7 @@ from gptq.compute.simd import (
 )
 
 WIDTHS = 2, 3, 4, 8  # bits of the codes that the kernel supports
-SMALLEST_INPUT = 1e-30  # a unit whose largest |x| is not above this is treated as zero
+SMALLEST_INPUT = 1e-30  # a unit whose largest |x| does not exceed this number is treated as zero
 UNIT = 34  # int16 elements of a unit's x: 32 numbers, and their float32 scale in two elements
 
 

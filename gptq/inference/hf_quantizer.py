@@ -28,7 +28,7 @@ class PackedQuantizer(HfQuantizer):
         """Replace the model's quantized layers.
 
         Raises:
-            InputError: the checkpoint does not hold what its configuration says, or no file was given.
+            InputError: the checkpoint does not hold what its configuration says, or no checkpoint file was given.
         """
         if not checkpoint_files:
             raise InputError("a GPTQ checkpoint is loaded from its files, which say what is packed; none were given")

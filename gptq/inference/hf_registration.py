@@ -1,9 +1,9 @@
 """Register with transformers on `import gptq`, so that GPTQ checkpoints load with this package's packed layers.
 
-transformers delegates GPTQ checkpoints to optimum and gptqmodel. With both installed nothing changes. Otherwise the
-classes below replace the entries for the method "gptq" in its two tables (transformers/quantizers/auto.py), so that
-`from_pretrained`, `pipeline` and `save_pretrained` work. This module may run while transformers is being imported, so
-it imports nothing from it.
+transformers delegates GPTQ checkpoints to optimum and gptqmodel. If both are installed, nothing changes. Otherwise
+the classes below replace the entries for the method "gptq" in two tables of transformers (transformers/quantizers/auto.py),
+so that `from_pretrained`, `pipeline` and `save_pretrained` work. This module may run while transformers is being
+imported, so it imports nothing from transformers.
 """
 
 import importlib.machinery
@@ -14,11 +14,11 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
-TABLES = "transformers.quantizers.auto"  # the module with those tables
+TABLES = "transformers.quantizers.auto"  # the module of transformers that holds the two tables
 
 
 def register() -> None:
-    """Register now if transformers is imported already, otherwise as soon as it is."""
+    """Register now if transformers is imported already, otherwise when it is imported."""
     if TABLES in sys.modules:
         _replace_entries(sys.modules[TABLES])
     elif not any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
@@ -48,7 +48,7 @@ class _ImportHook(MetaPathFinder):
 
 
 def gptqmodel_is_installed() -> bool:
-    """Whether optimum and gptqmodel are installed, with which transformers loads GPTQ checkpoints."""
+    """Whether gptqmodel and optimum are installed: transformers then loads GPTQ checkpoints with them."""
     return all(importlib.util.find_spec(name) for name in ("optimum", "gptqmodel"))
 
 
@@ -59,7 +59,7 @@ def _replace_entries(tables: Any) -> None:
         return
 
     class GPTQConfig(their_config):  # type: ignore[misc,valid-type]
-        """transformers' class, but keeping all options of the file; the original drops those of single layers."""
+        """transformers' class, extended to keep all options of the file; the original drops options of single layers."""
 
         by_gptq = True
 

@@ -35,7 +35,7 @@ class Stored:
 class Layout:
     """A weight's words, scales and zeros, rearranged so that the compiled loops read them sequentially.
 
-    Outputs are split into strips of simd.TILE; the last may be narrower. The numbers of a strip are contiguous:
+    Outputs are split into strips of simd.TILE outputs; the last strip may be narrower. The numbers of a strip are contiguous:
 
         words           strip, unit of 32 inputs, vector of LANES outputs, word of the unit (`bits` words), output
         scale, zero     strip, group, output
@@ -46,17 +46,19 @@ class Layout:
     words: Tensor  # int32, flat
     scale: Tensor  # flat, float16 viewed as int16; float32 if a scale is not exact in float16
     zero: Tensor  # uint8, flat
-    perm: Tensor | None  # (inputs,) order of the inputs that makes groups contiguous; None if they are
+    perm: (
+        Tensor | None
+    )  # (inputs,) order of the inputs that makes groups contiguous; None if groups are contiguous already
     inputs: int  # padded to a multiple of 32
     bits: int
     columns: int  # inputs in a group
     outputs: int  # without padding
     padded_outputs: int  # a multiple of simd.WIDE
-    whole: bool  # the words are a permutation of the stored `qweight`, which can be made from them
+    whole: bool  # the words are a permutation of the stored `qweight`, from which `qweight` can be restored
 
     @classmethod
     def of(cls, stored: Stored) -> "Layout | None":
-        """Make the layout of a layer; None where no order of the inputs makes its groups equal runs."""
+        """Make the layout of a layer; None if no order of the inputs makes its groups contiguous and equally long."""
         from gptq.compute import simd
 
         scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
@@ -83,7 +85,7 @@ class Layout:
             padded = torch.nn.functional.pad(codes, padding)  # (padded_outputs, padded_inputs)
             words = pack(padded.T, scheme.bits)
             scale, zero = integers.scale.T, integers.zero.T
-        missing = (0, padded_outputs - outputs)  # pads both to (groups, padded_outputs)
+        missing = (0, padded_outputs - outputs)  # pads scale and zero to (groups, padded_outputs)
         scale, zero = (torch.nn.functional.pad(t, missing) for t in (_as_float16_bits(scale), zero))
         columns = padded_inputs if stored.columns == inputs else stored.columns
         words, scale, zero = _to_strips(words, scheme.bits), _to_strips(scale, 1), _to_strips(zero, 1)
@@ -117,13 +119,17 @@ class Layout:
 
 
 def _as_float16_bits(scale: Tensor) -> Tensor:
-    """Scales in the dtype of `Layout.scale`."""
+    """Return scales in the dtype of `Layout.scale`."""
     halves = scale.to(torch.float16)
     return halves.view(torch.int16) if torch.equal(halves.float(), scale.float()) else scale.float()
 
 
 def _to_strips(lines: Tensor, size: int) -> Tensor:
-    """Rearrange lines (units * size, outputs) to the order of `Layout`, (units * size * outputs,)."""
+    """Return stored lines in the order of `Layout`: strip by strip of outputs, flat.
+
+    Args:
+        lines: (units * size, outputs), `size` lines for each unit.
+    """
     from gptq.compute import simd
 
     strips = lines.unflatten(0, (-1, size)).split(simd.TILE, dim=-1)  # (units, size, outputs of a strip) each
@@ -131,5 +137,5 @@ def _to_strips(lines: Tensor, size: int) -> Tensor:
 
 
 def round_up(number: int, unit: int) -> int:
-    """The smallest multiple of `unit` that is at least `number`."""
+    """Return the smallest multiple of `unit` that is at least `number`."""
     return -(-number // unit) * unit

@@ -41,10 +41,10 @@ def load(
 
     Args:
         model: folder or Hub id.
-        device, dtype: as for `gptq.quantize`; dtype is that of activations and of unquantized layers.
+        device, dtype: as for `gptq.quantize`; dtype is the dtype of activations and of unquantized layers.
 
     Raises:
-        InputError: the checkpoint cannot be read; names the tensor or file.
+        InputError: the checkpoint cannot be read; the message names the tensor or file.
     """
     folder = resolve(str(model), revision)
     hf_config = read_config(folder, trust_remote_code)
@@ -75,7 +75,7 @@ def _load_plain(
     """Load an unquantized checkpoint with transformers.
 
     Raises:
-        InputError: it is an adapter, or does not hold every tensor that config.json describes.
+        InputError: the folder holds an adapter, or does not hold every tensor that config.json describes.
     """
     folder = source.folder
     if (folder / ADAPTER).is_file():  # transformers would download and load the model that it names
@@ -123,7 +123,7 @@ def _fill(opened: OpenModel, quantization: Quantization, device: torch.device, d
         layer, own = layers[stored[name]], stored[name]
         packed = {suffix: tensor.to(device) for suffix, tensor in read_packed(source, own, layer).items()}
         bias = linear._parameters.get("bias")
-        if bias is None and f"{own}.bias" in source.tensors:  # early GPTQ tools gave every layer one
+        if bias is None and f"{own}.bias" in source.tensors:  # early GPTQ tools gave every layer a bias
             bias = nn.Parameter(source.read(f"{own}.bias").to(device, dtype), requires_grad=False)
         replace_linear(network, name, packed, None if bias is None else bias.data, layer.scheme)
     network.tie_weights()

@@ -1,6 +1,6 @@
-"""x W^T for a packed W: the product that a layer is prepared with, and the kernels that it chooses from.
+"""Compute x W^T for a packed W: choose a kernel for a layer, and prepare the layout that the kernel reads.
 
-The contract: `Product.multiply(x)` is x W^T for x (..., inputs), exact up to rounding in x's dtype, or in 16-bit
+`Product.multiply(x)` is x W^T for x (..., inputs), exact up to rounding in x's dtype, or in 16-bit
 integers on CPUs that multiply these faster. `prepare` makes the layout that the kernels of a device read; None means to
 dequantize the weight and multiply, which always works. A kernel is compiled when it is first used.
 
@@ -28,8 +28,8 @@ from gptq.compute.cpu_features import has_amx, has_avx2, has_avx512_bf16, has_na
 from gptq.compute.threads import run_compiled, run_shares, shares_of
 from gptq.inference.layout import Layout, Stored, round_up
 
-FEW_ROWS = 4  # up to this many rows, decoding the codes again for each row is faster than writing the weight out
-FEW_INT16_ROWS = 16  # the same for x in 16-bit integers
+FEW_ROWS = 4  # up to this many rows, decoding the codes anew for each row is faster than dequantizing the weight
+FEW_INT16_ROWS = 16  # FEW_ROWS for x in 16-bit integers
 SHARE = 64  # each thread's number of outputs is a multiple of this
 DECODED = 2**22  # weights that are written out at a time, 16 MiB in float32
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))  # dtypes of activations
@@ -42,7 +42,7 @@ class Product(Protocol):
     def multiply(self, x: Tensor) -> Tensor: ...  # (..., inputs) -> (..., outputs), both in x's dtype
 
     def operands(self) -> Operands:
-        """Its tensors and sizes, for the operator of compiled models; the first size is the number of outputs."""
+        """Return the product's tensors and sizes, for the operator in compiled models; sizes[0] counts the outputs."""
 
 
 def prepare(stored: Stored) -> Product | None:
@@ -225,7 +225,7 @@ def _arrays(*tensors: Tensor) -> list[Any]:
 
 
 def _on_cpu(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None, sizes: list[int]) -> Tensor:
-    """`CpuProduct.multiply` as one operator, which a compiler does not look into; contiguous, as it is told."""
+    """`CpuProduct.multiply` as one operator, which a compiler does not look into; contiguous, as `_shape` announces."""
     return CpuProduct.of_operands(words, scale, zero, order, sizes).multiply(x).contiguous()
 
 

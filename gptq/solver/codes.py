@@ -1,4 +1,4 @@
-"""The integers of a weight, and the one way from them back to the weight."""
+"""`Codes`: a weight as integers with scales and zero points, and the computation of the weight from these."""
 
 from dataclasses import dataclass
 

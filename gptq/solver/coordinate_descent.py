@@ -23,11 +23,11 @@ MAX_SCALE_RATIO = 3.0  # largest factor by which one step may change a scale, up
 def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: int) -> SolvedLayer:
     """Sweep over all groups; in each group refit the scale, then choose the codes again.
 
-    A scale keeps its old value where the refitted one would not fit float16.
+    A scale keeps its old value if the refitted scale would not fit float16.
 
     Args:
         W: (rows, columns) float32 or float64, the weight to approximate.
-        factor: its damped Hessian measures the error. It is modified during the call and restored on exit.
+        factor: the factor whose damped Hessian measures the error. `factor.H` is modified during the call and restored on exit.
     """
     order = torch.argsort(solved.g_idx, stable=True)  # (columns,) each group contiguous
     H = factor.H if bool((order.diff() == 1).all()) else factor.H[order[:, None], order]
@@ -82,7 +82,7 @@ def _refit(u: Tensor, G: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, Tens
     best = scale + slope / curvature.where(curvature > 0, 1)
     ratio = best / scale
     within = (curvature > 0) & (ratio > 1 / MAX_SCALE_RATIO) & (ratio < MAX_SCALE_RATIO)
-    within &= best.abs() <= torch.finfo(grid.SCALE_DTYPE).max  # otherwise the old scale stays, which fits
+    within &= best.abs() <= torch.finfo(grid.SCALE_DTYPE).max  # otherwise the old scale stays, which fits float16
     moved = grid.round_scale(best.where(within, scale)) - scale
     gain = moved * (2 * slope - moved * curvature)  # decrease of the error, with the scale rounded to float16
     return moved.where(gain > 0, 0), Hu, gain.clamp(min=0).double()

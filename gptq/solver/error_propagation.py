@@ -23,19 +23,19 @@ CHUNK_ROWS = 1024  # rows of A that `divide_by_hessian` transforms at a time; bo
 
 
 def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
-    """W C H^-1 (rows, columns) with the damped H: the correction for a share of 1.
+    """Return W C H^-1 (rows, columns), with the damped Hessian H: the correction of W for a share of 1.
 
     If W has more rows than columns, it is cheaper to compute C H^-1 once by `divide_by_hessian`.
 
     Args:
         W: (rows, columns).
-        C: (columns, columns), the mean of d x^T.
+        C: (columns, columns), the mean of d x^T, d = x~ - x (see the module).
     """
     return divide_by_hessian(product(W, C), factor)
 
 
 def divide_by_hessian(A: Tensor, factor: Factor) -> Tensor:
-    """Replace A (rows, columns) by A H^-1 in place, with the damped H, by two triangular solves with its factor.
+    """Replace A (rows, columns) by A H^-1 in place, with the damped Hessian H, by two triangular solves.
 
     H = U D U^T, so A H^-1 = (U^-T D^-1 U^-1 A^T)^T. Solve by blocks: most of the work is matrix products. Inverting
     the triangular blocks on the diagonal loses no accuracy at a few hundred columns.
@@ -65,9 +65,10 @@ def divide_by_hessian(A: Tensor, factor: Factor) -> Tensor:
 
 
 def best_correction_share(power: float, agreement: float) -> float:
-    """The share in [0, 1] of a correction that minimizes the error, mean ||W d - share correction x||^2.
+    """Return the share in [0, 1] of a correction that minimizes the mean of ||W d - share correction x||^2.
 
     Args:
-        power, agreement: means of ||correction x||^2 and of (W d) . (correction x) over held-out tokens.
+        power: mean of ||correction x||^2 over held-out tokens; x is the input in the quantized model.
+        agreement: mean of (W d) . (correction x) over these tokens; x + d is the input in the original model.
     """
     return min(max(agreement / power, 0.0), 1.0) if power > 0 else 0.0

@@ -267,7 +267,7 @@ def _gram_panels(A: Tensor, B: Tensor, upper: bool) -> Iterator[tuple[int, Tenso
 
 
 def _gram_panel_function(A: Tensor, B: Tensor) -> Callable[[slice, int], Tensor]:
-    """Return the fastest function f(panel, start) = A[:, panel]^T B[:, start:]; as precise as `mean_output_power` says."""
+    """Return the fastest f(panel, start) = A[:, panel]^T B[:, start:]; as precise as `mean_output_power` says."""
     sample = A[:0].bfloat16()  # empty, to look up which kernel bfloat16 values of A's device and width would take
     if A.dtype != torch.float32 or not (_has_mixed_precision_mm(sample) or _has_bf16_kernel(sample)):
         return lambda panel, start: A[:, panel].T @ B[:, start:]  # `product` would copy these strides each time

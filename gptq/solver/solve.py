@@ -186,8 +186,8 @@ def fit_groups(
     """Fit the grids of all groups of W (rows, columns); scale and zero are (rows, groups). The last group may be short.
 
     Args:
-        importance: (columns,) search for the grid with the least squared error, weighted by these; None takes the
-            smallest grid that clips nothing.
+        importance: (columns,) weights of the squared error that the grid search minimizes; None takes the smallest grid
+            that clips nothing.
     """
     scale, zero = _fit(W.T.contiguous(), bits, group_size, sym, importance)
     return scale.T.contiguous(), zero.T.contiguous()
@@ -219,8 +219,9 @@ def _fit_equal_groups(w: Tensor, bits: int, sym: bool, importance: Tensor | None
 def _compensate_group(Wt: Tensor, E: Tensor, U: Tensor, group: slice) -> Tensor:
     """The weights of a group as Algorithm 1 has updated them when it reaches the group's first column, (group, rows).
 
-    They compensate E best while all columns from here on are free. W_g + P, with P = E U[:start, g], would compensate
-    it if each column moved alone, the others fixed at W; with all of them free the change is P U[g, g]^-1.
+    E (columns, rows) holds the errors of the columns before the group g. The result compensates E best while all columns
+    from the group on are free. If each column moved alone, with the others fixed at W, W_g + P would compensate E, with
+    P = E U[:start, g]; if all columns move, the change is P U[g, g]^-1.
     """
     P = product(U[: group.start, group].T, E[: group.start])  # (group, rows)
     free: Tensor = torch.linalg.solve_triangular(U[group, group].T, P, upper=False, unitriangular=True)
