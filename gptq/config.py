@@ -9,7 +9,7 @@ from gptq.errors import InputError
 
 Method = Literal["gptq", "rtn"]
 METHODS: tuple[Method, ...] = get_args(Method)
-EFFORTS: dict[str, dict[str, Any]] = {  # what each level sets an option to that is not given
+EFFORTS: dict[str, dict[str, Any]] = {  # for each level, the values of the options that are not given
     "fast": {"search": True, "desc_act": True, "sweeps": 1, "two_streams": False, "tune_steps": 0},
     "balanced": {"search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0},
     "best": {"search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200},
@@ -33,8 +33,8 @@ def _require(holds: bool, message: str) -> None:
 class Flag:
     """How the command line asks for a field of QuantConfig.
 
-    A field that is true or false by default has a flag without a value that says the opposite. A field that is None by
-    default, because `effort` decides, and that is not a number has a flag with a `--no-` form.
+    A boolean field with a default has one flag, which takes no value and sets the opposite of the default. If the
+    default is None (`effort` decides) and the field is not a number, there is a flag `--x` and a flag `--no-x`.
     """
 
     name: str
@@ -53,11 +53,12 @@ def option(
     choices: tuple[str, ...] | None = None,
     parse: Callable[[str], Any] | None = None,
 ) -> T:
-    """A field of QuantConfig with its default and its flag.
+    """Return a field of QuantConfig with its default and its flag.
 
     Args:
-        flag: its name without the dashes; that of the field if it is not given.
-        parse: by default the type of the default, int where that is None, for a flag with a metavar or choices.
+        flag: name of the flag without the dashes; by default the name of the field.
+        parse: converter of the flag's value, for a flag with a metavar or choices; by default the type of the field's
+            default, or int if that is None.
     """
     if parse is None and (metavar or choices):
         parse = {int: int, float: float}.get(type(default), int if default is None else str)
@@ -93,12 +94,12 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Override:
-    """Options of the layers in whose names `pattern`, a regular expression, is found; None leaves an option as it is.
+    """Options of the layers in whose names `pattern`, a regular expression, is found; options that are None stay.
 
     As text: `PATTERN:bits=8,group_size=32,sym=false`, or `PATTERN:skip` for layers that stay as they are.
 
     Raises:
-        InputError: the pattern or an option is not one.
+        InputError: the pattern is not a regular expression, or an option is not valid.
     """
 
     pattern: str
@@ -123,12 +124,12 @@ class Override:
         return f"{self.pattern}:{','.join(f'{name}={value}'.lower() for name, value in self.options().items())}"
 
     def options(self) -> dict[str, Any]:
-        """What is set, by name."""
+        """Return the options that are set, by name."""
         return {name: value for name, value in asdict(self).items() if name != "pattern" and value is not None}
 
     @classmethod
     def parse(cls, text: str) -> "Override":
-        """Raises InputError where `text` is not PATTERN:OPTIONS."""
+        """Parse PATTERN:OPTIONS; raises InputError if `text` is something else."""
         pattern, colon, options = text.rpartition(":")
         _require(bool(colon and pattern), f"override {text!r} is not PATTERN:OPTIONS, such as 'down_proj:bits=8'")
         values: dict[str, Any] = {}
@@ -175,13 +176,13 @@ class QuantConfig:
     """How a checkpoint is quantized.
 
     Args:
-        bits: width of a weight's code, 2 to 8; GPTQ files hold 2, 3, 4 or 8, pack-quantized ones all.
-        group_size: input columns that share one scale and zero point; -1 for one group per row. Where it does not
-            divide a layer's inputs, the last group is shorter.
+        bits: width of a weight's code, 2 to 8; GPTQ files hold 2, 3, 4 or 8 bits, pack-quantized files all widths.
+        group_size: input columns that share one scale and zero point; -1 for one group per row. If the group size does
+            not divide a layer's inputs, the last group is shorter.
         sym: symmetric grid, the zero point in the middle; otherwise each group has its own zero point.
-        effort: "fast", "balanced" or "best"; sets what of the next five is None.
+        effort: "fast", "balanced" or "best"; sets those of the next five options that are None.
         search: take for each group the best of many grids, weighted by the Hessian's diagonal; otherwise the smallest
-            that clips nothing.
+            grid that clips nothing.
         desc_act: quantize columns in descending order of the Hessian's diagonal ("act-order"). By default not with
             dynamic groups, where the file would need a group index at run time.
         sweeps: rounds of refitting scales and codes after the solve.
@@ -194,18 +195,18 @@ class QuantConfig:
             weights that carry the compensation so far, and groups follow the order in which columns are quantized.
         method: "gptq", or "rtn" for round-to-nearest on the same grid without calibration.
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean (0.01 is 1 %).
-        num_samples: calibration windows; "auto" doubles them from 16 until, in the first block, windows held out have
-            nearly the error of those the solver learned from.
-        seq_len: tokens per window; shortened to the model's limit where that is smaller.
+        num_samples: calibration windows; "auto" doubles them from 16 until, in the first block, the error on
+            held-out windows is nearly that on the windows that the solver learned from.
+        seq_len: tokens per window; shortened to the model's limit if the limit is smaller.
         seed: of the choice of calibration windows.
-        format: of the file: "gptq" (v1), "gptq_v2", or compressed-tensors' "pack-quantized"; "auto" is the one that
-            most engines take for the other options.
-        target_bits: choose width and group size of each layer so that a weight takes so many bits on the average, with
-            all that is stored, and the block outputs change least.
-        target_size: the same, so that the safetensors files take at most so many bytes.
-        lm_head: quantize the output head too. Where it shares its weight with the embedding, the two are untied: the
-            embedding stays, and the head gets codes of its own.
-        overrides: options of single layers (or pairs of a pattern and options); where several name a layer, the later
+        format: of the file: "gptq" (v1), "gptq_v2", or compressed-tensors' "pack-quantized"; "auto" is the
+            format that most engines read, given the other options.
+        target_bits: choose width and group size of each layer so that a weight takes at most this many bits on average,
+            scales and zero points included, and the block outputs change least.
+        target_size: like target_bits, but the safetensors files take at most this many bytes.
+        lm_head: quantize the output head too. If the head shares its weight with the embedding, the two are untied:
+            the embedding stays, and the head gets codes of its own.
+        overrides: options of single layers (or pairs of a pattern and options); if several name a layer, the last
             one wins. Layers that engines fuse into one (q/k/v, gate/up) always get the same options.
 
     Raises:

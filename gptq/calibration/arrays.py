@@ -13,7 +13,7 @@ from torch import Tensor
 from gptq.errors import InputError, first_line
 
 ARRAY_SUFFIXES = (".npz", ".safetensors")
-MAX_COMPRESSION = 100  # largest accepted ratio of a compressed file's unpacked size to its own
+MAX_COMPRESSION = 100  # largest accepted ratio of unpacked size to file size of a compressed file
 UNPACKED_ALLOWANCE = 2**28  # unpacked bytes, 256 MiB, that are accepted at any ratio
 Inputs = dict[str, Tensor]  # the arguments of the model's forward for one window, by name; (1, ...) each
 
@@ -41,7 +41,7 @@ def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
 
 
 def _load_arrays(file: Path) -> Mapping[str, Any]:
-    """The arrays of a file by name; raises InputError if it cannot be read."""
+    """Read the arrays of a file by name; raises InputError if the file cannot be read."""
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     try:
@@ -57,7 +57,7 @@ def _load_arrays(file: Path) -> Mapping[str, Any]:
 
 
 def _check_unpacked_size(file: Path) -> None:
-    """Raises InputError if the unpacked size is too large (a zip bomb), other errors if the file is no archive."""
+    """Raises InputError if the unpacked size is too large (a zip bomb), other errors if the file is not an archive."""
     with zipfile.ZipFile(file) as archive:
         size = sum(member.file_size for member in archive.infolist())
     if size > max(MAX_COMPRESSION * file.stat().st_size, UNPACKED_ALLOWANCE):

@@ -29,7 +29,7 @@ from gptq.errors import InputError, first_line
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-SMALL_SOURCE = 16_000_000  # characters up to which a source is tokenized whole; of a larger one only the rows drawn
+SMALL_SOURCE = 16_000_000  # characters; of a source with more, only the rows that are drawn are tokenized
 C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 
 
@@ -41,10 +41,11 @@ def load_dataset(*args: Any, **options: Any) -> Any:
 
 
 def documents(source: str, default_split: str, column: str = "text") -> Sequence[str]:
-    """The rows of text of a source, in order.
+    """Return the rows of text of a source, in order.
 
     Raises:
-        InputError: it does not exist, cannot be reached, or has no text; names the splits or columns there are.
+        InputError: the source does not exist, cannot be reached, or has no text; the message names its splits or
+            columns.
     """
     file, split = _local_path(source)
     if file is None:
@@ -100,7 +101,7 @@ def _hub_dataset(source: str, default_split: str) -> "Dataset":
 
 
 def _choose_split(loaded: Any, split: str, source: str) -> "Dataset":
-    """The named split, or the only one there is."""
+    """Return the named split, or the only split of the source."""
     splits = cast("DatasetDict", loaded)
     if split in splits:
         return splits[split]
@@ -111,7 +112,7 @@ def _choose_split(loaded: Any, split: str, source: str) -> "Dataset":
 
 
 def _text_column(rows: "Dataset", source: str, column: str) -> Sequence[str]:
-    """A column of strings, checked to be valid UTF-8."""
+    """Return a column of strings, checked to be valid UTF-8."""
     if column not in rows.column_names:
         raise InputError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
     kind = getattr(rows.features[column], "dtype", "no text")
@@ -119,13 +120,13 @@ def _text_column(rows: "Dataset", source: str, column: str) -> Sequence[str]:
         raise InputError(f"the column {column!r} of {source} holds {kind}, not strings")
     try:
         rows.data.column(column).validate(full=True)
-    except ValueError as error:  # reading does not check: pyarrow assumes valid UTF-8
+    except ValueError as error:  # invalid UTF-8 fails only here: pyarrow does not check it while reading
         raise InputError(f"the column {column!r} of {source} cannot be read: {first_line(error)}") from error
     return cast(Sequence[str], rows[column])
 
 
 def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The two special tokens around every text of an encoder (such as BERT's [CLS] and [SEP]); or an empty list."""
+    """Return the two special tokens around every text of an encoder (such as BERT's [CLS] and [SEP]); or []."""
     ends = _token_ids("", tokenizer, special_tokens=True)
     return ends if len(ends) == 2 else []
 
@@ -145,7 +146,7 @@ def draw_windows(
     `frame` of two tokens, every window begins with the first and ends with the second.
 
     Raises:
-        InputError: the text is too short; says how many tokens it has and how many are needed.
+        InputError: the text is too short; the message says how many tokens it has, and how many are needed.
     """
     draw = torch.Generator().manual_seed(seed)
     if frame:
@@ -193,7 +194,7 @@ def _draw_from_rows(
     draw: torch.Generator,
     special_tokens: bool,
 ) -> Tensor:
-    """Draw windows that start at random rows; no row is used twice, and too short a run of rows is dropped."""
+    """Draw windows that start at random rows. No row is used twice; rows that do not fill a window are dropped."""
     found: list[Tensor] = []
     used: set[int] = set()
     seen_tokens = 0
@@ -214,7 +215,7 @@ def _draw_from_rows(
 
 
 def _require_tokens(tokens: int, num_samples: int, seq_len: int, whole: int) -> None:
-    """Raises InputError if there are fewer than num_samples whole windows."""
+    """Raises InputError if there are fewer whole windows than num_samples."""
     if whole < num_samples:
         raise InputError(
             f"the calibration text has {tokens} tokens, enough for {whole} windows of {seq_len}; {num_samples} windows "
@@ -240,7 +241,7 @@ def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bo
 def evaluation_windows(
     rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, limit: int | None
 ) -> Tensor:
-    """Windows for perplexity as in the papers: the whole text in order, cut without overlap, (windows, seq_len).
+    """Return windows for perplexity as in the papers: the whole text in order, cut without overlap, (windows, seq_len).
 
     Raises:
         InputError: the text is shorter than one window.

@@ -27,7 +27,7 @@ def read_calibration(
     """Check the `calibration` argument of `gptq.quantize`, and read it if it is a file of arrays.
 
     Raises:
-        InputError: it is none of the accepted kinds, or cannot be read.
+        InputError: the argument is none of the accepted kinds, or cannot be read.
     """
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2 or calibration.dtype not in (torch.int64, torch.int32) or not calibration.numel():
@@ -73,7 +73,7 @@ def make_windows(
 
 
 def describe_calibration(given: Calibration) -> str:
-    """The source's name, or the kind and number of the given windows."""
+    """Return the source's name, or the kind and number of the given windows."""
     if isinstance(given, str):
         return given
     if isinstance(given, Tensor):
@@ -82,10 +82,10 @@ def describe_calibration(given: Calibration) -> str:
 
 
 def count_tokens(windows: list[Inputs]) -> int:
-    """Number of text tokens in the windows; 0 if they hold other inputs only."""
+    """Return the number of text tokens in the windows; 0 if the windows hold only other inputs."""
     return sum(x.numel() for inputs in windows for name, x in inputs.items() if name.endswith("input_ids"))
 
 
 def is_held_out(window: int, windows: int) -> bool:
-    """Whether the window with this index, of `windows`, is held out; with fewer than HELD_OUT_EVERY none is."""
+    """Whether window number `window` of `windows` is held out; none is if there are fewer than HELD_OUT_EVERY."""
     return windows >= HELD_OUT_EVERY and window % HELD_OUT_EVERY == HELD_OUT_EVERY - 1

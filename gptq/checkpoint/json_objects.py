@@ -1,7 +1,7 @@
-"""Objects of JSON files as typed values, with one sentence for the first field that is not what it may be.
+"""Read objects of JSON files into typed classes; an error names the first wrong field in one sentence.
 
-`JsonObject` is for files of our own: fields that it does not know are kept, and it is written again in the order in
-which it was read. `Options` is for what other tools write, where only some fields matter.
+`JsonObject` is for files that this package writes: unknown fields are kept, and an object is written again in the order
+in which it was read. `Options` is for files of other tools, of which only some fields matter.
 """
 
 from typing import Annotated, Any, TypeVar
@@ -39,13 +39,13 @@ def _require_printable(text: str) -> str:
     return text
 
 
-IfPresent = Annotated[T | None, BeforeValidator(_require_value)]  # None where the key is absent; null is refused
+IfPresent = Annotated[T | None, BeforeValidator(_require_value)]  # None if the key is absent; null is refused
 Count = Annotated[int, Field(ge=0, le=2**60)]
 Printable = Annotated[str, AfterValidator(_require_printable)]
 
 
 class JsonObject(BaseModel):
-    """An object of a file of our own. Absent keys stay absent when it is written, unknown ones are kept."""
+    """An object of a file that this package writes. Absent keys stay absent when written; unknown keys are kept."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
     _order: tuple[str, ...] = PrivateAttr(())
@@ -64,13 +64,13 @@ class JsonObject(BaseModel):
         return {key: content[key] for key in self._order if key in content} | content
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON's values."""
+        """Return the object as values that JSON can hold."""
         values: dict[str, Any] = self.model_dump(exclude_unset=True)
         return values
 
 
 class Options(BaseModel):
-    """An object of another tool's file, of which some fields matter; their descriptions say what they may be."""
+    """An object of another tool's file. Only fields that matter are declared; a field's description is its rule."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -80,10 +80,10 @@ Chosen = TypeVar("Chosen", bound=Options)
 
 
 def read_object(kind: type[Object], values: Any, where: str) -> Object:
-    """An object that a file of our own should hold.
+    """Return `values`, read from a file that this package writes, as an object of class `kind`.
 
     Raises:
-        InputError: it is none, lacks a field, or a field is something else; names it.
+        InputError: `values` is not such an object; the message names the first wrong or missing field.
     """
     try:
         return kind.model_validate(values)
@@ -92,10 +92,10 @@ def read_object(kind: type[Object], values: Any, where: str) -> Object:
 
 
 def read_options(kind: type[Chosen], values: Any, where: str) -> Chosen:
-    """The fields that matter of an object in another tool's file.
+    """Return the fields that matter of an object in another tool's file.
 
     Raises:
-        InputError: it is none, or a field is not what it may be; names it and says what it may be.
+        InputError: `values` is not an object, or a field is wrong; the message names the field and its rule.
     """
     try:
         return kind.model_validate(values)
@@ -103,7 +103,7 @@ def read_options(kind: type[Chosen], values: Any, where: str) -> Chosen:
         first = _first_of(error)
         if not isinstance(values, dict):
             raise InputError(f"{where} is {_quoted(values)}, not an object") from error
-        if not first["loc"]:  # of several fields together; the validator's own sentence
+        if not first["loc"]:  # a rule on several fields: the validator's own sentence
             raise InputError(f"{where} {first['ctx']['error']}") from error
         field = str(first["loc"][0])
         what = f"{field} {_quoted(values[field])}" if field in values else f"no {field}"

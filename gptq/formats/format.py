@@ -69,8 +69,8 @@ class FileFormat(ABC):
         """Return the tensors of `layout` that hold a layer's integers.
 
         Args:
-            allow_zero: write a zero point of 0 even if readers disagree about its stored value, so that a file that held
-                one can be written again.
+            allow_zero: write a zero point of 0 even if readers disagree about its stored value, so that a file that
+                held one can be written again.
         Raises:
             ValueError: the format cannot hold these integers.
         """
@@ -93,7 +93,7 @@ class FileFormat(ABC):
 
     @abstractmethod
     def stored_shape(self, source: Source, layer: str) -> tuple[int, int]:
-        """Return (outputs, inputs) of a layer whose tensors are all in the file, from the tensors that show these numbers.
+        """Return (outputs, inputs) of a layer whose tensors are all in the file, from tensors that show these numbers.
 
         Raises:
             InputError: those tensors are malformed.

@@ -7,10 +7,10 @@ For a linear layer P with `out` outputs and `in` inputs in groups of g it stores
     P.scales   (ceil(in / g), out)                    float16
     P.g_idx    (in,)                                  int32    group of each input
 
-If the group size does not divide the number of inputs, the last group is short; if the codes do not fill the last word,
-its remaining bits are zero. The `quantization_config`, in config.json and again in quantize_config.json, gives one scheme
-for all layers and `dynamic` rules for exceptions: regular expressions that readers match from the start of a layer's
-name, the first match wins, and `-:` in front means "not quantized".
+If the group size does not divide the number of inputs, the last group is short. If the codes do not fill the last
+word, its remaining bits are zero. The `quantization_config`, in config.json and again in quantize_config.json, gives
+one scheme for all layers and `dynamic` rules for exceptions: regular expressions that readers match from the start of a
+layer's name, the first match wins, and `-:` in front means "not quantized".
 """
 
 import re

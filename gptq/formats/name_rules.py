@@ -65,7 +65,7 @@ def check_expression(where: str | Path, pattern: str) -> None:
 
 
 def name_patterns(chosen: Collection[str], layers: Collection[str]) -> list[str]:
-    """Return regular expressions that match the chosen ones of `layers`, and the names of their fused layers in engines.
+    """Return regular expressions that match the chosen ones of `layers`, and the names of the layers fused from them.
 
     The outermost module's name is left open, because checkpoints and engines use different names, unless this name
     tells chosen layers from other layers (those of an encoder from those of a decoder).

@@ -1,4 +1,4 @@
-"""The packed layers of a checkpoint, whichever tool wrote it: found, checked against its configuration, and read."""
+"""Find and read the packed layers of a checkpoint from any tool, and check them against its configuration."""
 
 from dataclasses import dataclass
 
@@ -119,10 +119,10 @@ def _check_symmetric(zero: Tensor, scheme: Scheme, where: str) -> None:
 def match_layers(
     network: PreTrainedModel, names: Names, source: Source, layers: dict[str, PackedLayer]
 ) -> dict[str, str]:
-    """Stored names of packed layers by the names of the model's linear layers.
+    """Map the names of a model's linear layers to the stored names of the packed layers that replace them.
 
     Raises:
-        InputError: a packed layer has no linear layer in the model, or one of another shape.
+        InputError: the model has no linear layer for a packed layer, or a linear layer of another shape.
     """
     stored: dict[str, str] = {}
     for name, module in network.named_modules():

@@ -1,7 +1,7 @@
 """Integer codes <-> int32 words: one dense little-endian bit stream down every column, code i at bit i * bits.
 
-Thirty-two codes of any width fill exactly `bits` words, so that is the unit; a code may straddle two words. For
-3 bits this is GPTQ's 32-codes-in-3-words layout, for 2, 4 and 8 bits its plain one.
+The unit is 32 codes: at any width they fill exactly `bits` words. A code may straddle two words. For 3 bits this is
+GPTQ's layout of 32 codes in 3 words; for 2, 4 and 8 bits it is GPTQ's layout without straddling codes.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def num_words(num_codes: int, bits: int) -> int:
-    """int32 words that `num_codes` codes need; the last may be partly empty."""
+    """Return the number of int32 words that `num_codes` codes need; the last word may be partly empty."""
     return -(-num_codes * bits // 32)
 
 

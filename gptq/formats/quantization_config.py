@@ -1,4 +1,4 @@
-"""`quantization_config`: what a checkpoint says of how its layers are stored, found in its folder and read."""
+"""Find and read a checkpoint's `quantization_config`, which says how its layers are stored."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +13,9 @@ from gptq.formats.name_rules import Quantization
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The `quantization_config` of a checkpoint folder as it stands there, or None if it is not quantized.
+    """Return the `quantization_config` of a checkpoint folder as stored; None if the checkpoint is not quantized.
 
-    It is in config.json; AutoGPTQ used to write quantize_config.json only, and where both are there they have to agree.
+    It is in config.json. AutoGPTQ used to write only quantize_config.json; if both files exist, they have to agree.
 
     Raises:
         InputError: a file cannot be read, or they differ in what decides how tensors are read.
@@ -34,10 +34,10 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
 
 
 def read_quantization(where: str | Path, quantization: Mapping[str, Any]) -> Quantization:
-    """What a `quantization_config`, found in the file or folder `where`, says.
+    """Return what a `quantization_config`, found in the file or folder `where`, says.
 
     Raises:
-        InputError: it is of another format, or lacks a value, or contradicts itself.
+        InputError: the `quantization_config` is of another format, lacks a value, or contradicts itself.
     """
     method = quantization.get("quant_method", ASSUMED)
     for known in formats.FORMATS.values():

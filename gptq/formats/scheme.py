@@ -1,4 +1,4 @@
-"""How a layer's weight is stored: its scheme, and what a model's linear layers are stored as together."""
+"""How a layer's weight is stored (`Scheme`), and how all linear layers of a model are stored (`Linears`)."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -18,14 +18,14 @@ class Scheme:
     sym: bool
     format: Format = "gptq"
     scattered: bool = False  # groups are not runs of columns, so that g_idx has to be used
-    by_gptqmodel: bool = False  # v1 with GPTQModel's own way of taking 1 off, which keeps a zero point of 0
+    by_gptqmodel: bool = False  # GPTQ v1 with 1 subtracted as GPTQModel does, which keeps a zero point of 0
 
     def columns(self, inputs: int) -> int:
-        """Columns per group of a layer with so many inputs."""
+        """Return the columns per group of a layer with this many inputs."""
         return inputs if self.group_size == -1 else min(self.group_size, inputs)
 
     def groups(self, inputs: int) -> int:
-        """Groups per row of a layer with so many inputs; the last one may be short."""
+        """Return the groups per row of a layer with this many inputs; the last group may be short."""
         return -(-inputs // self.columns(inputs))
 
 
@@ -34,12 +34,11 @@ Layers = Mapping[str, tuple[Scheme, int]]  # scheme and inputs of quantized laye
 
 @dataclass(frozen=True)
 class Linears:
-    """A model's linear layers by their names in the checkpoint: the quantized ones, those of the same blocks that are
-    kept as they are, and all others of the model."""
+    """A model's linear layers, by their names in the checkpoint."""
 
-    layers: Layers
-    kept: Collection[str]
-    others: Collection[str]
+    layers: Layers  # the quantized layers
+    kept: Collection[str]  # layers inside the blocks that are not quantized
+    others: Collection[str]  # layers outside the blocks
 
 
 def contiguous_groups(scheme: Scheme, inputs: int) -> Tensor:
@@ -48,7 +47,7 @@ def contiguous_groups(scheme: Scheme, inputs: int) -> Tensor:
 
 
 def normalized_scheme(scheme: Scheme, inputs: int) -> Scheme:
-    """Return the scheme with group size -1 if a group is a whole row: schemes that store a layer alike are then equal."""
+    """Return the scheme with group size -1 if a group is a whole row, so that equal storage means equal schemes."""
     return scheme if scheme.columns(inputs) < inputs else replace(scheme, group_size=-1, scattered=False)
 
 

@@ -1,8 +1,8 @@
 """Compiled GEMV on packed words: x W^T for few rows of x, without writing the weight to memory.
 
 The loop works on units: 32 consecutive inputs of LANES outputs, one output per vector lane. A unit's codes are
-multiplied by 32 numbers of x in the arithmetic that the CPU computes fastest. Each kind of kernel stores x in a type of its
-own, and numba selects the kernel by that type:
+multiplied by 32 numbers of x in the arithmetic that the CPU computes fastest. Each kind of kernel stores x in a type of
+its own, and numba selects the kernel by that type:
 
     bfloat16  two bfloat16 numbers in 32 bits (`gptq.inference.gemv_bfloat16`)
     int16     16-bit integers with one scale per unit (`gptq.inference.gemv_int16`)
@@ -65,7 +65,8 @@ def _add_unit_intrinsic(context, words, at, x, x_at, sums, sums_at, bits_tuple):
 
         sums[sums_at + i] += codes[i] @ x_unit     codes: (LANES, 32), from words[at] on; x_unit: from x[x_at] on
 
-    `bits_tuple` is a tuple of `bits` numbers; its length is part of its type, so numba compiles a loop for each number of bits.
+    `bits_tuple` is a tuple of `bits` numbers; its length is part of its type, so numba compiles a loop for each number
+    of bits.
     """
     add_unit = ADD_UNIT[x.dtype]
 
@@ -143,9 +144,9 @@ def multiply(  # type: ignore[no-untyped-def]
 def worker(kind: str, bits: int, halves: bool) -> Any:
     """Compile `multiply` as a C function for `threads.run_compiled`; threads take shares of outputs until none is left.
 
-    The argument table of the C function: 0 (the shared counter), outputs in a share, rows, inputs, outputs, groups, columns of a group,
-    and the addresses of words, x (rows, inputs), scale, zero and y (rows, outputs). x and y are bfloat16 for the kind
-    bfloat16, otherwise float32. Scales are float16 if `halves`, otherwise float32.
+    The argument table of the C function: 0 (the shared counter), outputs in a share, rows, inputs, outputs, groups,
+    columns of a group, and the addresses of words, x (rows, inputs), scale, zero and y (rows, outputs). x and y are
+    bfloat16 for the kind bfloat16, otherwise float32. Scales are float16 if `halves`, otherwise float32.
     """
     of_x, unit_type, size = KINDS[kind].number, KINDS[kind].unit, KINDS[kind].size
     bits_tuple = (SOURCE_DIGEST,) * bits  # captured by `work`, so that it is compiled again when any source changes

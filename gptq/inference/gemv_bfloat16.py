@@ -94,7 +94,7 @@ def _three_bit_places(builder: Any, lines: list[Any]) -> Iterator[Any]:
 
 
 def _converted(builder: Any, lines: list[Any], c: int, bits: int) -> Any:
-    """Code c minus half its range, as float32 viewed as INTS; the low 16 bits are zero, so bfloat16 holds it exactly."""
+    """Code c minus half its range, as float32 viewed as INTS; the low 16 bits are zero: bfloat16 holds it exactly."""
     word, shift = divmod(c * bits, 32)
     code = builder.lshr(lines[word], constant_vector(shift)) if shift else lines[word]
     if shift + bits > 32:
@@ -200,7 +200,7 @@ _add_tile: Any = intrinsic(_add_tile_intrinsic)
 
 @compiled
 def prepare_row(x, row, pairs, to, x_sums, columns, bits_tuple):  # type: ignore[no-untyped-def]
-    """Write row `row` of x in the order of the codes to line `to` of pairs (lines, inputs / 2); sum the row by groups.
+    """Write row `row` of x in the order of the codes to line `to` of pairs (lines, inputs / 2); sum the row by group.
 
     x_sums[to, group] = x[row, inputs of the group].sum()
     """

@@ -2,9 +2,10 @@
 
 One instruction (`simd.dot_int16_pairs`) multiplies pairs of 16-bit integers and adds up each pair: twice as many
 products as a float32 multiply-add of the same vector width. So a unit's 32 numbers of x are rounded to 16-bit integers
-with one scale per unit; a rounding error is at most about 2^-16 of the unit's largest number (2^-15 for 3-bit codes). Two codes
-in the halves of a word form a pair. They are not shifted down: masked in place they are 2^shift times too large.
-Products of the same shift are summed separately, and each sum is shifted once at the end of the unit, which is exact.
+with one scale per unit; a rounding error is at most about 2^-16 of the unit's largest number (2^-15 for 3-bit codes).
+Two codes in the halves of a word form a pair. They are not shifted down: masked in place they are 2^shift times too
+large. Products of the same shift are summed separately, and each sum is shifted once at the end of the unit, which is
+exact.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,9 @@
 """Register with transformers on `import gptq`, so that GPTQ checkpoints load with this package's packed layers.
 
 transformers delegates GPTQ checkpoints to optimum and gptqmodel. If both are installed, nothing changes. Otherwise
-the classes below replace the entries for the method "gptq" in two tables of transformers (transformers/quantizers/auto.py),
-so that `from_pretrained`, `pipeline` and `save_pretrained` work. This module may run while transformers is being
-imported, so it imports nothing from transformers.
+the classes below replace the entries for the method "gptq" in two tables (transformers/quantizers/auto.py), so that
+`from_pretrained`, `pipeline` and `save_pretrained` work. This module may run while transformers is being imported, so
+it imports nothing from transformers.
 """
 
 import importlib.machinery
@@ -59,7 +59,7 @@ def _replace_entries(tables: Any) -> None:
         return
 
     class GPTQConfig(their_config):  # type: ignore[misc,valid-type]
-        """transformers' class, extended to keep all options of the file; the original drops options of single layers."""
+        """transformers' class, extended to keep all options of the file; the original drops those of single layers."""
 
         by_gptq = True
 

@@ -35,7 +35,8 @@ class Stored:
 class Layout:
     """A weight's words, scales and zeros, rearranged so that the compiled loops read them sequentially.
 
-    Outputs are split into strips of simd.TILE outputs; the last strip may be narrower. The numbers of a strip are contiguous:
+    Outputs are split into strips of simd.TILE outputs; the last strip may be narrower. The numbers of a strip are
+    contiguous:
 
         words           strip, unit of 32 inputs, vector of LANES outputs, word of the unit (`bits` words), output
         scale, zero     strip, group, output
@@ -46,9 +47,7 @@ class Layout:
     words: Tensor  # int32, flat
     scale: Tensor  # flat, float16 viewed as int16; float32 if a scale is not exact in float16
     zero: Tensor  # uint8, flat
-    perm: (
-        Tensor | None
-    )  # (inputs,) order of the inputs that makes groups contiguous; None if groups are contiguous already
+    perm: Tensor | None  # (inputs,) order of inputs that makes groups contiguous; None: they are already
     inputs: int  # padded to a multiple of 32
     bits: int
     columns: int  # inputs in a group

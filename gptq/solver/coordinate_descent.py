@@ -27,7 +27,8 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, bits: int, sweeps: in
 
     Args:
         W: (rows, columns) float32 or float64, the weight to approximate.
-        factor: the factor whose damped Hessian measures the error. `factor.H` is modified during the call and restored on exit.
+        factor: factor of the damped Hessian that measures the error. `factor.H` is modified during the call and
+            restored on exit.
     """
     order = torch.argsort(solved.g_idx, stable=True)  # (columns,) each group contiguous
     H = factor.H if bool((order.diff() == 1).all()) else factor.H[order[:, None], order]

@@ -219,7 +219,7 @@ def _fit_equal_groups(w: Tensor, bits: int, sym: bool, importance: Tensor | None
 def _compensate_group(Wt: Tensor, E: Tensor, U: Tensor, group: slice) -> Tensor:
     """The weights of a group as Algorithm 1 has updated them when it reaches the group's first column, (group, rows).
 
-    E (columns, rows) holds the errors of the columns before the group g. The result compensates E best while all columns
+    E (columns, rows) holds the errors of columns before the group g. The result compensates E best while all columns
     from the group on are free. If each column moved alone, with the others fixed at W, W_g + P would compensate E, with
     P = E U[:start, g]; if all columns move, the change is P U[g, g]^-1.
     """
