@@ -1,5 +1,6 @@
 """Options are checked when they are made, and survive JSON."""
 
+import inspect
 import json
 import re
 from dataclasses import fields
@@ -32,8 +33,8 @@ def test_an_option_out_of_range_is_named_with_its_value(option: str, value: Any)
 
 
 def test_every_option_is_explained_and_has_a_flag_that_sets_it() -> None:
-    arguments = (QuantConfig.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
-    explained = re.findall(r"^ {8}(\w+): ", arguments, re.MULTILINE)
+    arguments = (inspect.getdoc(QuantConfig) or "").partition("Args:")[2].partition("Raises:")[0]
+    explained = re.findall(r"^ {4}(\w+): ", arguments, re.MULTILINE)
     assert explained == [one.name for one in fields(QuantConfig)] == [*flags()]
     given = {"sym": False, "search": True, "desc_act": True, "two_streams": True, "static_groups": False,
              "lm_head": True}  # fmt: skip
