@@ -17,6 +17,6 @@ def printable(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a library's error message, or of its cause's if it has one; at most 200 characters."""
-    cause = error.__cause__ or error  # datasets wraps the actual error in an uninformative one
+    """Return the first line of a library's error message, or of the message of its cause; at most 200 characters."""
+    cause = error.__cause__ or error  # datasets wraps the actual error in one without information
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]

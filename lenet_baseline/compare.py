@@ -20,7 +20,7 @@ from lenet_baseline.model import LAYERS, Bias, LeNet, write_atomically
 from lenet_baseline.train import accuracy, logits, train_or_reuse
 from lenet_baseline.weight_only import BITS, METHODS, quantize_model
 
-VERSION = 1  # of the format of results.json
+VERSION = 1  # version of the format of results.json
 RESULTS = "results.json"
 CALIBRATION_IMAGES = 1024  # training images that set the ranges of activations and GPTQ's Hessians
 CONFIDENCE_LEVEL = 0.95
@@ -64,7 +64,7 @@ def read_results(out: Path) -> Json:
     """Read the results that an earlier `compare` wrote to a folder.
 
     Raises:
-        InputError: the file is missing, is not such a file, or has another version.
+        InputError: the file is missing, does not hold results, or has another version.
     """
     path = out / RESULTS
     try:
@@ -116,7 +116,7 @@ def _int8(net: IntegerLeNet, data: Data, per_channel: bool) -> Json:
 
 
 def _distributions(model: LeNet, activations: Activations) -> Json:
-    """Histograms and ranges of weights, layer inputs and layer outputs, by layer."""
+    """Compute histograms and ranges of weights, layer inputs and layer outputs, by layer."""
     return {
         "weights": {name: _distribution(model.weight(name)) for name in LAYERS},
         "inputs": {name: _distribution(activations.inputs[name]) for name in LAYERS},
@@ -140,7 +140,7 @@ def _distribution(values: Tensor) -> Json:
 
 
 def summarize(runs: list[Json]) -> Json:
-    """Mean accuracies and paired differences with 95 % confidence intervals over the seeds."""
+    """Return mean accuracies and paired differences with 95 % confidence intervals over the seeds."""
     base = [run["float"] for run in runs]
     int8 = [
         {"rule": row["rule"], "scales": row["scales"], **interval(column), "minus_float": difference(column, base)}

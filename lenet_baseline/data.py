@@ -68,7 +68,8 @@ def load(source: str = DIGITS) -> Data:
     """Load `digits`, or a folder or Hub data set like uoft-cs/cifar10: splits train and test, columns img and label.
 
     Raises:
-        InputError: it cannot be read, lacks a split or a column, or has an image of another shape or an invalid label.
+        InputError: the data set cannot be read, lacks a split or a column, or has an image of another shape or an
+            invalid label.
     """
     if source == DIGITS:
         return _digits()

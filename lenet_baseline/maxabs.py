@@ -1,7 +1,7 @@
 """Max-abs quantization of weights, activations and biases: one function for each formula of the int8 baseline.
 
-A scale n multiplies: integer = round(n * real). With n_input the scale of the image, n_weight and n_output those of a
-layer, the integers that leave layer k carry the cumulative scale
+A scale n multiplies: integer = round(n * real). n_input is the scale of the image, n_weight and n_output are the scales
+of a layer. The integers that leave layer k carry the cumulative scale
 
     S_k = n_input * product over layers i <= k of (n_weight_i * n_output_i),        integer = S_k * real
 
@@ -41,7 +41,7 @@ def largest_magnitude(values: Tensor, rule: Rule = "max-abs", per_channel: bool 
     """The absolute value that maps to the largest integer, () or (channels,) float64; larger values are clamped.
 
     max-abs: max|v|. 3-sigma: the end of mean -+ 3 std farther from 0, at most max|v|. percentile: the 99.9th percentile
-    of |v|, or max|v| where that is 0.
+    of |v|, or max|v| if that percentile is 0.
     """
     rows = values.double().reshape(values.shape[0] if per_channel else 1, -1)  # (channels or 1, n)
     whole = rows.abs().amax(1)
@@ -56,7 +56,7 @@ def largest_magnitude(values: Tensor, rule: Rule = "max-abs", per_channel: bool 
 
 
 def scale_for(span: Tensor, bits: int = 8) -> Tensor:
-    """(2^(bits-1) - 1) / span; 1.0 where the span is 0."""
+    """Return (2^(bits-1) - 1) / span, the scale that maps `span` to the largest integer; 1.0 if the span is 0."""
     return torch.where(span > 0, (2 ** (bits - 1) - 1) / span, 1.0)
 
 

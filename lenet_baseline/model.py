@@ -172,7 +172,7 @@ def load(path: Path) -> LeNet:
     """Load a float model.
 
     Raises:
-        InputError: the file is missing, corrupt, or not a float LeNet; names the tensor.
+        InputError: the file is missing, corrupt, or not a float LeNet; the message names the tensor.
     """
     tensors, _ = read(path)
     biased = tuple(name for name in LAYERS if f"{name}.bias" in tensors)

@@ -50,7 +50,7 @@ def train_or_reuse(out: Path, data: Data, bias: Bias, seed: int, epochs: int) ->
     """Load the model from OUT/models; train it first if the file does not exist.
 
     Raises:
-        InputError: the file is not such a model.
+        InputError: the file does not hold a float LeNet.
     """
     path = model_path(out, data, bias, seed, epochs)
     if not path.exists():
@@ -67,5 +67,5 @@ def logits(forward: Callable[[Tensor], Tensor], images: Images) -> Tensor:
 
 
 def accuracy(scores: Tensor, images: Images) -> float:
-    """The fraction of images whose largest logit is that of their label; of equal logits the first class counts."""
+    """The fraction of images whose largest logit belongs to their label; among equal logits the first class counts."""
     return float((scores.argmax(1) == images.labels).double().mean())

@@ -1,6 +1,6 @@
-"""Write an output folder atomically: it gets its name OUT only when all its bytes are on disk.
+"""Write an output folder atomically: the folder gets its name OUT only when all its bytes are on disk.
 
-Until then its files are in OUT.partial/checkpoint. OUT.partial also holds what a later run needs to resume (see
+Until then the files are in OUT.partial/checkpoint. OUT.partial also holds what a later run needs to resume (see
 `gptq.pipeline.journal`).
 """
 
@@ -28,7 +28,7 @@ class PartialFolder:
     """
 
     root: Path
-    content: Path  # is renamed to OUT
+    content: Path  # subfolder that is renamed to OUT
     describe_kept: Callable[[], str] = str  # str() is empty
 
     def clear(self) -> None:
@@ -45,7 +45,7 @@ class PartialFolder:
                 file.unlink()
 
     def require_disk_space(self, needed_bytes: int) -> None:
-        """Raises InputError if the free disk space and the space of `content` together are less than that."""
+        """Raises InputError if the free disk space and the space of `content` together are less than `needed_bytes`."""
         here = sum(512 * file.stat().st_blocks for file in self.content.iterdir())  # shards are sparse files
         free = shutil.disk_usage(self.root).free
         if free < needed_bytes - here:
@@ -54,7 +54,7 @@ class PartialFolder:
 
 
 def partial_folder_of(out: Path) -> PartialFolder:
-    """The working folder for `out`, which may not exist yet; does not lock it."""
+    """The working folder for `out`, which may not exist yet; the folder is not locked."""
     root = out.resolve().with_name(out.name + ".partial")
     return PartialFolder(root, root / CONTENT)
 

@@ -1,4 +1,4 @@
-"""Download models from the Hub and upload checkpoint folders, through huggingface_hub, which finds the token itself."""
+"""Download models from the Hub and upload checkpoint folders, through huggingface_hub, which finds the access token."""
 
 from pathlib import Path
 
@@ -57,10 +57,10 @@ def _reason(error: Exception) -> str:
 
 
 def resolve(model: str, revision: str | None) -> Path:
-    """A local checkpoint folder, or the local copy of a Hub repository (safetensors, configuration and tokenizer only).
+    """Return a local checkpoint folder, or a local copy of a Hub repository (safetensors, configuration and tokenizer).
 
     Raises:
-        InputError: neither exists, or the folder fails `check_folder`.
+        InputError: there is no such folder and no such repository, or the folder fails `check_folder`.
     """
     from huggingface_hub import snapshot_download  # slow to import; a local folder does not need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -14,7 +14,7 @@ from gptq.checkpoint.reader import Source
 class ReadAhead:
     """Reads tensors in a background thread, so that the system's page cache holds them when they are needed.
 
-    It holds no memory itself; the system evicts pages of the cache under memory pressure.
+    The object holds no tensors; the system evicts pages of the cache under memory pressure.
     """
 
     def __init__(self, source: Source) -> None:
@@ -61,8 +61,8 @@ class ReadAhead:
 class CopyAhead:
     """Reads tensors in a background thread and copies them to a GPU on its own CUDA stream, in their stored dtype.
 
-    It holds the tensors of the last two calls of `start` until they are taken, because those of the earlier call may
-    still be needed when the later one starts.
+    The tensors of the last two calls of `start` are held until they are taken, because the tensors of the earlier call
+    may still be needed when the later call starts.
     """
 
     def __init__(self, source: Source, device: torch.device) -> None:
@@ -77,16 +77,16 @@ class CopyAhead:
         self._next: dict[str, Future[tuple[Tensor, torch.cuda.Event | None]]] = {}
 
     def start(self, names: list[str]) -> None:
-        """Queue these tensors behind those of the last call; drop those of the call before it."""
+        """Queue these tensors behind the tensors of the last call; drop the tensors of the call before the last."""
         for forgotten in self._last.values():
             forgotten.cancel()
         self._last, self._next = self._next, {name: self._thread.submit(self._fetch, name) for name in names}
 
     def take(self, name: str) -> Tensor | None:
-        """The tensor on the GPU, owned by the caller; None if it was not prefetched, or memory was short.
+        """Return a tensor on the GPU, owned by the caller; None if it was not prefetched, or GPU memory was short.
 
         Raises:
-            InputError: it holds NaN or infinity.
+            InputError: the tensor holds NaN or infinity.
         """
         coming = self._last.pop(name, None) or self._next.pop(name, None)
         if coming is None:

@@ -27,7 +27,7 @@ class Source:
         """Open `folder` and check every header.
 
         Raises:
-            InputError: there is no safetensors checkpoint, or it is damaged; says which file.
+            InputError: there is no safetensors checkpoint, or a file is damaged; the message names the file.
         """
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
@@ -48,16 +48,16 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all files, headers included."""
+        """Return the bytes of all files, headers included."""
         return sum(file.stat().st_size for file in set(self._file_of.values()))
 
     def byte_range(self, name: str) -> tuple[int, int]:
-        """The offsets in its file at which a tensor's bytes begin and end."""
+        """Return the offsets at which a tensor's bytes begin and end in its file."""
         file = self._file_of[name]
         if file not in self._headers:
             with file.open("rb") as opened:
@@ -75,15 +75,15 @@ class Source:
         return self._file_of[name]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Copy the tensor to memory, in its stored dtype; floating-point tensors in `dtype` if given.
+        """Copy the tensor to memory, in its stored dtype, or a floating-point tensor in `dtype` if given.
 
         Raises:
-            InputError: it holds NaN or infinity.
+            InputError: the tensor holds NaN or infinity.
         """
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=(stored.dtype.is_floating_point and dtype) or stored.dtype)
         for rows in self._row_chunks(stored):
-            # Closing the file after each run unmaps it, so that its pages do not add to resident memory.
+            # Closing the file after each chunk unmaps it, so that its pages do not add to resident memory.
             with safe_open(self._file_of[name], framework="pt") as file:
                 piece: Tensor = file.get_slice(name)[rows] if rows else file.get_tensor(name)
                 if stored.dtype.is_floating_point and not _is_finite(piece):
@@ -94,7 +94,7 @@ class Source:
         return tensor
 
     def _row_chunks(self, stored: TensorInfo) -> list[tuple[slice, ...]]:
-        """Indices of runs of rows of about CHUNK_BYTES; a scalar or small tensor is one run."""
+        """Return indices of chunks of rows of about CHUNK_BYTES each; a scalar or small tensor is one chunk."""
         if stored.nbytes <= CHUNK_BYTES or not stored.shape:
             return [()]
         step = max(1, CHUNK_BYTES * stored.shape[0] // stored.nbytes)
@@ -108,7 +108,7 @@ class Source:
 
 
 def _is_finite(piece: Tensor) -> bool:
-    """Whether no number is NaN or infinite, by the smallest and largest alone."""
+    """Whether no number is NaN or infinite; looks only at the smallest and the largest."""
     if not piece.numel():
         return True
     ends = (piece if piece.dtype.itemsize > 1 else piece.float()).aminmax()  # NaN if any number is NaN
@@ -116,7 +116,7 @@ def _is_finite(piece: Tensor) -> bool:
 
 
 def _find_shards(folder: Path) -> tuple[set[str], list[Path]]:
-    """The tensor names that the index lists (none for a single file), and the safetensors files of the folder."""
+    """Return the tensor names in the index (none for a single file), and the safetensors files of the folder."""
     if (folder / SINGLE).is_file():  # takes precedence over an index, as in transformers
         return set(), [folder / SINGLE]
     index = folder / INDEX
@@ -142,7 +142,7 @@ def _find_shards(folder: Path) -> tuple[set[str], list[Path]]:
 
 
 def readable_tensors(folder: Path) -> set[str]:
-    """Names of the tensors in all undamaged safetensors files of a folder; an index is ignored."""
+    """Return the names of the tensors in all undamaged safetensors files of a folder; an index is ignored."""
     names: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with suppress(InputError):
@@ -151,10 +151,10 @@ def readable_tensors(folder: Path) -> set[str]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """The folder's index: the file name of the shard of each tensor.
+    """Read the folder's index: the file name of the shard of each tensor.
 
     Raises:
-        InputError: it is not an index, or a shard is not a safetensors file name in the same folder.
+        InputError: the file is not an index, or names a shard that is not a safetensors file in the same folder.
     """
     index = folder / INDEX
     shard_of = read_json(index).get("weight_map")

@@ -11,19 +11,20 @@ from typing import Any
 
 from gptq.errors import InputError
 
-MAX_JSON_BYTES = 2**28  # of a JSON file; the largest known, a tokenizer of 260,000 tokens, has 33 MB
+MAX_JSON_BYTES = 2**28  # limit of a JSON file; the largest known JSON file, a tokenizer of 260,000 tokens, has 33 MB
 MAX_DEPTH = 64  # levels of nested JSON; much deeper nesting overflows the stack of recursive readers
 FOLDERS = ("", "additional_chat_templates")  # parts of a checkpoint folder that we or transformers read
 
 
 def check_folder(folder: Path) -> None:
-    """Check every entry of a checkpoint folder before one is opened.
+    """Check every entry of a checkpoint folder before any of its files is opened.
 
-    A link may lead to a file inside the folder, and in the Hub's cache, whose snapshots are links, into its `blobs`.
+    A link may lead to a file inside the folder. In the Hub's cache, whose snapshots consist of links, it may also lead
+    to a file in the cache's `blobs`.
 
     Raises:
         InputError: something is neither a file nor a folder (a pipe, a device), a link leads elsewhere, a name holds
-            control characters, or a JSON file is too large; names it.
+            control characters, or a JSON file is too large; the message names the entry.
     """
     folder = folder.resolve()
     inside = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
@@ -50,10 +51,10 @@ def _check_entry(path: Path, inside: list[Path]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the object that a JSON file holds.
 
     Raises:
-        InputError: it cannot be read, is not JSON in UTF-8, is nested too deeply, or holds something else.
+        InputError: the file cannot be read, is not JSON in UTF-8, is nested too deeply, or does not hold an object.
     """
     try:
         if not file.is_file() or file.stat().st_size > MAX_JSON_BYTES:

@@ -1,6 +1,7 @@
 """Write a safetensors checkpoint: lay out all shards first, then write each tensor to its place, in any order.
 
-The layout needs only dtypes and shapes, which are known before the tensors are computed; so none is kept in memory.
+The layout needs only dtypes and shapes, which are known before the tensors are computed; so no tensor is kept in
+memory.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ class ShardWriter:
 
         Args:
             shards: names of the tensors in each shard. By default tensors are split in order into shards of at most
-                `max_shard_bytes`, and those of one layer stay together.
+                `max_shard_bytes`, and the tensors of one layer stay together.
             reuse_shards: keep the content of shards that an earlier writer laid out identically. `adopt` then says
                 which tensors are written.
             read_only: only compute checksums, because another process writes the same tensors to the same files.
@@ -89,7 +90,7 @@ class ShardWriter:
         """Write a tensor to its place.
 
         Raises:
-            ValueError: its dtype or shape differs from the layout, or it was written before.
+            ValueError: the tensor's dtype or shape differs from the layout, or the tensor was written before.
         """
         announced = self._tensors[name]
         if (tensor.dtype, tuple(tensor.shape)) != (announced.dtype, announced.shape):
@@ -104,14 +105,14 @@ class ShardWriter:
         self.checksums[name] = hashlib.sha256(content).hexdigest()
 
     def adopt(self, checksums: Mapping[str, str]) -> bool:
-        """Mark tensors of an earlier writer as written, if all have these checksums on disk; return whether they do."""
+        """Mark tensors of an earlier writer as written if all have these checksums on disk; return whether so."""
         if any(name not in self._tensors or self._digest(name) != checksum for name, checksum in checksums.items()):
             return False
         self.checksums.update(checksums)
         return True
 
     def _digest(self, name: str) -> str:
-        """SHA-256 of a tensor's bytes on disk."""
+        """Return the SHA-256 of a tensor's bytes on disk."""
         shard, offset = self._offsets[name]
         self._files[shard].seek(offset)
         digest, left = hashlib.sha256(), self._tensors[name].nbytes
@@ -130,7 +131,7 @@ class ShardWriter:
         return torch.frombuffer(content, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
 
     def sync(self) -> None:
-        """Flush all that was written to the disk, so that it survives a power failure."""
+        """Flush all written bytes to the disk, so that it survives a power failure."""
         if self._read_only:
             return
         for file in self._files:
@@ -174,7 +175,7 @@ def _split_into_shards(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> 
 
 
 def file_bytes(tensors: dict[str, TensorInfo]) -> int:
-    """The total size of the files that `ShardWriter` makes of these tensors."""
+    """Return the total size of the files that `ShardWriter` writes for these tensors."""
     shards = _split_into_shards(tensors, MAX_SHARD_BYTES)
     headers = sum(len(_encode_header({name: tensors[name] for name in names})[0]) for names in shards)
     return headers + sum(info.nbytes for info in tensors.values())

@@ -1,4 +1,4 @@
-"""Arguments, commands, progress: what a person types and sees."""
+"""The command line: parse arguments, run commands, show progress."""
 
 from gptq.cli.arguments import main
 

@@ -1,4 +1,4 @@
-"""The command line's arguments; it is read before torch and transformers, so that help and mistakes are quick."""
+"""Parse the command line, before torch and transformers are imported, so that help and usage errors are quick."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from gptq.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 `verify` found a difference, 2 bad input or interrupted."""
+    """Run one command; return the exit code: 0 done, 1 `verify` found a difference, 2 bad input or interrupted."""
     own = parser()
     args = own.parse_args(arguments)
     if "bits" in args and ("target_bits" in args or "target_size" in args):
@@ -114,7 +114,7 @@ def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _add_quantization_flags(parser: argparse.ArgumentParser, source_help: str) -> None:
-    """Add a flag for each field of QuantConfig, and those for calibration data and memory."""
+    """Add a flag for each field of QuantConfig, and the flags for calibration data and memory."""
     for one in fields(QuantConfig):
         _add_option_flag(parser, one.name, one.default, flags()[one.name])
     parser.add_argument(

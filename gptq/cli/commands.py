@@ -66,7 +66,7 @@ def _describe_leftovers(error: BaseException) -> str:
 
 
 def _read_config(args: argparse.Namespace) -> QuantConfig:
-    """Make a QuantConfig of the flags that were given; it has the defaults of the others."""
+    """Make a QuantConfig from the flags that were given; other fields keep their defaults."""
     return QuantConfig.from_dict({one.name: getattr(args, one.name) for one in fields(QuantConfig) if one.name in args})
 
 
@@ -221,7 +221,7 @@ def _eval(args: argparse.Namespace) -> int:
             raise InputError(f"--save writes beside the model, and {args.model} is not a folder")
         read_measurements(folder)
     if args.card:
-        read_record(Path(args.model))  # the same
+        read_record(Path(args.model))  # fail before the work here too
     with Progress() as progress:
         measure = partial(evaluate.compare, original=args.against) if args.against else evaluate.perplexity
         found = measure(
@@ -255,7 +255,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _to_json_values(found: evaluate.Perplexity) -> dict[str, Any]:
-    """Turn a measurement into the values that JSON has."""
+    """Turn a measurement into values that JSON can hold."""
     numbers = found.to_dict()
     if numbers.get("intervals"):
         numbers["intervals"] = {name: list(ends) for name, ends in numbers["intervals"].items()}

@@ -1,4 +1,4 @@
-"""Tuning of glibc's malloc: whether freed memory is kept for the next tensor or returned to the system."""
+"""Tune glibc's malloc: keep freed memory for the next tensor, or return it to the system."""
 
 import ctypes
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ USUAL_MMAP, USUAL_TRIM = 2**25, 2**26  # bytes; where glibc's dynamic thresholds
 
 @contextmanager
 def malloc_policy(frugal: bool) -> Iterator[None]:
-    """Inside, malloc is set as by `choose_allocator`; on exit to what a process with large tensors usually has.
+    """Inside, malloc is set by `choose_allocator`; on exit it gets the thresholds that large tensors usually lead to.
 
-    By default glibc raises both thresholds with the largest block that was freed, up to 32 and 64 MiB. Setting one ends
-    that, and no call starts it again; so on exit they get the values at which they end. malloc cannot be asked for its
-    settings, so values that the process had set itself are lost.
+    By default glibc raises both thresholds with the largest block that was freed, up to 32 and 64 MiB. Setting a
+    threshold stops this for good; so on exit both thresholds are set to these largest values. malloc cannot be asked
+    for its settings, so values that the process had set itself are lost.
     """
     choose_allocator(frugal)
     try:
@@ -26,8 +26,8 @@ def malloc_policy(frugal: bool) -> Iterator[None]:
 def choose_allocator(frugal: bool) -> None:
     """Set malloc's thresholds: return freed memory to the system if `frugal`, otherwise keep it for the next tensor.
 
-    Each page taken from the system costs a page fault; over a run these add up to a fifth of its time. But glibc's
-    heap fragments: a hole can be as large as the largest tensor in it. So blocks far larger than a window's
+    Each page taken from the system costs a page fault; over a run, page faults add up to a fifth of the time. But
+    glibc's heap fragments: a hole can be as large as the largest tensor in it. So blocks far larger than a window's
     activations (from 32 MiB, if frugal from 4 MiB) are always separate mappings, which the system gets back when they
     are freed.
     """
@@ -43,7 +43,7 @@ def _set_thresholds(mmap: int, trim: int) -> None:
 
 
 def return_freed_memory() -> None:
-    """Return the heap's free pages to the system; without it resident memory grows with every block."""
+    """Return the heap's free pages to the system; otherwise resident memory grows with every block."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

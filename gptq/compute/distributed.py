@@ -90,11 +90,11 @@ class Ranks:
         return x
 
     def minimum(self, number: int) -> int:
-        """The smallest of all processes' numbers."""
+        """Return the smallest of the numbers that the processes pass."""
         return number if self.size == 1 else self._all_reduce(number, dist.ReduceOp.MIN)
 
     def total(self, number: int) -> int:
-        """The sum of all processes' numbers."""
+        """Return the sum of the numbers that the processes pass."""
         return number if self.size == 1 else self._all_reduce(number, dist.ReduceOp.SUM)
 
     def barrier(self) -> None:
@@ -119,12 +119,12 @@ class Ranks:
         return piece % self.size == self.rank
 
     def gather_pieces(self, own: Mapping[int, Tensor], count: int) -> list[Tensor]:
-        """Return all `count` pieces in order; each process passes those it `owns`, by number."""
+        """Return all `count` pieces in order; each process passes the pieces that it `owns`, by number."""
         pieces = (self.broadcast_piece(own.get(number), number) for number in range(count))
         return [piece for piece in pieces if piece is not None]
 
     def broadcast_piece(self, own: Tensor | None, number: int) -> Tensor | None:
-        """Return a piece on every process; the process that `owns` it passes it as `own`, the others None."""
+        """Return a piece on every process; the process that `owns` the piece passes it as `own`, the others None."""
         return own if self.size == 1 else self.broadcast(own, number % self.size)
 
     def broadcast_text(self, text: str) -> str:
@@ -159,7 +159,7 @@ def process_group(device: str) -> Iterator[None]:
 
 
 def current_ranks(device: torch.device) -> Ranks:
-    """This process's rank in torch's default process group; rank 0 of 1 where there is no group."""
+    """This process's rank in torch's default process group; rank 0 of 1 if there is no group."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -15,10 +15,10 @@ CHUNK_ROWS = 1024  # rows of a non-contiguous left factor that are copied and mu
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
-    """A B, (m, k) times (k, n), without autograd.
+    """Return the product A B, (m, k) times (k, n), without autograd.
 
-    Prefer oneDNN on CPUs: MKL, the library behind `@`, uses only half the vector width of AVX-512 on AMD's. oneDNN
-    copies B into its own blocked order, and first A where that is not contiguous.
+    Prefer oneDNN on CPUs: MKL, the library behind `@`, uses only half the vector width of AVX-512 on AMD's CPUs.
+    oneDNN copies B into its own blocked order; if A is not contiguous, A is copied first.
     """
     on_cpu = A.device.type == "cpu" and A.dtype == B.dtype == torch.float32
     if not (on_cpu and _prefers_onednn() and A.numel() and B.numel()):
@@ -40,7 +40,7 @@ def _onednn_matmul(A: Tensor, B: Tensor) -> Tensor:
 
 @cache
 def _prefers_onednn() -> bool:
-    """Whether oneDNN is available and not slower than MKL, which with AVX2 is faster by a tenth."""
+    """Whether oneDNN is available and not slower than MKL; on CPUs with only AVX2, MKL is faster by a tenth."""
     by_mkl = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not by_mkl
 
@@ -61,7 +61,7 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in linears:
-            del layer.forward  # uncovers the class's method
+            del layer.forward  # makes the method of the class visible again
 
 
 class _ReorderedWeight:
@@ -77,7 +77,7 @@ class _ReorderedWeight:
     def __call__(self, weight: Tensor, rows: int) -> Tensor:
         known = self._key
         if self._reordered is None or known is None or known[0]() is not weight or known[1:] != (weight._version, rows):
-            self._reordered = None  # frees the old one before the new one is made
+            self._reordered = None  # free the old weight before the new one is reordered
             self._reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
             self._key = weakref.ref(weight, self._forget), weight._version, rows
         return self._reordered
@@ -88,7 +88,7 @@ class _ReorderedWeight:
 
 
 def _onednn_linear(layer: nn.Linear, reordered: _ReorderedWeight, x: Tensor) -> Tensor:
-    """The forward of a linear layer by oneDNN, or by torch where oneDNN is not faster."""
+    """Compute the forward of a linear layer by oneDNN, or by torch if oneDNN is not faster."""
     weight = layer.weight
     alike = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype
     quick = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and has_native_bfloat16())

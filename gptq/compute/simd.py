@@ -2,8 +2,8 @@
 
 Loops are vectorized by hand, because LLVM's vectorizer does not vectorize them. A vector has LANES numbers of 32 bits,
 whatever the CPU; LLVM splits it into registers. Three functions need a particular CPU: `dot_bfloat16_pairs` and
-`permute` AVX-512 with bfloat16, `dot_int16_pairs` AVX2 (see `gptq.compute.cpu_features`). Importing this module imports
-numba, which is slow: import modules that need it only when the first product is computed.
+`permute` need AVX-512 with bfloat16, `dot_int16_pairs` needs AVX2 (see `gptq.compute.cpu_features`). Importing this
+module imports numba, which is slow: import modules that need it only when the first product is computed.
 
 Docstrings state what the emitted code computes, in the manner of numpy. `array` is a pointer to the first element,
 `offset` counts elements, and a[i : i + LANES] is a vector. Names ending in `_intrinsic` are numba's typing functions:
@@ -31,7 +31,7 @@ SHORTS = ir.VectorType(SHORT, 2 * LANES)
 
 
 def source_digest(folder: Path) -> int:
-    """Hash of all files that contain compiled loops or their building blocks."""
+    """Return a hash of all files that contain compiled loops or their building blocks."""
     texts = {file.name: file.read_bytes() for file in sorted(folder.rglob("*.py"))}
     loops = [text for name, text in texts.items() if name == "simd.py" or b"from gptq.compute.simd import" in text]
     return int.from_bytes(hashlib.sha256(b"".join(loops)).digest()[:7])
@@ -65,7 +65,7 @@ def _pointer_intrinsic(context, address, like):  # type: ignore[no-untyped-def]
 
 
 def _fetch_and_increment_intrinsic(context, counter):  # type: ignore[no-untyped-def]
-    """fetch_and_increment(counter): atomic, so that every thread gets another number.
+    """fetch_and_increment(counter): an atomic operation, so that every thread gets another number.
 
     value = counter[0]; counter[0] += 1; return value
     """
@@ -86,7 +86,7 @@ def constant_vector(number: int) -> ir.Constant:
 
 
 def array_data(context: Any, builder: Any, signature: Any, arguments: Any, i: int) -> Any:
-    """Pointer to the first element of the intrinsic's argument i, an array."""
+    """Return a pointer to the first element of the intrinsic's argument i, an array."""
     return context.make_array(signature.args[i])(context, builder, arguments[i]).data
 
 
@@ -117,7 +117,7 @@ def store(builder: Any, value: Any, array: Any, offset: Any) -> None:
 
 
 def _alignment(vector: ir.VectorType) -> int:
-    """Alignment in bytes: that of one number, because a vector may begin at any element."""
+    """Return the alignment of a vector in bytes: that of one number, because a vector may begin at any element."""
     return {BYTES.element: 1, SHORT: 2}.get(vector.element, 4)
 
 

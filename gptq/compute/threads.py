@@ -1,4 +1,4 @@
-"""Run compiled loops on several threads of this process, as many as torch uses."""
+"""Run compiled loops on the threads of this process, on as many as torch uses."""
 
 import ctypes
 from array import array
@@ -17,8 +17,8 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def run_shares(function: Callable[..., None], arguments: tuple[Any, ...], shares: Shares) -> None:
     """Call function(*arguments, *share) for every share, in parallel; the function must release the GIL.
 
-    Use torch's own OpenMP threads where torch is built with GNU's OpenMP. After every torch operation these spin for a
-    while before they sleep: they start at once, whereas threads of our own would have to wait for a free core.
+    Use torch's own OpenMP threads where torch is built with GNU's OpenMP. After every torch operation these threads
+    spin for a while before they sleep, so they start at once; other threads would have to wait for a free core.
     """
     left = iter([*shares])
     failures: list[BaseException] = []
@@ -27,14 +27,16 @@ def run_shares(function: Callable[..., None], arguments: tuple[Any, ...], shares
         try:
             for share in left:
                 function(*arguments, *share)
-        except BaseException as failure:  # it cannot pass through the C frames of OpenMP; raised again below
+        except (
+            BaseException
+        ) as failure:  # an exception cannot pass through the C frames of OpenMP; it is raised again below
             failures.append(failure)
 
     threads, library = torch.get_num_threads(), _openmp()
     if threads == 1:
         work()
     elif library is not None:
-        body = _BODY(work)  # no ctypes.cast: it makes a reference cycle, which would keep all arguments alive
+        body = _BODY(work)  # no ctypes.cast, which makes a reference cycle that would keep all arguments alive
         library.GOMP_parallel(body, None, threads, 0)
     else:
         waiting = [_pool(threads).submit(work) for _ in range(threads - 1)]
@@ -49,8 +51,8 @@ def run_compiled(address: int, arguments: tuple[int, ...]) -> None:
     """Call a compiled function once on every thread, without entering Python there; for work of microseconds.
 
     Args:
-        address: of a void(int64 *) function. It takes shares of the work itself, by incrementing a shared counter (see
-            `gptq.compute.simd.fetch_and_increment`).
+        address: address of a void(int64 *) function. The function takes shares of the work itself, by incrementing a
+            shared counter (see `gptq.compute.simd.fetch_and_increment`).
         arguments: the int64 table that every thread gets: addresses and sizes.
     """
     held = array("q", arguments)  # faster to make than a ctypes array
@@ -67,14 +69,14 @@ def run_compiled(address: int, arguments: tuple[int, ...]) -> None:
 
 
 def shares_of(count: int, unit: int) -> Iterator[tuple[int, int]]:
-    """Split range(count) into one (start, stop) per thread; all but the last are a multiple of `unit` long."""
+    """Split range(count) into one (start, stop) per thread; all shares but the last are a multiple of `unit` long."""
     share = -(-count // (torch.get_num_threads() * unit)) * unit
     return ((start, min(start + share, count)) for start in range(0, count, share))
 
 
 @cache
 def _openmp() -> ctypes.CDLL | None:
-    """GNU's OpenMP library as torch ships and has loaded it; None where torch has another one."""
+    """Return GNU's OpenMP library, which torch ships and has loaded; None if torch uses another OpenMP library."""
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
         library = ctypes.CDLL(str(path))
         if hasattr(library, "GOMP_parallel"):

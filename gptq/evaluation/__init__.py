@@ -1,1 +1,1 @@
-"""Perplexity, KL divergence, report, charts: measured and drawn."""
+"""Measure perplexity and KL divergence, and show a checkpoint's record and measurements as a page with charts."""

@@ -1,4 +1,4 @@
-"""A chart as SVG: an element whose colours the style of its page decides, or a file on white."""
+"""Draw charts as SVG: an element that takes its colours from the page's style, or a file on white."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ ON_WHITE = (  # CSS of a chart in a file of its own
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers along the x axis; None where there is none."""
+    """A named row of numbers along the x axis; None at positions without a number."""
 
     name: str
     values: Sequence[float | None]
@@ -38,7 +38,7 @@ class Chart:
     width: int = 720  # of its SVG
 
     def column_tops(self) -> list[float]:
-        """Return the highest number at each position; of stacked bars the sum."""
+        """Return the height of the drawing at each position: the highest number, or the sum of stacked bars."""
         columns = list(zip(*[s.values for s in self.series], strict=True))
         return [sum(v or 0.0 for v in c) if self.kind == "bars" else max(v or 0.0 for v in c) for c in columns]
 

@@ -1,4 +1,4 @@
-"""Measure a model's perplexity on a text, and compare a quantized model's predictions with the original's."""
+"""Measure a model's perplexity on a text, and compare a quantized model's predictions with those of the original."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -43,11 +43,11 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Comparison(Perplexity):
-    """A model compared with the original it was made from, on the same predicted tokens.
+    """A quantized model compared with its original on the same predicted tokens.
 
     `gap` is perplexity / original_perplexity - 1. `kl` is the mean over tokens of KL(original || model) in nats, and
-    `top1_agreement` the fraction of tokens for which both models rank the same token first. `intervals` holds the ends
-    of the 95 % paired bootstrap interval over windows of each of the five figures; None if there is only one window.
+    `top1_agreement` the fraction of tokens for which both models rank the same token first. `intervals` holds for
+    each of the five figures the ends of its 95 % paired bootstrap interval over windows; None with a single window.
     """
 
     original_perplexity: float
@@ -73,7 +73,7 @@ def perplexity(
 
     Args:
         model: folder or Hub id, quantized or not.
-        data: source of text, see `gptq.calibration`; of several splits, `test` is used.
+        data: source of text, see `gptq.calibration`; if it has several splits, `test` is used.
         seq_len: tokens per window, at most the model's limit.
         windows: how many windows to measure, from the start of the text; all by default.
         progress: called after each window with the number done and the total.
@@ -225,8 +225,8 @@ def summarize(numbers: Tensor, seq_len: int) -> Comparison:
     """Summarize the rows of `measure_windows`, (windows, 4).
 
     Intervals are percentiles over resamples of whole windows, drawn with replacement from a fixed seed and the same for
-    all figures. Windows are resampled because tokens within one depend on each other, windows hardly (Koehn 2004,
-    "Statistical significance tests for machine translation evaluation", pairs them in the same way).
+    all figures. Windows are resampled, not tokens: tokens of one window depend on each other, windows hardly do (Koehn
+    2004, "Statistical significance tests for machine translation evaluation", pairs them in the same way).
 
     Raises:
         InputError: a loss is not finite.

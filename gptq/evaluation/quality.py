@@ -1,4 +1,4 @@
-"""quality.json: what was measured of a model, kept beside it."""
+"""Read and write quality.json, which keeps a model's measurements (perplexity, comparison) in its folder."""
 
 import json
 from pathlib import Path
@@ -29,13 +29,13 @@ class Measurement(JsonObject):
     intervals: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]] | None = None
 
     def number(self, name: str) -> float | None:
-        """One of the five numbers, None where it was not measured."""
+        """Return one of the five numbers; None if it was not measured."""
         found: float | None = getattr(self, name)
         return found
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What was measured: the text, its windows, and the original."""
+        """Return the setting of a measurement: the text, its windows, and the original model."""
         return self.data, self.original, self.seq_len, self.windows
 
 
@@ -44,7 +44,7 @@ class _QualityFile(JsonObject):
 
 
 def read_measurements(folder: Path) -> list[Measurement]:
-    """The measurements in the folder's quality.json, none if there is no file.
+    """Read the measurements in the folder's quality.json; an empty list if there is no such file.
 
     Raises:
         InputError: the file is damaged.
@@ -56,7 +56,7 @@ def read_measurements(folder: Path) -> list[Measurement]:
 
 
 def add_measurement(folder: Path, measured: Measurement) -> None:
-    """Write a measurement into the folder's quality.json; it replaces an earlier one of the same setting."""
+    """Write a measurement into the folder's quality.json; it replaces an earlier measurement of the same setting."""
     kept = [earlier for earlier in read_measurements(folder) if earlier.setting != measured.setting]
     content = {"measurements": [one.to_dict() for one in (*kept, measured)]}
     partial_file = folder / f"{QUALITY}.partial"

@@ -1,4 +1,4 @@
-"""A quantized checkpoint's record as a page: one HTML file that needs no network, and its charts as files beside it."""
+"""Show a quantized checkpoint's record as one HTML page that needs no network, and write its charts as SVG files."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -53,15 +53,15 @@ summary span { color: var(--soft); margin-left: .6rem; font-size: .9rem }
 
 
 def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]]:
-    """Write the page, and each chart and the histograms of the worst layer as SVG files; returns the page, and these.
+    """Write the page; write its charts and the histograms of the worst layer as SVG files. Returns (page, SVG files).
 
-    Only what was recorded is shown: quantization_record.json, and quality.json if `gptq eval --save` has made one.
-    What the record of an earlier version lacks is left out.
+    The page shows only quantization_record.json, and quality.json if `gptq eval --save` has written it. Parts that the
+    record of an earlier version lacks are left out.
 
     Args:
-        to: folder to write into, by default `report` in the checkpoint's own; files of those names are replaced.
+        to: folder to write into, by default `report` in the checkpoint's folder; existing files are replaced.
     Raises:
-        InputError: the folder has no record, or a damaged one.
+        InputError: the folder has no record, or the record is damaged.
     """
     check_folder(folder)
     record, measurements = read_record(folder), read_measurements(folder)
@@ -80,7 +80,7 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
 
 
 def _remove_link(path: Path) -> Path:
-    """Remove a link at this path, so that writing does not change the file it leads to; returns the path."""
+    """Remove a link at this path, so that writing does not change the link's target; return the path."""
     if path.is_symlink():
         path.unlink()
     return path
@@ -137,7 +137,7 @@ FIGURES: dict[str, Callable[[Record], Chart | None]] = {
 
 
 def _known_errors(layers: list[LayerRecord]) -> list[tuple[float, float]]:
-    """List (error, round-to-nearest's error) of the layers where both are known; another tool's have none."""
+    """List (error, round-to-nearest error) of the layers for which both are known; other tools record none."""
     return [
         (layer.error, layer.rtn_error) for layer in layers if layer.error is not None and layer.rtn_error is not None
     ]

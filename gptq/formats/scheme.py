@@ -38,7 +38,7 @@ class Linears:
 
     layers: Layers  # the quantized layers
     kept: Collection[str]  # layers inside the blocks that are not quantized
-    others: Collection[str]  # layers outside the blocks
+    others: Collection[str]  # all other linear layers of the model
 
 
 def contiguous_groups(scheme: Scheme, inputs: int) -> Tensor:

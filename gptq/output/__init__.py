@@ -1,1 +1,1 @@
-"""A finished folder: results, record, model card, verification, conversion."""
+"""Write, verify and convert a finished folder: configuration files, record and model card beside the tensors."""

@@ -28,7 +28,7 @@ from gptq.output.results import RECORD
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of a conversion; sizes are those of the safetensors files."""
+    """Result of a conversion; sizes are bytes of the safetensors files."""
 
     out: str
     format: Format
@@ -50,15 +50,15 @@ def convert(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Converted:
-    """Write a quantized checkpoint, of whichever tool, in another format into a new folder; nothing is requantized.
+    """Write a quantized checkpoint of any tool in another format into a new folder; nothing is requantized.
 
-    Back again gives the same bytes. Scales keep their dtype.
+    Converting the result back gives the same bytes. Scales keep their dtype.
 
     Args:
         model: folder or Hub id.
-        progress: called after each layer with how many are done, of how many.
+        progress: called after each layer with the number of finished layers and the number of all layers.
     Raises:
-        InputError: the checkpoint cannot be read, or the format cannot hold one of its layers; names it.
+        InputError: the checkpoint cannot be read, or the format cannot hold one of its layers, which the message names.
     """
     folder = resolve(str(model), revision)
     plan = _plan_conversion(model, folder, chosen, trust_remote_code)
@@ -78,7 +78,7 @@ def convert(
     return Converted(str(out), chosen, len(plan.layers), _note_scale_dtypes(plan.layers), source.file_bytes, after)
 
 
-LayerPlans = dict[str, tuple[PackedLayer, Scheme]]  # how layers are stored and will be, by their stored names
+LayerPlans = dict[str, tuple[PackedLayer, Scheme]]  # by stored name: how a layer is stored, and its new scheme
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class _Conversion:
     """A checkpoint, and how it will be written in another format."""
 
     source: Source
-    model_names: dict[str, str]  # of layers, by their stored names
+    model_names: dict[str, str]  # names of layers in the model, by their stored names
     layers: LayerPlans
     linears: Linears
     record: Record
-    is_restored: bool  # the file was converted from this format before, and gets its bytes and its config back
+    is_restored: bool  # the file was converted from this format before, and gets its old bytes and config back
 
 
 def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remote_code: bool) -> _Conversion:
@@ -122,7 +122,7 @@ def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remo
 
 
 def _plan_layers(packed: dict[str, PackedLayer], wanted: dict[str, Scheme], config: dict[str, Any]) -> LayerPlans:
-    """Pair each layer with the scheme that readers of the new `quantization_config` take it for."""
+    """Pair each layer with the scheme that readers of the new `quantization_config` assign to the layer."""
     schemes = read_quantization("the new config.json", config).schemes(wanted)
     return {
         own: (packed[own], _require_same_scheme(schemes[own], scheme, own, packed[own].inputs))
@@ -134,7 +134,7 @@ def _target_scheme(source: Source, name: str, layer: PackedLayer, chosen: Format
     """Choose the scheme that stores a layer in the new format.
 
     Raises:
-        InputError: it cannot be.
+        InputError: the new format cannot hold the layer.
     """
     scheme = replace(layer.scheme, format=chosen, by_gptqmodel=False)
     if scheme.scattered and not formats.FORMATS[chosen].has_g_idx:
@@ -147,7 +147,7 @@ def _target_scheme(source: Source, name: str, layer: PackedLayer, chosen: Format
 
 
 def _require_same_scheme(written: Scheme | None, wanted: Scheme, name: str, inputs: int) -> Scheme:
-    """Compare the scheme that a reader of the new configuration takes a layer for with the wanted one; returns it."""
+    """Return the scheme that a reader of the new configuration assigns to a layer, if it is as wanted."""
     if written is None or any(
         (
             (written.bits, written.sym, written.format) != (wanted.bits, wanted.sym, wanted.format),
@@ -169,7 +169,7 @@ def _refuse_zero_points_of_0(source: Source, plans: LayerPlans) -> None:
 
 
 def _inherit_record(model: str | Path, folder: Path, quantization: dict[str, Any], kind: Format) -> Record:
-    """Take over the folder's record of how it was quantized, or note which tool made it and what its config said."""
+    """Copy the folder's record, or without a record note which tool made the folder and what its config said."""
     if (folder / RECORD).is_file():
         return read_record(folder).without_checksums()
     meta = quantization.get("meta")
@@ -186,7 +186,7 @@ def _inherit_record(model: str | Path, folder: Path, quantization: dict[str, Any
 
 
 def _plan_shards(source: Source, plans: LayerPlans) -> list[dict[str, TensorInfo]]:
-    """List the new tensors by shard: as many shards as the source has, a layer's tensors where its old ones were."""
+    """List the new tensors by shard: a layer's new tensors take the place of its old tensors in the source's shards."""
     shards: dict[str, dict[str, TensorInfo]] = {}
     of_layers = {f"{name}.{suffix}": name for name, (layer, _) in plans.items() for suffix in layer.suffixes}
     done: set[str] = set()
@@ -223,7 +223,7 @@ def _write_tensors(plan: _Conversion, writer: ShardWriter, progress: Callable[[i
 
 
 def _layer_records(plan: _Conversion, checksums: dict[str, str]) -> list[LayerRecord]:
-    """Make records of layers that another tool quantized, without errors, which are not known."""
+    """Make records of layers that another tool quantized; their errors are not known."""
     return [
         LayerRecord(
             name=plan.model_names[own],

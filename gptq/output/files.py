@@ -1,4 +1,4 @@
-"""What is written beside the tensors: configuration, tokenizer, model card, record."""
+"""Write the files beside the tensors: configuration, tokenizer, model card, record."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -24,17 +24,18 @@ COPIED_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".md", "LICENSE", "N
 
 
 def linears_of(plan: Plan) -> Linears:
-    """The linear layers of a model that is planned."""
+    """Return the linear layers of a planned model."""
     return Linears(plan.stored_layers, *unquantized_linears(plan.network, plan.names, plan.all_blocks, plan.layers))
 
 
 def unquantized_linears(
     network: nn.Module, names: Names, blocks: list[Block], layers: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """Of the linear layers that are not in `layers` (by their names in the model), those inside the blocks and others.
+    """Return the linear layers of the model that are not quantized: (quantizable layers of the blocks, all others).
 
-    Those inside by their names in the checkpoint; of those outside, no other than the model's is needed. Among these
-    are routers that are linear layers and more, which readers of the file must not take for packed.
+    `layers` are the quantized layers, by their names in the model. The first list has names in the checkpoint, the
+    second names in the model. The second includes routers that subclass a linear layer and compute more; readers of the
+    file must not take these for packed layers.
     """
     kept = [name for block in blocks for name in block.linears if name not in layers]
     others = [name for name, module in network.named_modules() if isinstance(module, LINEAR)]
@@ -43,9 +44,9 @@ def unquantized_linears(
 
 
 def quantization_config(chosen: Format, linears: Linears, record: Record) -> dict[str, Any]:
-    """The `quantization_config` of a file in a format, from how its layers are stored and how they were made.
+    """Return the `quantization_config` of a file in the format `chosen`, from its layers and from the record.
 
-    A file of another tool keeps its own words where they are in that format.
+    The configuration that another tool wrote is kept if it is in that format.
     """
     origin, file_format = record.origin, FORMATS[chosen]
     if origin and origin.format == chosen:
@@ -67,12 +68,18 @@ def write_files(
     """Write config.json, quantize_config.json (GPTQ), the source's small files, the model card, and the record.
 
     Args:
-        record: how the layers were made.
-        checksums: of the tensors, by name.
-        changes: in config.json, section by section.
+        record: how the layers were quantized.
+        checksums: SHA-256 of the tensors, by name.
+        changes: values to replace in config.json, section by section.
     """
     of_formats = {name for known in FORMATS.values() for name in known.config_files}
-    written = {"config.json", *of_formats, RECORD, CARD, QUALITY}  # the source's quality is not the result's
+    written = {
+        "config.json",
+        *of_formats,
+        RECORD,
+        CARD,
+        QUALITY,
+    }  # quality.json describes the source
     copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
     quantization = quantization_config(chosen, linears, record)
     hf_config = read_json(source / "config.json")
@@ -92,7 +99,7 @@ def write_files(
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes`, section by section; sections that `values` lacks are left out."""
+    """Return `values` with `changes`, section by section; changes to sections that `values` lacks are left out."""
     merged = dict(values)
     for key, change in changes.items():
         if not isinstance(change, dict):

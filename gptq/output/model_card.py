@@ -1,4 +1,4 @@
-"""README.md of the result: what it is, how it was made, what was measured, how to load it."""
+"""Write the model card, README.md: how a checkpoint was quantized, what was measured, how to load it."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ KEPT_METADATA = ("license", "license_name", "license_link", "language", "pipelin
 
 
 def read_card_metadata(card: Path) -> dict[str, str]:
-    """The lines of a model card's front matter that hold for the quantized model too, license for one."""
+    """Return the lines of a model card's front matter that hold for the quantized model too, such as the license."""
     if not card.is_file():
         return {}
     text = card.read_text(encoding="utf-8", errors="replace")
@@ -26,7 +26,7 @@ def read_card_metadata(card: Path) -> dict[str, str]:
 
 
 def render_model_card(chosen: Format, layers: Layers, record: Record) -> str:
-    """README.md of a model repository: what this is, how it was made, what was measured, how to load it."""
+    """Return the README.md of a checkpoint: what it is, how it was quantized, what was measured, how to load it."""
     name = record.model
     front = {"library_name": " transformers", **(record.card_metadata or {})}
     if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -65,7 +65,7 @@ def _list_options(record: Record) -> list[str]:
 
 
 def _escape_inline(value: object) -> str:
-    """A value as plain words of a line of Markdown, whatever a file said: no HTML, no end of the line, no code span.
+    """Escape a value for a line of Markdown, whatever a file said: no HTML, no line end, no code span.
 
     Underscores and stars stay, as names are full of the first and expressions of the second.
     """

@@ -1,6 +1,6 @@
-"""quantization_record.json: how each layer was made and the checksums of what was written, as typed values.
+"""Read and write quantization_record.json: how each layer was quantized, and checksums of all written files.
 
-Nothing here holds a time or a path, so that the same run makes the same bytes.
+The record holds no time and no path, so that the same run writes the same bytes.
 """
 
 import json
@@ -38,10 +38,10 @@ FileName = Annotated[Printable, AfterValidator(_require_file_name)]
 
 
 class LayerRecord(JsonObject):
-    """How one layer was made; see `LayerResult`."""
+    """How one layer was quantized; see `LayerResult`."""
 
-    stored: Printable  # its name in the checkpoint
-    name: IfPresent[Printable] = None  # in the model
+    stored: Printable  # the layer's name in the checkpoint
+    name: IfPresent[Printable] = None  # the layer's name in the model
     bits: IfPresent[Annotated[int, Field(ge=1, le=8)]] = None
     group_size: IfPresent[Count] = None
     error: Error | None
@@ -59,7 +59,7 @@ class LayerRecord(JsonObject):
 
 
 class SizesRecord(JsonObject):
-    """Bytes of the quantized layers and of all safetensors files, before and after."""
+    """Bytes of the quantized layers and of all safetensors files, before and after quantization."""
 
     __pydantic_extra__: dict[str, Annotated[int | float, Field(ge=0, le=2**60)]]
     bits_per_weight: Bytes
@@ -71,7 +71,7 @@ class SizesRecord(JsonObject):
 
 
 class BlockRecord(JsonObject):
-    """How far a block's output was from the original's before and after its tuning; see `BlockError`."""
+    """Error of a block's output before and after the block was tuned; see `BlockError`."""
 
     name: str
     solved: float
@@ -97,14 +97,14 @@ class PerplexityRecord(JsonObject):
 
 
 class OriginRecord(JsonObject):
-    """What another tool's file said of itself before it was converted."""
+    """What the file of another tool said of itself before it was converted."""
 
     format: Annotated[Format, AfterValidator(_require_known_format)]
     quantization_config: dict[str, Any]
 
 
 class Record(JsonObject):
-    """How a checkpoint was quantized; `config` holds `QuantConfig.to_dict`, and is None for another tool's."""
+    """How a checkpoint was quantized; `config` holds `QuantConfig.to_dict`, or None if another tool did."""
 
     model: str | None = None
     config: dict[str, Any] | None
@@ -125,14 +125,14 @@ class Record(JsonObject):
 
 
 class WrittenRecord(Record):
-    """A record as it lies in a folder, with the checksums of what lies beside it."""
+    """A record as it is stored in a folder, with the checksums of the other files and of the tensors."""
 
     quantizer: IfPresent[str] = None
     tensors: dict[Printable, str]
     files: dict[FileName, str]
 
     def without_checksums(self) -> Record:
-        """How the checkpoint was quantized, apart from the files in which it lies."""
+        """Return the record of how the checkpoint was quantized, without checksums of tensors and files."""
         kept = self.to_dict()
         return Record(**{key: value for key, value in kept.items() if key not in ("quantizer", "tensors", "files")})
 
@@ -143,7 +143,7 @@ def layer_records(
     weight_checksums: dict[str, str],
     spreads: dict[str, dict[str, Any]],
 ) -> list[LayerRecord]:
-    """What the record says of each layer."""
+    """Make the record of each layer."""
     records = []
     for result in results:
         plan = plans[result.name]
@@ -155,17 +155,17 @@ def layer_records(
 
 
 def model_name(model: str | Path) -> str:
-    """What the record calls a model: a Hub id, or the name of a folder."""
+    """Return the name of a model in the record: a Hub id, or the last part of a folder's path."""
     return Path(model).resolve().name if Path(model).is_dir() else str(model)
 
 
 def public_name(source: str) -> str:
-    """A source of text as the record may show it: of a path on this machine only the name."""
+    """Return a source of text as the record may show it: of a path on this machine only the last part."""
     return Path(source).name if source.startswith(("/", ".", "~")) else source
 
 
 def read_record(folder: Path) -> WrittenRecord:
-    """Raises InputError if the folder has no record, or a damaged one."""
+    """Read the record of a folder; raises InputError if there is none, or if it is damaged."""
     file = folder / RECORD
     if not file.is_file():
         raise InputError(f"{folder} has no {RECORD}, so there is nothing to go by; another tool wrote it")
@@ -182,7 +182,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def mentions_record(folder: Path) -> bool:
-    """Whether a folder's own words say that there is a record: the model card's, or those of a GPTQ file."""
+    """Whether a folder's files say that it had a record: its model card, or the `meta` of its quantization_config."""
     card, quantization = folder / CARD, quantization_of(folder) or {}
     mentioned = card.is_file() and RECORD in card.read_text(encoding="utf-8", errors="replace")
     meta = quantization.get("meta")

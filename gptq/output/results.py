@@ -7,22 +7,23 @@ import torch
 from torch import Tensor
 
 RECORD = "quantization_record.json"
-QUALITY = "quality.json"  # what `gptq eval --save` measured
+QUALITY = "quality.json"  # the file with measurements of `gptq eval --save`
 CARD = "README.md"
-WEIGHT_BINS, CODE_BINS = 40, 64  # most bins of the histograms in the record
+WEIGHT_BINS, CODE_BINS = 40, 64  # largest numbers of bins in the record's histograms
 
 
 @dataclass(frozen=True)
 class LayerResult:
     """Errors and settings of one quantized linear layer.
 
-    `error` is the exact relative output error on the calibration tokens, ||(T - Q) X||^2 / ||W X||^2, `heldout_error`
-    the same on windows that the solver has not seen, and `rtn_error` that of round-to-nearest on what it has seen. Of a
-    layer with many rows, the last two are `error` times how much larger they are on a few hundred of the rows. T is W,
-    or with two streams W and a `share` of what makes up for the layers before (see `solver.error_propagation`), and Q
-    is what the solver chose, before any tuning of the block. Where no calibration token was used (method "rtn", or a
-    layer that none reached), X is the identity. Of an expert that few tokens reached, X is the blend of
-    `models.experts`, and `tokens` counts its own.
+    `error` is the exact relative output error on the calibration tokens, ||(T - Q) X||^2 / ||W X||^2. X are the inputs;
+    W is the original weight; T is W, or with two streams W plus a `share` of the correction for the error of the layers
+    before (see `solver.error_propagation`); Q is the weight that the solver chose, before any tuning of the block.
+    `heldout_error` is the same error on windows that the solver has not seen, `rtn_error` the error of round-to-nearest
+    on the tokens that the solver has seen. For a layer with many rows, these two are estimated: `error`, times the
+    ratio of that error to the solver's error on a few hundred rows. If no calibration token was used (method "rtn", or
+    a layer that no token reached), X is the identity. For an expert that few tokens reached, H = X X^T is the blend of
+    `pipeline.layer_inputs`, and `tokens` counts the expert's own tokens.
     """
 
     name: str
@@ -39,7 +40,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class BlockError:
-    """Squared error of a block's output on held-out windows, relative to its power, before and after its tuning."""
+    """Mean squared error of a block's output on held-out windows, relative to the original output's mean square."""
 
     name: str
     solved: float
@@ -48,7 +49,10 @@ class BlockError:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many of `all_tokens` calibration tokens each expert of a layer saw; `blended` lists those with too few."""
+    """How many of `all_tokens` calibration tokens each expert of a layer saw.
+
+    `blended` lists the numbers of the experts that saw too few tokens.
+    """
 
     name: str
     all_tokens: int
@@ -59,7 +63,7 @@ class Coverage:
 def weight_histogram(W: Tensor) -> dict[str, Any]:
     """Count a layer's weights (outputs, inputs) in 40 equal bins over [-weight_range, weight_range].
 
-    The last bin holds its upper end too.
+    The last bin also counts weights at its upper end.
     """
     largest = max(abs(float(end)) for end in W.aminmax())
     half = WEIGHT_BINS / 2

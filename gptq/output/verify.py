@@ -28,7 +28,7 @@ from gptq.output.results import RECORD
 
 @dataclass(frozen=True)
 class LayerContent:
-    """A quantized layer as it lies on disk; `error` and `rtn_error` are those recorded when it was written."""
+    """A quantized layer as it lies on disk; `error` and `rtn_error` are from the record."""
 
     name: str
     bits: int
@@ -62,8 +62,8 @@ class Content:
 class Verification:
     """Counts of what `verify` checked, and a sentence for each difference, which names the layer or file.
 
-    Without a record (`recorded` is false, another tool wrote the file) there is nothing to compare with; then every
-    tensor was read, every layer unpacked, and all held against the model that config.json describes.
+    If there is no record, because another tool wrote the file, `recorded` is false. Then every tensor was read, every
+    layer unpacked, and all of them compared with the model that config.json describes.
     """
 
     recorded: bool
@@ -80,7 +80,7 @@ def inspect(folder: str | Path) -> Content:
     """Read a quantized checkpoint layer by layer, whichever tool wrote it.
 
     Raises:
-        InputError: it is not one, or its tensors do not fit each other.
+        InputError: the checkpoint is not quantized, or its tensors do not fit each other.
     """
     folder = Path(folder)
     source, quantization = _open_checkpoint(folder)
@@ -146,10 +146,10 @@ def _describe_layer(source: Source, name: str, layer: PackedLayer, recorded: Lay
 def verify(folder: str | Path) -> Verification:
     """Reopen a checkpoint and compare it with what was recorded when it was written.
 
-    Every tensor's and file's checksum, and for every quantized layer the checksum of the float32 weight that unpacking
-    gives, against that of the weight which the solver chose and the forward passes went on with.
+    Compares the checksum of every tensor and file. For every quantized layer, the weight is unpacked to float32, and
+    its checksum is compared with that of the weight that the solver chose and that the forward passes continued with.
 
-    This finds damage, not forgery: whoever changes a file on purpose can change the record with it.
+    This finds damage, not forgery: whoever changes a file on purpose can also change the record.
 
     Raises:
         InputError: the record cannot be read, or there is none and the checkpoint cannot be opened.
@@ -203,7 +203,7 @@ def _decode(source: Source, name: str, layer: PackedLayer) -> formats.Codes:
 
 
 def _catch_complaint(read: Callable[[], object]) -> Iterator[str]:
-    """Try to read something; yields the message where that fails."""
+    """Call `read`; yield the message of its error if it fails."""
     try:
         read()
     except (InputError, ValueError) as error:
@@ -224,7 +224,7 @@ def _find_changed_schemes(folder: Path, recorded: list[LayerRecord]) -> Iterator
         quantization = read_quantization(folder / "config.json", quantization_of(folder) or {})
         schemes = quantization.schemes(layer.stored for layer in recorded)
     except InputError:
-        return  # the caller reports it when it opens the checkpoint
+        return  # the caller reports this error when it opens the checkpoint
     for layer in recorded:
         if layer.bits is None or layer.group_size is None or layer.inputs is None:
             continue
@@ -261,7 +261,7 @@ def _find_changed_weights(source: Source, packed: dict[str, PackedLayer], record
     for layer in recorded:
         stored = layer.stored
         if stored not in packed:
-            continue  # reported above
+            continue  # reported by the loop above
         try:
             weight = _decode(source, stored, packed[stored]).weight()
         except (InputError, ValueError) as error:

@@ -1,8 +1,8 @@
 """Mixed precision under a byte budget: choose the bit width and group size of each layer.
 
-Every unit (a layer, or sibling layers that engines fuse) can be stored in several ways. Each has a size in bytes and an
-error in the output of the unit's block. Choosing one per unit, with the least sum of errors within the budget, is a
-knapsack problem.
+Every unit (a layer, or sibling layers that engines fuse) can be stored in several ways. Each way has a size in bytes
+and an error in the output of the unit's block. Choosing one way per unit, with the least sum of errors within the
+budget, is a knapsack problem.
 """
 
 import re
@@ -43,7 +43,7 @@ class Unit:
 
 
 def find_units(plan: Plan, config: QuantConfig) -> tuple[list[Unit], Format]:
-    """Return the units of a planned checkpoint, and the format; a unit that an override sets has that one choice."""
+    """Return the units of a planned checkpoint, and the format; an overridden unit has a single choice."""
     groups = dict.fromkeys((config.group_size, *((FINE_GROUP,) if not 0 < config.group_size <= FINE_GROUP else ())))
     all_ways = [(bits, group) for bits in WIDTHS for group in groups]
     chosen = _choose_format(plan, config, all_ways)
@@ -62,7 +62,7 @@ def find_units(plan: Plan, config: QuantConfig) -> tuple[list[Unit], Format]:
 
 
 def _choose_format(plan: Plan, config: QuantConfig, ways: Sequence[tuple[int, int]]) -> Format:
-    """Return the configured format; for "auto" pack-quantized if it can hold every layer in every way, else GPTQ."""
+    """Return the configured format; for "auto" pack-quantized if it holds every layer in every way, otherwise GPTQ."""
     if config.format != "auto":
         return config.format
     holds = all(

@@ -28,7 +28,7 @@ from gptq.planning.memory import Tokens
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
 
-SAMPLE_SHAPE = (512, 1024)  # rows and columns of that small layer
+SAMPLE_SHAPE = (512, 1024)  # rows and columns of the small layer that is timed
 OVERHEAD_FACTOR = 2.0  # ratio of real to counted time, measured by scripts/bench_memory.py
 
 
@@ -118,7 +118,7 @@ def measure_rates(config: QuantConfig, device: torch.device, dtype: torch.dtype,
 def measure_product_rate(
     device: torch.device, dtype: torch.dtype, seconds: float, multiply: Callable[[Tensor, Tensor], Tensor] = product
 ) -> float:
-    """Return floating-point operations per second of a matrix product: the best of as many as fit into `seconds`."""
+    """Return floating-point operations per second of a matrix product: the best of all repetitions within `seconds`."""
     n = 1536 if device.type == "cpu" else 8192
     A, B = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     best, began = float("inf"), time.perf_counter()

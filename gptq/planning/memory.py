@@ -3,7 +3,7 @@
 The peak is the largest of these moments, each a sum of the tensors that are alive at that time. A layer has n inputs
 and r outputs; an element takes 4 bytes unless said otherwise.
 
-    gathering     H (n, n), and with two streams C (n, n); the rows of held-out windows, or their n x n sums
+    gathering     H (n, n), and with two streams C (n, n); the inputs of held-out windows, or the n x n sums over them
     factorizing   H, C, U
     solving       H, U, and for the layer: the weight, its target, the solver's copy, the errors, the codes
     forward       the weight in the forward's dtype, once per stream
@@ -11,7 +11,7 @@ and r outputs; an element takes 4 bytes unless said otherwise.
 
 At every moment there are also the process itself, the codes of the block's layers so far, the activations of windows
 in mid-block, and the activations of all windows between blocks unless they are offloaded to files. On a GPU, two blocks
-in their stored dtype are added if there is room to prefetch them. Logits are never computed.
+in their stored dtype are added if there is room to prefetch these blocks. Logits are never computed.
 """
 
 import os
@@ -38,7 +38,7 @@ MARGIN = 0.05  # fraction of a limit kept free for what the estimate leaves out
 DEFAULT_LIMIT = 0.8  # without a given limit, a run may use this fraction of the free memory
 RETURN_ABOVE = 0.5  # a run whose peak exceeds this fraction of its limit returns freed memory after every layer
 FRAGMENTATION = 0.2  # without returning freed memory, the heap grows by this fraction of the run's own memory
-CAN_OFFLOAD = sys.platform == "linux"  # elsewhere resident pages of a mapped file cannot be released and counted
+CAN_OFFLOAD = sys.platform == "linux"  # on other systems resident pages of a mapped file cannot be released and counted
 OVERHEAD = 60_000_000  # bytes for temporary slices of tensors, packed words and the allocator's bookkeeping
 CGROUPS = (  # limit and current use of a container's memory, cgroup v2 and v1
     ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -55,7 +55,7 @@ class Tokens:
 
     @property
     def seen(self) -> int:
-        """Tokens that the solver learns from."""
+        """Number of tokens that the solver learns from: those of all windows that are not held out."""
         return (self.windows - self.held_out) * self.per_window
 
 
@@ -111,15 +111,15 @@ def find_memory_plan(
     """Return the fastest memory plan that stays within `limit` bytes.
 
     In order of speed: everything in memory; activations between blocks offloaded to files, which costs little; fewer
-    windows in flight, so that forwards of the others are repeated.
+    windows in flight, so that the forwards of the remaining windows are repeated.
 
     Args:
         base: resident memory of the process before the run.
         where: name of the memory in error messages.
-        files: whether activations can be offloaded.
+        files: whether activations can be offloaded to files.
 
     Raises:
-        InputError: no plan does; says how much memory the smallest one needs.
+        InputError: no plan stays within the limit; the message says how much memory the smallest plan needs.
     """
     counts = [batch_size] if batch_size else list(_halving_counts(tokens.windows))
     candidates = [(min(counts[0], tokens.windows), False)]
@@ -141,6 +141,7 @@ def find_memory_plan(
 
 
 def _halving_counts(count: int) -> Iterator[int]:
+    """Yield `count` and its halves, rounded up, down to 1."""
     while count > 1:
         yield count
         count = -(-count // 2)
@@ -209,7 +210,7 @@ def _kept_outputs(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
 
 
 def _layer_inputs(layer: LayerPlan, tokens: Tokens, config: QuantConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of H, of U, and of the rows or sums of held-out windows."""
+    """Return the bytes of H, of U, and of the held-out windows (stored as input rows, or as summed products)."""
     n = layer.inputs
     held_out = tokens.held_out * tokens.per_window
     return 8 * n * n + (dtype.itemsize * held_out if held_out <= n else 4 * n) * config.streams * n
@@ -261,11 +262,11 @@ def decide_memory(
 ) -> tuple[MemoryPlan, str]:  # fmt: skip
     """Return a run's memory plan, and a line for the user that describes it.
 
-    On a GPU the plan is for the GPU's memory. A limit that was not given is estimated from the free memory; if no plan
-    keeps it, the smallest plan is used.
+    On a GPU the plan is for the GPU's memory. If no limit is given, it is estimated from the free memory; if no plan
+    stays within this estimate, the smallest plan is used.
 
     Raises:
-        InputError: no plan keeps a given limit.
+        InputError: no plan stays within a given limit.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:

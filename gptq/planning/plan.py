@@ -1,4 +1,4 @@
-"""Decide what happens to every tensor of a checkpoint, before the first weight is read."""
+"""Plan a run from headers and config.json: the layers to quantize, their options, and every tensor of the result."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ from gptq.models.forward import check_inputs
 from gptq.models.tensor_names import Names, check_tensors, note_on_unused
 from gptq.models.uncalled_layers import find_uncalled_layers
 
-PROBE_TOKENS = 8  # length of the window on the meta device that finds out which layers are called
+PROBE_TOKENS = 8  # tokens of the window that is run on the meta device to find out which layers are called
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class LayerPlan:
 
     name: str  # in the model
     stored: str  # in the quantized checkpoint
-    source: str  # the source checkpoint's tensor that is its weight; of another layer's name if the two are tied
+    source: str  # name of the weight in the source checkpoint; another layer's if the two are tied
     outputs: int
     inputs: int
     bits: int
-    group_size: int  # columns, at most the inputs
+    group_size: int  # columns per group, at most the number of inputs
     sym: bool
     transposed: bool = False  # the weight is stored as (inputs, outputs): a Conv1D of transformers
     format: Format = "gptq"
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        """One line for the user."""
+        """Describe the plan in one line for the user."""
         layers = self.layers.values()
         return (
             f"{len(layers)} layers in {len(self.blocks)} blocks at {self.bits_per_weight:.2f} bits per weight "
@@ -102,7 +102,7 @@ def plan_checkpoint(
         model: folder or Hub id.
         sample: the model's inputs of one window, if they are not text.
     Raises:
-        InputError: the checkpoint cannot be quantized with this config; says what to change.
+        InputError: the checkpoint cannot be quantized with this config; the message says what to change.
     """
     folder = resolve(model, revision)
     if (folder / "config.json").is_file() and quantization_of(folder):
@@ -147,7 +147,7 @@ def _untie(
 ) -> tuple[str, dict[str, Any]]:
     """Return the name of the output head if its weight is tied in the checkpoint, and the changes to config.json.
 
-    Returns "" and no changes if `head` is no output head, or has a weight of its own.
+    Returns "" and no changes if `head` is not an output head, or has a weight of its own.
     """
     if not head.is_head() or names.find_own(f"{head.name}.weight"):
         return "", {}
@@ -161,7 +161,7 @@ def plan_layers(
     """Return the blocks without skipped layers, a plan for each remaining layer, and notes for the user.
 
     Args:
-        untied: name of the output head, if its weight is tied in the checkpoint and will not be in the result.
+        untied: name of the output head, if its weight is tied in the checkpoint and untied in the result.
         uncalled: names of layers that cannot be quantized and are skipped.
 
     Raises:
@@ -194,7 +194,7 @@ def plan_layers(
 
 
 def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
-    """Return the configured format; for "auto" the one that most inference engines read.
+    """Return the configured format; for "auto" the format that most inference engines read.
 
     - Symmetric, all layers at 4 bits or all at 8 bits: GPTQ v1, which vLLM, SGLang and GPTQModel all read.
     - Other symmetric checkpoints, and asymmetric ones at 4 or 8 bits: pack-quantized, the only format in which vLLM
@@ -202,7 +202,7 @@ def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
     - Other asymmetric checkpoints: GPTQ v2; pack-quantized if GPTQ v2 cannot hold a layer.
 
     Raises:
-        InputError: no candidate can hold every layer; names the layer.
+        InputError: no candidate can hold every layer; the message names a layer.
     """
     if config.format != "auto":
         wanted: list[Format] = [config.format]
@@ -260,7 +260,7 @@ def _refuse_contradictions(partial: dict[Override, list[str]]) -> None:
     """Check overrides that each name some of the same siblings.
 
     Raises:
-        InputError: two of them name different layers and set an option to different values.
+        InputError: two overrides name different layers and set an option to different values.
     """
     seen: dict[str, Override] = {}
     for override, members in partial.items():
@@ -280,13 +280,13 @@ def _note_on_extension(override: Override, names: list[str]) -> str:
 
 
 def _abbreviate(names: list[str]) -> str:
-    """Name many layers briefly: their names inside a block, how many they are, and the first one in full."""
+    """Name many layers briefly: their names inside a block, their number, and the first layer's full name."""
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
     return f"{kinds} in {len(names)} layers ({names[0]} ...)" if len(names) > 1 else names[0]
 
 
 def notes_on_shapes(plans: Iterable[LayerPlan], config: QuantConfig) -> Iterator[str]:
-    """Yield notes for the user on shapes that are not multiples of the group or word size, one for all such layers."""
+    """Yield a note for the user on each kind of shape that is not a multiple of the group or word size."""
     layers_by_remark: dict[str, list[str]] = {}
     for plan in plans:
         for remark in _remarks(plan, config):
@@ -317,7 +317,7 @@ def list_result_tensors(source: Source, plans: dict[str, LayerPlan]) -> dict[str
     copied, for the embedding, and packed.
 
     Raises:
-        InputError: the source holds a tensor of the same name as a packed one.
+        InputError: the source holds a tensor of the same name as a packed tensor.
     """
     by_weight = {plan.source: plan for plan in plans.values()}
     result: dict[str, TensorInfo] = {}
