@@ -1,6 +1,6 @@
 """The demonstration: quantize a small trained Llama to 4 and 3 bits, and measure it on text it was not trained on.
 
-The text is the standard library's `pydoc_data.topics`. Its topics are sorted by name; every second topic is used for
+The text is the standard library's `pydoc_data.topics`. Its topics are sorted by name; every second one is used for
 calibration, the rest for measuring. The model, in `demo_model/`, was trained by `scripts/train_demo_model.py`.
 """
 
@@ -20,10 +20,7 @@ from gptq.pipeline.run import Observer
 
 MODEL = Path(__file__).parent / "demo_model"
 SEQ_LEN, GROUP_SIZE = 512, 128
-CALIBRATION_WINDOWS, MEASURED_WINDOWS = (
-    32,
-    64,
-)  # twice as many calibration windows gain 0.1 % and take a third more time
+CALIBRATION_WINDOWS, MEASURED_WINDOWS = 32, 64  # twice the calibration gains 0.1 % and takes a third more time
 PROMPT = "Abstract\n========\n\nThis PEP proposes"
 
 

@@ -27,9 +27,7 @@ def run_shares(function: Callable[..., None], arguments: tuple[Any, ...], shares
         try:
             for share in left:
                 function(*arguments, *share)
-        except (
-            BaseException
-        ) as failure:  # an exception cannot pass through the C frames of OpenMP; it is raised again below
+        except BaseException as failure:  # cannot pass through the C frames of OpenMP; it is raised again below
             failures.append(failure)
 
     threads, library = torch.get_num_threads(), _openmp()
@@ -69,7 +67,7 @@ def run_compiled(address: int, arguments: tuple[int, ...]) -> None:
 
 
 def shares_of(count: int, unit: int) -> Iterator[tuple[int, int]]:
-    """Split range(count) into one (start, stop) per thread; all shares but the last are a multiple of `unit` long."""
+    """Split range(count) into one (start, stop) per thread; all but the last are multiples of `unit` long."""
     share = -(-count // (torch.get_num_threads() * unit)) * unit
     return ((start, min(start + share, count)) for start in range(0, count, share))
 

@@ -1,1 +1,1 @@
-"""Everything that is decided from headers and config.json, before a weight is read."""
+"""Decide, from headers and config.json alone: plan, memory, cost and bit allocation, before a weight is read."""

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: grid, solve, Hessian, error propagation, coordinate descent."""
+"""The GPTQ solver, on tensors alone: grid, Hessian, solve, error propagation, coordinate descent."""
 
 from gptq.solver.codes import Codes
 from gptq.solver.solve import (
