@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-HEIGHT = 250  # of an SVG, in its own units; one is a pixel unless the page is too narrow
+HEIGHT = 250  # height of an SVG, in SVG units; a unit is a pixel unless the page is too narrow
 MIN_POWER = -300  # lowest power of ten on an axis, still a normal float
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 30, 44  # margins
-HEAD = 40  # height added above the chart in a file of its own, for the title and the names of the series
-ON_WHITE = (  # CSS of a chart in a file of its own
+HEAD = 40  # height added above the chart if it is a separate file, for the title and the names of the series
+ON_WHITE = (  # CSS of a chart in a separate file
     "text { font: 12px system-ui, sans-serif; fill: #5d656d } .grid { stroke: #d9dde1 } .paper { fill: #fff } "
     ".stem { stroke: #d9dde1; stroke-width: 2 } .c0 { fill: #1f6fc4 } .c1 { fill: #c2570c } .c2 { fill: #2b8a3e }"
 )
@@ -32,10 +32,10 @@ class Chart:
     y_label: str
     series: list[Series]
     kind: str  # "bars" or "dots"
-    names: list[str] = field(default_factory=list)  # of the positions, shown as tooltips
+    names: list[str] = field(default_factory=list)  # names of the positions, shown as tooltips
     ticks: dict[float, str] = field(default_factory=dict)  # position -> label below it
     percent: bool = False
-    width: int = 720  # of its SVG
+    width: int = 720  # width of the SVG
 
     def column_tops(self) -> list[float]:
         """Return the height of the drawing at each position: the highest number, or the sum of stacked bars."""
@@ -77,7 +77,7 @@ def render_svg(chart: Chart) -> str:
 
 
 def render_svg_file(chart: Chart) -> str:
-    """Draw the chart as a file of its own, on white, below its title and the names of its series."""
+    """Draw the chart for a separate SVG file, on white, below its title and the names of its series."""
     height = HEIGHT + HEAD
     names = "".join(f'<tspan class="c{i}">\u25cf</tspan> {escape(one.name)}   ' for i, one in enumerate(chart.series))
     return (

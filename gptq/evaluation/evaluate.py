@@ -24,7 +24,7 @@ from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.layer_walk import set_original_weights
 
 MAX_LOSS = 700.0  # nats per token; exp of little more overflows float64
-RESAMPLES, BOOTSTRAP_SEED, CONFIDENCE = 2000, 0, 0.95  # of the bootstrap intervals
+RESAMPLES, BOOTSTRAP_SEED, CONFIDENCE = 2000, 0, 0.95  # settings of the bootstrap intervals
 CHUNK_LOGITS = 2**23  # logits compared at a time: 64 MiB in float64
 
 

@@ -106,8 +106,8 @@ def _round_unit_intrinsic(context, x, at, units, units_at, bits_tuple):  # type:
         units[units_at : units_at + UNIT] = integers[pair_order(bits)], scale;  return scale * integers.sum()
 
     If a number is not finite, neither is the scale. At 3 bits, codes in the low half of a word lie one bit higher than
-    those in the high half. So integers are limited to 16383 there, those for high halves are doubled, and the stored
-    scale is halved.
+    codes in the high half. So at 3 bits integers are limited to 16383, the integers for high halves are doubled, and
+    the stored scale is halved.
     """
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]

@@ -5,8 +5,8 @@ integers on CPUs that multiply these faster. `prepare` makes the layout that the
 dequantize the weight and multiply, which always works. A kernel is compiled when it is first used.
 
 On a CPU, for 2 to 8 bits and groups of a multiple of 32, a layout takes 3 bytes a group for scale and zero (5 if a
-scale is not exact in float16). Its words replace the stored ones, which `state_dict` restores; they are an additional
-copy for pack-quantized files, for act-order, and for shapes that need padding. The kernels on it, by x:
+scale is not exact in float16). The words of the layout replace the stored words, which `state_dict` restores; they are
+an additional copy for pack-quantized files, for act-order, and for shapes that need padding. The kernels on it, by x:
 
     bfloat16  bfloat16 x on CPUs with AVX-512 BF16; many rows only without AMX, which is faster for them
     int16     few rows at 2, 3, 4 and 8 bits on CPUs with AVX2 but without AVX-512 BF16: x is rounded to 16-bit integers

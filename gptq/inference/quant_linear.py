@@ -39,7 +39,7 @@ class QuantLinear(nn.Module):
         self._operands: products.Operands | None = None
 
     def prepare(self) -> int:
-        """Choose the kernel for the device of the stored tensors; return how many bytes of these it replaces."""
+        """Choose the kernel for the device of the stored tensors; return how many of their bytes it replaces."""
         self._restore()
         self.is_prepared = True
         stored = Stored(self.packed(), self.scheme, self.out_features, self.in_features)
@@ -69,9 +69,9 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight (outputs, inputs) in float32, exact; computed on every access.
+        """Return the dequantized weight (outputs, inputs) in float32, exact; it is computed on every access.
 
-        It is a property because some models read the weight of a linear layer.
+        The weight is a property because some models read it from a linear layer.
         """
         return formats.decode(self.packed(), self.scheme).weight()
 
@@ -127,8 +127,8 @@ class QuantLinear(nn.Module):
 def prepare_for_inference(network: nn.Module) -> None:
     """Prepare all packed layers of a loaded model for the device that they are on.
 
-    The heap would keep the pages of the replaced words, in total as many as the model has. Returning them to the system
-    takes a millisecond, so it is done once per TRIM_EVERY bytes.
+    The heap would keep the pages of the replaced words, which add up to the size of the model. Returning pages to the
+    system takes a millisecond, so this is done once per TRIM_EVERY bytes.
     """
     replaced = 0
     for layer in network.modules():

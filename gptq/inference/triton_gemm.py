@@ -1,7 +1,7 @@
 """A Triton kernel for x W^T on packed words, for GPUs: each program unpacks a tile of codes and multiplies it at once.
 
-It reads the tensors of GPTQ files as stored, at any number of bits and with any g_idx. Importing this module imports
-triton, which comes with CUDA builds of torch.
+The kernel reads the tensors of GPTQ files as stored, at any number of bits and with any g_idx. Importing this module
+imports triton, which comes with CUDA builds of torch.
 """
 
 from typing import Any

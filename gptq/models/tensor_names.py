@@ -29,7 +29,7 @@ class SplitTensor:
         tuple[str, str], ...
     ]  # for each part: (converter pattern that matches its name, its name in the checkpoint)
     converter: Any  # transformers' WeightConverter
-    config: PreTrainedConfig  # of the model
+    config: PreTrainedConfig  # the model's configuration
 
     def assemble(self, read: Callable[[str], Tensor]) -> Tensor:
         """Return the whole tensor; `read` returns a part by its name in the checkpoint."""

@@ -19,12 +19,12 @@ class BlockResult:
     name: str
     layers: tuple[LayerResult, ...]
     weight_checksums: Mapping[str, str]  # SHA-256 of each dequantized weight
-    histograms: Mapping[str, Mapping[str, Any]]  # of a layer's weights and of its codes
+    histograms: Mapping[str, Mapping[str, Any]]  # histograms of weights and of codes
     tuned: Mapping[str, str] = field(
         default_factory=dict
     )  # name of a tuned parameter in the model -> in the checkpoint
     errors: tuple[BlockError, ...] = ()  # before and after tuning
-    coverage: tuple[Coverage, ...] = ()  # of each list of experts
+    coverage: tuple[Coverage, ...] = ()  # one for each list of experts
     notes: tuple[str, ...] = ()
     checksums: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the tensors on disk, by stored name
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # tensors not yet on disk, by stored name

@@ -56,7 +56,7 @@ class BlockWalk:
             for _ in range(num_streams)
         ]
         self._pauses: list[list[Pause | None]] = []
-        self._outputs: Outputs = []  # of the current block, once the caller has passed them
+        self._outputs: Outputs = []  # outputs of the current block, once the caller has passed them
         self._stack = ExitStack()
         self._steps: Generator[tuple[Block, Calls], None, None] | None = None
 

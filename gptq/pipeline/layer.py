@@ -27,7 +27,7 @@ class Solution:
 
     solved: solver.SolvedLayer
     figures: LayerFigures
-    histogram: dict[str, Any]  # of the weights
+    histogram: dict[str, Any]  # histogram of the original weights
 
 
 class SharedInput:

@@ -170,7 +170,7 @@ def blend_hessians(
     H has inputs * (inputs + 1) / 2 unknowns, and n tokens give it a rank of at most n. With fewer tokens than inputs
     the solver would find directions in which errors seem to cost nothing, though other text would use them. All tokens
     of the layer are the best available guess at that text, because the router selects an expert's tokens from them. An
-    expert with enough tokens (k = 0) uses its own only.
+    expert with enough tokens (k = 0) uses only its own tokens.
     """
     if own_weight == 1:
         return own.mean(), own.drift_mean()

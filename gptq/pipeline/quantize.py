@@ -69,7 +69,7 @@ class Request:
     revision: str | None
     trust_remote_code: bool
     batch_size: int | None
-    memory_limits: tuple[int | None, int | None]  # of the process and of the GPU, bytes
+    memory_limits: tuple[int | None, int | None]  # limits of the process and of the GPU, bytes
     observer: Observer
 
     def plan(self, config: QuantConfig) -> Plan:
@@ -112,7 +112,7 @@ def quantize(
         calibration: source of text or of arrays (see `gptq.calibration`); or ready windows of tokens, (windows, tokens)
             integers; or the model's inputs, as dicts of arrays whose first dimension counts windows (`pixel_values` of
             images, say, or `input_ids` and `attention_mask` of padded texts).
-        device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
+        device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one.
         dtype: of the forward passes: "float32", "bfloat16", "float16"; "auto" is the dtype in config.json, but
             float32 on a CPU without native bfloat16. The solver works in float32 on the stored weights.
         batch_size: how many calibration windows are in mid-block at once (default all). The remaining windows

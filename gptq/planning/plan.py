@@ -61,7 +61,7 @@ class Plan:
     all_blocks: list[Block]
     blocks: list[Block]  # `all_blocks` without skipped layers
     layers: dict[str, LayerPlan]
-    tensors: dict[str, TensorInfo]  # of the quantized checkpoint
+    tensors: dict[str, TensorInfo]  # tensors of the quantized checkpoint
     changes: dict[str, Any]  # values to replace in config.json
     notes: list[str]  # for the user
 

@@ -43,7 +43,7 @@ def divide_by_hessian(A: Tensor, factor: Factor) -> Tensor:
     U, n = factor.U, len(factor.U)
     blocks = [slice(start, min(start + BLOCK_COLUMNS, n)) for start in range(0, n, BLOCK_COLUMNS)]
     one = torch.eye(min(BLOCK_COLUMNS, n), dtype=U.dtype, device=U.device)
-    inverses = []  # of the diagonal blocks of U, (block, block)
+    inverses = []  # inverses of the diagonal blocks of U, (block, block)
     for block in blocks:
         size = block.stop - block.start
         identity = one[:size, :size]

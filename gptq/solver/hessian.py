@@ -28,7 +28,7 @@ class HessianAccumulator:
     """
 
     def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
-        """With several `ranks`, each process sums its own panels; all must add the same windows in the same order."""
+        """With several `ranks`, each process sums its own panels; all must make the same calls on the same windows."""
         self._sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # valid right of diagonal
         self._ranks = ranks
         self._original_sum: Tensor | None = None  # x~ x^T, once x~ differs from x
@@ -181,7 +181,7 @@ class HeldOut:
     def __init__(self, num_inputs: int, device: torch.device) -> None:
         self.num_tokens = 0
         self._num_inputs, self._device = num_inputs, device
-        self._rows: list[tuple[Tensor, Tensor | None]] = []  # (x, x~) of windows; x~ is None where it equals x
+        self._rows: list[tuple[Tensor, Tensor | None]] = []  # (x, x~) of each window; x~ is None if it equals x
         self._sums: HessianAccumulator | None = None
         self._means: tuple[Tensor, Tensor | None] | None = None
 

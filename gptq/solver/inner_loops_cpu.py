@@ -2,7 +2,8 @@
 
 The loops take TILE_ROWS rows of the weight at a time. Rows are vector lanes, so a column of the weight is a contiguous
 line, (columns, rows), and the tile's working set stays in the first-level cache. If the number of rows is not a
-multiple of TILE_ROWS, the last tile overlaps the one before it and computes those rows again, with the same result.
+multiple of TILE_ROWS, the last tile overlaps the tile before it and computes the shared rows again, with the same
+result.
 """
 
 from typing import Any
