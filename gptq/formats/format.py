@@ -15,9 +15,7 @@ from gptq.formats.name_rules import Quantization
 from gptq.formats.scheme import Linears, Scheme
 from gptq.solver import Codes
 
-SCALE_DTYPE = (
-    torch.float16
-)  # dtype of the scales that this package chooses; files of other tools may hold another dtype
+SCALE_DTYPE = torch.float16  # dtype of scales that this package chooses; other tools' files may hold others
 
 
 class FileFormat(ABC):

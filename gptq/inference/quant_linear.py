@@ -39,7 +39,10 @@ class QuantLinear(nn.Module):
         self._operands: products.Operands | None = None
 
     def prepare(self) -> int:
-        """Choose the kernel for the device of the stored tensors; return how many of their bytes it replaces."""
+        """Choose the kernel for the device of the stored tensors.
+
+        Returns how many bytes of the stored tensors are replaced by the layout that the kernel reads.
+        """
         self._restore()
         self.is_prepared = True
         stored = Stored(self.packed(), self.scheme, self.out_features, self.in_features)

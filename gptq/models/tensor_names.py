@@ -25,9 +25,7 @@ class SplitTensor:
     """A tensor of the model that the checkpoint stores in parts, one per expert, say; transformers joins the parts."""
 
     name: str  # in the model
-    parts: tuple[
-        tuple[str, str], ...
-    ]  # for each part: (converter pattern that matches its name, its name in the checkpoint)
+    parts: tuple[tuple[str, str], ...]  # for each part: (converter pattern that matches, name in the checkpoint)
     converter: Any  # transformers' WeightConverter
     config: PreTrainedConfig  # the model's configuration
 

@@ -12,7 +12,7 @@ from gptq.output.record import Record
 from gptq.output.results import RECORD
 from gptq.version import __version__
 
-KEPT_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")  # keys to copy
+KEPT_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")  # copied from the source
 
 
 def read_card_metadata(card: Path) -> dict[str, str]:

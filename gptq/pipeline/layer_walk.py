@@ -113,9 +113,7 @@ class _LayerWalk:
         self._in_flight = [[PausableForward(call) for call in stream[:in_flight]] for stream in calls]
         self._waiting = [stream[in_flight:] for stream in calls]
         self._names = state.block.pause_points()
-        self._originals: dict[
-            nn.Module, nn.Parameter | None
-        ] = {}  # original weights, for waiting windows that run again
+        self._originals: dict[nn.Module, nn.Parameter | None] = {}  # weights, for waiting windows that run again
         self._shared: SharedInput | None = None
         self._shared_keys: list[dict[int, object]] = []  # keys (see `identify`) of the inputs of `_shared`
 

@@ -91,7 +91,10 @@ def _solve_expert(
 def _solve_down(
     name: str, expert: Expert, windows: list[tuple[Routed, Tensor]], state: BlockState, solve_layer: LayerSolver
 ) -> bool:
-    """Quantize an expert's down_proj on the outputs of its quantized gate and up; return whether they were too few."""
+    """Quantize an expert's down_proj on the outputs of its quantized gate and up.
+
+    Returns whether the expert saw too few tokens.
+    """
     originals = read_original_weights(expert, state)
     num_inputs = state.run.layers[name].inputs
 
