@@ -34,7 +34,7 @@ def source_digest(folder: Path) -> int:
     """Return a hash of all files that contain compiled loops or their building blocks."""
     texts = {file.name: file.read_bytes() for file in sorted(folder.rglob("*.py"))}
     loops = [text for name, text in texts.items() if name == "simd.py" or b"from gptq.compute.simd import" in text]
-    return int.from_bytes(hashlib.sha256(b"".join(loops)).digest()[:7])
+    return int.from_bytes(hashlib.sha256(b"".join(loops)).digest()[:7], "big")
 
 
 SOURCE_DIGEST = source_digest(Path(__file__).parents[1])  # of the whole package: several folders contain loops
