@@ -57,8 +57,8 @@ def option(
 
     Args:
         flag: name of the flag without the dashes; by default the name of the field.
-        parse: converter of the flag's value, for a flag with a metavar or choices; by default the type of the field's
-            default, or int if that is None.
+        parse: converter of the flag's value; a flag without metavar and choices takes no value. By default the type of
+            the field's default, or int if that is None.
     """
     if parse is None and (metavar or choices):
         parse = {int: int, float: float}.get(type(default), int if default is None else str)
@@ -230,7 +230,7 @@ class QuantConfig:
     static_groups: bool = option(
         True, "fit scales as columns are reached; with --desc-act this needs g_idx", flag="dynamic-groups"
     )
-    method: Method = option(  # noqa: RUF009 (its default is a text)
+    method: Method = option(  # noqa: RUF009 (the default is a str, so sharing it is safe)
         "gptq",
         "rtn: round to nearest, without calibration, so that --effort and what follows from it mean nothing",
         choices=METHODS,

@@ -112,7 +112,7 @@ def _raise_with_remedy(error: BaseException, out: Path, root: Path, kept: str) -
         raise InputError(f"{problem}; {kept or 'nothing is left there'}") from error
     if kept and isinstance(error, InputError):
         raise InputError(f"{error}; {kept}") from error
-    if kept:  # BaseException.add_note, which Python 3.10 does not have
+    if kept:  # does what BaseException.add_note does, which Python 3.10 lacks
         vars(error)["__notes__"] = [*getattr(error, "__notes__", []), kept]
 
 

@@ -75,7 +75,7 @@ class Source:
         return self._file_of[name]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Copy the tensor to memory, in its stored dtype, or a floating-point tensor in `dtype` if given.
+        """Copy the tensor to memory. A floating-point tensor is converted to `dtype` if that is given.
 
         Raises:
             InputError: the tensor holds NaN or infinity.

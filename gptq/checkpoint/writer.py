@@ -42,9 +42,9 @@ class ShardWriter:
         Args:
             shards: names of the tensors in each shard. By default tensors are split in order into shards of at most
                 `max_shard_bytes`, and the tensors of one layer stay together.
-            reuse_shards: keep the content of shards that an earlier writer laid out identically. `adopt` then says
-                which tensors are written.
-            read_only: only compute checksums, because another process writes the same tensors to the same files.
+            reuse_shards: keep the content of shards that an earlier writer laid out identically; `adopt` marks the
+                tensors that these contain already.
+            read_only: write nothing and compute checksums alone, because another process writes these files.
         """
         self.folder = folder
         self._read_only = read_only

@@ -29,7 +29,7 @@ class Measurement(JsonObject):
     intervals: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]] | None = None
 
     def number(self, name: str) -> float | None:
-        """Return one of the five numbers; None if it was not measured."""
+        """Return the figure called `name` (perplexity, gap, kl ...); None if it was not measured."""
         found: float | None = getattr(self, name)
         return found
 

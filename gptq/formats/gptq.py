@@ -196,7 +196,11 @@ def _options_of_solver(config: QuantConfig) -> dict[str, Any]:
 
 
 def dynamic_rules(everywhere: Scheme, layers: Layers, kept: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Return rules for layers whose scheme is not `everywhere`, and for the layers `kept` that are not quantized."""
+    """Return the `dynamic` entry of a `quantization_config`, expression -> options.
+
+    It has rules for layers whose scheme differs from the default, `everywhere`, and for the layers in `kept`, which are
+    not quantized.
+    """
     names = [*layers, *kept]
     rules: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in name_patterns(kept, names)}
     for scheme, chosen in names_by_scheme(layers).items():

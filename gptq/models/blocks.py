@@ -86,7 +86,8 @@ def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tupl
 def _takes(model: nn.Module, name: str, inputs: Collection[str]) -> bool:
     """Whether every submodel of `model` that contains the module called `name` takes one of `inputs`.
 
-    The names match by their end: what the whole model calls decoder_input_ids, its decoder calls input_ids.
+    An argument matches one of `inputs` that ends with it: decoder_input_ids of the whole model is input_ids of its
+    decoder.
     """
     parts = name.split(".")
     ancestors = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]

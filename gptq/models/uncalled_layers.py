@@ -166,7 +166,7 @@ class UnsolvedWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == DEVICE:  # models move a layer's input to its weight's device
+        if func == DEVICE:  # not a use of the weight: models read it to move a layer's input there
             return args[0].reported_device
         if _name_of(func) not in METADATA_READS:
             name = next(x.layer for x in _flat_arguments(args, kwargs or {}) if isinstance(x, UnsolvedWeight))

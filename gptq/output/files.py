@@ -79,7 +79,7 @@ def write_files(
         RECORD,
         CARD,
         QUALITY,
-    }  # quality.json describes the source
+    }  # quality.json is not copied: it holds measurements of the source, not of this result
     copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
     quantization = quantization_config(chosen, linears, record)
     hf_config = read_json(source / "config.json")

@@ -33,7 +33,7 @@ class LayerPlan:
     """How one linear layer is quantized, after overrides."""
 
     name: str  # in the model
-    stored: str  # in the quantized checkpoint
+    stored: str  # the layer's name in the quantized checkpoint
     source: str  # name of the weight in the source checkpoint; another layer's if the two are tied
     outputs: int
     inputs: int
