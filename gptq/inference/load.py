@@ -51,9 +51,8 @@ def load(
     where = choose_device(device)
     compute = choose_dtype(dtype, hf_config, where)
     quantization = quantization_of(folder)
-    source = Source(folder)
     if quantization is None:
-        return _load_plain(source, hf_config, where, compute, trust_remote_code)
+        return _load_plain(Source(folder), hf_config, where, compute, trust_remote_code)
     stored_as = read_quantization(folder / "config.json", quantization)
     opened = open_model(folder, trust_remote_code)
     network = opened.network
