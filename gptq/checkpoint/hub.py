@@ -6,11 +6,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
 
+from gptq.checkpoint.assembled import INDEX_FILE
 from gptq.checkpoint.atomic_folder import MARKER
 from gptq.checkpoint.reader import CONVERT_HINT
 from gptq.checkpoint.untrusted import check_folder
 from gptq.errors import InputError
 
+ASSEMBLED = "model.gguf"  # not all *.gguf: repositories of others hold a model in twenty widths
 LOG_IN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -74,6 +76,7 @@ def resolve(model: str, revision: str | None) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"{model}: no such folder")
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE", "NOTICE"]
+    patterns.append(ASSEMBLED)
     doubles = ["consolidated*", "original/*"]  # second copies of the weights, in the authors' own format
     try:
         copy = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))
@@ -81,7 +84,7 @@ def resolve(model: str, revision: str | None) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         which = f"{model} at {revision}" if revision else model
         raise InputError(f"{which} is neither a folder nor a model that the Hub could give ({reason})") from error
-    if not any(copy.glob("*.safetensors")):
+    if not any(copy.glob("*.safetensors")) and not (copy / INDEX_FILE).is_file():
         raise InputError(f"{model} has no safetensors weights on the Hub; {CONVERT_HINT}")
     check_folder(copy)
     return copy

@@ -23,8 +23,8 @@ CONVERT_HINT = (
 class Source:
     """A checkpoint folder that is read one tensor at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open `folder` and check every header.
+    def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
+        """Open `folder` and check every header; `files` are its safetensors files if that is known.
 
         Raises:
             InputError: there is no safetensors checkpoint, or a file is damaged; the message names the file.
@@ -33,7 +33,7 @@ class Source:
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # (offset of the tensor data, parsed header)
-        listed, files = _find_shards(folder)
+        listed, files = _find_shards(folder) if files is None else (set(), files)
         for file in files:
             for name, info in _read_header(file).items():
                 if name in self.tensors:
@@ -86,7 +86,7 @@ class Source:
             # Closing the file after each chunk unmaps it, so that its pages do not add to resident memory.
             with safe_open(self._file_of[name], framework="pt") as file:
                 piece: Tensor = file.get_slice(name)[rows] if rows else file.get_tensor(name)
-                if stored.dtype.is_floating_point and not _is_finite(piece):
+                if stored.dtype.is_floating_point and not is_finite(piece):
                     raise InputError(
                         f"{name} in {self._file_of[name]} holds NaN or infinity; the checkpoint is damaged"
                     )
@@ -100,14 +100,14 @@ class Source:
         step = max(1, CHUNK_BYTES * stored.shape[0] // stored.nbytes)
         return [(slice(start, start + step),) for start in range(0, stored.shape[0], step)]
 
-    def read_unchecked(self, name: str) -> Tensor:
-        """Copy the tensor to memory as stored, without a check for NaN and infinity."""
+    def read_unchecked(self, name: str, entry: int | None = None) -> Tensor:
+        """Copy a tensor, or an entry of its first dimension, to memory as stored, without a check of its numbers."""
         with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name).clone()
-        return tensor
+            tensor: Tensor = file.get_tensor(name) if entry is None else file.get_slice(name)[entry]
+            return tensor.clone()
 
 
-def _is_finite(piece: Tensor) -> bool:
+def is_finite(piece: Tensor) -> bool:
     """Whether no number is NaN or infinite; looks only at the smallest and the largest."""
     if not piece.numel():
         return True

@@ -18,7 +18,6 @@ import transformers
 from gptq.calibration.arrays import is_arrays, read_arrays
 from gptq.calibration.windows import is_held_out
 from gptq.checkpoint import hub
-from gptq.checkpoint.writer import file_bytes
 from gptq.cli.progress import Progress
 from gptq.compute.distributed import current_ranks, process_group
 from gptq.config import QuantConfig
@@ -123,7 +122,7 @@ def _plan(args: argparse.Namespace) -> int:
                 "layers": [vars(layer) for layer in layers],
                 "engines": [vars(engine) for engine in found],
                 "notes": plan.notes,
-                "file_bytes": file_bytes(plan.tensors),
+                "file_bytes": plan.file_bytes,
                 **needs,
             }
         )

@@ -1,15 +1,17 @@
 """`FileFormat`, the base class of the file formats: how layers are stored, and what a `quantization_config` says."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptq.checkpoint.assembled import TensorIndex
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import TensorInfo
+from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, QuantConfig
 from gptq.formats.name_rules import Quantization
 from gptq.formats.scheme import Linears, Scheme
@@ -100,6 +102,29 @@ class FileFormat(ABC):
     def explain_shape(self, info: TensorInfo, scheme: Scheme, outputs: int, inputs: int) -> str:
         """Return what is known about a tensor of the wrong shape, to be appended to a message; "" if nothing."""
         return ""
+
+    # --- the whole file ---
+
+    def model_refusal(self, folder: Path, tensors: Collection[str]) -> str | None:
+        """Return why the model in a source folder, with these tensors, cannot be written in the format, or None."""
+        return None
+
+    def file_bytes(self, tensors: dict[str, TensorInfo]) -> int:
+        """Return the bytes of the files that hold these tensors, to within the length of a header."""
+        return file_bytes(tensors)
+
+    def assemble(self, folder: Path, out: Path) -> TensorIndex | None:
+        """Write the files that the engine reads into the empty folder `out`; None: it reads the files in `folder`.
+
+        Args:
+            folder: a finished folder: the safetensors files that `layout` describes, config.json, the tokenizer. It
+                stays as it is; then `out` takes the place of its safetensors files.
+        Returns:
+            where the files hold each tensor.
+        Raises:
+            InputError: the engine has no place for a tensor.
+        """
+        return None
 
     # --- quantization_config ---
 

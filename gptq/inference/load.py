@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
@@ -52,7 +53,7 @@ def load(
     compute = choose_dtype(dtype, hf_config, where)
     quantization = quantization_of(folder)
     if quantization is None:
-        return _load_plain(Source(folder), hf_config, where, compute, trust_remote_code)
+        return _load_plain(open_source(folder), hf_config, where, compute, trust_remote_code)
     stored_as = read_quantization(folder / "config.json", quantization)
     opened = open_model(folder, trust_remote_code)
     network = opened.network

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.models.blocks import Block
@@ -96,7 +97,7 @@ def open_model(folder: Path, trust_remote_code: bool) -> OpenModel:
     Raises:
         InputError: a file is missing or damaged, or config.json describes no model, or one far larger than the files.
     """
-    source = Source(folder)
+    source = open_source(folder)
     hf_config = read_config(folder, trust_remote_code)
     network = build_empty_model(hf_config, trust_remote_code, source)
     names = Names(network, set(source.tensors))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gptq import formats
+from gptq.checkpoint.assembled import AssembledSource
 from gptq.checkpoint.atomic_folder import atomic_folder
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
@@ -28,7 +29,7 @@ from gptq.output.results import RECORD
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of a conversion; sizes are bytes of the safetensors files."""
+    """Result of a conversion; sizes are bytes of the files with tensors."""
 
     out: str
     format: Format
@@ -64,8 +65,9 @@ def convert(
     plan = _plan_conversion(model, folder, chosen, trust_remote_code)
     source, record, shards = plan.source, plan.record, _plan_shards(plan.source, plan.layers)
     tensors = {name: info for shard in shards for name, info in shard.items()}
+    names = None if isinstance(source, AssembledSource) else [list(shard) for shard in shards]
     with atomic_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
-        writer = ShardWriter(partial_out, tensors, shards=[list(shard) for shard in shards])
+        writer = ShardWriter(partial_out, tensors, shards=names)
         try:
             checksums = _write_tensors(plan, writer, progress)
             writer.close()
@@ -73,8 +75,7 @@ def convert(
             writer.abandon()
         if not record.layers:
             record = record.model_copy(update={"layers": _layer_records(plan, checksums)})
-        write_files(folder, partial_out, chosen, plan.linears, record, writer.checksums)
-        after = sum(file.stat().st_size for file in partial_out.glob("*.safetensors"))
+        after = write_files(folder, partial_out, chosen, plan.linears, record, writer.checksums)
     return Converted(str(out), chosen, len(plan.layers), _note_scale_dtypes(plan.layers), source.file_bytes, after)
 
 

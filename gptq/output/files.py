@@ -1,13 +1,15 @@
 """Write the files beside the tensors: configuration, tokenizer, model card, record."""
 
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from gptq.checkpoint.assembled import INDEX_FILE, TensorIndex, open_source
 from gptq.checkpoint.atomic_folder import copy_files
-from gptq.checkpoint.tensors import sha256_file
+from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import read_json
 from gptq.config import Format, QuantConfig
 from gptq.formats import FORMATS
@@ -20,6 +22,7 @@ from gptq.output.results import CARD, QUALITY, RECORD
 from gptq.planning.plan import Plan
 from gptq.version import __version__
 
+ASSEMBLED = "assembled"  # name of the folder in which files for an engine are made
 COPIED_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".md", "LICENSE", "NOTICE")
 
 
@@ -64,8 +67,11 @@ def write_files(
     record: Record,
     checksums: dict[str, str],
     changes: dict[str, Any] | None = None,
-) -> None:
-    """Write config.json, quantize_config.json (GPTQ), the source's small files, the model card, and the record.
+) -> int:
+    """Complete a folder that holds the finished safetensors files; return the bytes of the files with tensors.
+
+    Writes config.json, quantize_config.json (GPTQ), the source's small files, the model card, and the record; and
+    turns the safetensors files into those that the format's engine reads, if these are others.
 
     Args:
         record: how the layers were quantized.
@@ -79,6 +85,7 @@ def write_files(
         RECORD,
         CARD,
         QUALITY,
+        INDEX_FILE,
     }  # quality.json is not copied: it holds measurements of the source, not of this result
     copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
     quantization = quantization_config(chosen, linears, record)
@@ -86,16 +93,40 @@ def write_files(
     write_json(out / "config.json", _merge(hf_config, changes or {}) | {"quantization_config": quantization})
     for name in FORMATS[chosen].config_files:
         write_json(out / name, quantization)
+    index = _assemble(out, chosen)
+    written_tensors = open_source(out)
+    if index is not None:
+        checksums = {name: sha256(written_tensors.read_unchecked(name)) for name in written_tensors.tensors}
     metadata = read_card_metadata(source / CARD)
     described = record.model_copy(update={"card_metadata": metadata}) if metadata else record
+    if described.sizes is not None:
+        sizes = described.sizes.model_copy(update={"file_bytes_after": written_tensors.file_bytes})
+        described = described.model_copy(update={"sizes": sizes})
     (out / CARD).write_text(render_model_card(chosen, linears.layers, described), encoding="utf-8")
     whole = {
         "quantizer": f"gptq {__version__}",
         **described.to_dict(),
         "tensors": dict(sorted(checksums.items())),
-        "files": {p.name: sha256_file(p) for p in sorted(out.iterdir()) if p.suffix != ".safetensors"},
+        "files": {p.name: sha256_file(p) for p in sorted(out.iterdir()) if p not in written_tensors.files},
     }
     write_json(out / RECORD, whole)
+    return written_tensors.file_bytes
+
+
+def _assemble(folder: Path, chosen: Format) -> TensorIndex | None:
+    """Replace the folder's safetensors files by those that the format's engine reads; None if it reads these."""
+    made = folder.with_name(ASSEMBLED)  # beside `folder` in the partial folder, which a later run empties
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    index = FORMATS[chosen].assemble(folder, made)
+    if index is not None:
+        for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+            file.unlink()
+        for file in made.iterdir():
+            file.replace(folder / file.name)
+        write_json(folder / INDEX_FILE, index.to_dict())
+    made.rmdir()
+    return index
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gptq import formats
+from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.reader import Source, readable_tensors
 from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import check_folder
@@ -122,7 +123,7 @@ def _open_checkpoint(folder: Path) -> tuple[Source, Quantization]:
     quantization = quantization_of(folder)  # not through transformers, which would need the code of some models
     if quantization is None:
         raise InputError(f"{folder} is not a quantized checkpoint: its config.json has no quantization_config")
-    return Source(folder), read_quantization(folder / "config.json", quantization)
+    return open_source(folder), read_quantization(folder / "config.json", quantization)
 
 
 def _describe_layer(source: Source, name: str, layer: PackedLayer, recorded: LayerRecord | None) -> LayerContent:

@@ -17,7 +17,7 @@ from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import Calibration, count_tokens, describe_calibration, is_held_out, read_calibration
 from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder, partial_folder_of
 from gptq.checkpoint.tensors import TensorInfo
-from gptq.checkpoint.writer import ShardWriter, file_bytes
+from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.allocator import malloc_policy
 from gptq.compute.distributed import Ranks, current_ranks
 from gptq.compute.matmul import exact_float32
@@ -44,7 +44,7 @@ from gptq.planning.plan import Plan, plan_checkpoint
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run; sizes are in bytes and count the safetensors files."""
+    """The result of a run; sizes are in bytes and count the files with tensors."""
 
     out: str
     format: Format
@@ -157,10 +157,11 @@ def quantize(
         finally:
             prepared.weights.prefetcher.join(cancel=True)
             writer.abandon()
-        chosen, after = next(iter(plan.layers.values())).format, file_bytes(plan.tensors)
-        record = _make_record(request, prepared, after, store)
+        record, after = _make_record(request, prepared, store), plan.file_bytes
         if ranks.rank == 0:
-            write_files(plan.folder, working.content, chosen, linears_of(plan), record, writer.checksums, plan.changes)
+            after = write_files(
+                plan.folder, working.content, plan.format, linears_of(plan), record, writer.checksums, plan.changes
+            )
     ranks.barrier()  # wait until the first process has moved the output into place
     prefetcher = prepared.weights.prefetcher
     observer.prefetched(prefetcher.nbytes, prefetcher.seconds, prefetcher.waited)
@@ -170,7 +171,7 @@ def quantize(
         observer.note(note)
     return Result(
         out=str(out),
-        format=chosen,
+        format=plan.format,
         layers=results,
         notes=[*notes, *remarks],
         bits_per_weight=plan.bits_per_weight,
@@ -324,8 +325,8 @@ def _copy_unquantized(plan: Plan, writer: ShardWriter, ranks: Ranks, observer: O
         writer.close()
 
 
-def _make_record(request: Request, prepared: Prepared, after: int, store: BlockStore) -> Record:
-    """Return the record of the run that is written next to the tensors; `after` is the size of the written files."""
+def _make_record(request: Request, prepared: Prepared, store: BlockStore) -> Record:
+    """Return the record of the run that is written next to the tensors."""
     plan, windows, results = prepared.plan, prepared.windows, store.finished.values()
     source, layers = plan.source, plan.layers
     replaced = (layer.source for layer in layers.values() if layer.source not in plan.tensors)
@@ -341,7 +342,7 @@ def _make_record(request: Request, prepared: Prepared, after: int, store: BlockS
             "quantized_bytes_before": sum(source.tensors[name].nbytes for name in replaced),
             "quantized_bytes_after": plan.packed_bytes,
             "file_bytes_before": source.file_bytes,
-            "file_bytes_after": after,
+            "file_bytes_after": plan.file_bytes,
             "calibration_tokens": count_tokens(windows or []),
         },
         "layers": layer_records(layers, _layer_results(store), checksums, histograms),

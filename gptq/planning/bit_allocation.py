@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gptq import formats
-from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.scheme import Scheme
@@ -107,7 +106,7 @@ def choose_storage(plan: Plan, config: QuantConfig, units: Sequence[Unit], chose
 
 
 def _file_bytes(plan: Plan, units: Sequence[Unit], choices: Sequence[StorageChoice], chosen: Format) -> int:
-    """Return the total size of the safetensors files with these choices."""
+    """Return the total size of the files with tensors with these choices."""
     layers = {}
     for unit, choice in zip(units, choices, strict=True):
         for name in unit.layers:
@@ -115,7 +114,7 @@ def _file_bytes(plan: Plan, units: Sequence[Unit], choices: Sequence[StorageChoi
             layers[name] = replace(
                 plan.layers[name], bits=choice.bits, group_size=scheme.group_size, format=scheme.format
             )
-    return file_bytes(list_result_tensors(plan.source, layers))
+    return formats.FORMATS[chosen].file_bytes(list_result_tensors(plan.source, layers))
 
 
 def allocate(units: Sequence[Unit], budget: int) -> list[StorageChoice]:

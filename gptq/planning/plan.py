@@ -14,7 +14,6 @@ from gptq import formats
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import TensorInfo
-from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.quantization_config import quantization_of
@@ -70,6 +69,16 @@ class Plan:
         return {plan.stored: (plan.scheme, plan.inputs) for plan in self.layers.values()}
 
     @property
+    def format(self) -> Format:
+        """The format of all quantized layers."""
+        return next(iter(self.layers.values())).format
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files with tensors that the run will write."""
+        return formats.FORMATS[self.format].file_bytes(self.tensors)
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of all stored tensors of the quantized layers."""
         layers = self.layers.values()
@@ -81,7 +90,7 @@ class Plan:
         layers = self.layers.values()
         return (
             f"{len(layers)} layers in {len(self.blocks)} blocks at {self.bits_per_weight:.2f} bits per weight "
-            f"({next(iter(layers)).format}), {file_bytes(self.tensors) / 1e6:,.1f} MB of files"
+            f"({self.format}), {self.file_bytes / 1e6:,.1f} MB of files"
         )
 
     @property
