@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq import InputError, QuantConfig, cli, formats, load, quantize, solver
-from gptq.config import BITS, FORMATS, Format
+from gptq.config import BITS, Format
 from gptq.formats import Codes, Scheme
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
@@ -48,11 +48,22 @@ def test_pack_quantized_is_the_bit_string_of_offset_codes(bits: int, sym: bool, 
         assert columns == [oracle.bit_stream(column, bits) for column in layer.zero.T.tolist()]
 
 
+def test_int_quantized_is_signed_bytes(rng: torch.Generator) -> None:
+    layer, scheme = some_codes(8, 5, 24, 24, True, rng), Scheme(8, -1, True, "int-quantized")
+    packed = formats.encode(layer, scheme)
+    assert packed["weight"].tolist() == [[code - 128 for code in row] for row in layer.codes.tolist()]
+    assert packed["weight"].dtype == torch.int8
+    assert torch.equal(packed["weight_scale"], layer.scale)
+    read = formats.decode(packed, scheme)
+    assert all(torch.equal(getattr(read, key), getattr(layer, key)) for key in ("codes", "scale", "zero", "g_idx"))
+    assert torch.equal(packed["weight"].float() * packed["weight_scale"].float(), layer.weight())
+
+
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", formats.GPTQ_BITS)
 def test_the_formats_are_transposes_of_each_other(bits: int, sym: bool, rng: torch.Generator) -> None:
     layer = some_codes(bits, 32, 64, 16, sym, rng)
-    v1, v2, packed = (formats.encode(layer, Scheme(bits, 16, sym, f)) for f in FORMATS)
+    v1, v2, packed = (formats.encode(layer, Scheme(bits, 16, sym, f)) for f in ("gptq", "gptq_v2", "pack-quantized"))
     assert torch.equal(v1["qweight"], packed["weight_packed"].T)
     assert torch.equal(v1["scales"], packed["weight_scale"].T)
     assert all(torch.equal(v1[name], v2[name]) for name in ("qweight", "scales", "g_idx"))
@@ -318,6 +329,7 @@ def test_act_order_by_groups_of_older_compressed_tensors_is_read(
 
 def test_a_layer_that_the_solver_made_is_one_of_integers() -> None:
     solved = solver.round_to_nearest(torch.linspace(-1, 1, 64).view(2, 32), 4, 16, sym=False)
-    for format_ in FORMATS:
+    kinds: tuple[Format, ...] = ("gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8")
+    for format_ in kinds:
         scheme = Scheme(4, 16, False, format_)
         assert torch.equal(formats.decode(formats.encode(solved, scheme), scheme).weight(), solved.weight())

@@ -117,6 +117,34 @@ def test_every_product_is_the_exact_one(
     assert used == {others, "bfloat16"} if in_bfloat16 else {others}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "columns", "kind"), [(8, -1, "int-quantized"), (4, 32, "pack-quantized-a8")])
+def test_rounded_activations_are_products_of_integers(
+    bits: int, columns: int, kind: Format, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    """Per token and group, s_x s_w sum(x_i c_i) with integers of 8 bits, in float64."""
+    layer = random_layer(rng, Scheme(bits, columns, True, kind), 96, 64, True, dtype)
+    x = torch.randn(3, 5, 64, generator=rng).to(dtype)
+    x[0, 0] = 0
+    codes = formats.decode(layer.packed(), layer.scheme)
+    largest = x.double().abs().amax(-1, keepdim=True)
+    integers = torch.round(x.double() * 127 / largest.clamp(min=1e-20))  # (3, 5, 64)
+    assert integers.abs().max() == 127
+    sums = torch.einsum(
+        "abgk,ogk->abog", integers.unflatten(-1, (codes.scale.shape[1], -1)),
+        (codes.codes.double() - 2 ** (bits - 1)).unflatten(-1, (codes.scale.shape[1], -1)),
+    )  # fmt: skip
+    expected = (sums * codes.scale.double()).sum(-1) * largest / 127
+    bias = layer.bias
+    assert bias is not None
+    expected += bias.double()
+    # One integer more or less would change a sum by 0.02 or more. A kernel may round x to 16-bit integers once more.
+    tolerance = 4e-4 if dtype == torch.float32 else 0.0
+    rtol = 0.0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x).double(), expected, rtol=rtol, atol=max(tolerance, rtol))
+    assert layer(x).dtype == dtype
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_rows_may_lie_in_any_shape(bits: int, rng: torch.Generator) -> None:
     for scheme in (Scheme(bits, 64, True), Scheme(bits, -1, True, "pack-quantized")):

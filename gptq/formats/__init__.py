@@ -9,7 +9,8 @@ from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format
 from gptq.formats.format import SCALE_DTYPE, FileFormat
 from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
-from gptq.formats.pack_quantized import PackQuantized
+from gptq.formats.int_quantized import IntQuantized
+from gptq.formats.pack_quantized import PackQuantized, PackQuantizedA8
 from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.solver import Codes
 
@@ -18,7 +19,9 @@ __all__ = [
     "decode_zeros", "encode", "layout", "refusal",
 ]  # fmt: skip
 
-FORMATS: dict[Format, FileFormat] = {known.name: known for known in (GptqV1(), GptqV2(), PackQuantized())}
+FORMATS: dict[Format, FileFormat] = {
+    known.name: known for known in (GptqV1(), GptqV2(), PackQuantized(), PackQuantizedA8(), IntQuantized())
+}
 
 
 # The methods of `FileFormat`, called on the format that a scheme names.

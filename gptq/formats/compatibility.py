@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gptq import formats
-from gptq.formats import gptq, pack_quantized
-from gptq.formats.gptq import GPTQ_BITS
+from gptq.config import Format
+from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
+from gptq.formats.int_quantized import IntQuantized
+from gptq.formats.pack_quantized import PackQuantized, PackQuantizedA8
 from gptq.formats.scheme import Layers, Scheme, normalized_scheme
 from gptq.models.blocks import group_fused_siblings
 
@@ -27,9 +29,9 @@ class Engine:
 
 
 def engines(layers: Layers) -> list[Engine]:
-    """Return for each engine whether it takes a file with these layers, all in formats of one `quant_method`."""
+    """Return for each engine whether it takes a file with these layers, all in one format."""
     first, _ = next(iter(layers.values()))
-    rules = RULES[formats.FORMATS[first.format].quant_method]
+    rules = RULES[first.format]
     own = Engine("gptq", True, "`gptq.load`, or `import gptq` and then transformers")
     return [own, *(Engine(name, *rule(layers)) for name, rule in rules.items())]
 
@@ -154,12 +156,39 @@ def _gptqmodel_packed(layers: Layers) -> tuple[bool, str]:
     return False, "it reads GPTQ files; `gptq convert --format gptq` makes one"
 
 
-RULES: dict[str, dict[str, Rule]] = {  # by `quant_method`
-    gptq.METHOD: {
-        "transformers": _transformers_gptq, "vLLM": _vllm_gptq, "SGLang": _sglang_gptq, "GPTQModel": _gptqmodel_gptq,
-    },
-    pack_quantized.METHOD: {
+def _vllm_packed_a8(layers: Layers) -> tuple[bool, str]:  # compressed_tensors/schemes/compressed_tensors_wNa8.py
+    takes, why = _vllm_packed(layers)
+    return takes, "as compressed-tensors, on GPUs with Humming kernels" if takes else why
+
+
+def _sglang_packed_a8(layers: Layers) -> tuple[bool, str]:
+    return False, "integers of fewer than 8 bits with int8 activations are not known to be taken"
+
+
+def _transformers_int8(layers: Layers) -> tuple[bool, str]:
+    return True, "with compressed-tensors, which divides a token's largest value by 127.5 instead of 127"
+
+
+def _vllm_int8(layers: Layers) -> tuple[bool, str]:  # compressed_tensors/schemes/compressed_tensors_w8a8_int8.py
+    uneven = _explain_siblings(layers)
+    return (False, uneven) if uneven else (True, "as compressed-tensors, with int8 products")
+
+
+GPTQ_RULES: dict[str, Rule] = {
+    "transformers": _transformers_gptq, "vLLM": _vllm_gptq, "SGLang": _sglang_gptq, "GPTQModel": _gptqmodel_gptq,
+}  # fmt: skip
+RULES: dict[Format, dict[str, Rule]] = {
+    GptqV1.name: GPTQ_RULES,
+    GptqV2.name: GPTQ_RULES,
+    PackQuantized.name: {
         "transformers": _transformers_packed, "vLLM": _vllm_packed, "SGLang": _sglang_packed,
         "GPTQModel": _gptqmodel_packed,
+    },
+    PackQuantizedA8.name: {
+        "transformers": _transformers_packed, "vLLM": _vllm_packed_a8, "SGLang": _sglang_packed_a8,
+        "GPTQModel": _gptqmodel_packed,
+    },
+    IntQuantized.name: {
+        "transformers": _transformers_int8, "vLLM": _vllm_int8, "SGLang": _vllm_int8, "GPTQModel": _gptqmodel_packed,
     },
 }  # fmt: skip

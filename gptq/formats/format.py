@@ -1,7 +1,7 @@
 """`FileFormat`, the base class of the file formats: how layers are stored, and what a `quantization_config` says."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gptq.formats.name_rules import Quantization
 from gptq.formats.scheme import Linears, Scheme
 from gptq.solver import Codes
 
+PLAIN_KEY = "weight"  # key of a weight that is not packed
 SCALE_DTYPE = torch.float16  # dtype of scales that this package chooses; other tools' files may hold others
 
 
@@ -28,9 +29,9 @@ class FileFormat(ABC):
 
     name: Format
     quant_method: str  # what `quantization_config` calls the family of formats, and the tag on a model card
-    codes_key: str  # every packed layer has a tensor with this key
+    codes_key: str  # every packed layer has a tensor with this key; "weight", as in plain layers, in some formats
     scale_key: str
-    zero_key: str
+    zero_key: str  # "" if the format has no such tensor, as for g_idx_key
     g_idx_key: str
     other_keys: tuple[str, ...] = ()
     config_files: tuple[str, ...] = ()  # files beside config.json that hold the `quantization_config` too
@@ -40,11 +41,18 @@ class FileFormat(ABC):
     inputs_first: bool  # words and scales are matrices of (inputs, outputs), not (outputs, inputs)
     needs_whole_words: bool  # some readers do not take a layer whose codes leave a part of a word empty
     keeps_scale_dtype: bool  # readers compute with the scales as they are stored, whatever their dtype
+    activation_bits: int | None = None  # readers round each token's activations to integers of this width
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of all tensors that a layer may have."""
-        return frozenset({self.codes_key, self.scale_key, self.zero_key, self.g_idx_key, *self.other_keys})
+        """The keys of all tensors that only a packed layer may have; the `weight` of a plain layer is not one."""
+        keys = {self.codes_key, self.scale_key, self.zero_key, self.g_idx_key, *self.other_keys}
+        return frozenset(keys - {"", PLAIN_KEY})
+
+    @property
+    def marker_key(self) -> str:
+        """The key by which a packed layer is known."""
+        return self.scale_key if self.codes_key == PLAIN_KEY else self.codes_key
 
     @abstractmethod
     def refusal(self, scheme: Scheme, outputs: int, inputs: int, transposed: bool) -> str | None:
@@ -136,14 +144,21 @@ class FileFormat(ABC):
             config: the options that the layers were quantized with; None if another tool quantized them.
         """
 
-    def rename_config(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
-        """The `quantization_config` of another tool's file of the same `quant_method`, changed to name this format."""
-        return dict(quantization)
+    def rename_config(self, quantization: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The `quantization_config` of another tool's file of the same `quant_method`, changed to name this format.
+
+        None if the formats of this `quant_method` differ in more than the name.
+        """
+        return None
 
     @abstractmethod
-    def read_config(self, where: str | Path, quantization: Mapping[str, Any]) -> Quantization:
+    def read_config(
+        self, where: str | Path, quantization: Mapping[str, Any], family: "Sequence[FileFormat]"
+    ) -> Quantization:
         """Return what a `quantization_config` of this `quant_method`, found in the file or folder `where`, says.
 
+        Args:
+            family: the formats of this `quant_method`, with this one.
         Raises:
             InputError: the `quantization_config` is of another format, lacks a value, or contradicts itself.
         """

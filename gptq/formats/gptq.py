@@ -14,7 +14,7 @@ layer's name, the first match wins, and `-:` in front means "not quantized".
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,7 +149,9 @@ class Gptq(FileFormat):
         names = {key: self.name for key in ("checkpoint_format", "format") if key in quantization}
         return {**quantization, "checkpoint_format": self.name, **names}
 
-    def read_config(self, where: str | Path, quantization: Mapping[str, Any]) -> Quantization:
+    def read_config(
+        self, where: str | Path, quantization: Mapping[str, Any], family: Sequence[FileFormat]
+    ) -> Quantization:
         said = {key: quantization[key] for key in ("checkpoint_format", "format") if quantization.get(key) is not None}
         names = [name for name in NAMES if name in said.values()]
         if any(value not in NAMES for value in said.values()):

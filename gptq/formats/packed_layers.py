@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from gptq import formats
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
+from gptq.formats.format import PLAIN_KEY
 from gptq.formats.name_rules import Quantization
 from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.models.blocks import is_linear, shape_of
@@ -33,7 +34,7 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
     Raises:
         InputError: a tensor is missing or wrong; the message names the tensor and what was expected.
     """
-    marker = formats.FORMATS[quantization.format].codes_key
+    marker = formats.FORMATS[quantization.format].marker_key
     keys = frozenset().union(*(known.keys for known in formats.FORMATS.values()))
     parts: dict[str, set[str]] = {}
     for name in source.tensors:
@@ -48,8 +49,12 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
         if scheme is None:
             name = f"{layer}.{min(suffixes)}"
             raise InputError(f"{source.folder} holds {name}, but its quantization_config says that is not quantized")
-        if f"{layer}.weight" in source.tensors:
-            raise InputError(f"{source.folder} holds both {layer}.weight and {layer}.{min(suffixes)}; one is too many")
+        if f"{layer}.{PLAIN_KEY}" in source.tensors:
+            if formats.FORMATS[scheme.format].codes_key != PLAIN_KEY:
+                raise InputError(
+                    f"{source.folder} holds both {layer}.weight and {layer}.{min(suffixes)}; one is too many"
+                )
+            suffixes.add(PLAIN_KEY)
         found[layer] = _check_layer(source, layer, suffixes, scheme)
     return found
 

@@ -40,9 +40,9 @@ def read_quantization(where: str | Path, quantization: Mapping[str, Any]) -> Qua
         InputError: the `quantization_config` is of another format, lacks a value, or contradicts itself.
     """
     method = quantization.get("quant_method", ASSUMED)
-    for known in formats.FORMATS.values():
-        if known.quant_method == method:
-            return known.read_config(where, quantization)
+    family = [known for known in formats.FORMATS.values() if known.quant_method == method]
+    if family:
+        return family[0].read_config(where, quantization, family)
     raise InputError(f"{where} says quant_method {method!r}; what is read is {_known_methods()}")
 
 

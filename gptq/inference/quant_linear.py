@@ -12,6 +12,8 @@ from gptq.inference import products
 from gptq.inference.layout import Stored
 
 TRIM_EVERY = 2**24  # bytes of freed packed words, after which the heap's free pages are returned to the system
+INT8_MAX = 127
+SMALLEST = 1e-30  # a token of zeros has a scale too, and stays zero
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
 
 
@@ -31,9 +33,9 @@ class QuantLinear(nn.Module):
         self.scheme = scheme
         self.out_features, self.in_features = shape
         self._suffixes = tuple(packed)
-        for suffix, tensor in packed.items():
-            self.register_buffer(suffix, tensor)
+        self._buffers.update(packed)  # not by register_buffer, which refuses a buffer called like the property `weight`
         self.register_buffer("bias", bias)
+        self._rounds_activations = formats.FORMATS[scheme.format].activation_bits is not None
         self.is_prepared = False
         self._product: products.Product | None = None
         self._operands: products.Operands | None = None
@@ -79,9 +81,15 @@ class QuantLinear(nn.Module):
         return formats.decode(self.packed(), self.scheme).weight()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._rounds_activations:
+            return self._multiply(round_to_int8(x)).to(x.dtype)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """x W^T + bias."""
         product, bias = self._product, self._buffers["bias"]  # `self.bias` takes microseconds longer if it is None
         if product is None or x.dtype not in products.DTYPES or not x.numel() or self._needs_traceable_ops(x):
-            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+            return nn.functional.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if torch.compiler.is_compiling() and self._operands is not None:
             y: Tensor = torch.ops.gptq.multiply(x, *self._operands)
         else:
@@ -125,6 +133,16 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bits={self.scheme.bits}, format={self.scheme.format}"
+
+
+def round_to_int8(x: Tensor) -> Tensor:
+    """Round each token of x (..., inputs) to multiples of a scale of its own, max |x| / 127; the result is float32.
+
+    vLLM's kernels do the same and multiply the integers. compressed-tensors divides by 127.5 instead.
+    """
+    values = x.float()
+    scale = values.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / INT8_MAX  # (..., 1)
+    return torch.round(values / scale) * scale
 
 
 def prepare_for_inference(network: nn.Module) -> None:

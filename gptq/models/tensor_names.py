@@ -95,7 +95,7 @@ class Names:
 
     def find_packed(self, layer: str) -> str | None:
         """Return the checkpoint's name of a packed layer; None if the checkpoint does not hold the layer packed."""
-        found = (self.find_own(f"{layer}.{marker}") for marker in PACKED_WEIGHTS)
+        found = (self.find_own(f"{layer}.{marker}") for marker in PACKED_MARKERS)
         return next((name.rpartition(".")[0] for name in found if name), None)
 
     def find_layer(self, layer: str) -> str:
@@ -117,9 +117,9 @@ class Names:
         return found
 
 
-PACKED_WEIGHTS = ("qweight", "weight_packed")
-PACKED = re.compile(  # suffixes that replace a linear layer's `weight`
-    r"(?<=\.)(qweight|qzeros|scales|g_idx|weight_(?:packed|scale|zero_point|shape|g_idx))$"
+PACKED_MARKERS = ("qweight", "weight_packed", "scales", "weight_scale")  # keys of which a packed layer has at least one
+PACKED = re.compile(  # suffixes of a packed layer's tensors beside or instead of `weight`
+    r"(?<=\.)(qweight|qzeros|scales|biases|g_idx|weight_(?:packed|scale|zero_point|shape|g_idx))$"
 )
 STACKING = {"MergeModulelist", "Concatenate", "Force16BytesAlignment"}  # conversions that fuse separate experts
 

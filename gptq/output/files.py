@@ -55,7 +55,9 @@ def quantization_config(chosen: Format, linears: Linears, record: Record) -> dic
     if origin and origin.format == chosen:
         return dict(origin.quantization_config)
     if origin and FORMATS[origin.format].quant_method == file_format.quant_method:
-        return file_format.rename_config(origin.quantization_config)
+        renamed = file_format.rename_config(origin.quantization_config)
+        if renamed is not None:
+            return renamed
     return file_format.write_config(linears, None if record.config is None else QuantConfig.from_dict(record.config))
 
 

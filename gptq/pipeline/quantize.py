@@ -329,7 +329,7 @@ def _make_record(request: Request, prepared: Prepared, store: BlockStore) -> Rec
     """Return the record of the run that is written next to the tensors."""
     plan, windows, results = prepared.plan, prepared.windows, store.finished.values()
     source, layers = plan.source, plan.layers
-    replaced = (layer.source for layer in layers.values() if layer.source not in plan.tensors)
+    replaced = (layer.source for layer in layers.values() if layer.replaces_source)
     checksums = {name: checksum for result in results for name, checksum in result.weight_checksums.items()}
     histograms = {name: dict(counts) for result in results for name, counts in result.histograms.items()}
     coverage = [asdict(seen) for result in results for seen in result.coverage]

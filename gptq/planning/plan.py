@@ -47,6 +47,11 @@ class LayerPlan:
     def scheme(self) -> Scheme:
         return Scheme(self.bits, self.group_size, self.sym, self.format, self.scattered)
 
+    @property
+    def replaces_source(self) -> bool:
+        """Whether the result has the packed layer in place of the source's weight; not for an untied head."""
+        return self.source == f"{self.stored}.weight"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -332,12 +337,12 @@ def list_result_tensors(source: Source, plans: dict[str, LayerPlan]) -> dict[str
     result: dict[str, TensorInfo] = {}
     for name, info in source.tensors.items():
         plan = by_weight.get(name)
-        if plan is None or name != f"{plan.stored}.weight":
+        if plan is None or not plan.replaces_source:
             result[name] = info
         if plan is not None:
             layout = formats.layout(plan.scheme, plan.outputs, plan.inputs)
             for suffix, packed in layout.items():
-                if f"{plan.stored}.{suffix}" in source.tensors:
+                if f"{plan.stored}.{suffix}" in source.tensors.keys() - {plan.source}:
                     raise InputError(f"the checkpoint holds {plan.stored}.{suffix} already; is it quantized?")
                 result[f"{plan.stored}.{suffix}"] = packed
     return result
