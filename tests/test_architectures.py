@@ -198,6 +198,7 @@ def test_a_weight_that_is_computed_with_elsewhere_is_not_guessed(
     """Where it is not found beforehand, as when the forward wants to know a number first."""
     ids = torch.randint(2, VOCAB, (8, 32), generator=rng)
     monkeypatch.setattr("gptq.planning.plan.find_uncalled_layers", lambda *_: [])
+    monkeypatch.setattr("gptq.planning.plan.find_unreached_layers", lambda *_: set())
     with pytest.raises(InputError, match=r"layers.0.mixer.dt_proj without calling .* --override 'dt_proj:skip'"):
         quantize(make_model("mamba"), tmp_path / "out", CONFIG, calibration=ids)
 

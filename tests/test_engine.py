@@ -148,14 +148,13 @@ def test_missing_tensors_are_found_before_the_work_and_when_measuring(
         )
 
 
-def test_a_layer_that_no_token_reaches_is_rounded_and_said(
+def test_a_layer_that_no_token_reaches_stays_and_is_said(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.up_proj(x))))
     result = quantize(make_model("llama"), tmp_path / "out", CONFIG, calibration=windows)
-    unreached = [layer for layer in result.layers if layer.tokens == 0]
-    assert [layer.name for layer in unreached] == [f"model.layers.{i}.mlp.gate_proj" for i in range(2)]
-    assert sum("no calibration token reached it" in note for note in result.notes) == 2
+    assert not [layer.name for layer in result.layers if layer.tokens == 0 or "gate_proj" in layer.name]
+    assert any("gate_proj in 2 layers (model.layers.0.mlp.gate_proj ...) stay as they are" in n for n in result.notes)
     assert verify.verify(tmp_path / "out").problems == []
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,8 +147,12 @@ def test_blocks_that_nothing_reaches_are_finished_too(
     source = make_model("llama", num_hidden_layers=3)
     windows = torch.randint(1, 320, (4, 32), generator=torch.Generator().manual_seed(7))
     monkeypatch.setattr(BlockWalk, "resume_with", lambda self, outputs: None)  # the walk ends after the first block
+    with pytest.raises(InputError, match=r"reached model.layers.1; leave .* --override 'model.layers:skip'"):
+        quantize(source, tmp_path / "whole", CONFIG, calibration=windows)
+    shutil.rmtree(partial_of(tmp_path / "whole"))
+    monkeypatch.setattr("gptq.pipeline.quantize._refuse_unreached", lambda *_: None)
     whole = quantize(source, tmp_path / "whole", CONFIG, calibration=windows)
-    assert sum("no calibration input reached it" in note for note in whole.notes) == 2
+    assert sum(layer.tokens == 0 for layer in whole.layers) == 2 * 7
     stop(source, tmp_path / "out", after=2, calibration=windows)
     assert quantize(source, tmp_path / "out", CONFIG, calibration=windows).notes == whole.notes
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")

@@ -14,7 +14,7 @@ from gptq import calibration
 from gptq.checkpoint.hub import resolve
 from gptq.errors import InputError
 from gptq.inference.load import load
-from gptq.models.blocks import find_blocks
+from gptq.models.blocks import find_blocks, takes_one_of
 from gptq.models.build import open_model
 from gptq.models.forward import check_tokens, run_forward
 from gptq.models.hf_config import choose_dtype, fit_seq_len, read_config, read_tokenizer
@@ -278,7 +278,7 @@ def compute_original_logits(
     check_tensors(network, opened.names, opened.source.tensors)
     check_tokens(tokens, network)
     weights = WeightStream(opened.source, opened.names, device, choose_dtype(dtype, opened.hf_config, device))
-    blocks, _ = find_blocks(network, {"input_ids"})
+    blocks = [block for block in find_blocks(network) if takes_one_of(network, block.name, {"input_ids"})]
     done, total = 0, 2 * len(tokens) * len(blocks)  # the caller runs its own model as each window is yielded
     with BlockWalk(network, blocks, [{"input_ids": window[None]} for window in tokens], 1, weights) as walk:
         for block, (calls,) in walk:

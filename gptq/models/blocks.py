@@ -56,12 +56,10 @@ class Block:
         return {module: found[module] for module in self.module.modules() if module in found}
 
 
-def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tuple[list[Block], list[str]]:
-    """Return the model's blocks, and notes for the user.
+def find_blocks(model: nn.Module) -> list[Block]:
+    """Return the model's blocks.
 
     Blocks are the elements of each outermost nn.ModuleList whose elements have the same type and contain linear layers.
-    `inputs` are the names of the arguments that the model will be called with. Lists inside a submodel (an image
-    encoder, say) that takes none of these arguments are left out, because no input will reach them.
 
     Raises:
         InputError: the model has no repeated blocks with linear layers.
@@ -74,16 +72,11 @@ def find_blocks(model: nn.Module, inputs: Collection[str] | None = None) -> tupl
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
     if not outermost:
         raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
-    reached = {n: m for n, m in outermost.items() if inputs is None or _takes(model, n, inputs)}
-    notes = [f"{n} stays as it is: the calibration has no inputs for it" for n in outermost if n not in reached]
-    if not reached:
-        kind, wanted = type(model).__name__, getattr(model, "main_input_name", "other inputs")
-        raise InputError(f"{kind} is called on {wanted}, so it needs arrays of them for calibration, not text")
-    blocks = [(f"{n}.{i}", child) for n, m in reached.items() for i, child in enumerate(m)]
-    return [Block(name, m, _linears(m, name), index) for index, (name, m) in enumerate(blocks)], notes
+    blocks = [(f"{n}.{i}", child) for n, m in outermost.items() for i, child in enumerate(m)]
+    return [Block(name, m, _linears(m, name), index) for index, (name, m) in enumerate(blocks)]
 
 
-def _takes(model: nn.Module, name: str, inputs: Collection[str]) -> bool:
+def takes_one_of(model: nn.Module, name: str, inputs: Collection[str]) -> bool:
     """Whether every submodel of `model` that contains the module called `name` takes one of `inputs`.
 
     An argument matches one of `inputs` that ends with it: decoder_input_ids of the whole model is input_ids of its

@@ -112,7 +112,7 @@ def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remo
         transposed = is_transposed(network.get_submodule(name))
         wanted[own] = _target_scheme(source, own, packed[own], chosen, transposed)
     layers = {own: (scheme, packed[own].inputs) for own, scheme in wanted.items()}
-    linears = Linears(layers, *unquantized_linears(network, names, find_blocks(network)[0], stored))
+    linears = Linears(layers, *unquantized_linears(network, names, find_blocks(network), stored))
     record = _inherit_record(model, folder, quantization, read.format)
     is_restored = record.origin is not None and record.origin.format == chosen
     plans = _plan_layers(packed, wanted, quantization_config(chosen, linears, record))

@@ -33,11 +33,9 @@ def quantize_block(block: Block, calls: Calls, in_flight: int, run: Run) -> tupl
     return outputs, _pack_block(state)
 
 
-def round_block(block: Block, run: Run, calibrated: bool) -> BlockResult:
+def round_block(block: Block, run: Run) -> BlockResult:
     """Round the layers of a block that has no calibration inputs to nearest."""
     state = BlockState(block, run)
-    if calibrated:
-        state.note(f"{block.name}: no calibration input reached it, so it is rounded to nearest")
     for name in block.linears:
         quantize_layer(name, None, state)
     result = _pack_block(state)

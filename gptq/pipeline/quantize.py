@@ -250,8 +250,23 @@ def _quantize_checkpoint(
             unreached = _quantize_reached(plan, windows, memory_plan.in_flight, store, run)
         for block in unreached:
             if block.name not in store.finished:
-                store.commit(round_block(block, run, calibrated=windows is not None))
+                _refuse_unreached(block, plan, windows)
+                store.commit(round_block(block, run))
     return notes + [note for result in store.finished.values() for note in result.notes]
+
+
+def _refuse_unreached(block: Block, plan: Plan, windows: list[Inputs] | None) -> None:
+    """Check that a block is to be rounded to nearest: nothing is calibrated, or an override asks for its layers.
+
+    Raises:
+        InputError: the plan expected the calibration inputs to reach the block.
+    """
+    if windows is not None and not plan.rounded.issuperset(block.linears):
+        parent = block.name.rpartition(".")[0]
+        raise InputError(
+            f"no calibration input reached {block.name}; leave such blocks as they are with --override "
+            f"'{parent}:skip', or have them rounded to nearest with --override '{parent}:bits=8'"
+        )
 
 
 def _quantize_reached(plan: Plan, windows: list[Inputs], in_flight: int, store: BlockStore, run: Run) -> list[Block]:

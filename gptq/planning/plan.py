@@ -21,6 +21,7 @@ from gptq.formats.scheme import Layers, Scheme
 from gptq.models.blocks import Block, find_blocks, find_head, group_fused_siblings, is_transposed, shape_of
 from gptq.models.build import check_untied, open_model
 from gptq.models.forward import check_inputs
+from gptq.models.reached_layers import find_unreached_layers
 from gptq.models.tensor_names import Names, check_tensors, note_on_unused
 from gptq.models.uncalled_layers import find_uncalled_layers
 
@@ -68,6 +69,7 @@ class Plan:
     tensors: dict[str, TensorInfo]  # tensors of the quantized checkpoint
     changes: dict[str, Any]  # values to replace in config.json
     notes: list[str]  # for the user
+    rounded: frozenset[str] = frozenset()  # layers that no calibration input reaches, and an override asks for
 
     @property
     def stored_layers(self) -> Layers:
@@ -125,17 +127,23 @@ def plan_checkpoint(
     source, hf_config, network, names = opened.source, opened.hf_config, opened.network, opened.names
     left_over = check_tensors(network, names, source.tensors)
     inputs = _probe_inputs(sample, network, config)
-    all_blocks, left_out = find_blocks(network, inputs)
-    uncalled = find_uncalled_layers(network, all_blocks, inputs or {})
+    every_block = find_blocks(network)
+    unreached = find_unreached_layers(network, every_block, inputs)
+    uncalled = find_uncalled_layers(network, without_blocks_of(unreached, every_block), inputs or {})
+    unreached -= set(uncalled)
+    left_out = unreached - _asked_for(config.overrides, every_block, unreached)
     if config.lm_head:
-        all_blocks.append(replace(find_head(network), index=len(all_blocks)))
+        every_block.append(find_head(network))
+    all_blocks = without_blocks_of(left_out, every_block)
     untied, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
-    blocks, layers, extended = plan_layers(all_blocks, names, config, untied, uncalled)
+    blocks, layers, extended = plan_layers(every_block, names, config, untied, uncalled, left_out)
     changes = changes if untied in layers else {}
-    notes = [*opened.notes, *left_out, *_note_on_uncalled(uncalled), *extended]
+    notes = [*opened.notes, *_notes_on_unreached(every_block, unreached, layers), *_note_on_uncalled(uncalled)]
+    notes += extended
     notes += [*notes_on_shapes(layers.values(), config), *note_on_unused(left_over)]
     tensors = list_result_tensors(source, layers)
-    return Plan(folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, changes, notes)
+    rounded = frozenset(unreached & layers.keys())
+    return Plan(folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, changes, notes, rounded)
 
 
 def _probe_inputs(
@@ -148,6 +156,41 @@ def _probe_inputs(
     if config.method == "rtn" and network.main_input_name != "input_ids":
         return None
     return {"input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long)}
+
+
+def _asked_for(overrides: Iterable[Override], blocks: Iterable[Block], unreached: Collection[str]) -> set[str]:
+    """Return the layers that no input reaches but an override asks for: one that names such layers and no others."""
+    asked: set[str] = set()
+    layers = [name for block in blocks for name in block.linears]
+    for override in overrides:
+        named = {name for name in layers if re.search(override.pattern, name)}
+        if not override.skip and named <= set(unreached):
+            asked |= named
+    return asked
+
+
+def without_blocks_of(left_out: Collection[str], blocks: Iterable[Block]) -> list[Block]:
+    """Return the blocks, numbered anew, without those all of whose layers are left out."""
+    kept = [block for block in blocks if not block.linears.keys() <= set(left_out)]
+    return [replace(block, index=index) for index, block in enumerate(kept)]
+
+
+def _notes_on_unreached(blocks: Iterable[Block], unreached: Collection[str], layers: Collection[str]) -> Iterator[str]:
+    """Yield a note for the user on each list of blocks with layers that no calibration input reaches."""
+    lists: dict[str, list[Block]] = {}
+    for block in blocks:
+        lists.setdefault(block.name.rpartition(".")[0], []).append(block)
+    for name, members in lists.items():
+        missed = [layer for block in members for layer in block.linears if layer in unreached]
+        asked = [layer for layer in missed if layer in layers]
+        stay = [layer for layer in missed if layer not in layers]
+        whole = len(missed) == sum(len(block.linears) for block in members)
+        if stay:
+            subject = name if whole and not asked else _abbreviate(stay)
+            verb = "stays as it is" if subject in (name, *stay) else "stay as they are"
+            yield f"{subject} {verb}: the calibration has no inputs for {'it' if verb.startswith('stays') else 'them'}"
+        if asked:
+            yield f"{_abbreviate(asked)}: no calibration input reaches this, so it is rounded to nearest, as an override asks"
 
 
 def _note_on_uncalled(uncalled: list[str]) -> list[str]:
@@ -170,20 +213,22 @@ def _untie(
 
 
 def plan_layers(
-    blocks: list[Block], names: Names, config: QuantConfig, untied: str = "", uncalled: Collection[str] = ()
-) -> tuple[list[Block], dict[str, LayerPlan], list[str]]:
+    blocks: list[Block], names: Names, config: QuantConfig, untied: str = "", uncalled: Collection[str] = (),
+    left_out: Collection[str] = (),
+) -> tuple[list[Block], dict[str, LayerPlan], list[str]]:  # fmt: skip
     """Return the blocks without skipped layers, a plan for each remaining layer, and notes for the user.
 
     Args:
         untied: name of the output head, if its weight is tied in the checkpoint and untied in the result.
         uncalled: names of layers that cannot be quantized and are skipped.
+        left_out: names of layers that no calibration input reaches; skipped too, and their blocks dropped.
 
     Raises:
         InputError: an override names no layer, overrides contradict each other on layers that engines fuse, or the
             format cannot hold a layer.
     """
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
-    options, notes = resolve_layer_options(linears, config)
+    options, notes = resolve_layer_options(linears, config, left_out)
     plans: dict[str, LayerPlan] = {}
     for name, own in options.items():
         if own["skip"] or name in uncalled:
@@ -203,7 +248,8 @@ def plan_layers(
         raise InputError("every layer is skipped, so there is nothing to quantize")
     chosen = choose_format(list(plans.values()), config)
     plans = {name: replace(plan, format=chosen) for name, plan in plans.items()}
-    kept = [replace(block, linears={n: m for n, m in block.linears.items() if n in plans}) for block in blocks]
+    planned = without_blocks_of(left_out, blocks)
+    kept = [replace(block, linears={n: m for n, m in block.linears.items() if n in plans}) for block in planned]
     return [block for block in kept if block.linears or not block.is_head()], plans, notes
 
 
@@ -242,8 +288,10 @@ def _refusal(plan: LayerPlan, candidate: Format) -> str | None:
     return reason and f"{plan.name}: {reason}"
 
 
-def resolve_layer_options(layers: Iterable[str], config: QuantConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return bits, group_size, sym and skip of every layer, and notes for the user.
+def resolve_layer_options(
+    layers: Iterable[str], config: QuantConfig, left_out: Collection[str] = ()
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return bits, group_size, sym and skip of every layer, and notes for the user; layers in `left_out` are skipped.
 
     Siblings that engines fuse get the same options: an override that names some of them holds for all.
 
@@ -266,6 +314,8 @@ def resolve_layer_options(layers: Iterable[str], config: QuantConfig) -> tuple[d
         unused = [override for override in unused if override not in matched]
     if unused:
         raise InputError(f"the override '{unused[0]}' names no layer; a layer is called {layers[0]}, for example")
+    for name in left_out:
+        options[name]["skip"] = True
     reached = {o: [n for n in names if o.skip or not options[n]["skip"]] for o, names in extended.items()}
     return options, [_note_on_extension(override, names) for override, names in reached.items() if names]
 
