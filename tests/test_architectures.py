@@ -25,7 +25,8 @@ from gptq.calibration.text import special_token_frame
 from gptq.config import Format
 from gptq.models.blocks import Block
 from gptq.models.experts import Experts, unfuse_experts
-from gptq.models.uncalled_layers import UnsolvedWeight, find_uncalled_layers
+from gptq.models.placeholders import UnsolvedWeight
+from gptq.models.uncalled_layers import find_uncalled_layers
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.results import RECORD

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gptq.inference.quant_linear import QuantLinear, prepare_for_inference
 from gptq.models.blocks import shape_of
 from gptq.models.build import OpenModel, build_empty_model, find_model_class, open_model
 from gptq.models.hf_config import choose_device, choose_dtype, read_config
-from gptq.models.tensor_names import check_tensors
+from gptq.models.tensor_names import Names, check_tensors
 from gptq.models.weights import WeightStream
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,6 @@ def load(
     stored_as = read_quantization(folder / "config.json", quantization)
     opened = open_model(folder, trust_remote_code)
     network = opened.network
-    network.config.use_cache = True
     _fill(opened, stored_as, where, compute)
     prepare_for_inference(network)
     if (folder / "generation_config.json").is_file():
@@ -126,7 +126,19 @@ def _fill(opened: OpenModel, quantization: Quantization, device: torch.device, d
         if bias is None and f"{own}.bias" in source.tensors:  # early GPTQ tools gave every layer a bias
             bias = nn.Parameter(source.read(f"{own}.bias").to(device, dtype), requires_grad=False)
         replace_linear(network, name, packed, None if bias is None else bias.data, layer.scheme)
-    network.tie_weights()
+    tie_weights(network, names, {f"{name}.weight" for name in linears})
+
+
+def tie_weights(network: PreTrainedModel, names: Names, packed: Collection[str]) -> None:
+    """Tie weights as from_pretrained does: not where the checkpoint holds both, or where one of them is packed."""
+    tied = {
+        target: source
+        for target, source in network.all_tied_weights_keys.items()
+        if {target, source}.isdisjoint(packed)
+    }
+    network.all_tied_weights_keys = tied
+    missing = {name for pair in tied.items() for name in pair if names.find_own(name) is None}
+    network.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
 def replace_linear(

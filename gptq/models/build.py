@@ -2,17 +2,17 @@
 
 import copy
 import math
+import threading
 import warnings
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -24,6 +24,7 @@ from gptq.models.experts import unfuse_experts
 from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names
 
+BUILDING = threading.RLock()  # held while a model is built: that changes state of the whole process
 # Limits on what config.json may ask for, relative to the checkpoint's safetensors files.
 TENSORS_PER_STORED_TENSOR = 40
 WEIGHTS_PER_STORED_BYTE = 8  # one bit per weight
@@ -61,7 +62,7 @@ def build_empty_model(
     """
     try:
         size_guard = _SizeGuard(source) if source else nullcontext()
-        with size_guard, init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        with size_guard, parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # weights on the meta device cannot be initialized
             kind = find_model_class(config, trust_remote_code)
             if issubclass(kind, PreTrainedModel):
@@ -73,9 +74,32 @@ def build_empty_model(
     except Exception as error:  # any type, depending on what config.json says
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"no model could be made for model_type {config.model_type!r}: {reason}") from error
-    model.config.use_cache = False
     model.eval()
     return model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, modules that this thread builds have their parameters on the meta device, and their buffers in memory.
+
+    Modules of other threads are built as always. Only one thread is inside at a time: transformers changes the default
+    dtype of the whole process while it builds a model.
+    """
+    with BUILDING:
+        builder, register = threading.get_ident(), nn.Module.register_parameter
+
+        def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            if parameter is not None and threading.get_ident() == builder:
+                empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+                vars(empty).update(vars(parameter))
+                module._parameters[name] = empty
+
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -98,9 +122,10 @@ def open_model(folder: Path, trust_remote_code: bool) -> OpenModel:
         InputError: a file is missing or damaged, or config.json describes no model, or one far larger than the files.
     """
     source = open_source(folder)
-    hf_config = read_config(folder, trust_remote_code)
-    network = build_empty_model(hf_config, trust_remote_code, source)
-    names = Names(network, set(source.tensors))
+    with BUILDING:
+        hf_config = read_config(folder, trust_remote_code)
+        network = build_empty_model(hf_config, trust_remote_code, source)
+        names = Names(network, set(source.tensors))
     return OpenModel(source, hf_config, network, names, unfuse_all_experts(network, names))
 
 
@@ -125,7 +150,8 @@ class _SizeGuard(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function in FACTORIES:
-            size = kwargs.get("size", args[0] if args and isinstance(args[0], Iterable) else args)
+            listed = args and isinstance(args[0], Iterable) and not isinstance(args[0], Tensor)
+            size = kwargs.get("size", args[0] if listed else args)
             numbers = [int(number) for number in size if isinstance(number, int | float)]
             self._elements_left -= max(map(abs, numbers), default=0) if function is torch.arange else math.prod(numbers)
             self._tensors_left -= 1

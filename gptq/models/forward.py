@@ -17,7 +17,7 @@ import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from gptq.errors import InputError
 
@@ -186,9 +186,24 @@ def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.d
 
 
 def forward_without_cache(model: PreTrainedModel) -> Callable[..., Any]:
-    """Return the model's forward with its key-value cache, if it has one, turned off."""
+    """Turn off the caches of a model and of all its parts, such as a text model inside; return its forward.
+
+    A cache would reach the blocks as an argument, and keep what an earlier run of the same block has put into it.
+    """
+    for module in model.modules():
+        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            config.use_cache = False
     has_cache = "use_cache" in inspect.signature(model.forward).parameters
     return partial(run_forward, model, use_cache=False) if has_cache else partial(run_forward, model)
+
+
+def without_caches(arguments: Any) -> Any:
+    """Return a call's arguments with None for each cache, which some models make although they are told not to."""
+    if isinstance(arguments, Cache):
+        return None
+    if isinstance(arguments, tuple) and type(arguments) is tuple:
+        return tuple(map(without_caches, arguments))
+    return {k: without_caches(v) for k, v in arguments.items()} if type(arguments) is dict else arguments
 
 
 def run_forward(model: PreTrainedModel, **inputs: Any) -> Any:

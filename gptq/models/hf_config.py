@@ -106,7 +106,7 @@ def fit_seq_len(seq_len: int, hf_config: PreTrainedConfig, model: nn.Module | No
     padding = max(
         (m.padding_idx for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None), default=-1
     )
-    if not isinstance(limit, int) or limit - padding - 1 >= seq_len:
+    if not isinstance(limit, int) or limit < 1 or limit - padding - 1 >= seq_len:  # XLNet's -1 is no limit
         return seq_len, []
     limit -= padding + 1
     if limit < 2:

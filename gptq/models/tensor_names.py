@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.errors import InputError
+from gptq.models.computed_tensors import compute_tensors
 from gptq.models.experts import FUSED_PARTS
 
 
@@ -48,6 +49,7 @@ class Names:
     - transformers' conversion table knows of other names, such as `block_sparse_moe` for `mlp`, or w1, w2 and w3 of an
       expert. Separate experts are named as in `models.experts`.
     - A tensor that this table assembles from several stored tensors has no single name: see `find_split`.
+    - `computed` holds, by name in the model, the tensors that no checkpoint stores (see `models.computed_tensors`).
     """
 
     def __init__(self, model: PreTrainedModel, stored: Collection[str]) -> None:
@@ -68,6 +70,7 @@ class Names:
         self._split = {
             whole: SplitTensor(whole, tuple(own), table[number], model.config) for (whole, number), own in parts.items()
         }
+        self.computed = compute_tensors(model, [n for n, _ in model.named_parameters() if not self.find_all(n)])
 
     def find(self, name: str) -> str | None:
         """Return the checkpoint's name of a tensor, or of a tensor tied to it; None if neither is stored."""
@@ -77,6 +80,10 @@ class Names:
     def find_own(self, name: str) -> str | None:
         """Return the checkpoint's name of a tensor; None if it is not stored, even if a tensor tied to it is."""
         return next((self._stored[s] for s in self._possible_names(name) if s in self._stored), None)
+
+    def is_tied(self, name: str) -> bool:
+        """Whether the model's configuration ties a tensor to another one."""
+        return name in self._tied
 
     def _possible_names(self, name: str) -> tuple[str, ...]:
         """Return a name unchanged, with the base model's prefix removed, and with it added."""
@@ -175,6 +182,7 @@ def check_tensors(
     """
     used: set[str | None] = set()
     without = {f"{name}.weight" for name in packed}
+    without |= names.computed.keys()
     needed = [(name, tensor) for name, tensor in network.named_parameters() if name not in without]
     for name, tensor in [*needed, *((n, b) for n, b in network.named_buffers() if names.find(n))]:
         split = names.find_split(name)

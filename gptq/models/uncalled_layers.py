@@ -8,7 +8,7 @@ unsolved weight directly (`UnsolvedWeight`).
 import copy
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -23,26 +23,9 @@ from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings, shape_of
 from gptq.models.experts import Experts
 from gptq.models.forward import forward_without_cache, to_device
+from gptq.models.placeholders import METADATA_READS, flat_arguments, name_of
 
-DEVICE = torch.Tensor.device.__get__
-METADATA_READS = {  # functions of torch that read a tensor's shape, dtype or device, but not its values
-    "device", "dim", "dtype", "element_size", "empty_like", "is_complex", "is_contiguous", "is_cpu", "is_cuda",
-    "is_floating_point", "is_meta", "is_quantized", "is_sparse", "itemsize", "layout", "nbytes", "ndim", "nelement",
-    "numel", "requires_grad", "shape", "size", "stride",
-}  # fmt: skip
 MAX_FALSE_ANSWERS = 10_000  # comparisons that come out False on the meta device; some models loop until one is True
-
-
-def _name_of(function: Any) -> str:
-    """Return the name of a function of torch, or of a method or property of tensors."""
-    name = getattr(function, "__name__", "")
-    return getattr(function.__self__, "__name__", "") if name == "__get__" else name
-
-
-def _flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield all arguments of a call, and the elements of those that are lists or tuples."""
-    for x in (*args, *kwargs.values()):
-        yield from x if isinstance(x, list | tuple) else (x,)
 
 
 class _WeightUseRecorder(TorchFunctionMode):
@@ -62,9 +45,9 @@ class _WeightUseRecorder(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs, name = kwargs or {}, _name_of(function)
+        kwargs, name = kwargs or {}, name_of(function)
         if name not in METADATA_READS:
-            used = (id(x) for x in _flat_arguments(args, kwargs))
+            used = (id(x) for x in flat_arguments(args, kwargs))
             self.found |= {self._not_called[x] for x in used if x in self._not_called}
         if name == "__bool__" and args[0].is_meta and self._false_answers < MAX_FALSE_ANSWERS:
             self._false_answers += 1
@@ -143,36 +126,3 @@ def _source_mentions_weight(kind: type[nn.Module], layer: str) -> bool:
 @cache
 def _read_source(file: str) -> str:
     return Path(file).read_text(encoding="utf-8", errors="replace")
-
-
-class UnsolvedWeight(nn.Parameter):
-    """Placeholder on the meta device for the weight of a layer that is not solved yet; computing with it is an error.
-
-    torch itself may raise no error: products of a CPU tensor and a meta tensor have returned uninitialized memory.
-
-    Raises:
-        InputError: the model computes with the weight.
-    """
-
-    layer: str  # the layer's name in the model
-    reported_device: torch.device  # the device that the solved weight will be on
-
-    @classmethod
-    def of(cls, linear: nn.Module, name: str, device: torch.device) -> "UnsolvedWeight":
-        empty = torch.empty_like(linear.weight, device="meta")  # type: ignore[arg-type]
-        placeholder = cls(empty, requires_grad=False)
-        placeholder.layer, placeholder.reported_device = name, device
-        return placeholder
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == DEVICE:  # not a use of the weight: models read it to move a layer's input there
-            return args[0].reported_device
-        if _name_of(func) not in METADATA_READS:
-            name = next(x.layer for x in _flat_arguments(args, kwargs or {}) if isinstance(x, UnsolvedWeight))
-            raise InputError(
-                f"the model computes with the weight of {name} without calling the layer, so what the layer gets is "
-                f"not known; leave it as it is: --override '{name.rpartition('.')[2]}:skip'"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))

@@ -5,6 +5,7 @@ A module's tensors are read just before it runs, and dropped when it is done.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from gptq.checkpoint.prefetch import CopyAhead, ReadAhead
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.models.blocks import Block, is_transposed
+from gptq.models.placeholders import DeferredWeight, Placeholder, UnsolvedWeight
 from gptq.models.tensor_names import Names
 
 
@@ -35,14 +37,51 @@ class WeightStream:
             InputError: a tensor is missing or not finite.
         """
         for path, child in module.named_modules() if recurse else [("", module)]:
-            name = ".".join(part for part in (prefix, path) if part)
             for key, old in child._parameters.items():
                 if old is not None and not (key == "weight" and child in skip):
-                    child._parameters[key] = nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False)
-            for key, buffer in child._buffers.items():
-                if buffer is not None:
-                    saved = key not in child._non_persistent_buffers_set and self._names.find(f"{name}.{key}")
-                    child._buffers[key] = self.read(f"{name}.{key}") if saved else buffer.to(self.device)
+                    child._parameters[key] = self._read_parameter(join_names(prefix, path, key))
+            self._fill_buffers(child, join_names(prefix, path))
+
+    def _fill_buffers(self, module: nn.Module, prefix: str) -> None:
+        """Read the buffers of `module` alone that the checkpoint holds; move the others to the device."""
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                name = join_names(prefix, key)
+                saved = key not in module._non_persistent_buffers_set and self._names.find(name)
+                module._buffers[key] = self.read(name) if saved else buffer.to(self.device)
+
+    def _read_parameter(self, name: str) -> nn.Parameter:
+        return nn.Parameter(self.read(name), requires_grad=False)
+
+    def defer(self, module: nn.Module, prefix: str, unsolved: Collection[nn.Module] = ()) -> None:
+        """Replace the parameters of `module` by placeholders, which read themselves when the model computes with them.
+
+        The weights of the linear layers in `unsolved` become placeholders that the model may not compute with.
+        """
+        for path, child in module.named_modules():
+            self._defer_own(child, join_names(prefix, path), is_unsolved=child in unsolved)
+
+    def _defer_own(self, module: nn.Module, name: str, is_unsolved: bool = False) -> None:
+        for key, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, Placeholder):
+                continue
+            if key == "weight" and is_unsolved:
+                module._parameters[key] = UnsolvedWeight.of(module, name, self.device)
+            else:
+                read = partial(self._read_in_place, module, key, join_names(name, key))
+                module._parameters[key] = DeferredWeight.of(parameter, self.dtype, self.device, read)
+
+    def _read_deferred(self, module: nn.Module, name: str) -> None:
+        """Read the parameters of `module` alone that are not read yet."""
+        for key, parameter in module._parameters.items():
+            if isinstance(parameter, DeferredWeight):
+                self._read_in_place(module, key, join_names(name, key))
+
+    def _read_in_place(self, module: nn.Module, key: str, name: str) -> Tensor:
+        held = module._parameters[key]
+        if held is None or isinstance(held, DeferredWeight):
+            module._parameters[key] = held = self._read_parameter(name)
+        return held
 
     def weight(self, linear: nn.Module, name: str) -> Tensor:
         """Read the weight of a linear layer as (outputs, inputs) float32."""
@@ -78,6 +117,8 @@ class WeightStream:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read the tensor called `name` in the model; `check_tensors` has to have accepted the checkpoint before."""
         split, dtype = self._names.find_split(name), dtype or self.dtype
+        if name in self._names.computed:
+            return self._names.computed[name].to(self.device, dtype)
         if split is not None:
             return split.assemble(lambda stored: self._read(stored, dtype))
         return self._read(self._names.require(name), dtype)
@@ -92,51 +133,41 @@ class WeightStream:
     def read_on_demand(self, model: PreTrainedModel, blocks: list[Block]) -> Iterator[Callable[[], None]]:
         """Inside, each module outside the blocks reads its tensors when it is first called.
 
-        Yields a function that drops the tensors read so far.
+        A parameter that the model computes with in another way is read at that moment. Until then, all parameters say
+        that they are on the device of the forward. Buffers outside the blocks are read at once.
+
+        Yields a function that drops the parameters read so far, except those of modules that contain a block: their
+        forward goes on after the block.
         """
         in_blocks = {module for block in blocks for module in block.module.modules()}
-        outside = {
-            name: module
-            for name, module in model.named_modules()
-            if module not in in_blocks and (module._parameters or module._buffers)
-        }
-        embedding = _embedding_of(model)
-        filled: set[nn.Module] = set()
-        handles = []
+        outside = {module: name for name, module in model.named_modules() if module not in in_blocks}
+        ended = {module: name for module, name in outside.items() if in_blocks.isdisjoint(module.modules())}
 
-        def hook_for(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                _refuse_meta_inputs(name, inputs)
-                if module not in filled:
-                    self.fill(module, name, recurse=False)
-                    filled.add(module)
-
-            return hook
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            _refuse_meta_inputs(outside[module], inputs)
+            self._read_deferred(module, outside[module])
 
         def drop_all() -> None:
-            for module in filled:
-                drop_parameters(module)
-            filled.clear()
+            for module, name in ended.items():
+                self._defer_own(module, name)
 
-        for name, module in outside.items():
-            hook = hook_for(name)
-            handles.append(module.register_forward_pre_hook(hook))
-            if module is embedding:
-                hook(module, ())  # fill it before the call: Llama 4 moves tokens to the device of its weight
+        for module, name in outside.items():
+            self._defer_own(module, name)
+            self._fill_buffers(module, name)
+        for block in blocks:
+            self.defer(block.module, block.name, block.linears.values())
+        handles = [m.register_forward_pre_hook(hook) for m in outside if m._parameters or m._buffers]
         try:
             yield drop_all
         finally:
             for handle in handles:
                 handle.remove()
+            drop_parameters(model)
 
 
-def _embedding_of(model: PreTrainedModel) -> nn.Module | None:
-    """Return the model's token embedding, if it names one."""
-    try:
-        found: nn.Module = model.get_input_embeddings()
-    except NotImplementedError:
-        return None
-    return found
+def join_names(*parts: str) -> str:
+    """Join the parts of a tensor's name; the outermost module's own is empty."""
+    return ".".join(part for part in parts if part)
 
 
 def _refuse_meta_inputs(name: str, inputs: tuple[Any, ...]) -> None:
@@ -154,7 +185,7 @@ def drop_parameters(module: nn.Module) -> None:
     for child in module.modules():
         for key, parameter in child._parameters.items():
             if parameter is not None:
-                empty = torch.empty_like(parameter, device="meta")
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 child._parameters[key] = nn.Parameter(empty, requires_grad=False)
 
 

@@ -20,8 +20,15 @@ from gptq.compute.allocator import return_freed_memory
 from gptq.compute.matmul import onednn_linears
 from gptq.errors import InputError
 from gptq.models.blocks import Block
-from gptq.models.forward import PausableForward, Pause, forward_without_cache, pause_instead, to_device
-from gptq.models.weights import WeightStream, drop_parameters
+from gptq.models.forward import (
+    PausableForward,
+    Pause,
+    forward_without_cache,
+    pause_instead,
+    to_device,
+    without_caches,
+)
+from gptq.models.weights import WeightStream
 from gptq.pipeline.offload import ActivationOffload
 
 Calls = list[list[partial[Any]]]  # by stream and window: the call of a block on the inputs that reach it
@@ -106,7 +113,7 @@ class BlockWalk:
             self._outputs = []
             with onednn_linears(block.module):
                 yield block, self._calls(block)
-            drop_parameters(block.module)
+            self._weights.defer(block.module, block.name, block.linears.values())
             return_freed_memory()
             if not self._outputs or not self._left:
                 return
@@ -126,7 +133,8 @@ class BlockWalk:
 
     def _calls(self, block: Block) -> Calls:
         run = self._offload.release_before(self._forward_of[block.module])
-        return [[partial(run, *p.args, **p.kwargs) for p in stream if p] for stream in self._pauses]
+        pauses = [[pause for pause in stream if pause] for stream in self._pauses]
+        return [[partial(run, *without_caches(p.args), **without_caches(p.kwargs)) for p in own] for own in pauses]
 
     def _offloaded(self, pause: Pause | None) -> Pause | None:
         if pause is not None:

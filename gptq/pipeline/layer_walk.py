@@ -21,7 +21,7 @@ from gptq.models.forward import (
     run_to_end,
     run_until,
 )
-from gptq.models.uncalled_layers import UnsolvedWeight
+from gptq.models.placeholders import UnsolvedWeight
 from gptq.models.weights import WeightStream, swapped_weights
 from gptq.pipeline.block_walk import Calls, Outputs
 from gptq.pipeline.layer import BlockState, LayerSolver, SharedInput, read_original_weights
@@ -171,7 +171,7 @@ class _LayerWalk:
         """Restore weights freed by `free_weights`, for a forward that reaches a solved layer a second time."""
         inside = set(stop.modules())
         for name, linear in self._state.block.linears.items():
-            if name in self._state.solutions and linear in inside and linear.weight.is_meta:
+            if name in self._state.solutions and linear in inside and isinstance(linear.weight, UnsolvedWeight):
                 self._state.run.weights.set_weight(linear, self._state.solutions[name].solved.weight())
 
     def _resume(self, stop: nn.Module, standing: list[dict[int, object]]) -> None:

@@ -202,11 +202,11 @@ def _note_on_uncalled(uncalled: list[str]) -> list[str]:
 def _untie(
     head: Block, names: Names, hf_config: PreTrainedConfig, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
-    """Return the name of the output head if its weight is tied in the checkpoint, and the changes to config.json.
+    """Return the name of the output head if config.json ties its weight, and the changes to config.json.
 
-    Returns "" and no changes if `head` is not an output head, or has a weight of its own.
+    Returns "" and no changes if `head` is not an output head, or is not tied.
     """
-    if not head.is_head() or names.find_own(f"{head.name}.weight"):
+    if not head.is_head() or not names.is_tied(f"{head.name}.weight"):
         return "", {}
     check_untied(hf_config, head, names, trust_remote_code)
     return head.name, {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
@@ -219,7 +219,7 @@ def plan_layers(
     """Return the blocks without skipped layers, a plan for each remaining layer, and notes for the user.
 
     Args:
-        untied: name of the output head, if its weight is tied in the checkpoint and untied in the result.
+        untied: name of the output head, if config.json ties its weight, and not any more in the result.
         uncalled: names of layers that cannot be quantized and are skipped.
         left_out: names of layers that no calibration input reaches; skipped too, and their blocks dropped.
 
@@ -239,7 +239,8 @@ def plan_layers(
         if not source.endswith(".weight"):  # a reader would not find `qweight` under such a name
             notes.append(f"{name} stays as it is: the checkpoint calls its weight {source}")
             continue
-        stored = name if name == untied else source.removesuffix(".weight")
+        has_own = name != untied or names.find_own(f"{name}.weight") is not None
+        stored = source.removesuffix(".weight") if has_own else name
         plans[name] = LayerPlan(
             name, stored, source, outputs, inputs, own["bits"], group_size, own["sym"], is_transposed(linears[name]),
             scattered=config.shuffles_groups and group_size < inputs,
