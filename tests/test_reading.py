@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gptq import InputError, QuantConfig, load, quantize
+from gptq.formats.original import open_original
 from gptq.inference.load import tie_weights
 from gptq.models.build import open_model, parameters_on_meta
 from gptq.models.tensor_names import check_tensors
@@ -108,7 +109,7 @@ def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def read_whole(folder: Path) -> PreTrainedModel:
     """Read an unquantized checkpoint by the package's own code, block by block and layer by layer as a run does."""
-    opened = open_model(folder, False)
+    opened = open_model(open_original(folder), False)
     check_tensors(opened.network, opened.names, opened.source.tensors)
     WeightStream(opened.source, opened.names, torch.device("cpu"), torch.float32).fill(opened.network, "")
     tie_weights(opened.network, opened.names, ())
@@ -175,7 +176,7 @@ def test_what_no_checkpoint_holds_is_computed_and_nothing_else(tmp_path: Path) -
     model = random_model("marian")
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    opened = open_model(tmp_path, False)
+    opened = open_model(open_original(tmp_path), False)
     positions = {f"model.{stack}.embed_positions.weight" for stack in ("encoder", "decoder")}
     assert opened.names.computed.keys() == positions
     assert positions.isdisjoint(stored)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from gptq.checkpoint.json_objects import Count, IfPresent, JsonObject, Printable, read_object
-from gptq.checkpoint.reader import Source, is_finite
+from gptq.checkpoint.reader import EVERY, Source, is_finite
 from gptq.checkpoint.tensors import DTYPES, TensorInfo
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
@@ -124,8 +124,10 @@ class AssembledSource(Source):
     def byte_range(self, name: str) -> tuple[int, int]:
         return self._container.byte_range(self._places[name].tensor)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice = EVERY) -> Tensor:
         tensor = self.read_unchecked(name)
+        if rows != EVERY:
+            tensor = tensor[rows]
         if not tensor.is_floating_point():
             return tensor
         if not is_finite(tensor):

@@ -49,7 +49,7 @@ class ReadAhead:
     def _fetch(self, names: list[str]) -> None:
         began, piece = time.perf_counter(), memoryview(bytearray(2**20))
         with suppress(OSError):  # prefetching only saves time; the actual read reports errors
-            for name in names:
+            for name in (stored for wanted in names for stored in self._source.stored_names(wanted)):
                 with self._source.file_of(name).open("rb", buffering=0) as file:
                     start, stop = self._source.byte_range(name)
                     file.seek(start)

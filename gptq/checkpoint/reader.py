@@ -1,6 +1,8 @@
 """Read a safetensors checkpoint one tensor at a time; every header is checked before the first weight is used."""
 
+import copy
 import json
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from gptq.checkpoint.tensors import DTYPES, INDEX, SINGLE, TensorInfo
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
 
+EVERY = slice(None)  # all rows of a tensor
 CHUNK_BYTES = 2**24  # bytes of a tensor that are read and converted at a time
 CONVERT_HINT = (
     "pickled weights are not read. Convert them once, where you trust them: "
@@ -22,6 +25,8 @@ CONVERT_HINT = (
 
 class Source:
     """A checkpoint folder that is read one tensor at a time."""
+
+    notes: Sequence[str] = ()  # for the user, on how tensors are read
 
     def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
         """Open `folder` and check every header; `files` are its safetensors files if that is known.
@@ -56,6 +61,20 @@ class Source:
         """Return the bytes of all files, headers included."""
         return sum(file.stat().st_size for file in set(self._file_of.values()))
 
+    def restricted_to(self, names: Collection[str]) -> "Source":
+        """Return the checkpoint as if it held these tensors alone."""
+        some = copy.copy(self)
+        some.tensors = {name: info for name, info in self.tensors.items() if name in names}
+        return some
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """Return the names of the tensors in the files that are read for the tensor `name`."""
+        return (name,)
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the bytes that a tensor takes in the files."""
+        return self.tensors[name].nbytes
+
     def byte_range(self, name: str) -> tuple[int, int]:
         """Return the offsets at which a tensor's bytes begin and end in its file."""
         file = self._file_of[name]
@@ -74,37 +93,54 @@ class Source:
     def file_of(self, name: str) -> Path:
         return self._file_of[name]
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice = EVERY) -> Tensor:
         """Copy the tensor to memory. A floating-point tensor is converted to `dtype` if that is given.
 
+        Args:
+            rows: the part of the first dimension to read (the experts of a fused tensor, say); without a step.
         Raises:
             InputError: the tensor holds NaN or infinity.
         """
         stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=(stored.dtype.is_floating_point and dtype) or stored.dtype)
-        for rows in self._row_chunks(stored):
+        begin, shape = select_rows(rows, stored.shape)
+        tensor = torch.empty(shape, dtype=(stored.dtype.is_floating_point and dtype) or stored.dtype)
+        for part in self._row_chunks(TensorInfo(stored.dtype, shape)):
             # Closing the file after each chunk unmaps it, so that its pages do not add to resident memory.
             with safe_open(self._file_of[name], framework="pt") as file:
-                piece: Tensor = file.get_slice(name)[rows] if rows else file.get_tensor(name)
-                if stored.dtype.is_floating_point and not is_finite(piece):
-                    raise InputError(
-                        f"{name} in {self._file_of[name]} holds NaN or infinity; the checkpoint is damaged"
-                    )
-                tensor[rows].copy_(piece)
+                within = part[0] if part else slice(0, shape[0] if shape else 0)
+                whole = not part and shape == stored.shape
+                at = slice(begin + within.start, begin + within.stop)
+                piece: Tensor = file.get_tensor(name) if whole else file.get_slice(name)[at]
+                if stored.dtype.is_floating_point:
+                    self.require_finite(piece, name)
+                tensor[part].copy_(piece)
         return tensor
+
+    def require_finite(self, piece: Tensor, name: str) -> None:
+        """Raises InputError if a piece of the tensor `name` holds NaN or infinity."""
+        if not is_finite(piece):
+            raise InputError(f"{name} in {self.file_of(name)} holds NaN or infinity; the checkpoint is damaged")
 
     def _row_chunks(self, stored: TensorInfo) -> list[tuple[slice, ...]]:
         """Return indices of chunks of rows of about CHUNK_BYTES each; a scalar or small tensor is one chunk."""
         if stored.nbytes <= CHUNK_BYTES or not stored.shape:
             return [()]
-        step = max(1, CHUNK_BYTES * stored.shape[0] // stored.nbytes)
-        return [(slice(start, start + step),) for start in range(0, stored.shape[0], step)]
+        step, count = max(1, CHUNK_BYTES * stored.shape[0] // stored.nbytes), stored.shape[0]
+        return [(slice(start, min(start + step, count)),) for start in range(0, count, step)]
 
     def read_unchecked(self, name: str, entry: int | None = None) -> Tensor:
         """Copy a tensor, or an entry of its first dimension, to memory as stored, without a check of its numbers."""
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name) if entry is None else file.get_slice(name)[entry]
             return tensor.clone()
+
+
+def select_rows(rows: slice, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Return the first of these rows of a tensor, and the shape of all of them; a scalar has only EVERY."""
+    if not shape:
+        return 0, shape
+    begin, end, _ = rows.indices(shape[0])
+    return begin, (max(end - begin, 0), *shape[1:])
 
 
 def is_finite(piece: Tensor) -> bool:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gptq import calibration
 from gptq.checkpoint.hub import resolve
 from gptq.errors import InputError
+from gptq.formats.original import open_original
 from gptq.inference.load import load
 from gptq.models.blocks import find_blocks, takes_one_of
 from gptq.models.build import open_model
@@ -147,7 +148,7 @@ def compare(
 
     Args:
         model: folder or Hub id (then at `revision`), quantized or not.
-        original: folder or Hub id of an unquantized safetensors checkpoint with the same tokenizer.
+        original: folder or Hub id of the checkpoint that `model` was made from, with the same tokenizer.
         data, seq_len, windows, device, dtype: as for `perplexity`.
         progress: called with the steps done and the total; a step is one window in one block of either model.
 
@@ -156,8 +157,6 @@ def compare(
     """
     folder, original_folder = resolve(str(model), revision), resolve(str(original), None)
     configs = [read_config(where, trust_remote_code) for where in (folder, original_folder)]
-    if getattr(configs[1], "quantization_config", None):
-        raise InputError(f"{original} is quantized itself; compare with the checkpoint that {model} was made from")
     for config in configs:
         seq_len, _ = fit_seq_len(seq_len, config)
     tokens = read_windows(data, read_tokenizer(folder, trust_remote_code), seq_len, windows)
@@ -273,7 +272,7 @@ def compute_original_logits(
     One block is in memory at a time: all windows run through it before the next one is read. The output head runs
     window by window at the end.
     """
-    opened = open_model(folder, trust_remote_code)
+    opened = open_model(open_original(folder), trust_remote_code)
     network = opened.network
     check_tensors(network, opened.names, opened.source.tensors)
     check_tokens(tokens, network)

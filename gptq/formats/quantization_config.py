@@ -11,26 +11,57 @@ from gptq.formats.gptq import METHOD as ASSUMED  # early AutoGPTQ did not say it
 from gptq.formats.gptq import QUANTIZE_CONFIG
 from gptq.formats.name_rules import Quantization
 
+KEYS = ("quantization_config", "compression_config")
+SECTIONS = ("text_config",)  # parts of config.json that describe a model of their own
+MODELOPT, MODELOPT_CONFIG = "modelopt", "hf_quant_config.json"
+
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
     """Return the `quantization_config` of a checkpoint folder as stored; None if the checkpoint is not quantized.
 
-    It is in config.json. AutoGPTQ used to write only quantize_config.json; if both files exist, they have to agree.
+    It is in config.json, there or in its `text_config`; early compressed-tensors called it `compression_config`.
+    AutoGPTQ used to write only quantize_config.json; if both files exist, they have to agree. ModelOpt too has a file
+    of its own, which counts if config.json says nothing.
 
     Raises:
         InputError: a file cannot be read, or they differ in what decides how tensors are read.
     """
     config, beside = folder / "config.json", folder / QUANTIZE_CONFIG
-    within = read_json(config).get("quantization_config")
+    values = read_json(config)
+    parts = [values, *(values[key] for key in SECTIONS if isinstance(values.get(key), dict))]
+    within = next((part[key] for part in parts for key in KEYS if part.get(key) is not None), None)
     if not isinstance(within, dict | None):
         raise InputError(f"{config} has {within!r} for its quantization_config, not an object")
     own = read_json(beside) if beside.is_file() else None
     if within is None or own is None:
-        return within or own
+        return within or own or _quantization_of_modelopt(folder)
     for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format"):
         if key in own and key in within and own[key] != within[key]:
             raise InputError(f"{beside} says {key} {own[key]!r}, but config.json beside it says {within[key]!r}")
     return dict(within)
+
+
+def _quantization_of_modelopt(folder: Path) -> dict[str, Any] | None:
+    if not (folder / MODELOPT_CONFIG).is_file():
+        return None
+    values = read_json(folder / MODELOPT_CONFIG).get("quantization")
+    if not isinstance(values, dict):
+        raise InputError(f"{folder / MODELOPT_CONFIG} has {values!r} for its quantization, not an object")
+    return {"quant_method": MODELOPT, **values}
+
+
+def replace_quantization(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config.json with this `quantization_config`, and none in the other places for it."""
+    kept = {key: value for key, value in config.items() if key not in KEYS[1:]}
+    for key in SECTIONS:
+        if isinstance(kept.get(key), dict):
+            kept[key] = {name: value for name, value in kept[key].items() if name not in KEYS}
+    return kept | {KEYS[0]: dict(quantization)}
+
+
+def method_of(quantization: Mapping[str, Any]) -> str:
+    """Return the `quant_method` that a `quantization_config` names."""
+    return str(quantization.get("quant_method", ASSUMED))
 
 
 def read_quantization(where: str | Path, quantization: Mapping[str, Any]) -> Quantization:
@@ -39,7 +70,7 @@ def read_quantization(where: str | Path, quantization: Mapping[str, Any]) -> Qua
     Raises:
         InputError: the `quantization_config` is of another format, lacks a value, or contradicts itself.
     """
-    method = quantization.get("quant_method", ASSUMED)
+    method = method_of(quantization)
     family = [known for known in formats.FORMATS.values() if known.quant_method == method]
     if family:
         return family[0].read_config(where, quantization, family)

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
+from gptq.checkpoint.sources.decoded import DecodedSource
 from gptq.errors import InputError
 from gptq.formats.name_rules import Quantization
+from gptq.formats.original import open_original
 from gptq.formats.packed_layers import match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.formats.scheme import Scheme
@@ -39,7 +42,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a Hugging Face model in evaluation mode; quantized layers stay packed in memory.
 
-    An unquantized checkpoint is loaded by transformers.
+    A plain checkpoint is loaded by transformers. One that is quantized in another way than the file formats (FP8, MXFP4
+    ...) is loaded decoded.
 
     Args:
         model: folder or Hub id.
@@ -53,10 +57,10 @@ def load(
     where = choose_device(device)
     compute = choose_dtype(dtype, hf_config, where)
     quantization = quantization_of(folder)
-    if quantization is None:
-        return _load_plain(open_source(folder), hf_config, where, compute, trust_remote_code)
-    stored_as = read_quantization(folder / "config.json", quantization)
-    opened = open_model(folder, trust_remote_code)
+    stored_as, source = _choose_reader(folder, quantization)
+    if stored_as is None and not isinstance(source, DecodedSource):
+        return _load_plain(source, hf_config, where, compute, trust_remote_code)
+    opened = open_model(source, trust_remote_code)
     network = opened.network
     _fill(opened, stored_as, where, compute)
     prepare_for_inference(network)
@@ -67,6 +71,18 @@ def load(
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{folder / 'generation_config.json'} could not be used: {reason}") from error
     return network
+
+
+def _choose_reader(folder: Path, quantization: dict[str, Any] | None) -> tuple[Quantization | None, Source]:
+    """Return how layers are packed, or None if no layer stays packed; and the checkpoint.
+
+    Raises:
+        InputError: the checkpoint is quantized in a way that is not known.
+    """
+    if quantization is not None:
+        with suppress(InputError):  # if nothing else reads it either, the same error is raised again below
+            return read_quantization(folder / "config.json", quantization), open_source(folder)
+    return None, open_original(folder)
 
 
 def _load_plain(
@@ -108,10 +124,10 @@ def _load_plain(
     return network
 
 
-def _fill(opened: OpenModel, quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(opened: OpenModel, quantization: Quantization | None, device: torch.device, dtype: torch.dtype) -> None:
     """Read a model's tensors, replacing quantized linear layers by packed ones; then tie weights again."""
     network, source, names = opened.network, opened.source, opened.names
-    layers = packed_layers(source, quantization)
+    layers = packed_layers(source, quantization) if quantization else {}
     stored = match_layers(network, names, source, layers)
     left_over = {*check_tensors(network, names, source.tensors, stored)}
     left_over -= {f"{name}.{suffix}" for name, layer in layers.items() for suffix in (*layer.suffixes, "bias")}

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.models.blocks import Block
@@ -113,17 +111,16 @@ class OpenModel:
     notes: list[str]  # for the user, on experts that stay fused
 
 
-def open_model(folder: Path, trust_remote_code: bool) -> OpenModel:
-    """Read a checkpoint's headers and config.json, and build the model on the meta device.
+def open_model(source: Source, trust_remote_code: bool) -> OpenModel:
+    """Read a checkpoint's config.json, and build the model on the meta device.
 
     Experts that the checkpoint stores one by one become separate modules.
 
     Raises:
-        InputError: a file is missing or damaged, or config.json describes no model, or one far larger than the files.
+        InputError: config.json is missing or damaged, or describes no model, or one far larger than the files.
     """
-    source = open_source(folder)
     with BUILDING:
-        hf_config = read_config(folder, trust_remote_code)
+        hf_config = read_config(source.folder, trust_remote_code)
         network = build_empty_model(hf_config, trust_remote_code, source)
         names = Names(network, set(source.tensors))
     return OpenModel(source, hf_config, network, names, unfuse_all_experts(network, names))

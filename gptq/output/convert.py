@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptq import formats
-from gptq.checkpoint.assembled import AssembledSource
+from gptq.checkpoint.assembled import AssembledSource, open_source
 from gptq.checkpoint.atomic_folder import atomic_folder
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
@@ -101,7 +101,7 @@ def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remo
     read = read_quantization(folder / "config.json", quantization)
     if read.format == chosen:
         raise InputError(f"{model} is in the format {chosen!r} already")
-    opened = open_model(folder, trust_remote_code)
+    opened = open_model(open_source(folder), trust_remote_code)
     source, network, names = opened.source, opened.network, opened.names
     packed = packed_layers(source, read)
     stored = match_layers(network, names, source, packed)

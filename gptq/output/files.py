@@ -13,6 +13,7 @@ from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import read_json
 from gptq.config import Format, QuantConfig
 from gptq.formats import FORMATS
+from gptq.formats.quantization_config import MODELOPT_CONFIG, replace_quantization
 from gptq.formats.scheme import Layers, Linears
 from gptq.models.blocks import LINEAR, Block
 from gptq.models.tensor_names import Names
@@ -84,6 +85,7 @@ def write_files(
     written = {
         "config.json",
         *of_formats,
+        MODELOPT_CONFIG,
         RECORD,
         CARD,
         QUALITY,
@@ -92,7 +94,7 @@ def write_files(
     copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
     quantization = quantization_config(chosen, linears, record)
     hf_config = read_json(source / "config.json")
-    write_json(out / "config.json", _merge(hf_config, changes or {}) | {"quantization_config": quantization})
+    write_json(out / "config.json", replace_quantization(_merge(hf_config, changes or {}), quantization))
     for name in FORMATS[chosen].config_files:
         write_json(out / name, quantization)
     index = _assemble(out, chosen)

@@ -183,7 +183,7 @@ def verify(folder: str | Path) -> Verification:
 def _find_inconsistencies(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
     """Find contradictions within a checkpoint that has no record to be compared with."""
     try:
-        opened = open_model(folder, trust_remote_code=False)
+        opened = open_model(open_source(folder), trust_remote_code=False)
         network, names = opened.network, opened.names
         known = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in (*layer.suffixes, "bias")}
         stored = match_layers(network, names, source, packed)

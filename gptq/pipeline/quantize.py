@@ -354,7 +354,7 @@ def _make_record(request: Request, prepared: Prepared, store: BlockStore) -> Rec
         "calibration": None if windows is None else public_name(describe_calibration(request.calibration)),
         "sizes": {
             "bits_per_weight": plan.bits_per_weight,
-            "quantized_bytes_before": sum(source.tensors[name].nbytes for name in replaced),
+            "quantized_bytes_before": sum(source.stored_bytes(name) for name in replaced),
             "quantized_bytes_after": plan.packed_bytes,
             "file_bytes_before": source.file_bytes,
             "file_bytes_after": plan.file_bytes,

@@ -13,6 +13,7 @@ from torch import Tensor
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import sha256
 from gptq.config import Override, QuantConfig
+from gptq.formats.quantization_config import MODELOPT_CONFIG
 from gptq.version import __version__
 
 MAX_HASHED_WHOLE = 2**26  # bytes; of larger files only pieces are hashed
@@ -38,7 +39,12 @@ def describe_run(
         "processor": gpu or torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-    described = [*source.files, *source.folder.glob("config.json"), *source.folder.glob("*.py")]
+    described = [
+        *source.files,
+        *source.folder.glob("config.json"),
+        *source.folder.glob(MODELOPT_CONFIG),
+        *source.folder.glob("*.py"),
+    ]
     return {
         "version": {"gptq": __version__},
         "options": {**config.to_dict(), **settings},

@@ -16,7 +16,7 @@ from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
-from gptq.formats.quantization_config import quantization_of
+from gptq.formats.original import open_original
 from gptq.formats.scheme import Layers, Scheme
 from gptq.models.blocks import Block, find_blocks, find_head, group_fused_siblings, is_transposed, shape_of
 from gptq.models.build import check_untied, open_model
@@ -121,9 +121,7 @@ def plan_checkpoint(
         InputError: the checkpoint cannot be quantized with this config; the message says what to change.
     """
     folder = resolve(model, revision)
-    if (folder / "config.json").is_file() and quantization_of(folder):
-        raise InputError(f"{model} is quantized already; start from the original checkpoint")
-    opened = open_model(folder, trust_remote_code)
+    opened = open_model(open_original(folder), trust_remote_code)
     source, hf_config, network, names = opened.source, opened.hf_config, opened.network, opened.names
     left_over = check_tensors(network, names, source.tensors)
     inputs = _probe_inputs(sample, network, config)
@@ -138,8 +136,8 @@ def plan_checkpoint(
     untied, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
     blocks, layers, extended = plan_layers(every_block, names, config, untied, uncalled, left_out)
     changes = changes if untied in layers else {}
-    notes = [*opened.notes, *_notes_on_unreached(every_block, unreached, layers), *_note_on_uncalled(uncalled)]
-    notes += extended
+    notes = [*source.notes, *opened.notes, *_notes_on_unreached(every_block, unreached, layers)]
+    notes += [*_note_on_uncalled(uncalled), *extended]
     notes += [*notes_on_shapes(layers.values(), config), *note_on_unused(left_over)]
     tensors = list_result_tensors(source, layers)
     rounded = frozenset(unreached & layers.keys())
@@ -190,7 +188,8 @@ def _notes_on_unreached(blocks: Iterable[Block], unreached: Collection[str], lay
             verb = "stays as it is" if subject in (name, *stay) else "stay as they are"
             yield f"{subject} {verb}: the calibration has no inputs for {'it' if verb.startswith('stays') else 'them'}"
         if asked:
-            yield f"{_abbreviate(asked)}: no calibration input reaches this, so it is rounded to nearest, as an override asks"
+            why = "no calibration input reaches this, so it is rounded to nearest, as an override asks"
+            yield f"{_abbreviate(asked)}: {why}"
 
 
 def _note_on_uncalled(uncalled: list[str]) -> list[str]:
