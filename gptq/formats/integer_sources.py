@@ -47,7 +47,10 @@ def _find(stored: Source, declared: Declared) -> Mapping[str, Encoded]:
         )
     if method_of(declared.values) not in {known.quant_method for known in formats.FORMATS.values()}:
         return {}
-    quantization = read_quantization(declared.where, _without_other_groups(declared.values))
+    values = _without_other_groups(declared.values)
+    if values is None:
+        return {}
+    quantization = read_quantization(declared.where, values)
     own = stored.restricted_to([name for name in stored.tensors if name.rpartition(".")[0] in layers])
     found: dict[str, Encoded] = {}
     for layer, packed in packed_layers(own, quantization).items():
@@ -64,8 +67,11 @@ def _layer_of_words(stored: Source, name: str) -> str:
     return layer if key in keys and stored.tensors[name].dtype == torch.int32 else ""
 
 
-def _without_other_groups(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a `quantization_config` with only the groups of layers that are packed, and without activations."""
+def _without_other_groups(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a `quantization_config` with only the groups of layers that are packed, and without activations.
+
+    Returns None if it has groups and none of them is packed.
+    """
     groups = values.get("config_groups")
     if not isinstance(groups, dict):
         return dict(values)
@@ -74,7 +80,7 @@ def _without_other_groups(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, group in groups.items()
         if isinstance(group, dict) and (group.get("format") or values.get("format")) in formats.FORMATS
     }
-    return {**values, "config_groups": kept or groups}
+    return {**values, "config_groups": kept} if kept else None
 
 
 KIND = Kind("packed integers", _find, CAUTION)
