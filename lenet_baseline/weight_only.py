@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gptq.compute.matmul import exact_float32
+from gptq.solver import IntegerGrid, act_order, factorize, round_to_nearest, solve
 from gptq.solver.hessian import HessianAccumulator, mean_output_power
-from gptq.solver.solve import act_order, factorize, round_to_nearest, solve
 from lenet_baseline.maxabs import dequantize_weights, quantize_weights
 from lenet_baseline.model import LeNet, run_layers, unfold
 
@@ -41,9 +41,9 @@ def quantize_weight(W: Tensor, H: Tensor, method: Method, bits: int) -> Tensor:
     if method == "max-abs":
         return dequantize_weights(*quantize_weights(W, bits))
     if method == "rtn":
-        return round_to_nearest(W, bits, W.shape[1], sym=True).weight()
+        return round_to_nearest(W, IntegerGrid(bits, sym=True), W.shape[1]).weight()
     with exact_float32(W.device):
-        return solve(W, factorize(H, act_order(H)), bits, W.shape[1], sym=True).weight()
+        return solve(W, factorize(H, act_order(H)), IntegerGrid(bits, sym=True), W.shape[1]).weight()
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gptq import solver
-from gptq.solver import grid
+from gptq.solver import IntegerGrid
 
-BITS, SEED = 4, 0
+GRID, SEED = IntegerGrid(bits=4, sym=True), 0
 WARM_UPS, RUNS, NAIVE_ROWS = 1, 3, 4
 LABELS = {"factorize": "factorize", "solve": "solve", "naive": f"naive order, extrapolated from {NAIVE_ROWS} rows"}
 STYLES = {"factorize": "C2s", "solve": "C0o", "naive": "C3^"}  # colour and marker
@@ -59,15 +59,15 @@ def random_layer(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 def solve_naively(W: Tensor, inverse_H: Tensor) -> Tensor:
     """Codes of W (rows, columns), solved row by row; inverse_H is (columns, columns)."""
-    scales, zeros = solver.fit_groups(W, BITS, W.shape[1], sym=True)  # (rows, 1)
+    scales, zeros = solver.fit_groups(W, GRID, W.shape[1])  # (rows, 1)
     codes = torch.empty_like(W)
     for i, w in enumerate(W.clone()):  # (columns,)
         inverse = inverse_H.clone()  # each row eliminates all columns again, which costs the extra factor of n
         scale, zero = scales[i, 0], zeros[i, 0]
         for j in range(len(w)):
             h, pivot = inverse[j].clone(), inverse[j, j].clone()
-            codes[i, j] = grid.quantize(w[j], scale, zero, BITS)
-            error = (w[j] - grid.dequantize(codes[i, j], scale, zero)) / pivot
+            codes[i, j] = GRID.quantize(w[j], scale, zero)
+            error = (w[j] - GRID.dequantize(codes[i, j], scale, zero)) / pivot
             w[j + 1 :] -= error * h[j + 1 :]
             inverse.addr_(h, h / pivot, alpha=-1)
     return codes
@@ -92,7 +92,7 @@ def measure(rows: int, width: int, with_naive: bool, progress: "tqdm[None]") -> 
     factor = solver.factorize(H, order)
     tasks: dict[str, Callable[[], object]] = {
         "factorize": lambda: solver.factorize(H, order),
-        "solve": lambda: solver.solve(W, factor, BITS, group_size=width, sym=True),
+        "solve": lambda: solver.solve(W, factor, GRID, group_size=width),
     }
     point: Point = {"width": width, "rows": rows}
     if not with_naive:
@@ -101,7 +101,7 @@ def measure(rows: int, width: int, with_naive: bool, progress: "tqdm[None]") -> 
     inverse_H = torch.cholesky_inverse(torch.linalg.cholesky(H + factor.ridge * torch.eye(width)))
     point |= median_seconds(tasks | {"naive": lambda: solve_naively(few, inverse_H)}, progress)
     point["naive"] *= rows / NAIVE_ROWS
-    codes = solver.solve(W, factor, BITS, group_size=width, sym=True).codes[:NAIVE_ROWS]
+    codes = solver.solve(W, factor, GRID, group_size=width).codes[:NAIVE_ROWS]
     return point | {"equal": float((solve_naively(few, inverse_H) == codes).float().mean())}
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from gptq import solver
+from gptq.solver import IntegerGrid
 from gptq.solver.error_propagation import best_correction_share, divide_by_hessian, full_correction
 from tests import oracle
 from tests.test_solver import problem
@@ -83,7 +84,7 @@ def test_from_its_second_column_on_qronos_takes_the_same_codes(rng: torch.Genera
     H, C = means(X, original)
     G = C + H  # mean of original x^T
     factor = solver.factorize(H, solver.natural_order(H), 1e-12)
-    ours = solver.solve(W + full_correction(W, C, factor), factor, 4, 24, True)
+    ours = solver.solve(W + full_correction(W, C, factor), factor, IntegerGrid(4, sym=True), 24)
     first = ours.weight()[:, :1].double()
     rest = torch.linalg.solve(H[1:, 1:], (W @ G[:, 1:] - first * H[0, 1:]).T).T
     scale, zero = (t.double().expand_as(rest) for t in (ours.scale, ours.zero))
@@ -96,8 +97,8 @@ def test_gptaq_comes_close_to_the_target_and_not_below_it(rng: torch.Generator) 
     W, X, original = drifted(rng)
     H, C = means(X, original)
     factor = solver.factorize(H, solver.natural_order(H), 1e-12)
-    ours = solver.solve(W + full_correction(W, C, factor), factor, 4, 24, True)
-    plain = solver.solve(W, factor, 4, 24, True)
+    ours = solver.solve(W + full_correction(W, C, factor), factor, IntegerGrid(4, sym=True), 24)
+    plain = solver.solve(W, factor, IntegerGrid(4, sym=True), 24)
     R = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     P = (C @ R.T).triu(1) @ R
     current, scale, zero = W.clone(), plain.scale[:, 0].double(), plain.zero[:, 0].double()

@@ -27,6 +27,7 @@ from gptq.output.results import RECORD
 from gptq.pipeline import quantize as quantize_module
 from gptq.pipeline import search
 from gptq.pipeline.run import Observer
+from gptq.solver import IntegerGrid
 from gptq.solver.coordinate_descent import refine
 from tests import oracle
 from tests.conftest import ARCHITECTURES, WIDTH, MakeModel
@@ -182,8 +183,8 @@ def test_codes_are_those_of_separate_forwards_through_the_quantized_prefix(
         if config.two_streams:  # six windows are too few to hold one out, so half of the drift is made up for
             drift = (original - X).T @ X / len(X)
             target = (W + 0.5 * W.double() @ drift @ torch.linalg.inv(oracle.damped(H.double(), 0.01))).float()
-        solved = solver.solve(target, factor, 4, 32, config.sym, config.static_groups, bool(config.search))
-        solved = refine(target, solved, factor, 4, config.sweeps or 0)
+        solved = solver.solve(target, factor, IntegerGrid(4, config.sym), 32, config.static_groups, bool(config.search))
+        solved = refine(target, solved, factor, IntegerGrid(4, config.sym), config.sweeps or 0)
         read = oracle.dequantized(file, name, 4).float()
         assert (solved.weight() == read).float().mean() > 0.995, name
         linear.weight.data = read
@@ -315,7 +316,7 @@ def test_rtn_needs_no_calibration_and_is_the_nearest_code(make_model: MakeModel,
     file, original = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
     for layer in result.layers:
         W = original[f"{layer.name}.weight"].T
-        nearest = solver.round_to_nearest(W, 3, 16, sym=True)
+        nearest = solver.round_to_nearest(W, IntegerGrid(3, sym=True), 16)
         assert torch.equal(oracle.dequantized(file, layer.name, 3).float(), nearest.weight())
         assert layer.error == pytest.approx(float((W - nearest.weight()).square().sum() / W.square().sum()), rel=1e-5)
 

@@ -15,6 +15,7 @@ from gptq.config import BITS, Format
 from gptq.formats import Codes, Scheme
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
+from gptq.solver import IntegerGrid
 from tests import oracle
 from tests.conftest import VOCAB, MakeModel
 
@@ -328,7 +329,7 @@ def test_act_order_by_groups_of_older_compressed_tensors_is_read(
 
 
 def test_a_layer_that_the_solver_made_is_one_of_integers() -> None:
-    solved = solver.round_to_nearest(torch.linspace(-1, 1, 64).view(2, 32), 4, 16, sym=False)
+    solved = solver.round_to_nearest(torch.linspace(-1, 1, 64).view(2, 32), IntegerGrid(4, sym=False), 16)
     kinds: tuple[Format, ...] = ("gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8")
     for format_ in kinds:
         scheme = Scheme(4, 16, False, format_)

@@ -8,6 +8,7 @@ import torch
 from gptq import solver
 from gptq.compute import matmul
 from gptq.compute.matmul import exact_float32, onednn_linears, product
+from gptq.solver import IntegerGrid
 from gptq.solver import hessian as hessian_module
 from gptq.solver.hessian import HeldOut, HessianAccumulator, mean_output_power
 from tests.conftest import threads
@@ -175,7 +176,7 @@ def test_powers_are_those_of_the_closed_form_to_three_digits(
     x = torch.randn(500, inputs, generator=rng) + 5 * torch.randn(500, 1, generator=rng)  # one direction dominates
     H = x.T @ x / 500
     W = torch.randn(400, inputs, generator=rng)
-    solved = solver.solve(W, solver.factorize(H, solver.act_order(H)), 3, inputs, True)
+    solved = solver.solve(W, solver.factorize(H, solver.act_order(H)), IntegerGrid(3, sym=True), inputs)
     off = W - solved.weight()
     for A in (W, off):
         exact = float(torch.trace(A.double() @ H.double() @ A.double().T))

@@ -11,6 +11,7 @@ from gptq.pipeline import row_tiles
 from gptq.pipeline.layer_inputs import HeldOutBlend, LayerInputs
 from gptq.pipeline.row_tiles import LayerFigures, StackedRows, find_corrections, sampled_rows, solve_rows
 from gptq.planning.plan import LayerPlan
+from gptq.solver import IntegerGrid
 from gptq.solver.hessian import HeldOut
 
 INPUTS, TOKENS = 64, 400
@@ -28,7 +29,7 @@ def solved(
     weights: list[Tensor], plan: LayerPlan, inputs: LayerInputs
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:
     config, rows = QuantConfig(bits=4, group_size=32), StackedRows.of(weights)
-    return solve_rows(rows, find_corrections(rows, inputs, config), plan, inputs, config)
+    return solve_rows(rows, find_corrections(rows, inputs, config), plan, plan.grid, inputs, config)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_errors_are_those_of_the_definition(
     found = solved(weights, plan, known)
 
     for W, (layer, figures) in zip(weights, found, strict=True):
-        off, nearest = W - layer.weight(), solver.round_to_nearest(W, 4, 32, sym=True).weight()
+        off, nearest = W - layer.weight(), solver.round_to_nearest(W, IntegerGrid(4, sym=True), 32).weight()
         assert figures.error == pytest.approx(relative(off, W, seen), rel=EXACT)
         assert figures.rtn_error == pytest.approx(relative(W - nearest, W, seen), rel=tolerance)
         assert figures.heldout_error == pytest.approx(relative(off, W, unseen), rel=tolerance)

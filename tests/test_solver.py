@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from gptq import solver
-from gptq.solver import grid
+from gptq.solver import IntegerGrid
+from gptq.solver.grids import integer as grid
 from gptq.solver.hessian import mean_output_power
 from tests import oracle
 
@@ -26,7 +27,7 @@ def factor_of(H: Tensor, damp: float = 0.01) -> solver.Factor:
 
 def expanded_grid(W: Tensor, bits: int, group_size: int, sym: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero of every weight, (rows, n)."""
-    scale, zero = solver.fit_groups(W, bits, group_size, sym)
+    scale, zero = solver.fit_groups(W, IntegerGrid(bits, sym), group_size)
     g_idx = torch.arange(W.shape[1]) // group_size
     return scale[:, g_idx], zero[:, g_idx]
 
@@ -51,7 +52,7 @@ def test_codes_are_those_of_the_paper_and_of_obq_in_fixed_order(
     assert torch.equal(oracle.gptq_by_downdating(W, Hd, scale, zero, bits), by_inverse)
     for block in (1, 7, 16, 40):
         assert torch.equal(oracle.gptq_by_cholesky(W, Hd, scale, zero, bits, block), by_inverse)
-        solved = solver.solve(W, factor_of(H), bits, group_size, sym, block_size=block)
+        solved = solver.solve(W, factor_of(H), IntegerGrid(bits, sym), group_size, block_size=block)
         assert torch.equal(solved.codes.double(), by_inverse)
     residual = reached - scale * (by_inverse - zero)
     D = factor_of(H).D
@@ -76,7 +77,9 @@ def test_dynamic_groups_are_fitted_to_compensated_weights_whatever_the_block(
         current[:, j:] -= torch.outer(error, inverse[0])
     expected, _ = oracle.gptq_by_inverse(W, Hd, scale, zero, 3)
     for block in (5, 16, 128):
-        solved = solver.solve(W, factor_of(H), 3, group_size, sym=False, static_groups=False, block_size=block)
+        solved = solver.solve(
+            W, factor_of(H), IntegerGrid(3, sym=False), group_size, static_groups=False, block_size=block
+        )
         assert torch.equal(solved.codes.double(), expected)
 
 
@@ -84,11 +87,11 @@ def test_dynamic_groups_are_fitted_to_compensated_weights_whatever_the_block(
 def test_error_is_the_layer_error_and_beats_round_to_nearest(static_groups: bool, rng: torch.Generator) -> None:
     W, H = problem(rng)
     factor = solver.factorize(H, solver.act_order(H))
-    solved = solver.solve(W, factor, 3, 8, sym=True, static_groups=static_groups)
+    solved = solver.solve(W, factor, IntegerGrid(3, sym=True), 8, static_groups=static_groups)
     E = W - solved.weight().double()
     assert solved.error == pytest.approx(float(torch.trace(E @ oracle.damped(H, 0.01) @ E.T)), rel=1e-9)
     assert mean_output_power(E, H) == pytest.approx(float(torch.trace(E @ H @ E.T)), rel=1e-9)
-    nearest = W - solver.round_to_nearest(W, 3, 8, sym=True).weight().double()
+    nearest = W - solver.round_to_nearest(W, IntegerGrid(3, sym=True), 8).weight().double()
     assert mean_output_power(E, H) < mean_output_power(nearest, H)
 
 
@@ -110,7 +113,7 @@ def test_act_order_is_the_solve_of_permuted_columns(static_groups: bool, rng: to
     W, H = problem(rng)
     perm = solver.act_order(H)
     assert (H.diagonal()[perm].diff() <= 0).all()
-    ordered = solver.solve(W, solver.factorize(H, perm), 4, 8, True, static_groups=static_groups)
+    ordered = solver.solve(W, solver.factorize(H, perm), IntegerGrid(4, sym=True), 8, static_groups=static_groups)
     if static_groups:
         assert torch.equal(ordered.g_idx, (torch.arange(40) // 8).int())
         scale, zero = expanded_grid(W, 4, 8, True)
@@ -119,7 +122,9 @@ def test_act_order_is_the_solve_of_permuted_columns(static_groups: bool, rng: to
         )
         assert torch.equal(ordered.codes[:, perm].double(), expected)
     else:
-        permuted = solver.solve(W[:, perm], factor_of(H[perm][:, perm]), 4, 8, True, static_groups=False)
+        permuted = solver.solve(
+            W[:, perm], factor_of(H[perm][:, perm]), IntegerGrid(4, sym=True), 8, static_groups=False
+        )
         assert torch.equal(ordered.codes[:, perm], permuted.codes)
         assert torch.equal(ordered.g_idx[perm], permuted.g_idx)
         assert not torch.equal(ordered.g_idx, permuted.g_idx)  # a non-trivial g_idx
@@ -129,8 +134,8 @@ def test_act_order_is_the_solve_of_permuted_columns(static_groups: bool, rng: to
 def test_diagonal_hessian_is_round_to_nearest(rng: torch.Generator) -> None:
     W, _ = problem(rng, dtype=torch.float32)
     H = torch.diag(torch.rand(40, generator=rng) + 0.1)
-    solved = solver.solve(W, factor_of(H), 4, 8, sym=False)
-    nearest = solver.round_to_nearest(W, 4, 8, sym=False)
+    solved = solver.solve(W, factor_of(H), IntegerGrid(4, sym=False), 8)
+    nearest = solver.round_to_nearest(W, IntegerGrid(4, sym=False), 8)
     assert torch.equal(solved.codes, nearest.codes)
     assert torch.equal(solved.weight(), nearest.weight())
 
@@ -141,7 +146,7 @@ def test_weights_on_the_grid_stay(rng: torch.Generator) -> None:
     codes[:, ::8], codes[:, 1::8] = 0, 15  # every group uses its whole range, so that the same grid is found again
     scale = torch.rand(12, 5, generator=rng).half().float().repeat_interleave(8, 1)
     on_grid = grid.dequantize(codes, scale, torch.full_like(codes, 7))
-    solved = solver.solve(on_grid, factor_of(H), 4, 8, sym=False)
+    solved = solver.solve(on_grid, factor_of(H), IntegerGrid(4, sym=False), 8)
     assert torch.equal(solved.weight(), on_grid)
     assert solved.error == 0
 
@@ -150,15 +155,16 @@ def test_weights_on_the_grid_stay(rng: torch.Generator) -> None:
 def test_scaling_the_hessian_changes_no_code(factor: float, rng: torch.Generator) -> None:
     W, H = problem(rng)
     assert torch.equal(
-        solver.solve(W, factor_of(H), 3, 8, True).codes, solver.solve(W, factor_of(factor * H), 3, 8, True).codes
+        solver.solve(W, factor_of(H), IntegerGrid(3, sym=True), 8).codes,
+        solver.solve(W, factor_of(factor * H), IntegerGrid(3, sym=True), 8).codes,
     )
 
 
 def test_rows_are_independent(rng: torch.Generator) -> None:
     W, H = problem(rng)
-    whole = solver.solve(W, factor_of(H), 3, 8, True)
+    whole = solver.solve(W, factor_of(H), IntegerGrid(3, sym=True), 8)
     for rows in (slice(0, 1), slice(3, 7), slice(11, 12)):
-        part = solver.solve(W[rows], factor_of(H), 3, 8, True)
+        part = solver.solve(W[rows], factor_of(H), IntegerGrid(3, sym=True), 8)
         assert torch.equal(part.codes, whole.codes[rows])
         assert torch.equal(part.scale, whole.scale[rows])
 
@@ -166,10 +172,10 @@ def test_rows_are_independent(rng: torch.Generator) -> None:
 def test_dead_columns_keep_their_weights_to_the_nearest_code(rng: torch.Generator) -> None:
     W, H = problem(rng, dtype=torch.float32)
     H[:, 5] = H[5] = 0
-    solved = solver.solve(W, factor_of(H), 4, 8, True)
-    assert torch.equal(solved.codes[:, 5], solver.round_to_nearest(W, 4, 8, True).codes[:, 5])
-    nothing = solver.solve(W, factor_of(torch.zeros_like(H)), 4, 8, True)
-    assert torch.equal(nothing.codes, solver.round_to_nearest(W, 4, 8, True).codes)
+    solved = solver.solve(W, factor_of(H), IntegerGrid(4, sym=True), 8)
+    assert torch.equal(solved.codes[:, 5], solver.round_to_nearest(W, IntegerGrid(4, sym=True), 8).codes[:, 5])
+    nothing = solver.solve(W, factor_of(torch.zeros_like(H)), IntegerGrid(4, sym=True), 8)
+    assert torch.equal(nothing.codes, solver.round_to_nearest(W, IntegerGrid(4, sym=True), 8).codes)
 
 
 def test_damping_grows_until_the_hessian_factors_and_no_further(rng: torch.Generator) -> None:
@@ -188,7 +194,7 @@ def test_damping_grows_until_the_hessian_factors_and_no_further(rng: torch.Gener
 @pytest.mark.parametrize("n", [1024, 1536])
 def test_float32_solves_like_float64_at_real_widths(n: int, rng: torch.Generator) -> None:
     W, H = problem(rng, rows=64, n=n)
-    double = solver.solve(W, factor_of(H), 4, 128, True)
-    single = solver.solve(W.float(), factor_of(H.float()), 4, 128, True)
+    double = solver.solve(W, factor_of(H), IntegerGrid(4, sym=True), 128)
+    single = solver.solve(W.float(), factor_of(H.float()), IntegerGrid(4, sym=True), 128)
     assert (double.codes == single.codes).float().mean() >= 0.999
     assert single.error == pytest.approx(double.error, rel=1e-3)

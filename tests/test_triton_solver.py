@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gptq import solver
-from gptq.solver import grid, inner_loops
+from gptq.solver import IntegerGrid, inner_loops
+from gptq.solver.grids import integer as grid
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,9 @@ def test_columns_are_chosen_as_in_whole_tensor_operations(
     base, reference = normal(columns, rows), normal(columns, rows, seed=1)
     coupling = 0.3 * normal(columns, columns, seed=2)
     half = columns // 2
-    scale, zero = solver.fit_groups(reference.T.contiguous(), bits, half, sym)
+    scale, zero = solver.fit_groups(reference.T.contiguous(), IntegerGrid(bits, sym), half)
     groups = [min(k // half, scale.shape[1] - 1) for k in range(columns)]
-    arguments = (base, reference, coupling, scale.T.contiguous(), zero.T.contiguous(), groups, bits)
+    arguments = (base, reference, coupling, scale.T.contiguous(), zero.T.contiguous(), groups, IntegerGrid(bits, sym))
     codes, Q, t = inner_loops_triton.choose_columns(*arguments)
     expected = inner_loops.choose_columns_reference(*arguments)
     assert torch.equal(codes, expected[0])
@@ -46,7 +47,8 @@ def test_columns_are_chosen_as_in_whole_tensor_operations(
 def test_ties_round_to_even_and_codes_stay_within_their_bits(inner_loops_triton: Any) -> None:
     base = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9, 3.49999]])
     scale, zero = torch.ones(1, 8), torch.full((1, 8), 8.0)
-    codes, Q, _ = inner_loops_triton.choose_columns(base, base, torch.zeros(1, 1), scale, zero, [0], 4)
+    four = IntegerGrid(4, sym=True)
+    codes, Q, _ = inner_loops_triton.choose_columns(base, base, torch.zeros(1, 1), scale, zero, [0], four)
     assert codes.tolist() == [[8, 10, 10, 8, 6, 15, 0, 11]]
     assert Q.tolist() == [[0, 2, 2, 0, -2, 7, -8, 3]]
 
@@ -56,7 +58,7 @@ def test_ties_round_to_even_and_codes_stay_within_their_bits(inner_loops_triton:
 def test_the_search_finds_the_grids_that_err_least(inner_loops_triton: Any, bits: int, sym: bool, columns: int) -> None:
     w, importance = normal(3, columns, 19), normal(3, columns, seed=3).square()
     scales, zeros = (t[::6].contiguous() for t in grid.candidates(w.mT, bits, sym))  # (candidates, groups, rows)
-    found = inner_loops_triton.best_grids(w, importance, scales, zeros, bits)
+    found = inner_loops_triton.best_grids(w, importance, scales, zeros, IntegerGrid(bits, sym))
     s, z = scales[:, :, None], zeros[:, :, None]
     Q = grid.dequantize(grid.quantize(w, s, z, bits), s, z)  # (candidates, groups, columns, rows)
     errors = (importance.double()[:, :, None] * (w.double() - Q).square()).sum(2)
@@ -69,25 +71,25 @@ def test_a_solve_made_of_them_has_the_error_of_the_plain_one(
     W, X = normal(16, 24), normal(90, 24, seed=5)
     H = X.T @ X / len(X)
     factor = solver.factorize(H, solver.act_order(H))
-    plain = solver.solve(W, factor, 3, 12, True, block_size=8)
+    plain = solver.solve(W, factor, IntegerGrid(3, sym=True), 12, block_size=8)
     monkeypatch.setattr(inner_loops, "choose_columns", inner_loops_triton.choose_columns)
-    made = solver.solve(W, factor, 3, 12, True, block_size=8)
+    made = solver.solve(W, factor, IntegerGrid(3, sym=True), 12, block_size=8)
     assert torch.equal(made.scale, plain.scale)
     assert (made.codes != plain.codes).float().mean() < 0.01  # those within rounding of a tie, and what follows them
     assert made.error == pytest.approx(plain.error, rel=1e-3)
 
 
 COMPILE = """
+from itertools import product
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gptq.solver import inner_loops_triton as t
 types = {"codes": "*u8", "groups": "*i32", "best": "*i64"}
-types |= dict.fromkeys(("rows", "columns", "candidates", "maxq"), "i32")
-for kernel, sizes in (
-    (t._choose_columns_kernel, {"COLUMNS": 128}), (t._best_grids_kernel, {"CHUNK_COLUMNS": t.CHUNK_COLUMNS})
-):
-    sizes |= {"PROGRAM_ROWS": t.PROGRAM_ROWS}
+types |= dict.fromkeys(("rows", "columns", "candidates", "top"), "i32")
+kernels = (t._choose_columns_kernel, {"COLUMNS": 128}), (t._best_grids_kernel, {"CHUNK_COLUMNS": t.CHUNK_COLUMNS})
+for (kernel, own), form in product(kernels, (1, 2, 3)):
+    sizes = own | {"PROGRAM_ROWS": t.PROGRAM_ROWS, "FORM": form}
     signature = {name: "constexpr" if name in sizes else types.get(name, "*fp32") for name in kernel.arg_names}
     for capability in (80, 90):
         source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
@@ -102,4 +104,4 @@ def test_the_kernels_compile_for_gpus_without_one(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert done.stdout.split("\n") == [*["True False True"] * 4, ""], done.stderr
+    assert done.stdout.split("\n") == [*["True False True"] * 12, ""], done.stderr

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from gptq import InputError, QuantConfig, load, quantize, solver
 from gptq.output import verify
 from gptq.pipeline.tune import BlockToTune, tune
+from gptq.solver import IntegerGrid
 from tests.conftest import MakeModel
 
+FOUR = IntegerGrid(4, sym=True)
 OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 32, "seq_len": 32}
 
 
@@ -26,7 +28,7 @@ def calls_of(block: nn.Module, inputs: Tensor) -> list[Callable[[], Any]]:
 def test_scales_that_are_wrong_by_a_factor_are_mended(rng: torch.Generator) -> None:
     """A block of one layer whose scales are all 8 % too small: its output can be had exactly, so tuning nears it."""
     W = torch.randn(16, 32, generator=rng)
-    exact = solver.round_to_nearest(W, 4, 32, sym=True)
+    exact = solver.round_to_nearest(W, FOUR, 32)
     off = solver.SolvedLayer(
         exact.codes, (exact.scale * 0.92).half().float(), exact.zero, exact.g_idx, exact.row_errors
     )
@@ -37,7 +39,7 @@ def test_scales_that_are_wrong_by_a_factor_are_mended(rng: torch.Generator) -> N
         wanted = [x @ exact.weight().T + linear.bias for x in inputs]
         linear.weight.copy_(off.weight())
         calls = calls_of(block, inputs)
-        to_tune = BlockToTune(block, calls, wanted, [3, 7], {linear: off}, {linear: 4}, lambda _, w: w)
+        to_tune = BlockToTune(block, calls, wanted, [3, 7], {linear: off}, {linear: FOUR}, lambda _, w: w)
         tuned = tune(to_tune, 60, seed=0)
     assert tuned.error_before == pytest.approx(0.08**2, rel=0.1)
     assert tuned.error_after < 0.2 * tuned.error_before
@@ -47,7 +49,7 @@ def test_scales_that_are_wrong_by_a_factor_are_mended(rng: torch.Generator) -> N
 
 
 def test_what_is_perfect_is_left_alone(rng: torch.Generator) -> None:
-    exact = solver.round_to_nearest(torch.randn(8, 32, generator=rng), 4, 32, sym=True)
+    exact = solver.round_to_nearest(torch.randn(8, 32, generator=rng), FOUR, 32)
     linear = nn.Linear(32, 8)
     block = nn.Sequential(linear)
     with torch.no_grad():
@@ -55,7 +57,7 @@ def test_what_is_perfect_is_left_alone(rng: torch.Generator) -> None:
         inputs = torch.randn(9, 4, 32, generator=rng)
         wanted = [block(x) for x in inputs]
         layers: dict[nn.Module, solver.SolvedLayer] = {linear: exact}
-        to_tune = BlockToTune(block, calls_of(block, inputs), wanted, [], layers, {linear: 4}, lambda _, w: w)
+        to_tune = BlockToTune(block, calls_of(block, inputs), wanted, [], layers, {linear: FOUR}, lambda _, w: w)
         tuned = tune(to_tune, 3, seed=0)
     assert tuned.layers is layers
     assert tuned.parameters == {}

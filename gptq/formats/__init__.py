@@ -15,8 +15,8 @@ from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.solver import Codes
 
 __all__ = [
-    "FORMATS", "GPTQ_BITS", "Codes", "FileFormat", "Scheme", "contiguous_groups", "decode", "decode_groups",
-    "decode_zeros", "encode", "layout", "refusal",
+    "FORMATS", "GPTQ_BITS", "SCALE_DTYPE", "Codes", "FileFormat", "Scheme", "contiguous_groups", "decode",
+    "decode_groups", "decode_zeros", "encode", "layout", "refusal",
 ]  # fmt: skip
 
 FORMATS: dict[Format, FileFormat] = {

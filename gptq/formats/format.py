@@ -15,7 +15,8 @@ from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, QuantConfig
 from gptq.formats.name_rules import Quantization
 from gptq.formats.scheme import Linears, Scheme
-from gptq.solver import Codes
+from gptq.solver import Codes, Grid, IntegerGrid
+from gptq.solver.grids.scales import FloatScales
 
 PLAIN_KEY = "weight"  # key of a weight that is not packed
 SCALE_DTYPE = torch.float16  # dtype of scales that this package chooses; other tools' files may hold others
@@ -61,6 +62,14 @@ class FileFormat(ABC):
         Args:
             transposed: the layer is transformers' Conv1D, not nn.Linear.
         """
+
+    def grid(self, scheme: Scheme, scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
+        """What the weights of a layer are rounded to. By default integers with a scale and an integer zero point.
+
+        Args:
+            scale_dtype: in which scales are stored, so that they are chosen in it.
+        """
+        return IntegerGrid(scheme.bits, scheme.sym, FloatScales(scale_dtype))
 
     # --- a layer's tensors ---
 

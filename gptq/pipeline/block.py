@@ -55,9 +55,9 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
     full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
     named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
     kept = {key for key, name in named.items() if not run.weights.is_stored_whole(name)}
-    bits = {linear: run.layers[name].bits for name, linear in block.linears.items()}
+    grids = {linear: run.layers[name].grid for name, linear in block.linears.items()}
     targets = [hidden_states(out) for out in outputs[1]]
-    to_tune = BlockToTune(block.module, calls, targets, held_out, layers, bits, run.weights.to_forward_layout, kept)
+    to_tune = BlockToTune(block.module, calls, targets, held_out, layers, grids, run.weights.to_forward_layout, kept)
     tuned = tune(to_tune, run.config.tune_steps or 0, run.config.seed)
     error = BlockError(block.name, tuned.error_before, tuned.error_after)
     if tuned.layers is layers:
@@ -84,7 +84,8 @@ def _pack_block(
     histograms, checksums = {}, {}
     for name in state.block.linears:
         solution, plan = state.solutions.pop(name), run.layers[name]
-        tensors |= {f"{plan.stored}.{key}": t for key, t in formats.encode(solution.solved, plan.scheme).items()}
+        encoded = formats.encode(solution.solved, plan.scheme, plan.scale_dtype)
+        tensors |= {f"{plan.stored}.{key}": tensor for key, tensor in encoded.items()}
         histograms[name] = solution.histogram | code_histogram(solution.solved.codes, plan.bits)
         checksums[name] = sha256(solution.solved.weight())
     stored = {name: run.weights.to_stored(name, tensor) for name, tensor in (tuned or {}).items()}

@@ -143,11 +143,12 @@ def _solve_together(names: list[str], shared: SharedInput | None, state: BlockSt
     """
     run = state.run
     weights = [state.weight(name) for name in names]  # (outputs, inputs) float32 each
+    grid = grid_of(names, weights, state)
     try:
         if shared is None:
-            found = [round_rows(W, run.layers[name]) for name, W in zip(names, weights, strict=True)]
+            found = [round_rows(W, run.layers[name], grid) for name, W in zip(names, weights, strict=True)]
         else:
-            found = _solve_with_input(shared, weights, names, state)
+            found = _solve_with_input(shared, weights, names, grid, state)
     except ValueError as problem:
         if len(names) > 1 and run.ranks.size == 1:  # so that the error names the layer that fails
             return _solve_together(names[:1], shared, state)
@@ -160,8 +161,20 @@ def _solve_together(names: list[str], shared: SharedInput | None, state: BlockSt
     }
 
 
+def grid_of(names: list[str], weights: list[Tensor], state: BlockState) -> solver.Grid:
+    """The grid of layers with one scheme, for which a grid may look at the weights of all layers fused with them.
+
+    Args:
+        weights: of the layers, (outputs, inputs) float32 each.
+    """
+    together = next(group for group in group_fused_siblings(state.block.linears) if names[0] in group)
+    known = dict(zip(names, weights, strict=True))
+    every = (known[name] if name in known else state.weight(name) for name in together)
+    return state.run.layers[names[0]].grid.for_layers(every)
+
+
 def _solve_with_input(
-    shared: SharedInput, weights: list[Tensor], names: list[str], state: BlockState
+    shared: SharedInput, weights: list[Tensor], names: list[str], grid: solver.Grid, state: BlockState
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:
     run, plan = state.run, state.run.layers[names[0]]
     rows = StackedRows.of(weights)
@@ -169,7 +182,7 @@ def _solve_with_input(
     corrections = find_corrections(rows, shared.inputs, run.config, run.ranks)
     if len(names) == 1 and _is_last_on_input(names[0], state):
         shared.release_drift()
-    return solve_rows(rows, corrections, plan, shared.inputs, run.config, run.ranks)
+    return solve_rows(rows, corrections, plan, grid, shared.inputs, run.config, run.ranks)
 
 
 def read_original_weights(stop: nn.Module, state: BlockState) -> dict[nn.Module, nn.Parameter | None]:

@@ -4,7 +4,7 @@ Rows are independent of each other once the Hessian is factorized. The rows of l
 are therefore stacked into one matrix and solved in tiles of TILE_ROWS rows, which processes take in turns.
 """
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -106,9 +106,9 @@ class LayerFigures:
     tokens: int
 
 
-def round_rows(W: Tensor, plan: LayerPlan) -> tuple[solver.SolvedLayer, LayerFigures]:
+def round_rows(W: Tensor, plan: LayerPlan, grid: solver.Grid) -> tuple[solver.SolvedLayer, LayerFigures]:
     """Round W (outputs, inputs) to nearest, for a layer without calibration inputs."""
-    nearest = solver.round_to_nearest(W, plan.bits, plan.group_size, plan.sym)
+    nearest = solver.round_to_nearest(W, grid, plan.group_size)
     error = nearest.error / max(float(W.double().square().sum()), SMALLEST_POWER)
     return nearest, LayerFigures(error, error, heldout_error=None, share=None, damp=None, tokens=0)
 
@@ -142,8 +142,8 @@ def _measure_gain(W: Tensor, correction: Tensor, rows: slice, held_out: HeldOutB
 
 
 def solve_rows(
-    rows: StackedRows, corrections: Corrections, plan: LayerPlan, inputs: LayerInputs, config: QuantConfig,
-    ranks: Ranks = ALONE,
+    rows: StackedRows, corrections: Corrections, plan: LayerPlan, grid: solver.Grid, inputs: LayerInputs,
+    config: QuantConfig, ranks: Ranks = ALONE,
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:  # fmt: skip
     """Solve all tiles; return each layer's codes and figures. `plan` is that of any layer: all have the same scheme."""
     W = rows.W
@@ -157,10 +157,10 @@ def solve_rows(
         correction = corrections.by_tile.pop(number, None)
         target = W[tile] if correction is None else W[tile] + shares[tile] * correction
         correction = None  # free it before the solve
-        solved[number] = _solve_tile(target, plan, inputs, config)
-        found = [_sum_errors(W[tile], target, solved[number], tile, layer, plan, inputs) for layer in rows.layers]
+        solved[number] = _solve_tile(target, plan, grid, inputs, config)
+        found = [_sum_errors(W[tile], target, solved[number], tile, layer, plan, grid, inputs) for layer in rows.layers]
         sums[number] = torch.tensor([astuple(one) for one in found], dtype=torch.float64, device=W.device)
-    whole = _gather_tiles(solved, len(rows.tiles), ranks)
+    whole = _gather_tiles(solved, len(rows.tiles), grid, ranks)
     totals = [ErrorSums()] * len(rows.layers)
     for of_layers in ranks.gather_pieces(sums, len(rows.tiles)):  # (layers, sums) of each tile
         totals = [total + ErrorSums(*values) for total, values in zip(totals, of_layers.tolist(), strict=True)]
@@ -170,17 +170,17 @@ def solve_rows(
     ]
 
 
-def _solve_tile(target: Tensor, plan: LayerPlan, inputs: LayerInputs, config: QuantConfig) -> solver.SolvedLayer:
+def _solve_tile(
+    target: Tensor, plan: LayerPlan, grid: solver.Grid, inputs: LayerInputs, config: QuantConfig
+) -> solver.SolvedLayer:
     """Solve one tile's target (rows, inputs)."""
-    solved = solver.solve(
-        target, inputs.factor, plan.bits, plan.group_size, plan.sym, config.static_groups, bool(config.search)
-    )
-    return refine(target, solved, inputs.factor, plan.bits, config.sweeps) if config.sweeps else solved
+    solved = solver.solve(target, inputs.factor, grid, plan.group_size, config.static_groups, bool(config.search))
+    return refine(target, solved, inputs.factor, grid, config.sweeps) if config.sweeps else solved
 
 
 def _sum_errors(
     W: Tensor, target: Tensor, solved: solver.SolvedLayer, tile: slice, layer: slice, plan: LayerPlan,
-    inputs: LayerInputs,
+    grid: solver.Grid, inputs: LayerInputs,
 ) -> ErrorSums:  # fmt: skip
     """Return the sums over a tile's rows that belong to one layer; W and target are the tile's rows, (rows, inputs)."""
     own, sample = rows_inside(tile, layer), sampled_rows(tile, layer)
@@ -194,7 +194,7 @@ def _sum_errors(
     if not len(some):
         return sums
     inside = slice(sample.start - own.start, sample.stop - own.start, sample.step)
-    nearest = solver.round_to_nearest(some, plan.bits, plan.group_size, plan.sym).weight()
+    nearest = solver.round_to_nearest(some, grid, plan.group_size).weight()
     return sums + ErrorSums(
         sampled_error=float(undamped[inside].sum()),
         sampled_power=sums.power if len(some) == len(W[own]) else mean_output_power(some, factor.H),
@@ -220,8 +220,11 @@ def sampled_rows(tile: slice, layer: slice) -> slice:
     return slice(min(rows.start + skipped, rows.stop), rows.stop, step)
 
 
-def _gather_tiles(parts: dict[int, solver.SolvedLayer], count: int, ranks: Ranks) -> solver.SolvedLayer:
+def _gather_tiles(
+    parts: dict[int, solver.SolvedLayer], count: int, grid: solver.Grid, ranks: Ranks
+) -> solver.SolvedLayer:
     """Gather the tiles of all processes and stack them."""
-    names = [one.name for one in fields(solver.SolvedLayer)]
+    names = ["codes", "scale", "zero", "g_idx", *grid.stored, "row_errors"]
     columns = [ranks.gather_pieces({n: getattr(part, name) for n, part in parts.items()}, count) for name in names]
-    return solver.SolvedLayer.stack([solver.SolvedLayer(*tile) for tile in zip(*columns, strict=True)])
+    tiles = [dict(zip(names, tile, strict=True)) for tile in zip(*columns, strict=True)]
+    return solver.SolvedLayer.stack([solver.SolvedLayer(**tile) for tile in tiles])

@@ -184,11 +184,12 @@ class _TrialSolver:
         own = self.solved[name] = {}
         for choice in self._units[name].choices:
             group_size = plan.inputs if choice.group_size == -1 else min(choice.group_size, plan.inputs)
+            grid = replace(plan, bits=choice.bits, group_size=group_size).grid.for_layers([W])
             if shared is None:
-                solved = solver.round_to_nearest(W, choice.bits, group_size, plan.sym)
+                solved = solver.round_to_nearest(W, grid, group_size)
             else:
                 factor, search = shared.inputs.factor, bool(run.config.search)
-                solved = solver.solve(W, factor, choice.bits, group_size, plan.sym, search=search)
+                solved = solver.solve(W, factor, grid, group_size, search=search)
             own[choice.bits, choice.group_size] = solved
         run.weights.set_weight(state.block.linears[name], W)
         run.observer.layer_done(state.block.index, name, W.numel())

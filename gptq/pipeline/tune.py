@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq.config import TUNE_WINDOWS
-from gptq.solver import grid
+from gptq.solver import Grid
 from gptq.solver.solve import SolvedLayer
 
 RATE = 5e-3  # learning rate of scales and small parameters, relative to their size
@@ -36,7 +36,7 @@ class BlockToTune:
     targets: Sequence[Tensor]  # by window: the original model's output of the block
     held_out: Sequence[int]  # windows that only measure the error; if empty, all windows measure it
     layers: dict[nn.Module, SolvedLayer]  # the quantized layers
-    bits: dict[nn.Module, int]  # bits per weight of each quantized layer
+    grids: dict[nn.Module, Grid]  # that each quantized layer was solved on
     to_layout: Callable[[nn.Module, Tensor], Tensor]  # turns a layer's weight (outputs, inputs) into its parameter
     kept: Collection[ParameterKey] = ()  # parameters that must not change
 
@@ -97,7 +97,9 @@ class _Variables:
         found = {(m, n): p.detach() for m in block.module.modules() for n, p in m._parameters.items() if p is not None}
         self._small = {key: p for key, p in found.items() if _is_small(p) and key not in block.kept}
         self._sizes = {key: p.float().square().mean().sqrt() for key, p in self._small.items()}
-        self.scales = {linear: torch.zeros_like(s.scale, requires_grad=True) for linear, s in layers}
+        self.scales = {
+            linear: torch.zeros_like(s.scale, requires_grad=block.grids[linear].tunes_scales) for linear, s in layers
+        }
         self.offsets = {
             linear: torch.zeros(s.codes.shape, device=s.codes.device, requires_grad=True) for linear, s in layers
         }
@@ -114,7 +116,7 @@ class _Variables:
         block = self._block
         weights = {
             (linear, "weight"): block.to_layout(
-                linear, _soft_weight(s, self.scales[linear], self.offsets[linear], block.bits[linear])
+                linear, _soft_weight(s, self.scales[linear], self.offsets[linear], block.grids[linear])
             )
             for linear, s in block.layers.items()
         }
@@ -123,7 +125,7 @@ class _Variables:
     def round_layers(self) -> dict[nn.Module, SolvedLayer]:
         """Return the layers with codes rounded to integers, and scales to their stored dtype."""
         return {
-            linear: _round_layer(s, self.scales[linear], self.offsets[linear], self._block.bits[linear])
+            linear: _round_layer(s, self.scales[linear], self.offsets[linear], self._block.grids[linear])
             for linear, s in self._block.layers.items()
         }
 
@@ -134,7 +136,7 @@ def _optimize(block: BlockToTune, variables: _Variables, steps: int, seed: int) 
     learned = block.learned
     optimizer = torch.optim.Adam(
         [
-            {"params": [*variables.scales.values(), *variables.changes.values()], "lr": RATE},
+            {"params": [*filter(_is_free, variables.scales.values()), *variables.changes.values()], "lr": RATE},
             {"params": list(variables.offsets.values()), "lr": 2 * CODE_TRAVEL / max(steps, 1)},
         ],
         betas=(0.9, 0.95),
@@ -163,23 +165,44 @@ def _backpropagate(block: BlockToTune, tensors: dict[ParameterKey, Tensor], wind
     torch.autograd.backward([tensors[key] for key in reached], [leaves[key].grad for key in reached])
 
 
+def _is_free(variable: Tensor) -> bool:
+    return variable.requires_grad
+
+
 def _is_small(parameter: Tensor) -> bool:
     """Whether a parameter is a norm's weight or a bias."""
     return parameter.ndim == 1 and parameter.is_floating_point() and not parameter.is_meta
 
 
-def _soft_weight(solved: SolvedLayer, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """Dequantize with scales changed by the fraction `scale` and codes by `offset`; rounding has gradient 1."""
+def _soft_weight(solved: SolvedLayer, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+    """Dequantize with scales changed by the fraction `scale` and codes by `offset` places; rounding has gradient 1.
+
+    A layer's own offsets, where the grid has them, stay as they are.
+    """
     groups = solved.g_idx.long()
-    real = (solved.codes + offset).clamp(0, 2**bits - 1)
-    codes = real + (real.round() - real).detach()
-    return ((solved.scale * (1 + scale))[:, groups]) * (codes - solved.zero[:, groups].float())
+    changed = (solved.scale * (1 + scale))[:, groups]
+    real = (grid.ranks(solved.codes) + offset).clamp(0, grid.top)
+    ranks = real + (real.round() - real).detach()
+    if solved.table is not None:
+        return changed * _soft_values(solved.table, ranks, grid)
+    weight = changed * (ranks - solved.zero[:, groups].float())
+    return weight if solved.offset is None else weight + solved.offset[:, groups]
 
 
-def _round_layer(solved: SolvedLayer, scale: Tensor, offset: Tensor, bits: int) -> SolvedLayer:
+def _soft_values(table: Tensor, ranks: Tensor, grid: Grid) -> Tensor:
+    """The table's values at whole ranks; the gradient is the mean of the steps to both neighbours."""
+    values = table[grid.codes_of(torch.arange(grid.top + 1, device=table.device)).long()]  # ascending
+    low, high = ((ranks.detach() + step).clamp(0, grid.top).long() for step in (-1, 1))
+    slope = (values[high] - values[low]) / (high - low)
+    return values[ranks.detach().long()] + slope * (ranks - ranks.detach())
+
+
+def _round_layer(solved: SolvedLayer, scale: Tensor, offset: Tensor, grid: Grid) -> SolvedLayer:
     """Apply the changes to a layer, with integer codes and scales in their stored dtype."""
-    codes = (solved.codes + offset).clamp(0, 2**bits - 1).round().to(torch.uint8)
-    return replace(solved, codes=codes, scale=grid.round_scale(solved.scale * (1 + scale)))
+    codes = grid.codes_of((grid.ranks(solved.codes) + offset).clamp(0, grid.top).round())
+    if not grid.tunes_scales:
+        return replace(solved, codes=codes)
+    return replace(solved, codes=codes, scale=grid.round_scales(solved.scale * (1 + scale)))
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -81,7 +81,7 @@ def _scheme(layer: LayerPlan, bits: int, group_size: int, chosen: Format) -> Sch
 
 def _nbytes(layer: LayerPlan, bits: int, group_size: int, chosen: Format) -> int:
     scheme = _scheme(layer, bits, group_size, chosen)
-    return sum(info.nbytes for info in formats.layout(scheme, layer.outputs, layer.inputs).values())
+    return sum(info.nbytes for info in formats.layout(scheme, layer.outputs, layer.inputs, layer.scale_dtype).values())
 
 
 def choose_storage(plan: Plan, config: QuantConfig, units: Sequence[Unit], chosen: Format) -> list[StorageChoice]:

@@ -95,6 +95,7 @@ def measure_rates(config: QuantConfig, device: torch.device, dtype: torch.dtype,
         solver_rate = measure_product_rate(device, torch.float32, seconds / 4)
         forward_rate = solver_rate if dtype == torch.float32 else measure_product_rate(device, dtype, seconds / 4)
         rows, columns = SAMPLE_SHAPE
+        grid = solver.IntegerGrid(config.bits, config.sym)
         draw = torch.Generator().manual_seed(0)
         W = torch.randn(rows, columns, generator=draw).to(device)
         X = torch.randn(2 * columns, columns, generator=draw).to(device)
@@ -104,11 +105,11 @@ def measure_rates(config: QuantConfig, device: torch.device, dtype: torch.dtype,
         warm = False
         while not warm or time.perf_counter() - began < seconds / 4:
             start = time.perf_counter()
-            solver.round_to_nearest(W, config.bits, min(config.group_size % 2**31, columns), config.sym)
             size = min(config.group_size % 2**31, columns)
-            solved = solver.solve(W, factor, config.bits, size, config.sym, search=bool(config.search))
+            solver.round_to_nearest(W, grid, size)
+            solved = solver.solve(W, factor, grid, size, search=bool(config.search))
             if config.sweeps:
-                solved = refine(W, solved, factor, config.bits, config.sweeps)
+                solved = refine(W, solved, factor, grid, config.sweeps)
             float(solved.weight().sum())
             best, warm = min(best, time.perf_counter() - start), True
     products = rows * columns**2 * (1 + 2 * (config.sweeps or 0)) / solver_rate

@@ -298,6 +298,7 @@ def warm_up() -> int:
     """Compile the solver's loops; return the resident memory of the process afterwards."""
     W = torch.ones(8, 8)
     factor = solver.Factor(torch.eye(8), torch.arange(8), torch.eye(8), torch.ones(8), 0.0, 0.0)
-    refine(W, solver.solve(W, factor, 4, 8, True, search=True), factor, 4, 1)
+    grid = solver.IntegerGrid(4, sym=True)
+    refine(W, solver.solve(W, factor, grid, 8, search=True), factor, grid, 1)
     return_freed_memory()
     return resident_bytes()

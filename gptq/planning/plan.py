@@ -24,6 +24,7 @@ from gptq.models.forward import check_inputs
 from gptq.models.reached_layers import find_unreached_layers
 from gptq.models.tensor_names import Names, check_tensors, note_on_unused
 from gptq.models.uncalled_layers import find_uncalled_layers
+from gptq.solver import Grid
 
 PROBE_TOKENS = 8  # tokens of the window that is run on the meta device to find out which layers are called
 
@@ -43,6 +44,7 @@ class LayerPlan:
     transposed: bool = False  # the weight is stored as (inputs, outputs): a Conv1D of transformers
     format: Format = "gptq"
     scattered: bool = False  # groups are not contiguous columns
+    scale_dtype: torch.dtype = formats.SCALE_DTYPE
 
     @property
     def scheme(self) -> Scheme:
@@ -52,6 +54,16 @@ class LayerPlan:
     def replaces_source(self) -> bool:
         """Whether the result has the packed layer in place of the source's weight; not for an untied head."""
         return self.source == f"{self.stored}.weight"
+
+    @property
+    def layout(self) -> dict[str, TensorInfo]:
+        """Dtype and shape of the layer's stored tensors, by key."""
+        return formats.layout(self.scheme, self.outputs, self.inputs, self.scale_dtype)
+
+    @property
+    def grid(self) -> Grid:
+        """What the layer's weights are rounded to."""
+        return formats.FORMATS[self.format].grid(self.scheme, self.scale_dtype)
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,7 @@ class Plan:
     @property
     def packed_bytes(self) -> int:
         """Bytes of all stored tensors of the quantized layers."""
-        layers = self.layers.values()
-        return sum(i.nbytes for p in layers for i in formats.layout(p.scheme, p.outputs, p.inputs).values())
+        return sum(info.nbytes for plan in self.layers.values() for info in plan.layout.values())
 
     @property
     def summary(self) -> str:
@@ -390,8 +401,7 @@ def list_result_tensors(source: Source, plans: dict[str, LayerPlan]) -> dict[str
         if plan is None or not plan.replaces_source:
             result[name] = info
         if plan is not None:
-            layout = formats.layout(plan.scheme, plan.outputs, plan.inputs)
-            for suffix, packed in layout.items():
+            for suffix, packed in plan.layout.items():
                 if f"{plan.stored}.{suffix}" in source.tensors.keys() - {plan.source}:
                     raise InputError(f"the checkpoint holds {plan.stored}.{suffix} already; is it quantized?")
                 result[f"{plan.stored}.{suffix}"] = packed

@@ -1,40 +1,54 @@
-"""`Codes`: a weight as integers with scales and zero points, and the computation of the weight from these."""
+"""`Codes`: a weight as codes with scales, and the computation of the weight from these."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from gptq.solver import grid
-
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight (rows, columns) as integers; the scales are in the dtype in which they are stored."""
+    """A weight (rows, columns) as codes; the scales are in the dtype in which they are stored.
+
+    w = scale * (code - zero) + offset, or scale * table[code] if there is a table. What a grid has no use for is None;
+    zero points are 0 where a grid has none. `gptq.solver.grids` says which grid holds what.
+    """
 
     codes: Tensor  # (rows, columns) uint8
     scale: Tensor  # (rows, groups) float16, bfloat16 or float32
     zero: Tensor  # (rows, groups) uint8
     g_idx: Tensor  # (columns,) int32: the group of each column
+    offset: Tensor | None = field(default=None, kw_only=True)  # (rows, groups) float
+    table: Tensor | None = field(default=None, kw_only=True)  # (values,) float32
+    super_scale: Tensor | None = field(default=None, kw_only=True)  # (rows, super-blocks) float32
+    super_offset: Tensor | None = field(default=None, kw_only=True)  # (rows, super-blocks) float32
 
     def weight(self) -> Tensor:
         """The dequantized weight, (rows, columns) float32: exactly what a reader of the file computes."""
         rows, columns = self.codes.shape
         g_idx, groups = self.g_idx.long(), self.scale.shape[1]
         if torch.compiler.is_compiling() or g_idx.is_meta:  # a compiler cannot branch on what g_idx holds
-            scale, zero = self.scale.float()[:, g_idx], self.zero.float()[:, g_idx]
-            return grid.dequantize(self.codes.float(), scale, zero)
+            return self._dequantize(slice(None), self.codes, lambda x: x[:, g_idx])
         runs = torch.arange(groups, device=g_idx.device).repeat_interleave(columns // groups)
         is_contiguous = torch.equal(g_idx, runs)
         Q = torch.empty(rows, columns, device=g_idx.device)
         for chunk in row_chunks(rows):
-            codes, scale, zero = self.codes[chunk].float(), self.scale[chunk].float(), self.zero[chunk].float()
+            codes = self.codes[chunk]
             if is_contiguous:
-                grouped = codes.view(len(codes), groups, columns // groups)
-                Q[chunk] = grid.dequantize(grouped, scale[..., None], zero[..., None]).view(len(codes), columns)
+                grouped = codes.reshape(len(codes), groups, columns // groups)
+                Q[chunk] = self._dequantize(chunk, grouped, lambda x: x[..., None]).view(len(codes), columns)
             else:
-                Q[chunk] = grid.dequantize(codes, scale[:, g_idx], zero[:, g_idx])
+                Q[chunk] = self._dequantize(chunk, codes, lambda x: x[:, g_idx])
         return Q
+
+    def _dequantize(self, rows: slice, codes: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
+        """Weights of the codes of some rows; `spread` brings (rows, groups) to a shape that broadcasts with codes."""
+        scale = spread(self.scale[rows].float())
+        if self.table is not None:
+            return scale * self.table[codes.long()]
+        scaled = scale * (codes.float() - spread(self.zero[rows].float()))
+        return scaled if self.offset is None else scaled + spread(self.offset[rows].float())
 
 
 def row_chunks(rows: int, size: int = 512) -> list[slice]:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gptq.compute.threads import Shares, run_shares, shares_of
-from gptq.solver import grid
+from gptq.solver.grids.grid import Grid
 
 
 def choose_columns(
-    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, zero: Tensor, groups: list[int], bits: int
+    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, shift: Tensor, groups: list[int], grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round columns one after another, each moved by the changes of the columns before it.
 
@@ -27,27 +27,27 @@ def choose_columns(
     Args:
         base, reference: (columns, rows).
         coupling: (columns, columns), read above the diagonal.
-        scale, zero: (groups, rows); column k belongs to groups[k].
+        scale, shift: (groups, rows), see `Groups`; column k belongs to groups[k].
     Returns:
         codes (columns, rows) uint8, Q and t (columns, rows).
     """
     if base.device.type != "cpu":
         chosen = _triton_kernels().choose_columns if _has_triton_kernel(base) else choose_columns_reference
-        found: tuple[Tensor, Tensor, Tensor] = chosen(base, reference, coupling, scale, zero, groups, bits)
+        found: tuple[Tensor, Tensor, Tensor] = chosen(base, reference, coupling, scale, shift, groups, grid)
         return found
     from gptq.solver import inner_loops_cpu
 
     rows, padded_rows = base.shape[1], max(base.shape[1], inner_loops_cpu.TILE_ROWS)
-    by_rows = [_pad_rows(x, padded_rows) for x in (base, reference, scale, zero)]
+    by_rows = [_pad_rows(x, padded_rows) for x in (base, reference, scale, shift)]
     codes = torch.empty(len(base), padded_rows, dtype=torch.uint8)
     Q, t = base.new_empty(len(base), padded_rows), base.new_empty(len(base), padded_rows)
-    given = (*by_rows[:2], coupling.T.contiguous(), *by_rows[2:], torch.tensor(groups), codes, Q, t)
-    _run_on_all_rows(inner_loops_cpu.choose_columns, given, bits, shares_of(padded_rows, inner_loops_cpu.TILE_ROWS))
+    given = (*by_rows[:2], coupling.T.contiguous(), *by_rows[2:], grid.levels(base), torch.tensor(groups), codes, Q, t)
+    _run_on_all_rows(inner_loops_cpu.choose_columns, given, grid, shares_of(padded_rows, inner_loops_cpu.TILE_ROWS))
     return codes[:, :rows], Q[:, :rows], t[:, :rows]
 
 
 def choose_columns_reference(
-    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, zero: Tensor, groups: list[int], bits: int
+    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, shift: Tensor, groups: list[int], grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The readable reference, for any device: the compiled and the Triton loop compute this."""
     t = base.clone()
@@ -55,44 +55,44 @@ def choose_columns_reference(
     Q, change = torch.empty_like(base), torch.empty_like(base)
     for k, group in enumerate(groups):
         t[k] += coupling[:k, k] @ change[:k]
-        code = grid.quantize(t[k], scale[group], zero[group], bits)
+        code = grid.quantize(t[k], scale[group], shift[group])
         codes[k] = code
-        Q[k] = grid.dequantize(code, scale[group], zero[group])
+        Q[k] = grid.dequantize(code, scale[group], shift[group])
         change[k] = Q[k] - reference[k]
     return codes, Q, t
 
 
-def best_grids(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+def best_grids(w: Tensor, importance: Tensor, scales: Tensor, shifts: Tensor, grid: Grid) -> Tensor:
     """For each group of each row find the candidate grid with the least error, sum_j importance_j (w_j - Q_j)^2.
 
     Args:
         w: (groups, columns of a group, rows).
         importance: (groups, columns of a group), not negative.
-        scales, zeros: (candidates, groups, rows).
+        scales, shifts: (candidates, groups, rows), see `Groups`.
     Returns:
         (groups, rows) index of the best candidate, the first of equal ones.
     """
     if w.device.type != "cpu":
         if _has_triton_kernel(w):
-            found: Tensor = _triton_kernels().best_grids(w, importance, scales, zeros, bits)
+            found: Tensor = _triton_kernels().best_grids(w, importance, scales, shifts, grid)
             return found
-        groups = zip(w, importance, scales.unbind(1), zeros.unbind(1), strict=True)
-        return torch.stack([best_grid_reference(*group, bits) for group in groups])
+        groups = zip(w, importance, scales.unbind(1), shifts.unbind(1), strict=True)
+        return torch.stack([best_grid_reference(*group, grid) for group in groups])
     from gptq.solver import inner_loops_cpu
 
     rows, padded_rows = w.shape[2], max(w.shape[2], inner_loops_cpu.TILE_ROWS)
     best = torch.empty(len(w), padded_rows, dtype=torch.int64)
-    by_rows = [_pad_rows(x, padded_rows) for x in (w, scales, zeros)]
-    given = (best, by_rows[0], importance.contiguous(), *by_rows[1:])
-    _run_on_all_rows(inner_loops_cpu.best_grids, given, bits, shares_of(padded_rows, inner_loops_cpu.TILE_ROWS))
+    by_rows = [_pad_rows(x, padded_rows) for x in (w, scales, shifts)]
+    given = (best, by_rows[0], importance.contiguous(), *by_rows[1:], grid.levels(w))
+    _run_on_all_rows(inner_loops_cpu.best_grids, given, grid, shares_of(padded_rows, inner_loops_cpu.TILE_ROWS))
     return best[:, :rows]
 
 
-def best_grid_reference(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+def best_grid_reference(w: Tensor, importance: Tensor, scales: Tensor, shifts: Tensor, grid: Grid) -> Tensor:
     """The readable reference for one group, for any device: the compiled and the Triton loop compute this."""
     errors = []
-    for scale, zero in zip(scales, zeros, strict=True):
-        Q = grid.dequantize(grid.quantize(w, scale, zero, bits), scale, zero)
+    for scale, shift in zip(scales, shifts, strict=True):
+        Q = grid.dequantize(grid.quantize(w, scale, shift), scale, shift)
         errors.append(importance @ (w - Q).square())
     return torch.stack(errors).argmin(0)
 
@@ -112,7 +112,8 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
     return x.contiguous() if x.shape[-1] >= rows else pad(x, (0, rows - x.shape[-1]), value=1.0)
 
 
-def _run_on_all_rows(loop: Any, given: tuple[Tensor, ...], bits: int, shares: Shares) -> None:
+def _run_on_all_rows(loop: Any, given: tuple[Tensor, ...], grid: Grid, shares: Shares) -> None:
     """Run a compiled loop on all rows, split among the threads; rows are independent of each other."""
-    maxq = given[1].new_tensor(2**bits - 1).numpy()[()]
-    run_shares(loop, (*(x.numpy() for x in given), maxq), shares)
+    top = given[1].new_tensor(grid.top).numpy()[()]
+    form = (0,) * grid.form  # a compiled loop is specialized by the length of this tuple
+    run_shares(loop, (*(x.numpy() for x in given), top, form), shares)

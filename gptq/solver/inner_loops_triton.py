@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptq.solver.grids.grid import Grid
+
 PROGRAM_ROWS = 16  # rows per program: with 128 columns they take 64 registers of each thread of a warp
 # One warp sums its columns without a barrier. Without fused multiply-add, Q is rounded as in readers of the file.
 LAUNCH_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
@@ -19,33 +21,34 @@ CHUNK_COLUMNS = 64  # columns of a group that the grid search loads at a time; a
 
 
 def choose_columns(
-    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, zero: Tensor, groups: list[int], bits: int
+    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, shift: Tensor, groups: list[int], grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gptq.solver.inner_loops.choose_columns` for tensors on a GPU."""
     columns, rows = base.shape
     t, Q = torch.empty_like(base), torch.empty_like(base)
     codes = torch.empty(base.shape, dtype=torch.uint8, device=base.device)
     group_of = torch.tensor(groups, dtype=torch.int32, device=base.device)  # (columns,)
-    inputs = [x.contiguous() for x in (base, reference, coupling.T, scale, zero)]
+    inputs = [x.contiguous() for x in (base, reference, coupling.T, scale, shift, grid.levels(base))]
     _choose_columns_kernel[triton.cdiv(rows, PROGRAM_ROWS),](
-        *inputs, group_of, codes, Q, t, rows, columns, 2**bits - 1,
-        COLUMNS=triton.next_power_of_2(columns), PROGRAM_ROWS=PROGRAM_ROWS, **LAUNCH_OPTIONS,
+        *inputs, group_of, codes, Q, t, rows, columns, grid.top,
+        FORM=int(grid.form), COLUMNS=triton.next_power_of_2(columns), PROGRAM_ROWS=PROGRAM_ROWS, **LAUNCH_OPTIONS,
     )  # fmt: skip
     return codes, Q, t
 
 
-def best_grids(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+def best_grids(w: Tensor, importance: Tensor, scales: Tensor, shifts: Tensor, grid: Grid) -> Tensor:
     """`gptq.solver.inner_loops.best_grids` for tensors on a GPU."""
     groups, columns, rows = w.shape
     best = torch.empty(groups, rows, dtype=torch.int64, device=w.device)
-    inputs = [x.contiguous() for x in (w, importance, scales, zeros)]
+    inputs = [x.contiguous() for x in (w, importance, scales, shifts, grid.levels(w))]
     _best_grids_kernel[groups, triton.cdiv(rows, PROGRAM_ROWS)](
         *inputs,
         best,
         rows,
         columns,
         len(scales),
-        2**bits - 1,
+        grid.top,
+        FORM=int(grid.form),
         CHUNK_COLUMNS=CHUNK_COLUMNS,
         PROGRAM_ROWS=PROGRAM_ROWS,
         **LAUNCH_OPTIONS,
@@ -54,22 +57,42 @@ def best_grids(w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bit
 
 
 @triton.jit
-def _code(x, scale, zero, maxq):
-    """clip(rint(x / scale) + zero, 0, maxq).
+def _round(x, scale):
+    """rint(x / scale), of quotients far beyond any code only something as far.
 
     Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, ties to even. Larger quotients are
-    clamped first, to a range far beyond any code.
+    clamped first.
     """
     steps = tl.div_rn(x.to(tl.float32), scale.to(tl.float32))
     steps = tl.minimum(tl.maximum(steps, -1048576.0), 1048576.0)
-    steps = (steps + 12582912.0) - 12582912.0
-    return tl.minimum(tl.maximum(steps + zero.to(tl.float32), 0.0), maxq)
+    return (steps + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _nearest(x, scale, shift, levels, top, FORM: tl.constexpr):
+    """The code of the point nearest to x, and the point, on a grid of the form FORM (`grids.grid.Form`)."""
+    if FORM == 1:
+        code = tl.minimum(tl.maximum(_round(x, scale) + shift.to(tl.float32), 0.0), top)
+        point = scale * (code - shift)
+    elif FORM == 2:
+        code = tl.minimum(tl.maximum(_round(x - shift, scale), 0.0), top)
+        point = scale * code + shift
+    else:
+        exact = tl.div_rn(x.to(tl.float32), scale.to(tl.float32))
+        value = tl.zeros_like(exact) + tl.load(levels)
+        code = tl.zeros_like(exact) + tl.load(levels + 2 * (top + 1))
+        for j in range(1, top + 1):
+            above = exact > tl.load(levels + (top + 1) + j)
+            value = tl.where(above, tl.load(levels + j), value)
+            code = tl.where(above, tl.load(levels + 2 * (top + 1) + j), code)
+        point = scale * value
+    return code, point
 
 
 @triton.jit
 def _choose_columns_kernel(
-    base, reference, coupling_t, scale, zero, groups, codes, Q, t_out, rows, columns, maxq,
-    COLUMNS: tl.constexpr, PROGRAM_ROWS: tl.constexpr,
+    base, reference, coupling_t, scale, shift, levels, groups, codes, Q, t_out, rows, columns, top,
+    FORM: tl.constexpr, COLUMNS: tl.constexpr, PROGRAM_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program chooses the codes of PROGRAM_ROWS rows in all columns of a block, one column after another.
 
@@ -84,9 +107,8 @@ def _choose_columns_kernel(
         t = tl.load(base + k * rows + row, mask=inside, other=0.0) + tl.sum(c[:, None] * change, axis=0)
         group = tl.load(groups + k)
         s = tl.load(scale + group * rows + row, mask=inside, other=1.0)
-        z = tl.load(zero + group * rows + row, mask=inside, other=0.0)
-        code = _code(t, s, z, maxq)
-        q = s * (code - z)
+        z = tl.load(shift + group * rows + row, mask=inside, other=0.0)
+        code, q = _nearest(t, s, z, levels, top, FORM)
         tl.store(codes + k * rows + row, code.to(tl.uint8), mask=inside)
         tl.store(Q + k * rows + row, q, mask=inside)
         tl.store(t_out + k * rows + row, t, mask=inside)
@@ -96,8 +118,8 @@ def _choose_columns_kernel(
 
 @triton.jit
 def _best_grids_kernel(
-    w, importance, scales, zeros, best, rows, columns, candidates, maxq,
-    CHUNK_COLUMNS: tl.constexpr, PROGRAM_ROWS: tl.constexpr,
+    w, importance, scales, shifts, levels, best, rows, columns, candidates, top,
+    FORM: tl.constexpr, CHUNK_COLUMNS: tl.constexpr, PROGRAM_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program finds the best candidate grids of PROGRAM_ROWS rows of one group.
 
@@ -112,7 +134,7 @@ def _best_grids_kernel(
     for c in range(candidates):
         grid = (c * groups + group) * rows + row
         s = tl.load(scales + grid, mask=inside, other=1.0)
-        z = tl.load(zeros + grid, mask=inside, other=0.0)
+        z = tl.load(shifts + grid, mask=inside, other=0.0)
         error = tl.zeros((PROGRAM_ROWS,), dtype=tl.float32)
         for start in range(0, columns, CHUNK_COLUMNS):
             column = start + tl.arange(0, CHUNK_COLUMNS)
@@ -121,7 +143,8 @@ def _best_grids_kernel(
             at = column[:, None] * rows + row[None, :]  # (CHUNK_COLUMNS, PROGRAM_ROWS)
             x = tl.load(lines + at, mask=both, other=0.0)
             h = tl.load(weights + column, mask=there, other=0.0)  # (CHUNK_COLUMNS,)
-            d = x - s[None, :] * (_code(x, s[None, :], z[None, :], maxq) - z[None, :])
+            _, point = _nearest(x, s[None, :], z[None, :], levels, top, FORM)
+            d = x - point
             error += tl.sum(h[:, None] * d * d, axis=0)
         better = error < least
         chosen = tl.where(better, c, chosen)

@@ -13,16 +13,18 @@ A worked example, one row and a grid of integers: H = [[1, .5], [.5, 1]] is U = 
 W = (0.4, 0.3): the first column rounds to 0 and leaves 0.4, so the second is rounded at 0.3 + 0.4 * 0.5 = 0.5.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from gptq.compute.matmul import product
-from gptq.solver import grid, inner_loops
+from gptq.solver import inner_loops
 from gptq.solver.codes import Codes
+from gptq.solver.grids.grid import Form, Grid, Groups, fit
 
 TILE_ROWS = 2048  # rows that are solved at a time, from one or several weights; bounds the memory
+OF_ALL_ROWS = ("g_idx", "table")  # fields of a solved layer that do not belong to single rows
 SMALLEST_POWER = 1e-30  # lower bound of a layer's output power, so that a relative error never divides by zero
 
 
@@ -51,13 +53,17 @@ class SolvedLayer(Codes):
 
     def take(self, rows: slice) -> "SolvedLayer":
         """A slice of the rows."""
-        return SolvedLayer(self.codes[rows], self.scale[rows], self.zero[rows], self.g_idx, self.row_errors[rows])
+        return SolvedLayer(**{name: x if name in OF_ALL_ROWS else x[rows] for name, x in self.tensors().items()})
 
     @classmethod
     def stack(cls, parts: "list[SolvedLayer]") -> "SolvedLayer":
-        """Concatenate layers by rows; they must have the same columns and groups."""
-        codes, scale, zero = (torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scale", "zero"))
-        return cls(codes, scale, zero, parts[0].g_idx, torch.cat([part.row_errors for part in parts]))
+        """Concatenate layers by rows; they must have the same grid, columns and groups."""
+        every = [part.tensors() for part in parts]
+        return cls(**{n: x if n in OF_ALL_ROWS else torch.cat([one[n] for one in every]) for n, x in every[0].items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are not None, by name."""
+        return {one.name: x for one in fields(self) if (x := getattr(self, one.name)) is not None}
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -118,9 +124,8 @@ def _reverse(values: Tensor) -> None:
 def solve(
     W: Tensor,
     factor: Factor,
-    bits: int,
+    grid: Grid,
     group_size: int,
-    sym: bool,
     static_groups: bool = True,
     search: bool = False,
     block_size: int = 128,
@@ -130,15 +135,19 @@ def solve(
     Args:
         W: (rows, columns) float32 or float64; the solve runs in this dtype.
         factor: of the layer's input Hessian, in the same dtype.
-        group_size: columns per scale and zero point; the last group may be shorter.
+        grid: the points that weights are rounded to.
+        group_size: columns per scale; the last group may be shorter.
         static_groups: fit the grids to W before the solve. Otherwise groups are runs of columns in solving order, and
             each grid is fitted to the compensated weights when the solve reaches the group's first column.
         search: of many candidate grids, take the one with the least squared error, columns weighted by the diagonal of
             H; otherwise the smallest grid that clips nothing.
         block_size: columns per lazy update; changes the speed, not the codes.
     Raises:
-        ValueError: a scale does not fit its stored dtype.
+        ValueError: a scale does not fit its stored dtype; or groups are dynamic, and the grid fits a row's groups
+            together.
     """
+    if not (static_groups or grid.independent):
+        raise ValueError("the groups of this grid are fitted together, and dynamic groups one by one")
     rows, columns = W.shape
     perm, U = factor.perm, factor.U
     Wt = W.T.contiguous()  # (columns, rows): a column of W is one contiguous line
@@ -146,10 +155,10 @@ def solve(
     group_of = (perm if static_groups else position) // group_size  # (columns,) of the k-th solved column
     importance = factor.H.diagonal() + factor.ridge if search else None  # (columns,)
     if static_groups:
-        scale, zero = _fit(Wt, bits, group_size, sym, importance)  # (groups, rows)
+        fitted = fit(grid, Wt, group_size, importance)  # (groups, rows)
     else:
         shape = (-(-columns // group_size), rows)
-        scale, zero = (torch.empty(shape, dtype=W.dtype, device=W.device) for _ in range(2))
+        fitted = Groups(*(torch.empty(shape, dtype=W.dtype, device=W.device) for _ in range(2)))
     Wt = Wt[perm]  # in solving order
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
     E = torch.zeros_like(Wt)  # (columns, rows) W - Q of the columns solved so far
@@ -160,12 +169,13 @@ def solve(
             group = slice(start, min(start + group_size, columns))
             weighting = None if importance is None else importance[perm[group]]
             reached = _compensate_group(Wt, E, U, group)
-            scale[groups[start]], zero[groups[start]] = _fit(reached, bits, len(reached), sym, weighting)
+            one = fit(grid, reached, len(reached), weighting)
+            fitted.scale[groups[start]], fitted.shift[groups[start]] = one.scale[0], one.shift[0]
         base = Wt[start:stop]
         if start:  # (block, rows) w' with the errors of all earlier blocks
             base = base + product(U[:start, start:stop].T, E[:start])
         codes[start:stop], Q, reached = inner_loops.choose_columns(
-            base, Wt[start:stop], -U[start:stop, start:stop], scale, zero, groups[start:stop], bits
+            base, Wt[start:stop], -U[start:stop, start:stop], fitted.scale, fitted.shift, groups[start:stop], grid
         )
         E[start:stop] = Wt[start:stop] - Q
         residual = reached.sub_(Q).square_()  # (block, rows) (w'_k - Q_k)^2
@@ -173,47 +183,39 @@ def solve(
     inverse = torch.argsort(perm)
     return SolvedLayer(
         codes=codes[inverse].T.contiguous(),
-        scale=scale.T.float().contiguous(),
-        zero=zero.T.to(torch.uint8).contiguous(),
         g_idx=group_of[inverse].to(torch.int32),
         row_errors=errors,
+        **stored_groups(grid, fitted),
     )
 
 
-def fit_groups(
-    W: Tensor, bits: int, group_size: int, sym: bool, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Fit the grids of all groups of W (rows, columns); scale and zero are (rows, groups). The last group may be short.
+def stored_groups(grid: Grid, groups: Groups) -> dict[str, Tensor]:
+    """The fields of `Codes` that hold the fitted groups, (rows, groups) each."""
+    found: dict[str, Tensor | None] = {
+        "scale": groups.scale,
+        "zero": groups.shift if grid.form is Form.INTEGER else torch.zeros_like(groups.shift),
+        "offset": groups.shift,
+        "super_scale": groups.super_scale,
+        "super_offset": groups.super_offset,
+    }
+    stored = {name: x.T.float().contiguous() for name, x in found.items() if name in ("scale", *grid.stored)}  # type: ignore[union-attr]
+    stored["zero"] = found["zero"].T.to(torch.uint8).contiguous()  # type: ignore[union-attr]
+    if "table" in grid.stored:
+        every = torch.arange(2**grid.bits, device=groups.scale.device)
+        stored["table"] = grid.steps(every, groups.shift.new_zeros(())).float()
+    return stored
+
+
+def fit_groups(W: Tensor, grid: Grid, group_size: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Fit the grids of all groups of W (rows, columns); return scale and shift, (rows, groups). See `Groups`.
 
     Args:
+        group_size: columns per group; the last group may be shorter.
         importance: (columns,) weights of the squared error that the grid search minimizes; None takes the smallest grid
             that clips nothing.
     """
-    scale, zero = _fit(W.T.contiguous(), bits, group_size, sym, importance)
-    return scale.T.contiguous(), zero.T.contiguous()
-
-
-def _fit(Wt: Tensor, bits: int, group_size: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`fit_groups` of a transposed W, contiguous (columns, rows); scale and zero are (groups, rows)."""
-    columns, rows = Wt.shape
-    whole = columns // group_size * group_size
-    found = []
-    for start, stop, size in ((0, whole, group_size), (whole, columns, columns - whole)):
-        if stop > start:
-            w = Wt[start:stop].view(-1, size, rows)  # (groups, columns of a group, rows)
-            found.append(
-                _fit_equal_groups(w, bits, sym, None if importance is None else importance[start:stop].view(-1, size))
-            )
-    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
-
-
-def _fit_equal_groups(w: Tensor, bits: int, sym: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Fit groups of equal size, w (groups, columns of a group, rows); scale and zero are (groups, rows)."""
-    if importance is None:
-        return grid.fit(w.mT, bits, sym)
-    scales, zeros = grid.candidates(w.mT, bits, sym)  # (candidates, groups, rows)
-    best = inner_loops.best_grids(w, importance, scales, zeros, bits)[None]
-    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
+    groups = fit(grid, W.T.contiguous(), group_size, importance)
+    return groups.scale.T.contiguous(), groups.shift.T.contiguous()
 
 
 def _compensate_group(Wt: Tensor, E: Tensor, U: Tensor, group: slice) -> Tensor:
@@ -237,15 +239,16 @@ def _column_blocks(columns: int, block_size: int, span: int) -> list[tuple[int, 
     ]
 
 
-def round_to_nearest(W: Tensor, bits: int, group_size: int, sym: bool) -> SolvedLayer:
+def round_to_nearest(W: Tensor, grid: Grid, group_size: int) -> SolvedLayer:
     """Round every weight to the nearest point of its group's grid; `error` is ||W - Q||^2 (H = I)."""
-    scale, zero = fit_groups(W, bits, group_size, sym)  # (rows, groups)
+    fitted = fit(grid, W.T.contiguous(), group_size, None)
+    scale, shift = fitted.scale.T, fitted.shift.T  # (rows, groups)
     g_idx = torch.arange(W.shape[1], device=W.device) // group_size
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     errors = torch.zeros(len(W), dtype=torch.float64, device=W.device)
     for group, w in enumerate(W.split(group_size, dim=1)):
-        s, z = scale[:, group, None], zero[:, group, None]
-        rounded = grid.quantize(w, s, z, bits)
+        s, z = scale[:, group, None], shift[:, group, None]
+        rounded = grid.quantize(w, s, z)
         codes[:, group * group_size : group * group_size + w.shape[1]] = rounded
         errors += (w - grid.dequantize(rounded, s, z)).square().sum(1, dtype=torch.float64)
-    return SolvedLayer(codes, scale.float(), zero.to(torch.uint8), g_idx.to(torch.int32), errors)
+    return SolvedLayer(codes=codes, g_idx=g_idx.to(torch.int32), row_errors=errors, **stored_groups(grid, fitted))
