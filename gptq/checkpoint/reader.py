@@ -75,6 +75,10 @@ class Source:
         """Return the bytes that a tensor takes in the files."""
         return self.tensors[name].nbytes
 
+    def undivided(self, name: str) -> tuple[str, TensorInfo]:
+        """Return name and entry of the stored tensor that the tensor `name` is a piece of; its own if it is none."""
+        return name, self.tensors[name]
+
     def byte_range(self, name: str) -> tuple[int, int]:
         """Return the offsets at which a tensor's bytes begin and end in its file."""
         file = self._file_of[name]

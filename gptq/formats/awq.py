@@ -17,9 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gptq.checkpoint.derived import Derived
 from gptq.checkpoint.json_objects import Options, read_options
 from gptq.checkpoint.reader import Source
-from gptq.checkpoint.sources.decoded import Declared, Encoded, Kind, require_dtype, require_part, row_chunks
+from gptq.checkpoint.sources.decoded import Declared, Kind, require_dtype, require_part, row_chunks
 from gptq.errors import InputError
 from gptq.formats.integer_sources import CAUTION
 from gptq.formats.quantization_config import method_of
@@ -31,12 +32,12 @@ PER_WORD = len(ORDER)
 
 
 @dataclass(frozen=True)
-class AwqLayer(Encoded):
+class AwqLayer(Derived):
     """A layer of words `parts[0]`, zero points and scales."""
 
     group_size: int
 
-    def decode(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
+    def compute(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
         codes, zero = (_unpack(stored.read(name)) for name in self.parts[:2])  # (out, in), (out, groups) uint8
         scale = stored.read(self.parts[2]).T  # (out, groups)
         g_idx = torch.arange(self.shape[1], dtype=torch.int32) // self.group_size
@@ -57,11 +58,11 @@ class _Options(Options):
     version: Literal["gemm", "GEMM"] = Field("gemm", description="of AWQ files those of version 'gemm' are read")
 
 
-def _find(stored: Source, declared: Declared) -> Mapping[str, Encoded]:
+def _find(stored: Source, declared: Declared) -> Mapping[str, Derived]:
     if not declared.values or method_of(declared.values) != METHOD:
         return {}
     options = read_options(_Options, declared.values, str(declared.where))
-    found: dict[str, Encoded] = {}
+    found: dict[str, Derived] = {}
     for name, info in stored.tensors.items():
         layer, _, key = name.rpartition(".")
         if key != "qweight":

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gptq import formats
+from gptq.checkpoint.derived import Derived
 from gptq.checkpoint.reader import Source
-from gptq.checkpoint.sources.decoded import Declared, Encoded, Kind, row_chunks
+from gptq.checkpoint.sources.decoded import Declared, Kind, row_chunks
 from gptq.errors import InputError
 from gptq.formats.packed_layers import PackedLayer, packed_layers, read_packed
 from gptq.formats.quantization_config import method_of, read_quantization
@@ -22,20 +23,20 @@ CAUTION = (
 
 
 @dataclass(frozen=True)
-class IntegerLayer(Encoded):
+class IntegerLayer(Derived):
     """A packed linear layer, of which the whole is unpacked to bytes and then decoded."""
 
     layer: str
     packed: PackedLayer
 
-    def decode(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
+    def compute(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
         codes = formats.decode(read_packed(stored, self.layer, self.packed), self.packed.scheme)
         for which in row_chunks(rows, self.shape):
             part = slice(which.start, which.stop)
             yield which, Codes(codes.codes[part], codes.scale[part], codes.zero[part], codes.g_idx).weight()
 
 
-def _find(stored: Source, declared: Declared) -> Mapping[str, Encoded]:
+def _find(stored: Source, declared: Declared) -> Mapping[str, Derived]:
     layers = {layer for name in stored.tensors if (layer := _layer_of_words(stored, name))}
     if not layers:
         return {}
@@ -52,7 +53,7 @@ def _find(stored: Source, declared: Declared) -> Mapping[str, Encoded]:
         return {}
     quantization = read_quantization(declared.where, values)
     own = stored.restricted_to([name for name in stored.tensors if name.rpartition(".")[0] in layers])
-    found: dict[str, Encoded] = {}
+    found: dict[str, Derived] = {}
     for layer, packed in packed_layers(own, quantization).items():
         parts = sorted(packed.suffixes, key=lambda key: key != formats.FORMATS[packed.scheme.format].codes_key)
         names = tuple(f"{layer}.{key}" for key in parts)

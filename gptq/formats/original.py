@@ -6,12 +6,11 @@ from pathlib import Path
 
 from gptq import formats
 from gptq.checkpoint.assembled import open_source
+from gptq.checkpoint.derived import Derived, DerivedSource
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.sources import KINDS
 from gptq.checkpoint.sources.decoded import (
     Declared,
-    DecodedSource,
-    Encoded,
     Kind,
     activation_scales,
     dtype_of_config,
@@ -80,7 +79,7 @@ def open_original(folder: Path) -> Source:
     declared = Declared(config, (quantization_of(folder) or {}) if config.is_file() else {})
     if declared.values:
         _check_method(declared)
-    encoded: dict[str, Encoded] = {}
+    encoded: dict[str, Derived] = {}
     notes: list[str] = []
     for kind in ALL_KINDS:
         found = kind.find(stored, declared)
@@ -92,7 +91,10 @@ def open_original(folder: Path) -> Source:
         if declared.values:
             stored.notes = [f"{config} says quant_method {method_of(declared.values)!r}, but the weights are plain"]
         return stored
-    return DecodedSource(stored, encoded, dtype_of_config(folder), [*notes, *_note_on_scales(stored, encoded)])
+    left_out = activation_scales(stored, encoded)
+    if left_out:
+        notes.append(f"{len(left_out)} scales of activations ({left_out[0]} ...) are left out")
+    return DerivedSource(stored, encoded, dtype_of_config(folder), left_out, notes)
 
 
 def _check_method(declared: Declared) -> None:
@@ -117,7 +119,7 @@ def _check_method(declared: Declared) -> None:
             )
 
 
-def _refuse_doubles(stored: Source, encoded: Mapping[str, Encoded], found: Mapping[str, Encoded]) -> None:
+def _refuse_doubles(stored: Source, encoded: Mapping[str, Derived], found: Mapping[str, Derived]) -> None:
     """Raises InputError if a weight is stored twice: in two ways, or plain and quantized."""
     for name, codes in found.items():
         if name in encoded or (name in stored.tensors and name not in codes.parts):
@@ -125,7 +127,7 @@ def _refuse_doubles(stored: Source, encoded: Mapping[str, Encoded], found: Mappi
             raise InputError(f"{stored.folder} holds both {other} and {codes.parts[0]} for one weight; one is too many")
 
 
-def _refuse_leftovers(stored: Source, encoded: Mapping[str, Encoded], is_quantized: bool) -> None:
+def _refuse_leftovers(stored: Source, encoded: Mapping[str, Derived], is_quantized: bool) -> None:
     """Raises InputError if a tensor is left over that a quantized weight needs."""
     suspects = ALWAYS_PARTS | (PARTS if encoded or is_quantized else set())
     used = {part for codes in encoded.values() for part in codes.parts}
@@ -137,13 +139,8 @@ def _refuse_leftovers(stored: Source, encoded: Mapping[str, Encoded], is_quantiz
             )
 
 
-def _note_on_kind(kind: Kind, found: Mapping[str, Encoded]) -> list[str]:
+def _note_on_kind(kind: Kind, found: Mapping[str, Derived]) -> list[str]:
     if not found:
         return []
     remark = f"; {kind.caution}" if kind.caution else ""
     return [f"{len(found)} weights of the checkpoint are {kind.name} ({next(iter(found))} ...), decoded{remark}"]
-
-
-def _note_on_scales(stored: Source, encoded: Mapping[str, Encoded]) -> list[str]:
-    left = activation_scales(stored, encoded)
-    return [f"{len(left)} scales of activations ({left[0]} ...) are left out"] if left else []

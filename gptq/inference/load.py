@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from gptq.checkpoint.assembled import open_source
+from gptq.checkpoint.derived import DerivedSource
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
-from gptq.checkpoint.sources.decoded import DecodedSource
 from gptq.errors import InputError
 from gptq.formats.name_rules import Quantization
 from gptq.formats.original import open_original
@@ -58,7 +58,7 @@ def load(
     compute = choose_dtype(dtype, hf_config, where)
     quantization = quantization_of(folder)
     stored_as, source = _choose_reader(folder, quantization)
-    if stored_as is None and not isinstance(source, DecodedSource):
+    if stored_as is None and not isinstance(source, DerivedSource):
         return _load_plain(source, hf_config, where, compute, trust_remote_code)
     opened = open_model(source, trust_remote_code)
     network = opened.network

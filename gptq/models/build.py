@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.models.blocks import Block
+from gptq.models.divided_tensors import show_divided
 from gptq.models.experts import unfuse_experts
 from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names
@@ -123,6 +124,9 @@ def open_model(source: Source, trust_remote_code: bool) -> OpenModel:
         hf_config = read_config(source.folder, trust_remote_code)
         network = build_empty_model(hf_config, trust_remote_code, source)
         names = Names(network, set(source.tensors))
+        if names.divisions:
+            source = show_divided(source, network, names)
+            names = Names(network, set(source.tensors))
     return OpenModel(source, hf_config, network, names, unfuse_all_experts(network, names))
 
 

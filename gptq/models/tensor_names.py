@@ -22,6 +22,16 @@ from gptq.models.experts import FUSED_PARTS
 
 
 @dataclass(frozen=True)
+class Division:
+    """A stored tensor that transformers divides into several of the model (see `models.divided_tensors`)."""
+
+    stored: str  # name in the checkpoint
+    first: str  # name in the model of the first piece
+    pattern: str  # of the converter, that matches the stored name
+    converter: Any  # transformers' WeightConverter
+
+
+@dataclass(frozen=True)
 class SplitTensor:
     """A tensor of the model that the checkpoint stores in parts, one per expert, say; transformers joins the parts."""
 
@@ -61,8 +71,12 @@ class Names:
             table = get_model_conversion_mapping(model)
         self._stored = {name: name for name in stored}
         parts: dict[tuple[str, int], list[tuple[str, str]]] = defaultdict(list)
+        self.divisions: dict[str, Division] = {}  # by the name of the stored tensor
         for name in sorted(stored, key=_natural_order):
             in_model, part = _name_in_model(name, table)
+            if part is not None and _divides(table[part[2]]):
+                self.divisions[name] = Division(name, *part[:2], table[part[2]])
+                continue
             self._stored.setdefault(in_model, name)
             if part is not None:
                 whole, pattern, number = part
@@ -141,6 +155,7 @@ def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, in
 
     A matrix of one expert is named as in `models.experts`. The second value is the name of the whole tensor, the
     pattern that matched, and the number of the table's entry; None if the stored tensor is not a part of another.
+    If the table makes several tensors of the stored one, the name is that of the first of these.
     """
     part = None
     suffix = PACKED.search(name)
@@ -152,11 +167,16 @@ def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, in
         fused, pattern = converter.rename_source_key(key) if isinstance(converter, WeightConverter) else (key, None)
         if pattern is not None:
             single = _name_of_expert_matrix(key, fused, str(pattern), converter)
-            if not suffix and len(converter.target_patterns) == 1:
+            if not suffix and (len(converter.target_patterns) == 1 or _divides(converter)):
                 part = fused, str(pattern), number
             key = single or key
             break
     return key.removesuffix("weight") + suffix[0] if suffix else key, part
+
+
+def _divides(converter: Any) -> bool:
+    """Whether a conversion makes several tensors of one."""
+    return len(converter.source_patterns) == 1 and len(converter.target_patterns) > 1
 
 
 def _name_of_expert_matrix(key: str, fused: str, pattern: str, converter: Any) -> str | None:

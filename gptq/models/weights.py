@@ -97,8 +97,9 @@ class WeightStream:
         return (W.T if is_transposed(linear) else W).to(self.dtype).contiguous()
 
     def is_stored_whole(self, name: str) -> bool:
-        """Whether the tensor called `name` in the model is one tensor of the checkpoint, not assembled from parts."""
-        return self._names.find(name) is not None
+        """Whether the tensor called `name` in the model is one tensor of the checkpoint: no more, and no less."""
+        found = self._names.find(name)
+        return found is not None and self._source.undivided(found)[0] == found
 
     def to_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         """Return the checkpoint's name for the tensor called `name` in the model, and `tensor` in the stored dtype."""

@@ -334,7 +334,7 @@ def _copy_unquantized(plan: Plan, writer: ShardWriter, ranks: Ranks, observer: O
     """
     observer.stage("copying what is not quantized")
     if ranks.rank == 0:
-        for name in plan.source.tensors:
+        for name in {plan.source.undivided(name)[0]: None for name in plan.source.tensors} | plan.source.tensors:
             if name in plan.tensors and not writer.checksums[name]:
                 writer.write(name, plan.source.read(name))
         writer.close()

@@ -388,16 +388,20 @@ def _remarks(plan: LayerPlan, config: QuantConfig) -> Iterator[str]:
 def list_result_tensors(source: Source, plans: dict[str, LayerPlan]) -> dict[str, TensorInfo]:
     """Return all tensors of the quantized checkpoint, in the source's order.
 
-    Each source tensor is copied, or replaced by the packed tensors of its layer. The weight of an untied head is both
+    Each source tensor is copied, or replaced by the packed tensors of its layer. Of a fused layer whose pieces are all
+    copied, the fused tensors are copied. The weight of an untied head is both
     copied, for the embedding, and packed.
 
     Raises:
         InputError: the source holds a tensor of the same name as a packed tensor.
     """
     by_weight = {plan.source: plan for plan in plans.values()}
+    fused = {_layer_of(source, name) for name in by_weight}
     result: dict[str, TensorInfo] = {}
     for name, info in source.tensors.items():
         plan = by_weight.get(name)
+        if _layer_of(source, name) not in fused:
+            name, info = source.undivided(name)
         if plan is None or not plan.replaces_source:
             result[name] = info
         if plan is not None:
@@ -406,3 +410,8 @@ def list_result_tensors(source: Source, plans: dict[str, LayerPlan]) -> dict[str
                     raise InputError(f"the checkpoint holds {plan.stored}.{suffix} already; is it quantized?")
                 result[f"{plan.stored}.{suffix}"] = packed
     return result
+
+
+def _layer_of(source: Source, name: str) -> str:
+    """Return the layer in the checkpoint's files that holds a tensor, or that the tensor is a piece of."""
+    return source.undivided(name)[0].rpartition(".")[0]

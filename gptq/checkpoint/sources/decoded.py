@@ -1,10 +1,9 @@
-"""`DecodedSource`, a checkpoint that stores some weights encoded and shows them as plain floating-point tensors.
+"""What the kinds of quantized checkpoints share: how they are described, and the decoding of small numbers.
 
 A weight is decoded when it is read, a few rows at a time, so that memory holds it once. The product of a code and its
 scale is computed in float32 and rounded once, to the dtype that config.json names.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq.checkpoint.reader import EVERY, Source, select_rows
-from gptq.checkpoint.tensors import TensorInfo
+from gptq.checkpoint.derived import Derived
+from gptq.checkpoint.reader import Source
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
 
@@ -25,22 +24,6 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Suffixes of scales that concern activations or the key-value cache, which weights alone do not need.
 OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point", "output_scale")
 OF_CACHE = ("k_scale", "v_scale", "q_scale", "prob_scale")
-
-
-@dataclass(frozen=True)
-class Encoded(ABC):
-    """A weight that one or more stored tensors stand for."""
-
-    parts: tuple[str, ...]  # names of the stored tensors; the first holds the codes
-    shape: tuple[int, ...]  # of the weight
-
-    @abstractmethod
-    def decode(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
-        """Yield the weight's rows in order, a few at a time: (which, their values, (rows, ...) float32).
-
-        Raises:
-            InputError: a stored tensor holds NaN or infinity.
-        """
 
 
 @dataclass(frozen=True)
@@ -70,68 +53,13 @@ class Kind:
     """A way to store weights encoded."""
 
     name: str  # for a note to the user: "12 weights are stored as NAME"
-    find: Callable[[Source, Declared], Mapping[str, Encoded]]
+    find: Callable[[Source, Declared], Mapping[str, Derived]]
     """Return the encoded weights of a checkpoint by the name of the weight.
 
     Raises:
         InputError: tensors that belong together are missing or do not fit; the message names tensor and file.
     """
     caution: str = ""  # a further remark for that note
-
-
-class DecodedSource(Source):
-    """A checkpoint with its encoded weights shown under their own names, in the floating-point dtype `dtype`."""
-
-    def __init__(self, stored: Source, encoded: Mapping[str, Encoded], dtype: torch.dtype, notes: list[str]) -> None:
-        self.folder = stored.folder
-        self._stored = stored
-        self._encoded = encoded
-        self.notes = [*stored.notes, *notes]
-        shown = {codes.parts[0]: name for name, codes in encoded.items()}
-        hidden = {part for codes in encoded.values() for part in codes.parts} | {*activation_scales(stored, encoded)}
-        self.tensors = {
-            shown.get(name, name): TensorInfo(dtype, encoded[shown[name]].shape) if name in shown else info
-            for name, info in stored.tensors.items()
-            if name in shown or name not in hidden
-        }
-
-    def file_of(self, name: str) -> Path:
-        return self._stored.file_of(self.stored_names(name)[0])
-
-    def byte_range(self, name: str) -> tuple[int, int]:
-        return self._stored.byte_range(name)
-
-    def stored_names(self, name: str) -> tuple[str, ...]:
-        return self._encoded[name].parts if name in self._encoded else (name,)
-
-    def stored_bytes(self, name: str) -> int:
-        return sum(self._stored.tensors[part].nbytes for part in self.stored_names(name))
-
-    @property
-    def files(self) -> list[Path]:
-        return self._stored.files
-
-    @property
-    def file_bytes(self) -> int:
-        return self._stored.file_bytes
-
-    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice = EVERY) -> Tensor:
-        codes = self._encoded.get(name)
-        if codes is None:
-            return self._stored.read(name, dtype, rows)
-        info = self.tensors[name]
-        begin, shape = select_rows(rows, info.shape)
-        tensor = torch.empty(shape, dtype=dtype or info.dtype)
-        for which, piece in codes.decode(self._stored, range(begin, begin + shape[0])):
-            rounded = piece.to(info.dtype)
-            self.require_finite(rounded, name)
-            tensor[which.start - begin : which.stop - begin].copy_(rounded)
-        return tensor
-
-    def read_unchecked(self, name: str, entry: int | None = None) -> Tensor:
-        if name not in self._encoded:
-            return self._stored.read_unchecked(name, entry)
-        return self.read(name) if entry is None else self.read(name, rows=slice(entry, entry + 1))[0]
 
 
 # --- what kinds share -------------------------------------------------------------------------------------------------
@@ -196,7 +124,7 @@ def require_dtype(stored: Source, name: str, dtypes: tuple[torch.dtype | None, .
         raise InputError(f"{name} in {stored.file_of(name)} holds {found}, not {known}")
 
 
-def activation_scales(stored: Source, encoded: Mapping[str, Encoded]) -> list[str]:
+def activation_scales(stored: Source, encoded: Mapping[str, Derived]) -> list[str]:
     """Return the names of scales of activations and of the key-value cache, which a decoded checkpoint leaves out."""
     stems = {name.removesuffix("weight") if name.endswith(".weight") else f"{name}_" for name in encoded}
     own = {stem + suffix for stem in stems for suffix in OF_ACTIVATIONS}

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq.checkpoint.derived import Derived
 from gptq.checkpoint.reader import Source
-from gptq.checkpoint.sources.decoded import E8M0, FP8, Declared, Encoded, Kind, powers_of_two, require_dtype, row_chunks
+from gptq.checkpoint.sources.decoded import E8M0, FP8, Declared, Kind, powers_of_two, require_dtype, row_chunks
 from gptq.errors import InputError
 
 SCALE_SUFFIXES = ("_scale_inv", "_scale")  # after the name of the weight
@@ -29,14 +30,14 @@ BLOCK, MX_BLOCK = (128, 128), (1, 32)  # rows and columns that share a scale whe
 
 
 @dataclass(frozen=True)
-class Scaled(Encoded):
+class Scaled(Derived):
     """Codes with one scale per block of rows and columns; `zero` names zero points in the scales' layout, or is ""."""
 
     scale: str
     zero: str
     block: tuple[int, int]
 
-    def decode(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
+    def compute(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
         stacked = len(self.shape) > 2  # rows are experts then
         multiple = 1 if stacked or self.block[0] == self.shape[0] else self.block[0]
         for which in row_chunks(rows, self.shape, multiple):
@@ -72,8 +73,8 @@ def _to_float(values: Tensor) -> Tensor:
     return powers_of_two(values) if values.dtype in (E8M0, torch.uint8) else values.float()
 
 
-def _find(stored: Source, declared: Declared) -> Mapping[str, Encoded]:
-    found: dict[str, Encoded] = {}
+def _find(stored: Source, declared: Declared) -> Mapping[str, Derived]:
+    found: dict[str, Derived] = {}
     alone: list[str] = []
     for name, info in stored.tensors.items():
         if info.dtype not in (*FP8, torch.int8) or len(info.shape) < 2:
@@ -98,7 +99,7 @@ def _name_of_scale(stored: Source, weight: str) -> str | None:
     return next((name for name in names if name in stored.tensors), None)
 
 
-def _refuse_lonely_scales(stored: Source, found: Mapping[str, Encoded]) -> None:
+def _refuse_lonely_scales(stored: Source, found: Mapping[str, Derived]) -> None:
     """Check that every `weight_scale_inv` belongs to a weight that is stored as FP8.
 
     Raises:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq.checkpoint.derived import Derived
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.sources.decoded import (
     E8M0,
     Declared,
-    Encoded,
     Kind,
     groups_of,
     powers_of_two,
@@ -33,10 +33,10 @@ GROUP = 32  # weights that share a scale
 
 
 @dataclass(frozen=True)
-class PackedMatrix(Encoded):
+class PackedMatrix(Derived):
     """A matrix (or a stack of matrices) whose last dimension is packed, in `parts` codes and scales."""
 
-    def decode(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
+    def compute(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
         for which in row_chunks(rows, self.shape):
             part = slice(which.start, which.stop)
             packed, exponents = (stored.read(name, rows=part) for name in self.parts)
@@ -45,10 +45,10 @@ class PackedMatrix(Encoded):
 
 
 @dataclass(frozen=True)
-class Blocks(Encoded):
+class Blocks(Derived):
     """The experts of gpt-oss, (experts, columns, rows) with the codes of a column in `parts` blocks and scales."""
 
-    def decode(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
+    def compute(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
         for which in row_chunks(rows, self.shape):
             part = slice(which.start, which.stop)
             packed, exponents = (stored.read(name, rows=part) for name in self.parts)
@@ -56,8 +56,8 @@ class Blocks(Encoded):
             yield which, values.mul_(powers_of_two(exponents)[..., None]).flatten(-2).transpose(-1, -2)
 
 
-def _find(stored: Source, declared: Declared) -> Mapping[str, Encoded]:
-    found: dict[str, Encoded] = {}
+def _find(stored: Source, declared: Declared) -> Mapping[str, Derived]:
+    found: dict[str, Derived] = {}
     for name, info in stored.tensors.items():
         if name.endswith("_blocks") and info.dtype == torch.uint8 and len(info.shape) == 4:
             whole = name.removesuffix("_blocks")

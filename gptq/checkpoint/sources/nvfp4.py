@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq.checkpoint.derived import Derived
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.sources.decoded import (
     Declared,
-    Encoded,
     Kind,
     groups_of,
     require_dtype,
@@ -31,12 +31,12 @@ GLOBAL = {"weight_packed": "weight_global_scale", "weight": "weight_scale_2"}  #
 
 
 @dataclass(frozen=True)
-class TwoScales(Encoded):
+class TwoScales(Derived):
     """In `parts` codes, scales and the scale of the whole tensor, which divides or multiplies the others."""
 
     divides: bool
 
-    def decode(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
+    def compute(self, stored: Source, rows: range) -> Iterator[tuple[range, Tensor]]:
         whole = stored.read(self.parts[2]).float()
         for which in row_chunks(rows, self.shape):
             part = slice(which.start, which.stop)
@@ -46,8 +46,8 @@ class TwoScales(Encoded):
             yield which, values.mul_(scale[..., None]).flatten(-2)
 
 
-def _find(stored: Source, declared: Declared) -> Mapping[str, Encoded]:
-    found: dict[str, Encoded] = {}
+def _find(stored: Source, declared: Declared) -> Mapping[str, Derived]:
+    found: dict[str, Derived] = {}
     for name, info in stored.tensors.items():
         layer, _, key = name.rpartition(".")
         scale, whole = f"{layer}.weight_scale", f"{layer}.{GLOBAL.get(key, '')}"
