@@ -14,7 +14,7 @@ EFFORTS: dict[str, dict[str, Any]] = {  # for each level, the values of the opti
     "balanced": {"search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0},
     "best": {"search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200},
 }
-Format = Literal["gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8", "int-quantized"]
+Format = Literal["gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8", "int-quantized", "mlx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 BITS = range(2, 9)
 TUNE_WINDOWS = 8  # calibration windows per gradient step of block tuning

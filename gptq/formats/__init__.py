@@ -10,6 +10,7 @@ from gptq.config import Format
 from gptq.formats.format import SCALE_DTYPE, FileFormat
 from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
 from gptq.formats.int_quantized import IntQuantized
+from gptq.formats.mlx import Mlx
 from gptq.formats.pack_quantized import PackQuantized, PackQuantizedA8
 from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.solver import Codes
@@ -20,7 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS: dict[Format, FileFormat] = {
-    known.name: known for known in (GptqV1(), GptqV2(), PackQuantized(), PackQuantizedA8(), IntQuantized())
+    known.name: known for known in (GptqV1(), GptqV2(), PackQuantized(), PackQuantizedA8(), IntQuantized(), Mlx())
 }
 
 

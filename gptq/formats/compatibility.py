@@ -11,6 +11,7 @@ from gptq import formats
 from gptq.config import Format
 from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
 from gptq.formats.int_quantized import IntQuantized
+from gptq.formats.mlx import Mlx
 from gptq.formats.pack_quantized import PackQuantized, PackQuantizedA8
 from gptq.formats.scheme import Layers, Scheme, normalized_scheme
 from gptq.models.blocks import group_fused_siblings
@@ -174,21 +175,42 @@ def _vllm_int8(layers: Layers) -> tuple[bool, str]:  # compressed_tensors/scheme
     return (False, uneven) if uneven else (True, "as compressed-tensors, with int8 products")
 
 
+# --- MLX files --------------------------------------------------------------------------------------------------------
+
+
+def _mlx(layers: Layers) -> tuple[bool, str]:
+    return True, "mlx-lm reads it, and what builds on it"
+
+
+def _other_than_mlx(layers: Layers) -> tuple[bool, str]:
+    return False, "it does not read MLX files; `gptq convert --format gptq` makes one that it does"
+
+
+def _mlx_of_other_files(layers: Layers) -> tuple[bool, str]:
+    return False, "mlx-lm reads MLX files; `gptq convert --format mlx` makes one"
+
+
 GPTQ_RULES: dict[str, Rule] = {
     "transformers": _transformers_gptq, "vLLM": _vllm_gptq, "SGLang": _sglang_gptq, "GPTQModel": _gptqmodel_gptq,
+    "MLX": _mlx_of_other_files,
 }  # fmt: skip
 RULES: dict[Format, dict[str, Rule]] = {
     GptqV1.name: GPTQ_RULES,
     GptqV2.name: GPTQ_RULES,
     PackQuantized.name: {
         "transformers": _transformers_packed, "vLLM": _vllm_packed, "SGLang": _sglang_packed,
-        "GPTQModel": _gptqmodel_packed,
+        "GPTQModel": _gptqmodel_packed, "MLX": _mlx_of_other_files,
     },
     PackQuantizedA8.name: {
         "transformers": _transformers_packed, "vLLM": _vllm_packed_a8, "SGLang": _sglang_packed_a8,
-        "GPTQModel": _gptqmodel_packed,
+        "GPTQModel": _gptqmodel_packed, "MLX": _mlx_of_other_files,
     },
     IntQuantized.name: {
         "transformers": _transformers_int8, "vLLM": _vllm_int8, "SGLang": _vllm_int8, "GPTQModel": _gptqmodel_packed,
+        "MLX": _mlx_of_other_files,
+    },
+    Mlx.name: {
+        "transformers": _other_than_mlx, "vLLM": _other_than_mlx, "SGLang": _other_than_mlx,
+        "GPTQModel": _other_than_mlx, "MLX": _mlx,
     },
 }  # fmt: skip

@@ -14,7 +14,7 @@ from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import file_bytes
 from gptq.config import Format, QuantConfig
 from gptq.formats.name_rules import Quantization
-from gptq.formats.scheme import Linears, Scheme
+from gptq.formats.scheme import Layers, Linears, Scheme
 from gptq.solver import Codes, Grid, IntegerGrid
 from gptq.solver.grids.scales import FloatScales
 
@@ -63,6 +63,10 @@ class FileFormat(ABC):
             transposed: the layer is transformers' Conv1D, not nn.Linear.
         """
 
+    def layers_refusal(self, layers: Layers) -> str | None:
+        """Return why the format cannot hold these layers in one file, or None; `refusal` is of single layers."""
+        return None
+
     def grid(self, scheme: Scheme, scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
         """What the weights of a layer are rounded to. By default integers with a scale and an integer zero point.
 
@@ -109,7 +113,7 @@ class FileFormat(ABC):
         """The zero points, (outputs, groups) uint8."""
 
     @abstractmethod
-    def stored_shape(self, source: Source, layer: str) -> tuple[int, int]:
+    def stored_shape(self, source: Source, layer: str, scheme: Scheme) -> tuple[int, int]:
         """Return (outputs, inputs) of a layer whose tensors are all in the file, from tensors that show these numbers.
 
         Raises:
@@ -152,6 +156,14 @@ class FileFormat(ABC):
         Args:
             config: the options that the layers were quantized with; None if another tool quantized them.
         """
+
+    def complete_model_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a config.json, which has its `quantization_config`, with what engines want to find there besides."""
+        return dict(hf_config)
+
+    def plain_model_config(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a config.json without what `complete_model_config` has added."""
+        return dict(hf_config)
 
     def rename_config(self, quantization: Mapping[str, Any]) -> dict[str, Any] | None:
         """The `quantization_config` of another tool's file of the same `quant_method`, changed to name this format.

@@ -113,7 +113,7 @@ class Gptq(FileFormat):
         zero: Tensor = (unpack(qzeros.T, scheme.bits, outputs) + 1) & (2**scheme.bits - 1)
         return zero
 
-    def stored_shape(self, source: Source, layer: str) -> tuple[int, int]:
+    def stored_shape(self, source: Source, layer: str, scheme: Scheme) -> tuple[int, int]:
         g_idx, scales = (source.tensors[f"{layer}.{key}"].shape for key in ("g_idx", "scales"))
         if len(g_idx) != 1 or len(scales) != 2 or 0 in (*g_idx, *scales):
             shapes = f"g_idx {g_idx} and scales {scales}"

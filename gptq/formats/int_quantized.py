@@ -73,7 +73,7 @@ class IntQuantized(CompressedTensors):
         scale = packed["weight_scale"]
         return torch.full(scale.shape, MIDDLE, dtype=torch.uint8, device=scale.device)
 
-    def stored_shape(self, source: Source, layer: str) -> tuple[int, int]:
+    def stored_shape(self, source: Source, layer: str, scheme: Scheme) -> tuple[int, int]:
         name = f"{layer}.weight"
         shape = source.tensors[name].shape
         if len(shape) != 2 or 0 in shape:

@@ -79,7 +79,7 @@ class PackQuantized(CompressedTensors):
         scale = packed["weight_scale"]
         return torch.full(scale.shape, 2 ** (scheme.bits - 1), dtype=torch.uint8, device=scale.device)
 
-    def stored_shape(self, source: Source, layer: str) -> tuple[int, int]:
+    def stored_shape(self, source: Source, layer: str, scheme: Scheme) -> tuple[int, int]:
         name = f"{layer}.weight_shape"
         info = source.tensors[name]
         if info.shape != (2,) or info.dtype.is_floating_point:

@@ -68,7 +68,7 @@ def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme)
             f"{layer} in {source.folder} has {', '.join(sorted(infos))}; as {scheme.format} with {scheme.bits} bits it "
             f"needs {', '.join(sorted(needed))}"
         )
-    outputs, inputs = file_format.stored_shape(source, layer)
+    outputs, inputs = file_format.stored_shape(source, layer, scheme)
     for suffix, expected in file_format.layout(scheme, outputs, inputs).items():
         name, info = f"{layer}.{suffix}", infos[suffix]
         if info.shape != expected.shape:

@@ -7,6 +7,7 @@ from typing import Any
 from gptq import formats
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
+from gptq.formats import mlx
 from gptq.formats.gptq import METHOD as ASSUMED  # early AutoGPTQ did not say its quant_method
 from gptq.formats.gptq import QUANTIZE_CONFIG
 from gptq.formats.name_rules import Quantization
@@ -19,9 +20,9 @@ MODELOPT, MODELOPT_CONFIG = "modelopt", "hf_quant_config.json"
 def quantization_of(folder: Path) -> dict[str, Any] | None:
     """Return the `quantization_config` of a checkpoint folder as stored; None if the checkpoint is not quantized.
 
-    It is in config.json, there or in its `text_config`; early compressed-tensors called it `compression_config`.
-    AutoGPTQ used to write only quantize_config.json; if both files exist, they have to agree. ModelOpt too has a file
-    of its own, which counts if config.json says nothing.
+    It is in config.json, there or in its `text_config`; early compressed-tensors called it `compression_config`, and
+    MLX calls it `quantization`. AutoGPTQ used to write only quantize_config.json; if both files exist, they have to
+    agree. ModelOpt too has a file of its own, which counts if config.json says nothing.
 
     Raises:
         InputError: a file cannot be read, or they differ in what decides how tensors are read.
@@ -30,8 +31,12 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     values = read_json(config)
     parts = [values, *(values[key] for key in SECTIONS if isinstance(values.get(key), dict))]
     within = next((part[key] for part in parts for key in KEYS if part.get(key) is not None), None)
-    if not isinstance(within, dict | None):
-        raise InputError(f"{config} has {within!r} for its quantization_config, not an object")
+    of_mlx = values.get(mlx.CONFIG_KEY)
+    for key, said in ((KEYS[0], within), (mlx.CONFIG_KEY, of_mlx)):
+        if not isinstance(said, dict | None):
+            raise InputError(f"{config} has {said!r} for its {key}, not an object")
+    if of_mlx is not None:
+        within = _quantization_of_mlx(config, of_mlx, within or {})
     own = read_json(beside) if beside.is_file() else None
     if within is None or own is None:
         return within or own or _quantization_of_modelopt(folder)
@@ -39,6 +44,14 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
         if key in own and key in within and own[key] != within[key]:
             raise InputError(f"{beside} says {key} {own[key]!r}, but config.json beside it says {within[key]!r}")
     return dict(within)
+
+
+def _quantization_of_mlx(config: Path, of_mlx: dict[str, Any], within: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config.json with an entry for MLX says; that of another format in `within` comes first."""
+    method = within.get("quant_method")
+    if method == mlx.METHOD and mlx.plain_config(within) != of_mlx:
+        raise InputError(f"{config} has a {mlx.CONFIG_KEY} and a {KEYS[0]} that say different things")
+    return {"quant_method": mlx.METHOD, **of_mlx} if method is None else within
 
 
 def _quantization_of_modelopt(folder: Path) -> dict[str, Any] | None:

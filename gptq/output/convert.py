@@ -112,6 +112,9 @@ def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remo
         transposed = is_transposed(network.get_submodule(name))
         wanted[own] = _target_scheme(source, own, packed[own], chosen, transposed)
     layers = {own: (scheme, packed[own].inputs) for own, scheme in wanted.items()}
+    reason = formats.FORMATS[chosen].layers_refusal(layers)
+    if reason:
+        raise InputError(f"{model} cannot be written as {chosen!r}: {reason}")
     linears = Linears(layers, *unquantized_linears(network, names, find_blocks(network), stored))
     record = _inherit_record(model, folder, quantization, read.format)
     is_restored = record.origin is not None and record.origin.format == chosen

@@ -94,7 +94,10 @@ def write_files(
     copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
     quantization = quantization_config(chosen, linears, record)
     hf_config = read_json(source / "config.json")
-    write_json(out / "config.json", replace_quantization(_merge(hf_config, changes or {}), quantization))
+    for known in FORMATS.values():
+        hf_config = known.plain_model_config(hf_config)
+    described_model = replace_quantization(_merge(hf_config, changes or {}), quantization)
+    write_json(out / "config.json", FORMATS[chosen].complete_model_config(described_model))
     for name in FORMATS[chosen].config_files:
         write_json(out / name, quantization)
     index = _assemble(out, chosen)

@@ -286,7 +286,7 @@ def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
     refused = []
     for candidate in wanted:
         reasons = (_refusal(plan, candidate) for plan in plans)
-        found = next((reason for reason in reasons if reason), None)
+        found = next((reason for reason in reasons if reason), None) or _layers_refusal(plans, candidate)
         if found is None:
             return candidate
         refused.append(f"{found}, so it cannot be written as {candidate!r}")
@@ -297,6 +297,11 @@ def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
 def _refusal(plan: LayerPlan, candidate: Format) -> str | None:
     reason = formats.refusal(replace(plan, format=candidate).scheme, plan.outputs, plan.inputs, plan.transposed)
     return reason and f"{plan.name}: {reason}"
+
+
+def _layers_refusal(plans: list[LayerPlan], candidate: Format) -> str | None:
+    layers = {plan.stored: (replace(plan, format=candidate).scheme, plan.inputs) for plan in plans}
+    return formats.FORMATS[candidate].layers_refusal(layers)
 
 
 def resolve_layer_options(
