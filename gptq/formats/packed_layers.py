@@ -1,5 +1,6 @@
 """Find and read the packed layers of a checkpoint from any tool, and check them against its configuration."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from gptq.formats.format import PLAIN_KEY
 from gptq.formats.name_rules import Quantization
 from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.models.blocks import is_linear, shape_of
-from gptq.models.tensor_names import Names
+from gptq.models.tensor_names import Names, check_tensors
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,26 @@ def read_packed(source: Source, name: str, layer: PackedLayer, with_codes: bool 
     file_format = formats.FORMATS[layer.scheme.format]
     wanted = (suffix for suffix in layer.suffixes if with_codes or suffix != file_format.codes_key)
     packed = {suffix: source.read(f"{name}.{suffix}") for suffix in wanted}
+    check_packed(packed, name, layer, source)
+    return packed
+
+
+def check_packed(packed: Mapping[str, Tensor], name: str, layer: PackedLayer, source: Source) -> None:
+    """Check the values of a layer's stored tensors.
+
+    Raises:
+        InputError: g_idx points outside the groups, zero points or g_idx are not what the configuration says, or a scale
+        is not finite.
+    """
+    file_format = formats.FORMATS[layer.scheme.format]
+    if not bool(torch.isfinite(packed[file_format.scale_key]).all()):
+        raise InputError(f"{name}.{file_format.scale_key} in {source.folder} holds NaN or infinity")
     if file_format.g_idx_key in packed:
         where = f"{name}.{file_format.g_idx_key} in {source.folder}"
         _check_groups(packed[file_format.g_idx_key], layer, where)
     if layer.scheme.sym and file_format.zero_key in packed:
         zero = file_format.decode_zeros(packed, layer.scheme, layer.outputs)
         _check_symmetric(zero, layer.scheme, f"{name}.{file_format.zero_key} in {source.folder}")
-    return packed
 
 
 def _check_groups(g_idx: Tensor, layer: PackedLayer, where: str) -> None:
@@ -142,3 +156,29 @@ def match_layers(
         name = f"{min(extra)}.{layers[min(extra)].suffixes[0]}"
         raise InputError(f"{source.folder} holds {name}, for which its config.json has no layer")
     return stored
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """Where a checkpoint's packed layers go in a model, after all headers were checked."""
+
+    layers: dict[str, PackedLayer]  # by stored name
+    stored: dict[str, str]  # the model's linear layers that are packed -> stored name
+    left_over: set[str]  # tensors that nothing in the model uses
+
+
+def fit_packed(
+    network: PreTrainedModel, names: Names, source: Source, quantization: Quantization | None
+) -> PackedModel:
+    """Find the layers of a model that a checkpoint holds packed; check that it has every tensor, of the right shape.
+
+    Without a quantization, no layer is packed.
+
+    Raises:
+        InputError: the checkpoint contradicts its configuration, or does not hold this model.
+    """
+    layers = packed_layers(source, quantization) if quantization else {}
+    stored = match_layers(network, names, source, layers)
+    left_over = {*check_tensors(network, names, source.tensors, stored)}
+    left_over -= {f"{name}.{suffix}" for name, layer in layers.items() for suffix in (*layer.suffixes, "bias")}
+    return PackedModel(layers, stored, left_over)

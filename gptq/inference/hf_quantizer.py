@@ -1,26 +1,31 @@
-"""The quantizer class registered with transformers for GPTQ checkpoints (see `hf_registration`)."""
+"""The quantizer class registered with transformers for quantized checkpoints (see `hf_registration`)."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from gptq import formats
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
-from gptq.formats.packed_layers import match_layers, packed_layers
+from gptq.formats.packed_layers import PackedModel, check_packed, fit_packed
 from gptq.formats.quantization_config import read_quantization
-from gptq.inference.load import replace_linear
-from gptq.inference.quant_linear import prepare_for_inference
-from gptq.models.tensor_names import Names
+from gptq.inference.load import replace_linear, warn_of_unused
+from gptq.inference.quant_linear import QuantLinear, prepare_for_inference
+from gptq.models.build import match_checkpoint
 
 
 class PackedQuantizer(HfQuantizer):
-    """Replaces linear layers by QuantLinears on the meta device; transformers then fills them from the checkpoint."""
+    """Replaces linear layers by QuantLinears on the meta device; transformers then fills them from the checkpoint.
+
+    Headers and values pass the checks of `gptq.load`, and experts are taken apart as there.
+    """
 
     requires_calibration = False
+    _checkpoint: tuple[Source, PackedModel, list[Any]] | None = None  # while it is being loaded
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -31,21 +36,55 @@ class PackedQuantizer(HfQuantizer):
             InputError: the checkpoint does not hold what its configuration says, or no checkpoint file was given.
         """
         if not checkpoint_files:
-            raise InputError("a GPTQ checkpoint is loaded from its files, which say what is packed; none were given")
-        source = Source(Path(checkpoint_files[0]).parent)
-        packed = packed_layers(source, read_quantization("config.json", self.quantization_config.to_dict()))
-        for name, own in match_layers(model, Names(model, set(source.tensors)), source, packed).items():
-            layer, linear = packed[own], model.get_submodule(name)
+            raise InputError("a packed checkpoint is loaded from its files, which say what is packed; none were given")
+        with torch.device("cpu"):  # transformers builds models on the meta device
+            self._replace_layers(model, Source(Path(checkpoint_files[0]).parent))
+
+    def _replace_layers(self, model: PreTrainedModel, source: Source) -> None:
+        quantization = read_quantization(source.folder / "config.json", self.quantization_config.to_dict())
+        source, names, _ = match_checkpoint(source, model)
+        packed = fit_packed(model, names, source, quantization)
+        warn_of_unused(source, packed)
+        for name, own in packed.stored.items():
+            layer, linear = packed.layers[own], model.get_submodule(name)
             layout = formats.layout(layer.scheme, layer.outputs, layer.inputs, layer.scale_dtype)
             empty = {suffix: torch.empty(i.shape, dtype=i.dtype, device="meta") for suffix, i in layout.items()}
             bias = linear._parameters.get("bias")
             if bias is None and f"{own}.bias" in source.tensors:
-                bias = torch.nn.Parameter(torch.empty(layer.outputs, dtype=model.dtype, device="meta"))
+                bias = nn.Parameter(torch.empty(layer.outputs, dtype=model.dtype, device="meta"))
             replace_linear(model, name, empty, None if bias is None else bias.data, layer.scheme)
+        self._checkpoint = source, packed, names.conversions()
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Replace transformers' table: the experts that it would fuse are separate."""
+        return weight_conversions if self._checkpoint is None else self._checkpoint[2]
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Add to the table, in releases of transformers where it cannot be replaced."""
+        return [] if self._checkpoint is None else self._checkpoint[2][:1]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        """Check the values that were loaded, and prepare the layers.
+
+        Raises:
+            InputError: a tensor holds NaN or infinity, or what the configuration says it does not.
+        """
+        if self._checkpoint is not None:
+            source, packed, conversions = self._checkpoint
+            for name, own in packed.stored.items():
+                layer = model.get_submodule(name)
+                if isinstance(layer, QuantLinear) and not any(tensor.is_meta for tensor in layer.packed().values()):
+                    check_packed(layer.packed(), own, packed.layers[own], source)
+            for name, parameter in model.named_parameters():
+                if not (parameter.is_meta or bool(torch.isfinite(parameter).all())):
+                    raise InputError(f"{name} in {source.folder} holds NaN or infinity; the checkpoint is damaged")
+            vars(model)["_weight_conversions"] = conversions  # `save_pretrained` writes the names of this checkpoint
+            self._checkpoint = None
         prepare_for_inference(model)
         return model
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Leave the experts of Llama 4 to `match_checkpoint`."""
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

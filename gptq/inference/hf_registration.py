@@ -1,9 +1,10 @@
-"""Register with transformers on `import gptq`, so that GPTQ checkpoints load with this package's packed layers.
+"""Register with transformers on `import gptq`, so that quantized checkpoints load with this package's packed layers.
 
-transformers delegates GPTQ checkpoints to optimum and gptqmodel. If both are installed, nothing changes. Otherwise
-the classes below replace the entries for the method "gptq" in two tables (transformers/quantizers/auto.py), so that
+transformers delegates GPTQ checkpoints to optimum and gptqmodel. If both are installed, nothing changes for these. It
+delegates pack-quantized ones to compressed-tensors, which does not know experts that are fused in the model. The classes
+of `hf_quantization_config` replace the entries for both in two tables (transformers/quantizers/auto.py), so that
 `from_pretrained`, `pipeline` and `save_pretrained` work. This module may run while transformers is being imported, so
-it imports nothing from transformers.
+it imports nothing from transformers until its tables are there.
 """
 
 import importlib.machinery
@@ -53,35 +54,30 @@ def gptqmodel_is_installed() -> bool:
 
 
 def _replace_entries(tables: Any) -> None:
-    """Replace the entries for "gptq" in transformers' tables."""
-    theirs, their_config = tables.AUTO_QUANTIZER_MAPPING["gptq"], tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
-    if gptqmodel_is_installed() or getattr(their_config, "by_gptq", False):
-        return
+    """Replace the entries for the formats of this package in transformers' tables."""
+    from gptq.inference.hf_quantization_config import BY_METHOD, GPTQConfig
 
-    class GPTQConfig(their_config):  # type: ignore[misc,valid-type]
-        """transformers' class, extended to keep all options of the file; the original drops those of single layers."""
+    for method, kind in BY_METHOD.items():
+        if kind is not GPTQConfig or not gptqmodel_is_installed():
+            tables.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = kind
+            entry = tables.AUTO_QUANTIZER_MAPPING[method]
+            if not isinstance(entry, _Quantizer):
+                tables.AUTO_QUANTIZER_MAPPING[method] = _Quantizer(entry)
 
-        by_gptq = True
 
-        def __init__(self, bits: int, **options: Any) -> None:
-            super().__init__(bits, **{key: value for key, value in options.items() if key != OPTIMUM_OPTION})
-            self.stored_options: dict[str, Any] = {"bits": bits, **options}
+class _Quantizer:
+    """Makes the quantizer for a configuration: this package's for its own classes, otherwise transformers'."""
 
-        def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": "gptq", **self.stored_options}
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
 
-    def quantizer(config: Any, **options: Any) -> Any:
-        if not options.get(
-            "pre_quantized", True
-        ):  # transformers asks for gptqmodel to quantize; keep its error message
-            return theirs(config, **options)
+    def __call__(self, config: Any, **options: Any) -> Any:
+        from gptq.inference.hf_quantization_config import BY_METHOD
+
+        # transformers asks for gptqmodel to quantize; keep its error message
+        if not options.get("pre_quantized", True) or not isinstance(config, tuple(BY_METHOD.values())):
+            return self.theirs(config, **options)
         from gptq.inference.hf_quantizer import PackedQuantizer
 
-        return PackedQuantizer(config, **options)
-
-    tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
-    tables.AUTO_QUANTIZER_MAPPING["gptq"] = quantizer
-
-
-# transformers requires optimum if it sees this option. It is redundant: the tensors show which layers are packed.
-OPTIMUM_OPTION = "modules_in_block_to_quantize"
+        kind: Any = PackedQuantizer
+        return kind(config, **options)

@@ -18,14 +18,14 @@ from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.formats.name_rules import Quantization
 from gptq.formats.original import open_original
-from gptq.formats.packed_layers import match_layers, packed_layers, read_packed
+from gptq.formats.packed_layers import PackedModel, fit_packed, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.formats.scheme import Scheme
 from gptq.inference.quant_linear import QuantLinear, prepare_for_inference
 from gptq.models.blocks import shape_of
 from gptq.models.build import OpenModel, build_empty_model, find_model_class, open_model
 from gptq.models.hf_config import choose_device, choose_dtype, read_config
-from gptq.models.tensor_names import Names, check_tensors
+from gptq.models.tensor_names import Names
 from gptq.models.weights import WeightStream
 
 logger = logging.getLogger(__name__)
@@ -127,12 +127,9 @@ def _load_plain(
 def _fill(opened: OpenModel, quantization: Quantization | None, device: torch.device, dtype: torch.dtype) -> None:
     """Read a model's tensors, replacing quantized linear layers by packed ones; then tie weights again."""
     network, source, names = opened.network, opened.source, opened.names
-    layers = packed_layers(source, quantization) if quantization else {}
-    stored = match_layers(network, names, source, layers)
-    left_over = {*check_tensors(network, names, source.tensors, stored)}
-    left_over -= {f"{name}.{suffix}" for name, layer in layers.items() for suffix in (*layer.suffixes, "bias")}
-    if left_over:
-        logger.warning("%s holds %s, which the model does not use", source.folder, ", ".join(sorted(left_over)[:3]))
+    packed_model = fit_packed(network, names, source, quantization)
+    layers, stored = packed_model.layers, packed_model.stored
+    warn_of_unused(source, packed_model)
     linears = {name: network.get_submodule(name) for name in stored}
     WeightStream(source, names, device, dtype).fill(network, "", skip=linears.values())
     for name, linear in linears.items():
@@ -143,6 +140,13 @@ def _fill(opened: OpenModel, quantization: Quantization | None, device: torch.de
             bias = nn.Parameter(source.read(f"{own}.bias").to(device, dtype), requires_grad=False)
         replace_linear(network, name, packed, None if bias is None else bias.data, layer.scheme)
     tie_weights(network, names, {f"{name}.weight" for name in linears})
+    vars(network)["_weight_conversions"] = names.conversions()  # `save_pretrained` writes the names of this checkpoint
+
+
+def warn_of_unused(source: Source, packed: PackedModel) -> None:
+    if packed.left_over:
+        some = ", ".join(sorted(packed.left_over)[:3])
+        logger.warning("%s holds %s, which the model does not use", source.folder, some)
 
 
 def tie_weights(network: PreTrainedModel, names: Names, packed: Collection[str]) -> None:

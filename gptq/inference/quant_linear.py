@@ -103,7 +103,12 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":  # .to(), .cuda(), ...
         was_prepared = self.is_prepared
         self._restore()
+        stored = self.packed()
         super()._apply(fn, recurse)
+        for suffix, tensor in stored.items():
+            held = self._stored(suffix)
+            if held.dtype != tensor.dtype:  # scales stay as stored; a cast would round them for good
+                self._buffers[suffix] = tensor.to(held.device)
         if was_prepared:
             self.prepare()
         return self

@@ -19,7 +19,7 @@ from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.divided_tensors import show_divided
-from gptq.models.experts import unfuse_experts
+from gptq.models.experts import Experts, StaysFusedError, unfuse_experts
 from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names
 
@@ -123,11 +123,21 @@ def open_model(source: Source, trust_remote_code: bool) -> OpenModel:
     with BUILDING:
         hf_config = read_config(source.folder, trust_remote_code)
         network = build_empty_model(hf_config, trust_remote_code, source)
+        source, names, notes = match_checkpoint(source, network)
+    return OpenModel(source, hf_config, network, names, notes)
+
+
+def match_checkpoint(source: Source, network: PreTrainedModel) -> tuple[Source, Names, list[str]]:
+    """Take a model's fused experts apart, and a checkpoint's fused tensors, so that each layer has a weight of its own.
+
+    Returns the checkpoint, its names of the model's tensors, and notes for the user on what stays fused.
+    """
+    names = Names(network, set(source.tensors))
+    if divisions := names.divisions:
+        source = show_divided(source, network, names)
         names = Names(network, set(source.tensors))
-        if names.divisions:
-            source = show_divided(source, network, names)
-            names = Names(network, set(source.tensors))
-    return OpenModel(source, hf_config, network, names, unfuse_all_experts(network, names))
+        names.divisions = divisions
+    return source, names, unfuse_all_experts(network, names)
 
 
 class _SizeGuard(TorchFunctionMode):
@@ -165,26 +175,47 @@ class _SizeGuard(TorchFunctionMode):
 
 
 def unfuse_all_experts(model: nn.Module, names: Names) -> list[str]:
-    """Replace each module of fused experts by separate experts, if the checkpoint stores its experts separately.
+    """Replace each module of fused experts by separate experts, if they compute the same.
 
-    Returns notes for the user on modules that stay fused.
+    Their parameters are then found one by one in the checkpoint, or as slices of its tensors. Returns notes for the user
+    on modules that stay fused.
     """
-    fused = []
+    reasons: dict[str, list[str]] = {}
     for name, module in list(model.named_modules()):
         stacks = [p for p in module._parameters.values() if p is not None and p.ndim == 3 and len(p) > 1]
         if len(stacks) < 2:
             continue
-        single = names.find(f"{name}.0.down_proj.weight") or names.find_packed(f"{name}.0.down_proj")
-        experts = unfuse_experts(module) if single else None
-        if experts is None:
-            fused.append(name)
+        try:
+            experts = _unfuse(name, module, names)
+        except StaysFusedError as reason:
+            reasons.setdefault(str(reason), []).append(name)
         else:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, experts.eval())
-    if not fused:
-        return []
-    why = "the checkpoint does not hold experts one by one, or the model computes with them in another way"
-    return [f"fused tensors of {len(fused)} modules ({fused[0]} ...) stay as they are: {why}"]
+            dtype = next(module.parameters()).dtype
+            setattr(model.get_submodule(parent), child, experts.to(dtype).eval())
+    return [
+        f"fused tensors of {len(of)} modules ({of[0]} ...) stay as they are: {reason}" for reason, of in reasons.items()
+    ]
+
+
+def _unfuse(name: str, module: nn.Module, names: Names) -> Experts:
+    """Return separate experts for the fused experts called `name`, with parameters that the checkpoint has.
+
+    Raises:
+        StaysFusedError: there are no such experts, or the checkpoint stores them in another way.
+    """
+    experts, form = unfuse_experts(module)
+    single = (f"{name}.{number}.down_proj" for number in range(len(experts)))
+    if any(names.find_own(f"{layer}.weight") or names.find_packed(layer) for layer in single):
+        return experts
+    if names.holds_packed():
+        raise StaysFusedError("the packed checkpoint holds them so")
+    shapes = {own: tuple(parameter.shape) for own, parameter in module.named_parameters()}
+    fused = {own: found for own, shape in shapes.items() if (found := names.find_fused(f"{name}.{own}", shape))}
+    if len(fused) < len(shapes):
+        raise StaysFusedError("the checkpoint holds the experts neither one by one nor all in one tensor")
+    names.add_slices(name, len(experts), form, fused)
+    return experts
 
 
 def check_untied(config: PreTrainedConfig, head: Block, names: Names, trust_remote_code: bool) -> None:
@@ -202,5 +233,5 @@ def check_untied(config: PreTrainedConfig, head: Block, names: Names, trust_remo
     model = build_empty_model(apart, trust_remote_code)
     unfuse_all_experts(model, names)
     needed = {name for name, _ in model.named_parameters()} - {f"{head.name}.weight"}
-    if apart.get_text_config().tie_word_embeddings or any(names.find_own(name) is None for name in needed):
+    if apart.get_text_config().tie_word_embeddings or any(not names.find_all(name) for name in needed):
         raise InputError(f"a {config.model_type} model cannot have an output head of its own; leave out --lm-head")

@@ -4,8 +4,8 @@ import copy
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.errors import InputError
 from gptq.models.computed_tensors import compute_tensors
-from gptq.models.experts import FUSED_PARTS
+from gptq.models.experts import FUSED_PARTS, ExpertForm
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,72 @@ class SplitTensor:
     parts: tuple[tuple[str, str], ...]  # for each part: (converter pattern that matches, name in the checkpoint)
     converter: Any  # transformers' WeightConverter
     config: PreTrainedConfig  # the model's configuration
+    shape: tuple[int, ...] | None  # in the model; some conversions depend on it
 
     def assemble(self, read: Callable[[str], Tensor]) -> Tensor:
         """Return the whole tensor; `read` returns a part by its name in the checkpoint."""
         converter = copy.deepcopy(self.converter)
         for pattern, stored in self.parts:
             converter.add_tensor(self.name, stored, pattern, partial(read, stored))
-        (made,) = converter.convert(self.name, config=self.config).values()
+        found = converter.convert(self.name, model=_ModelOfOne(self.shape), config=self.config)
+        (made,) = (found[0] if isinstance(found, tuple) else found).values()  # transformers 5.0 returns errors too
         whole: Tensor = made[0] if isinstance(made, list) else made
         return whole
+
+
+@dataclass(frozen=True)
+class _ModelOfOne:
+    """Stands for the model in a conversion that looks up the shape of its result."""
+
+    shape: tuple[int, ...] | None
+
+    def get_parameter(self, name: str) -> Tensor:
+        if self.shape is None:
+            raise AttributeError(name)
+        return torch.empty(self.shape, device="meta")
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """A tensor of all experts of a layer, as the checkpoint stores it: whole, or in a way that `split` undoes."""
+
+    name: str  # in transformers' model
+    shape: tuple[int, ...]  # there; the first dimension is the expert
+    stored: str
+    split: SplitTensor | None
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        return tuple(stored for _, stored in self.split.parts) if self.split else (self.stored,)
+
+    def read_expert(self, number: int, read: Callable[[str, int], Tensor]) -> Tensor:
+        """Return one expert's slice; `read` returns the slice of a stored tensor at an index."""
+        if self.split is None:
+            return read(self.stored, number)
+        one = replace(self.split, shape=(1, *self.shape[1:]))
+        return one.assemble(lambda stored: read(stored, number)[None])[0]
+
+
+@dataclass(frozen=True)
+class ExpertSlice:
+    """A parameter of one expert, which the checkpoint stores in a tensor with those of the other experts."""
+
+    stored: str  # the name that it gets in a checkpoint of its own
+    fused: FusedTensor
+    number: int
+    part: str  # the linear layer: gate_proj, up_proj or down_proj
+    key: str  # weight or bias
+    form: ExpertForm
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter as its linear layer holds it."""
+        whole = torch.empty(self.fused.shape[1:], device="meta")
+        return tuple(self.form.take(self.part, self.key, whole).shape)
+
+    def read(self, read: Callable[[str, int], Tensor]) -> Tensor:
+        """Return the parameter as its linear layer holds it; `read` returns the slice of a stored tensor at an index."""
+        return self.form.take(self.part, self.key, self.fused.read_expert(self.number, read))
 
 
 class Names:
@@ -70,6 +127,7 @@ class Names:
             warnings.simplefilter("ignore")
             table = get_model_conversion_mapping(model)
         self._stored = {name: name for name in stored}
+        self._in_model: dict[str, str] = {}  # by stored name; for a tensor that is converted, before the conversion
         parts: dict[tuple[str, int], list[tuple[str, str]]] = defaultdict(list)
         self.divisions: dict[str, Division] = {}  # by the name of the stored tensor
         for name in sorted(stored, key=_natural_order):
@@ -78,12 +136,17 @@ class Names:
                 self.divisions[name] = Division(name, *part[:2], table[part[2]])
                 continue
             self._stored.setdefault(in_model, name)
+            self._in_model[name] = in_model
             if part is not None:
                 whole, pattern, number = part
                 parts[whole, number].append((pattern, name))
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._split = {
-            whole: SplitTensor(whole, tuple(own), table[number], model.config) for (whole, number), own in parts.items()
+            whole: SplitTensor(whole, tuple(own), table[number], model.config, shapes.get(whole))
+            for (whole, number), own in parts.items()
         }
+        self._slices: dict[str, ExpertSlice] = {}  # by the name of an expert's parameter in the model
+        self._table = table
         self.computed = compute_tensors(model, [n for n, _ in model.named_parameters() if not self.find_all(n)])
 
     def find(self, name: str) -> str | None:
@@ -105,14 +168,93 @@ class Names:
 
     def find_split(self, name: str) -> SplitTensor | None:
         """Return how to assemble a tensor from parts; None if the checkpoint stores it whole, or not at all."""
-        if self.find(name) is not None:
-            return None
-        return next((self._split[s] for s in self._possible_names(name) if s in self._split), None)
+        split = next((self._split[s] for s in self._possible_names(name) if s in self._split), None)
+        whole = self.find(name)
+        if whole is None or (split is not None and whole in (stored for _, stored in split.parts)):
+            return split
+        return None
 
     def find_all(self, name: str) -> list[str]:
         """Return the checkpoint's names of a tensor or of its parts; an empty list if nothing is stored."""
-        found, split = self.find(name), self.find_split(name)
-        return [found] if found else [stored for _, stored in split.parts] if split else []
+        found, split, part = self.find(name), self.find_split(name), self.find_slice(name)
+        if part is not None:
+            return [*part.fused.stored_names]
+        return [stored for _, stored in split.parts] if split else [found] if found else []
+
+    def find_slice(self, name: str) -> ExpertSlice | None:
+        """Return which part of a fused tensor a parameter of an expert is; None if it is not stored so."""
+        return self._slices.get(name)
+
+    def slices_by_tensor(self, layers: Iterable[str]) -> dict[str, dict[str, ExpertSlice]]:
+        """Return, for each stored tensor that holds one of these layers with other experts', its slices by their names.
+
+        If several stored tensors make up one of the model's, the first of them has all slices.
+        """
+        modules = {name.rsplit(".", 2)[0] for name in layers if f"{name}.weight" in self._slices}
+        found: dict[str, dict[str, ExpertSlice]] = {}
+        for name, part in self._slices.items():
+            if name.rsplit(".", 3)[0] in modules:
+                first, *others = part.fused.stored_names
+                found.setdefault(first, {})[name] = part
+                found |= {other: {} for other in others}
+        return found
+
+    def find_fused(self, name: str, shape: tuple[int, ...]) -> FusedTensor | None:
+        """Return how the checkpoint stores a tensor of all experts; None if it does not, or not expert by expert."""
+        split, whole = self.find_split(name), self.find_own(name)
+        if split is None:
+            return FusedTensor(name, shape, whole, None) if whole else None
+        stacked = {type(operation).__name__ for operation in split.converter.operations} & {"MergeModulelist"}
+        return None if stacked else FusedTensor(name, shape, split.parts[0][1], split)
+
+    def add_slices(self, module: str, count: int, form: ExpertForm, fused: dict[str, FusedTensor]) -> None:
+        """From now on, find the parameters of the experts called MODULE.0.up_proj.weight and so on as slices.
+
+        Args:
+            fused: the stored tensors by the names of the fused module's parameters.
+        """
+        for (part, key), own in form.places().items():
+            pattern = self._stored_expert_name(module, part, fused[form.down].stored, f"{module}.{own}")
+            for number in range(count):
+                name = f"{module}.{number}.{part}.{key}"
+                stored = f"{pattern.replace('*', str(number))}.{key}"
+                self._slices[name] = ExpertSlice(stored, fused[own], number, part, key, form)
+
+    def _stored_expert_name(self, module: str, part: str, stored: str, fused: str) -> str:
+        """Return the name of an expert's linear layer in a file that holds experts one by one, with * for the number.
+
+        It is the name by which transformers' table knows such files of this model (`block_sparse_moe.experts.*.w1`, for
+        example). For a model whose files hold experts fused, it is `gate_proj`, `up_proj` or `down_proj` in the place
+        where the fused tensor called `stored` lies; vLLM reads this (layers/fused_moe/routed_experts.py,
+        `build_expert_params_mapping`).
+        """
+        known = _known_expert_name(fused, part, self._table)
+        if known and _name_in_model(known.replace("*", "0"), self._table)[0] == f"{module}.0.{part}.weight":
+            return known.removesuffix(".weight")
+        parent, _, own = module.rpartition(".")
+        before, within, _ = stored.rpartition(f".{own}.")
+        if not within:  # the fused tensor has another parent; what the two names share is the block's place
+            shared = [a for a, b in zip(stored.split("."), module.split("."), strict=False) if a == b]
+            begin = ".".join(shared) if stored.startswith(".".join(shared)) else parent
+            before = ".".join([begin, *parent.removeprefix(begin).split(".")]).replace("..", ".").rstrip(".")
+        return f"{before}.{own}.*.{part}"
+
+    def conversions(self) -> list[Any]:
+        """Return transformers' conversions for loading and saving the model, whose experts may be separate by now.
+
+        They translate exactly the names of this checkpoint, and convert what is still fused in the model.
+        """
+        exact = dict(self._in_model)
+        for stored, in_model in self._in_model.items():  # transformers 5.0 applies its own renamings before these
+            exact.setdefault(_renamed(stored, self._table), in_model)
+        divided = {stored: _renamed(stored, self._table) for stored in self.divisions}
+        fused = [*self._split.values(), *self.divisions.values()]
+        converters = {id(one.converter): one.converter for one in fused}
+        return [StoredNames(exact | divided, self._in_model | divided), *copy.deepcopy([*converters.values()])]
+
+    def holds_packed(self) -> bool:
+        """Whether a layer of the checkpoint is packed."""
+        return any(name.endswith(tuple(f".{marker}" for marker in PACKED_MARKERS)) for name in self._in_model)
 
     def find_packed(self, layer: str) -> str | None:
         """Return the checkpoint's name of a packed layer; None if the checkpoint does not hold the layer packed."""
@@ -124,7 +266,9 @@ class Names:
 
         If the checkpoint has no weight for the layer, returns the layer's name in the model.
         """
-        return (self.find_own(f"{layer}.weight") or layer).removesuffix(".weight")
+        part = self.find_slice(f"{layer}.weight")
+        found = part.stored if part else self.find_own(f"{layer}.weight")
+        return (found or layer).removesuffix(".weight")
 
     def require(self, name: str) -> str:
         """Return the checkpoint's name of a tensor.
@@ -136,6 +280,25 @@ class Names:
         if found is None:
             raise InputError(f"the checkpoint lacks {name}, which the model described by its config.json needs")
         return found
+
+
+class StoredNames(WeightRenaming):
+    """A renaming for transformers' tables: looks up the names of one checkpoint's tensors."""
+
+    def __init__(self, forward: Mapping[str, str], pairs: Mapping[str, str]) -> None:
+        """`forward` maps names to new names; the inverse maps what `pairs` has in both ways."""
+        super().__init__("stored name", "name in the model")
+        self.forward, self.pairs = dict(forward), dict(pairs)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, None]:
+        return self.forward.get(source_key, source_key), None
+
+    def was_used(self) -> bool:
+        return True
+
+    def reverse_transform(self) -> "StoredNames":
+        back = {new: old for old, new in self.pairs.items()}
+        return StoredNames(back, back)
 
 
 PACKED_MARKERS = ("qweight", "weight_packed", "scales", "weight_scale")  # keys of which a packed layer has at least one
@@ -159,10 +322,7 @@ def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, in
     """
     part = None
     suffix = PACKED.search(name)
-    key = PACKED.sub("weight", name)
-    for renaming in table:
-        if isinstance(renaming, WeightRenaming):
-            key, _ = renaming.rename_source_key(key)
+    key = _renamed(PACKED.sub("weight", name), table)
     for number, converter in enumerate(table):
         fused, pattern = converter.rename_source_key(key) if isinstance(converter, WeightConverter) else (key, None)
         if pattern is not None:
@@ -179,6 +339,13 @@ def _divides(converter: Any) -> bool:
     return len(converter.source_patterns) == 1 and len(converter.target_patterns) > 1
 
 
+def _renamed(name: str, table: list[Any]) -> str:
+    for renaming in table:
+        if isinstance(renaming, WeightRenaming):
+            name, _ = renaming.rename_source_key(name)
+    return name
+
+
 def _name_of_expert_matrix(key: str, fused: str, pattern: str, converter: Any) -> str | None:
     """Return the name in `models.experts` of a matrix that is part of `fused`; None if it is not an expert's."""
     experts, _, parameter = fused.rpartition(".")
@@ -188,6 +355,25 @@ def _name_of_expert_matrix(key: str, fused: str, pattern: str, converter: Any) -
     if not number or not stacked or len(parts) != len(converter.source_patterns):
         return None
     return f"{experts}.{number[1]}.{parts[converter.source_patterns.index(pattern)]}.weight"
+
+
+def _known_expert_name(fused: str, part: str, table: list[Any]) -> str | None:
+    """Return how transformers' table names a matrix of one expert that it stacks to `fused`, with * for the number."""
+    for converter in table:
+        sources = getattr(converter, "_original_source_patterns", None) or getattr(converter, "source_patterns", [])
+        parts = FUSED_PARTS.get(fused.rpartition(".")[2], ())
+        if not isinstance(converter, WeightConverter) or part not in parts or len(sources) != len(parts):
+            continue
+        if {type(operation).__name__ for operation in converter.operations} <= STACKING:
+            key, pattern = converter.reverse_transform().rename_source_key(fused)
+            if pattern is not None:
+                first, wanted = (sources[i].replace("\\", "") for i in (0, parts.index(part)))
+                key = key.replace("\\", "").replace(first, wanted)
+                for renaming in reversed(table):
+                    if isinstance(renaming, WeightRenaming):
+                        key, _ = renaming.reverse_transform().rename_source_key(key)
+                return key
+    return None
 
 
 def check_tensors(
@@ -205,13 +391,18 @@ def check_tensors(
     without |= names.computed.keys()
     needed = [(name, tensor) for name, tensor in network.named_parameters() if name not in without]
     for name, tensor in [*needed, *((n, b) for n, b in network.named_buffers() if names.find(n))]:
-        split = names.find_split(name)
+        split, part = names.find_split(name), names.find_slice(name)
         own = names.find_all(name) or [names.require(name)]
+        if part is not None and used.issuperset(own):
+            continue  # another expert's slice of the same tensor
         used |= {*own}
         shape = _assembled_shape(split, tensors) if split else tensors[own[0]].shape
-        if shape != tuple(tensor.shape):
+        expected = tuple(tensor.shape)
+        if part is not None:
+            shape, expected = _fused_shape(part, tensors), part.fused.shape
+        if shape != expected:
             raise InputError(
-                f"{own[0]} has the shape {shape}, but config.json describes a model where it is {tuple(tensor.shape)}"
+                f"{own[0]} has the shape {shape}, but config.json describes a model where it is {expected}"
             )
         for stored in own:
             dtype = tensors[stored].dtype
@@ -232,6 +423,28 @@ def _assembled_shape(split: SplitTensor, tensors: dict[str, TensorInfo]) -> tupl
     except Exception as error:  # any type, depending on the operation
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{split.parts[0][1]} and its like do not make up a {split.name}: {reason}") from error
+
+
+def _fused_shape(part: ExpertSlice, tensors: dict[str, TensorInfo]) -> tuple[int, ...]:
+    """Return the shape, as in the model, of a tensor of all experts.
+
+    Raises:
+        InputError: its parts do not hold as many experts, or transformers cannot assemble one expert of them.
+    """
+    fused = part.fused
+    if fused.split is None:
+        return tensors[fused.stored].shape
+    counts = {tensors[stored].shape[:1] for stored in fused.stored_names}
+    try:
+        one = tuple(fused.read_expert(0, partial(_empty_slice, tensors)).shape)
+    except Exception as error:  # any type, depending on the operation
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{fused.stored} and its like do not make up a {fused.name}: {reason}") from error
+    return (*(counts.pop() if len(counts) == 1 else ()), *one)
+
+
+def _empty_slice(tensors: dict[str, TensorInfo], stored: str, number: int) -> Tensor:
+    return torch.empty(tensors[stored].shape, device="meta")[number]
 
 
 def note_on_unused(extra: list[str]) -> list[str]:

@@ -99,7 +99,8 @@ class WeightStream:
     def is_stored_whole(self, name: str) -> bool:
         """Whether the tensor called `name` in the model is one tensor of the checkpoint: no more, and no less."""
         found = self._names.find(name)
-        return found is not None and self._source.undivided(found)[0] == found
+        whole = found is not None and self._names.find_split(name) is None
+        return whole and self._source.undivided(self._names.require(name))[0] == found
 
     def to_stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         """Return the checkpoint's name for the tensor called `name` in the model, and `tensor` in the stored dtype."""
@@ -117,9 +118,12 @@ class WeightStream:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read the tensor called `name` in the model; `check_tensors` has to have accepted the checkpoint before."""
-        split, dtype = self._names.find_split(name), dtype or self.dtype
+        part, split, dtype = self._names.find_slice(name), self._names.find_split(name), dtype or self.dtype
         if name in self._names.computed:
             return self._names.computed[name].to(self.device, dtype)
+        if part is not None:
+            one = part.read(lambda stored, at: self._source.read(stored, dtype, slice(at, at + 1))[0])
+            return one.to(self.device).contiguous()
         if split is not None:
             return split.assemble(lambda stored: self._read(stored, dtype))
         return self._read(self._names.require(name), dtype)

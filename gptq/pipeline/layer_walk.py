@@ -147,7 +147,7 @@ class _LayerWalk:
 
     def _solve_experts(self, experts: Experts) -> None:
         state = self._state
-        routings = (routing_of(*pauses) for pauses in self._pauses_of_windows(experts))
+        routings = (routing_of(experts, *pauses) for pauses in self._pauses_of_windows(experts))
         gathered = gather_routings(routings, self._num_windows(), state.run)
         solve_experts(self._names[experts], experts, gathered, state, self._solve_layer)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gptq.compute.distributed import Item
 from gptq.models.experts import Expert, Experts
-from gptq.models.forward import Pause, argument_at, input_at
+from gptq.models.forward import Pause, argument_at
 from gptq.models.weights import swapped_weights
 from gptq.output.results import Coverage
 from gptq.pipeline.layer import BlockState, LayerSolver, SharedInput, read_original_weights
@@ -22,13 +22,22 @@ from gptq.pipeline.layer_inputs import (
 from gptq.pipeline.run import Run
 
 # For one window: x, the input of the experts, (tokens, hidden); the numbers of the experts that the router chose,
-# (tokens, k); and x in the original model, None if it is not known.
+# (tokens, k); and x in the original model, None if it is not known. Where the router's weights multiply the inputs, x has
+# a row for each choice of a token, and k is 1.
 Routed = tuple[Tensor, Tensor, Tensor | None]
 
 
-def routing_of(pause: Pause | None, original: Pause | None) -> Item:
+def routing_of(experts: Experts, pause: Pause | None, original: Pause | None) -> Item:
     """Return the `Routed` of a window from its pauses in both streams; three Nones if it does not reach the experts."""
-    return (None, None, None) if pause is None else (argument_at(pause), argument_at(pause, 1), input_at(original))
+    if pause is None:
+        return None, None, None
+    call = _arguments(pause)
+    x, routes = experts.routing(*call)
+    return x, routes, None if original is None else experts.original_inputs(call[0], *_arguments(original))
+
+
+def _arguments(pause: Pause) -> list[Tensor]:
+    return [argument_at(pause, number) for number in range(len(pause.args) + len(pause.kwargs))]
 
 
 def gather_routings(own: Iterable[Item], windows: int, run: Run) -> list[Routed]:

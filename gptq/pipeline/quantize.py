@@ -153,7 +153,7 @@ def quantize(
         store = BlockStore(writer, journal)
         try:
             notes += _quantize_checkpoint(request, prepared, store, working.root, ranks)
-            _copy_unquantized(plan, writer, ranks, observer)
+            _copy_unquantized(plan, prepared.weights, writer, ranks, observer)
         finally:
             prepared.weights.prefetcher.join(cancel=True)
             writer.abandon()
@@ -326,7 +326,7 @@ def _own_windows(windows: list[Inputs] | None, ranks: Ranks) -> list[Inputs] | N
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
-def _copy_unquantized(plan: Plan, writer: ShardWriter, ranks: Ranks, observer: Observer) -> None:
+def _copy_unquantized(plan: Plan, weights: WeightStream, writer: ShardWriter, ranks: Ranks, observer: Observer) -> None:
     """Copy the tensors that are not quantized, and close the output.
 
     Raises:
@@ -337,6 +337,8 @@ def _copy_unquantized(plan: Plan, writer: ShardWriter, ranks: Ranks, observer: O
         for name in {plan.source.undivided(name)[0]: None for name in plan.source.tensors} | plan.source.tensors:
             if name in plan.tensors and not writer.checksums[name]:
                 writer.write(name, plan.source.read(name))
+        for stored, parameter in plan.slices.items():
+            writer.write(stored, weights.read(parameter, plan.tensors[stored].dtype).cpu())
         writer.close()
 
 
@@ -344,7 +346,6 @@ def _make_record(request: Request, prepared: Prepared, store: BlockStore) -> Rec
     """Return the record of the run that is written next to the tensors."""
     plan, windows, results = prepared.plan, prepared.windows, store.finished.values()
     source, layers = plan.source, plan.layers
-    replaced = (layer.source for layer in layers.values() if layer.replaces_source)
     checksums = {name: checksum for result in results for name, checksum in result.weight_checksums.items()}
     histograms = {name: dict(counts) for result in results for name, counts in result.histograms.items()}
     coverage = [asdict(seen) for result in results for seen in result.coverage]
@@ -354,7 +355,7 @@ def _make_record(request: Request, prepared: Prepared, store: BlockStore) -> Rec
         "calibration": None if windows is None else public_name(describe_calibration(request.calibration)),
         "sizes": {
             "bits_per_weight": plan.bits_per_weight,
-            "quantized_bytes_before": sum(source.stored_bytes(name) for name in replaced),
+            "quantized_bytes_before": sum(plan.source_bytes(layer) for layer in layers.values()),
             "quantized_bytes_after": plan.packed_bytes,
             "file_bytes_before": source.file_bytes,
             "file_bytes_after": plan.file_bytes,

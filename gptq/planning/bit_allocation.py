@@ -114,7 +114,7 @@ def _file_bytes(plan: Plan, units: Sequence[Unit], choices: Sequence[StorageChoi
             layers[name] = replace(
                 plan.layers[name], bits=choice.bits, group_size=scheme.group_size, format=scheme.format
             )
-    return formats.FORMATS[chosen].file_bytes(list_result_tensors(plan.source, layers))
+    return formats.FORMATS[chosen].file_bytes(list_result_tensors(plan.source, layers, plan.names)[0])
 
 
 def allocate(units: Sequence[Unit], budget: int) -> list[StorageChoice]:

@@ -1,5 +1,6 @@
 """Plan a run from headers and config.json: the layers to quantize, their options, and every tensor of the result."""
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ class LayerPlan:
 
     name: str  # in the model
     stored: str  # the layer's name in the quantized checkpoint
-    source: str  # name of the weight in the source checkpoint; another layer's if the two are tied
+    source: str  # name of the weight in the source checkpoint; another layer's if tied, `stored`.weight if a slice
     outputs: int
     inputs: int
     bits: int
@@ -79,6 +80,7 @@ class Plan:
     blocks: list[Block]  # `all_blocks` without skipped layers
     layers: dict[str, LayerPlan]
     tensors: dict[str, TensorInfo]  # tensors of the quantized checkpoint
+    slices: dict[str, str]  # tensors of it that are a slice of a source tensor -> the parameter in the model
     changes: dict[str, Any]  # values to replace in config.json
     notes: list[str]  # for the user
     rounded: frozenset[str] = frozenset()  # layers that no calibration input reaches, and an override asks for
@@ -86,6 +88,16 @@ class Plan:
     @property
     def stored_layers(self) -> Layers:
         return {plan.stored: (plan.scheme, plan.inputs) for plan in self.layers.values()}
+
+    def source_bytes(self, layer: LayerPlan) -> int:
+        """Bytes of a layer's weight in the source, 0 if the quantized checkpoint holds it too."""
+        if not layer.replaces_source:
+            return 0
+        if layer.source in self.source.tensors:
+            return self.source.stored_bytes(layer.source)
+        fused = self.names.find_all(f"{layer.name}.weight")
+        whole = sum(math.prod(self.source.tensors[name].shape) for name in fused)
+        return sum(map(self.source.stored_bytes, fused)) * layer.outputs * layer.inputs // whole
 
     @property
     def format(self) -> Format:
@@ -150,9 +162,11 @@ def plan_checkpoint(
     notes = [*source.notes, *opened.notes, *_notes_on_unreached(every_block, unreached, layers)]
     notes += [*_note_on_uncalled(uncalled), *extended]
     notes += [*notes_on_shapes(layers.values(), config), *note_on_unused(left_over)]
-    tensors = list_result_tensors(source, layers)
+    tensors, slices = list_result_tensors(source, layers, names)
     rounded = frozenset(unreached & layers.keys())
-    return Plan(folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, changes, notes, rounded)
+    return Plan(
+        folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, slices, changes, notes, rounded
+    )
 
 
 def _probe_inputs(
@@ -245,7 +259,8 @@ def plan_layers(
             continue
         outputs, inputs = shape_of(linears[name])
         group_size = inputs if own["group_size"] == -1 else min(own["group_size"], inputs)
-        source = names.require(f"{name}.weight")
+        part = names.find_slice(f"{name}.weight")
+        source = part.stored if part else names.require(f"{name}.weight")
         if not source.endswith(".weight"):  # a reader would not find `qweight` under such a name
             notes.append(f"{name} stays as it is: the checkpoint calls its weight {source}")
             continue
@@ -390,33 +405,52 @@ def _remarks(plan: LayerPlan, config: QuantConfig) -> Iterator[str]:
             yield f"{count} {what} of {plan.bits} bits do not fill whole 32-bit words; {readers}"
 
 
-def list_result_tensors(source: Source, plans: dict[str, LayerPlan]) -> dict[str, TensorInfo]:
-    """Return all tensors of the quantized checkpoint, in the source's order.
+def list_result_tensors(
+    source: Source, plans: dict[str, LayerPlan], names: Names
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return all tensors of the quantized checkpoint, in the source's order; and those that are slices of a source's.
 
-    Each source tensor is copied, or replaced by the packed tensors of its layer. Of a fused layer whose pieces are all
-    copied, the fused tensors are copied. The weight of an untied head is both
-    copied, for the embedding, and packed.
+    Each source tensor is copied, or replaced by the packed tensors of its layer, or of all layers that it holds slices
+    of. Slices that no layer packs become tensors of their own; the second value names the parameter of each in the
+    model. Of a fused layer whose pieces are all copied, the fused tensors are copied. The weight of an untied head is
+    both copied, for the embedding, and packed.
 
     Raises:
         InputError: the source holds a tensor of the same name as a packed tensor.
     """
     by_weight = {plan.source: plan for plan in plans.values()}
     fused = {_layer_of(source, name) for name in by_weight}
+    sliced = names.slices_by_tensor(plans)
     result: dict[str, TensorInfo] = {}
+    slices: dict[str, str] = {}
     for name, info in source.tensors.items():
+        for parameter, part in sliced.get(name, {}).items():
+            if part.stored in by_weight:
+                result |= _packed_tensors(by_weight[part.stored], source)
+            else:
+                result[part.stored], slices[part.stored] = TensorInfo(info.dtype, part.shape), parameter
         plan = by_weight.get(name)
         if _layer_of(source, name) not in fused:
             name, info = source.undivided(name)
-        if plan is None or not plan.replaces_source:
+        if name not in sliced and (plan is None or not plan.replaces_source):
             result[name] = info
         if plan is not None:
-            for suffix, packed in plan.layout.items():
-                if f"{plan.stored}.{suffix}" in source.tensors.keys() - {plan.source}:
-                    raise InputError(f"the checkpoint holds {plan.stored}.{suffix} already; is it quantized?")
-                result[f"{plan.stored}.{suffix}"] = packed
-    return result
+            result |= _packed_tensors(plan, source)
+    return result, slices
 
 
 def _layer_of(source: Source, name: str) -> str:
     """Return the layer in the checkpoint's files that holds a tensor, or that the tensor is a piece of."""
     return source.undivided(name)[0].rpartition(".")[0]
+
+
+def _packed_tensors(plan: LayerPlan, source: Source) -> dict[str, TensorInfo]:
+    """Return the tensors of a packed layer.
+
+    Raises:
+        InputError: the source holds a tensor of the same name.
+    """
+    for suffix in plan.layout:
+        if f"{plan.stored}.{suffix}" in source.tensors.keys() - {plan.source}:
+            raise InputError(f"the checkpoint holds {plan.stored}.{suffix} already; is it quantized?")
+    return {f"{plan.stored}.{suffix}": packed for suffix, packed in plan.layout.items()}
