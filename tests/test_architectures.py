@@ -24,7 +24,7 @@ from gptq.calibration import text as calibration
 from gptq.calibration.text import special_token_frame
 from gptq.config import Format
 from gptq.models.blocks import Block
-from gptq.models.experts import Experts, unfuse_experts
+from gptq.models.experts import Experts, StaysFusedError, unfuse_experts
 from gptq.models.placeholders import UnsolvedWeight
 from gptq.models.uncalled_layers import find_uncalled_layers
 from gptq.output import verify
@@ -161,7 +161,8 @@ QUANTIZED = {  # endings of names, and how many there are of each
               "gate_proj": 5, "up_proj": 5, "down_proj": 5},
     "rwkv": {"key": 4, "value": 2, "receptance": 4},
     "phimoe": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 8, "up_proj": 8, "down_proj": 8},
-    "llama4_text": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 2, "up_proj": 2, "down_proj": 2},
+    "llama4_text": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 10, "up_proj": 10,
+                    "down_proj": 10},
     "olmo_hybrid": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "b_proj": 1, "a_proj": 1, "g_proj": 1, "o_proj": 2,
                     "gate_proj": 2, "up_proj": 2, "down_proj": 2},
     "longcat_flash": {"q_a_proj": 2, "q_b_proj": 2, "kv_a_proj_with_mqa": 2, "kv_b_proj": 2, "o_proj": 2,
@@ -247,23 +248,6 @@ def test_experts_come_out_the_same_for_every_batch_size(
         assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
 
 
-def test_experts_that_a_checkpoint_holds_fused_stay_as_they_are(
-    make_model: MakeModel, rng: torch.Generator, tmp_path: Path
-) -> None:
-    source, ids = make_model("mixtral"), torch.randint(2, VOCAB, (8, 32), generator=rng)
-    network = transformers.AutoModelForCausalLM.from_pretrained(source)
-    network.save_pretrained(tmp_path / "fused", save_original_format=False)
-    result = quantize(tmp_path / "fused", tmp_path / "out", CONFIG, calibration=ids)
-    assert len(result.layers) == 8
-    assert any(
-        "fused tensors of 2 modules (model.layers.0.mlp.experts ...) stay as they are" in n for n in result.notes
-    )
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    fused = network.model.layers[0].mlp.experts.gate_up_proj
-    assert torch.equal(stored["model.layers.0.mlp.experts.gate_up_proj"], fused)
-    assert torch.isfinite(load(tmp_path / "out")(input_ids=ids[:1]).logits).all()
-
-
 def test_experts_that_compute_something_else_are_not_taken_apart() -> None:
     config = transformers.MixtralConfig(hidden_size=16, intermediate_size=24, num_local_experts=3)
 
@@ -275,9 +259,11 @@ def test_experts_that_compute_something_else_are_not_taken_apart() -> None:
     with torch.device("meta"):
         plain, clamped, transposed = MixtralExperts(config), Clamped(config), MixtralExperts(config)
     transposed.down_proj = torch.nn.Parameter(transposed.down_proj.transpose(1, 2))
-    assert isinstance(unfuse_experts(plain), Experts)
-    assert unfuse_experts(clamped) is None
-    assert unfuse_experts(transposed) is None
+    assert isinstance(unfuse_experts(plain)[0], Experts)
+    with pytest.raises(StaysFusedError, match="computes something else"):
+        unfuse_experts(clamped)
+    with pytest.raises(StaysFusedError, match="not the matrices"):
+        unfuse_experts(transposed)
 
 
 # --- other inputs, other heads ----------------------------------------------------------------------------------------

@@ -67,9 +67,12 @@ def test_pipeline_and_generate(make_model: MakeModel, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 3}, {"bits": 5, "group_size": -1}, MIXED])
 def test_transformers_loads_pack_quantized_files_with_compressed_tensors(
-    options: dict[str, Any], make_model: MakeModel, tmp_path: Path
+    options: dict[str, Any], make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    tables: Any = sys.modules[hf_registration.TABLES]
+    method, out = "compressed-tensors", tmp_path / "out"
+    monkeypatch.setitem(tables.AUTO_QUANTIZATION_CONFIG_MAPPING, method, transformers.CompressedTensorsConfig)
+    monkeypatch.setitem(tables.AUTO_QUANTIZER_MAPPING, method, tables.AUTO_QUANTIZER_MAPPING[method].theirs)
     quantize(make_model("llama"), out, QuantConfig.from_dict({**RTN, **options, "format": "pack-quantized"}))
     network = AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
@@ -119,16 +122,20 @@ def test_where_optimum_and_gptqmodel_are_nothing_changes(monkeypatch: pytest.Mon
     class Theirs: ...
 
     tables: Any = types.ModuleType("tables")
-    tables.AUTO_QUANTIZER_MAPPING, tables.AUTO_QUANTIZATION_CONFIG_MAPPING = {"gptq": Theirs}, {"gptq": Theirs}
+    for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        setattr(tables, name, {"gptq": Theirs, "compressed-tensors": Theirs})
     monkeypatch.setattr(hf_registration, "gptqmodel_is_installed", lambda: True)
     hf_registration._replace_entries(tables)
     assert tables.AUTO_QUANTIZER_MAPPING["gptq"] is tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is Theirs
     monkeypatch.setattr(hf_registration, "gptqmodel_is_installed", lambda: False)
     hf_registration._replace_entries(tables)
     entered = tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
-    assert issubclass(entered, Theirs)
+    quantizer: Any = tables.AUTO_QUANTIZER_MAPPING["gptq"]
+    assert quantizer.theirs is Theirs
+    assert issubclass(entered, transformers.GPTQConfig)
     hf_registration._replace_entries(tables)  # a second time changes nothing
     assert tables.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is entered
+    assert tables.AUTO_QUANTIZER_MAPPING["gptq"] is quantizer
 
 
 def test_quantizing_through_transformers_is_still_their_business(make_model: MakeModel) -> None:

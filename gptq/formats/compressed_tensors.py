@@ -129,6 +129,11 @@ def describe_integers(scheme: Scheme) -> dict[str, Any]:
 # --- quantization_config ----------------------------------------------------------------------------------------------
 
 
+def _require_dense(value: Any) -> None:
+    if value and not (isinstance(value, dict) and value.get("format") in (None, "dense")):
+        raise ValueError("sparse")
+
+
 def _require_nothing(value: Any) -> None:
     if value:
         raise ValueError("something")
@@ -152,6 +157,7 @@ def _require_8_bits_per_token(values: Any) -> bool:
 
 Targets = Annotated[list[str], BeforeValidator(lambda listed: listed or [])]
 Nothing = Annotated[Any, AfterValidator(_require_nothing)]
+Dense = Annotated[Any, AfterValidator(_require_dense)]
 Rounded = Annotated[bool, BeforeValidator(_require_8_bits_per_token)]
 
 
@@ -161,6 +167,10 @@ class _Config(Options):
         description="it is an object that holds groups"
     )
     ignore: Targets = Field([], description="it is a list of names")
+    transform_config: Nothing = Field(
+        None, description="rotations of activations while the model runs (a transform_config) are not computed here"
+    )
+    sparsity_config: Dense = Field(None, description="sparse weights are not read")
 
 
 class _Group(Options):

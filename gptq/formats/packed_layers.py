@@ -100,8 +100,8 @@ def check_packed(packed: Mapping[str, Tensor], name: str, layer: PackedLayer, so
     """Check the values of a layer's stored tensors.
 
     Raises:
-        InputError: g_idx points outside the groups, zero points or g_idx are not what the configuration says, or a scale
-        is not finite.
+        InputError: g_idx points outside the groups, zero points or g_idx are not what the configuration says, or a
+            scale is not finite.
     """
     file_format = formats.FORMATS[layer.scheme.format]
     if not bool(torch.isfinite(packed[file_format.scale_key]).all()):

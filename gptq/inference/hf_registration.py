@@ -1,10 +1,10 @@
 """Register with transformers on `import gptq`, so that quantized checkpoints load with this package's packed layers.
 
 transformers delegates GPTQ checkpoints to optimum and gptqmodel. If both are installed, nothing changes for these. It
-delegates pack-quantized ones to compressed-tensors, which does not know experts that are fused in the model. The classes
-of `hf_quantization_config` replace the entries for both in two tables (transformers/quantizers/auto.py), so that
-`from_pretrained`, `pipeline` and `save_pretrained` work. This module may run while transformers is being imported, so
-it imports nothing from transformers until its tables are there.
+delegates pack-quantized ones to compressed-tensors, which does not know experts that are fused in the model. The
+classes of `hf_quantization_config` replace the entries for both in two tables (transformers/quantizers/auto.py), so
+that `from_pretrained`, `pipeline` and `save_pretrained` work. This module may run while transformers is being imported,
+so it imports nothing from transformers until its tables are there.
 """
 
 import importlib.machinery

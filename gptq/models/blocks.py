@@ -98,6 +98,23 @@ def _repeats(modules: nn.ModuleList) -> bool:
     return alike or (len(modules) > 0 and all(isinstance(child, GradientCheckpointingLayer) for child in modules))
 
 
+def find_gates(blocks: Iterable[Block]) -> list[str]:
+    """Return the names of linear layers that no engine reads packed.
+
+    These are layers with one output, such as a shared expert's gate, and routers: layers with as many outputs as there
+    are experts in the same module.
+    """
+    found = []
+    for block in blocks:
+        modules = {f"{block.name}.{path}".removesuffix("."): m for path, m in block.module.named_modules()}
+        for name, linear in block.linears.items():
+            outputs, parent = shape_of(linear)[0], modules.get(name.rpartition(".")[0])
+            counts = [len(child) for child in parent.children() if isinstance(child, Experts)] if parent else []
+            if not block.is_head() and (outputs == 1 or outputs in counts):
+                found.append(name)
+    return found
+
+
 def find_head(model: PreTrainedModel) -> Block:
     """Return the output head, which maps hidden states to logits.
 

@@ -177,8 +177,8 @@ class _SizeGuard(TorchFunctionMode):
 def unfuse_all_experts(model: nn.Module, names: Names) -> list[str]:
     """Replace each module of fused experts by separate experts, if they compute the same.
 
-    Their parameters are then found one by one in the checkpoint, or as slices of its tensors. Returns notes for the user
-    on modules that stay fused.
+    Their parameters are then found one by one in the checkpoint, or as slices of its tensors. Returns notes for the
+    user on modules that stay fused.
     """
     reasons: dict[str, list[str]] = {}
     for name, module in list(model.named_modules()):
@@ -233,5 +233,7 @@ def check_untied(config: PreTrainedConfig, head: Block, names: Names, trust_remo
     model = build_empty_model(apart, trust_remote_code)
     unfuse_all_experts(model, names)
     needed = {name for name, _ in model.named_parameters()} - {f"{head.name}.weight"}
-    if apart.get_text_config().tie_word_embeddings or any(not names.find_all(name) for name in needed):
+    if apart.get_text_config().tie_word_embeddings or any(
+        names.find_own(name) is None and names.find_slice(name) is None for name in needed
+    ):
         raise InputError(f"a {config.model_type} model cannot have an output head of its own; leave out --lm-head")

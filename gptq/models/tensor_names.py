@@ -78,7 +78,7 @@ class FusedTensor:
         return tuple(stored for _, stored in self.split.parts) if self.split else (self.stored,)
 
     def read_expert(self, number: int, read: Callable[[str, int], Tensor]) -> Tensor:
-        """Return one expert's slice; `read` returns the slice of a stored tensor at an index."""
+        """Return one expert's slice; `read` returns an entry of a stored tensor."""
         if self.split is None:
             return read(self.stored, number)
         one = replace(self.split, shape=(1, *self.shape[1:]))
@@ -103,7 +103,7 @@ class ExpertSlice:
         return tuple(self.form.take(self.part, self.key, whole).shape)
 
     def read(self, read: Callable[[str, int], Tensor]) -> Tensor:
-        """Return the parameter as its linear layer holds it; `read` returns the slice of a stored tensor at an index."""
+        """Return the parameter as its linear layer holds it; `read` returns an entry of a stored tensor."""
         return self.form.take(self.part, self.key, self.fused.read_expert(self.number, read))
 
 

@@ -22,8 +22,8 @@ from gptq.pipeline.layer_inputs import (
 from gptq.pipeline.run import Run
 
 # For one window: x, the input of the experts, (tokens, hidden); the numbers of the experts that the router chose,
-# (tokens, k); and x in the original model, None if it is not known. Where the router's weights multiply the inputs, x has
-# a row for each choice of a token, and k is 1.
+# (tokens, k); and x in the original model, None if it is not known. Where the router's weights multiply the inputs, x
+# has a row for each choice of a token, and k is 1.
 Routed = tuple[Tensor, Tensor, Tensor | None]
 
 

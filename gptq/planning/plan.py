@@ -19,7 +19,7 @@ from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.original import open_original
 from gptq.formats.scheme import Layers, Scheme
-from gptq.models.blocks import Block, find_blocks, find_head, group_fused_siblings, is_transposed, shape_of
+from gptq.models.blocks import Block, find_blocks, find_gates, find_head, group_fused_siblings, is_transposed, shape_of
 from gptq.models.build import check_untied, open_model
 from gptq.models.forward import check_inputs
 from gptq.models.reached_layers import find_unreached_layers
@@ -252,7 +252,15 @@ def plan_layers(
             format cannot hold a layer.
     """
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    gates = [name for name in find_gates(blocks) if name not in left_out]
     options, notes = resolve_layer_options(linears, config, left_out)
+    kept_gates = [name for name in gates if not options[name]["skip"] and not _is_named(name, gates, linears, config)]
+    for name in kept_gates:
+        options[name]["skip"] = True
+    if kept_gates:
+        notes.append(
+            f"{_abbreviate(kept_gates)}: gates and routers stay as they are, because no engine reads them packed"
+        )
     plans: dict[str, LayerPlan] = {}
     for name, own in options.items():
         if own["skip"] or name in uncalled:
@@ -277,6 +285,12 @@ def plan_layers(
     planned = without_blocks_of(left_out, blocks)
     kept = [replace(block, linears={n: m for n, m in block.linears.items() if n in plans}) for block in planned]
     return [block for block in kept if block.linears or not block.is_head()], plans, notes
+
+
+def _is_named(name: str, gates: Collection[str], layers: Iterable[str], config: QuantConfig) -> bool:
+    """Whether an override names this gate, and nothing but gates."""
+    named = (o for o in config.overrides if not o.skip and re.search(o.pattern, name))
+    return any(all(layer in gates for layer in layers if re.search(o.pattern, layer)) for o in named)
 
 
 def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
