@@ -248,7 +248,7 @@ class Names:
         for stored, in_model in self._in_model.items():  # transformers 5.0 applies its own renamings before these
             exact.setdefault(_renamed(stored, self._table), in_model)
         divided = {stored: _renamed(stored, self._table) for stored in self.divisions}
-        fused = [*self._split.values(), *self.divisions.values()]
+        fused: list[SplitTensor | Division] = [*self._split.values(), *self.divisions.values()]
         converters = {id(one.converter): one.converter for one in fused}
         return [StoredNames(exact | divided, self._in_model | divided), *copy.deepcopy([*converters.values()])]
 

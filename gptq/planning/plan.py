@@ -433,7 +433,7 @@ def list_result_tensors(
         InputError: the source holds a tensor of the same name as a packed tensor.
     """
     by_weight = {plan.source: plan for plan in plans.values()}
-    fused = {_layer_of(source, name) for name in by_weight}
+    fused = {_layer_of(source, name) for name in by_weight if name in source.tensors}
     sliced = names.slices_by_tensor(plans)
     result: dict[str, TensorInfo] = {}
     slices: dict[str, str] = {}
