@@ -198,6 +198,8 @@ class QuantConfig:
         num_samples: calibration windows; "auto" doubles them from 16 until, in the first block, the error on
             held-out windows is nearly that on the windows that the solver learned from.
         seq_len: tokens per window; shortened to the model's limit if the limit is smaller.
+        pack_chats: fill each window with chats, one after another; otherwise each chat is a window of its own, without
+            padding, cut at seq_len. Means nothing for texts, images and sound.
         seed: of the choice of calibration windows.
         format: of the file: "gptq" (v1), "gptq_v2", or compressed-tensors' "pack-quantized"; "auto" is the
             format that most engines read, given the other options.
@@ -240,6 +242,9 @@ class QuantConfig:
         128, "calibration windows; auto: as many as pay", flag="samples", metavar="N", parse=parse_count
     )
     seq_len: int = option(2048, "tokens per window", metavar="N")
+    pack_chats: bool = option(
+        True, "each chat is a window of its own, without padding, instead of filling windows up", flag="one-chat-each"
+    )
     seed: int = option(0, "of the choice of windows", metavar="N")
     format: Literal["auto", Format] = option(
         "auto",

@@ -1,4 +1,4 @@
-"""Turn text or arrays into calibration windows, reproducibly from a seed."""
+"""Turn text, chats, images or arrays into calibration windows, reproducibly from a seed."""
 
 from gptq.calibration.text import documents, draw_windows, evaluation_windows, tokenize
 

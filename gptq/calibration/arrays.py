@@ -1,7 +1,7 @@
 """Calibration inputs given as arrays, from files or from Python, named after the arguments of the model's forward."""
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gptq.errors import InputError, first_line
 ARRAY_SUFFIXES = (".npz", ".safetensors")
 MAX_COMPRESSION = 100  # largest accepted ratio of unpacked size to file size of a compressed file
 UNPACKED_ALLOWANCE = 2**28  # unpacked bytes, 256 MiB, that are accepted at any ratio
+IMAGES = ("pixel", "image", "video")  # beginnings of the names of arrays that a mask of the tokens is not about
 Inputs = dict[str, Tensor]  # the arguments of the model's forward for one window, by name; (1, ...) each
 
 
@@ -35,7 +36,7 @@ def read_arrays(source: str, num_samples: int, seed: int) -> list[Inputs]:
     """
     path = Path(source)
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    windows = as_inputs(_load_arrays(file) for file in files)
+    windows = as_inputs((_load_arrays(file) for file in files), [str(file) for file in files])
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:num_samples]
     return [windows[i] for i in chosen.tolist()]
 
@@ -64,38 +65,126 @@ def _check_unpacked_size(file: Path) -> None:
         raise InputError(f"{file} would unpack to {size / 1e9:,.1f} GB; save its arrays without compression")
 
 
-def as_inputs(batches: Iterable[Mapping[str, Any]]) -> list[Inputs]:
-    """Split dicts of arrays (windows, ...) into windows; padding at the end, given by attention_mask, is cut off.
+def as_inputs(batches: Iterable[Mapping[str, Any]], names: Sequence[str] = ()) -> list[Inputs]:
+    """Split dicts of arrays into windows, without the positions that an attention_mask masks.
 
+    The first dimension of each array counts the windows of the dict. A dict of one window, such as a processor returns,
+    may hold arrays that count something else, patches of images for example; and tokens without that dimension.
+
+    Args:
+        batches: arrays by argument name; lists of numbers count as arrays.
+        names: what error messages call each dict.
     Raises:
-        InputError: a value is not an array, the arrays of a dict differ in length, or the dicts differ in names.
+        InputError: a value is not an array or is empty, the arrays of a dict differ in length, a mask does not fit its
+            tokens or masks all of them, or the dicts differ in names.
     """
     windows: list[Inputs] = []
-    for batch in batches:
-        try:
-            arrays = {name: torch.as_tensor(values) for name, values in batch.items()}
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"calibration inputs are dicts of arrays by argument name: {error}") from error
-        counts = {name: x.shape[0] if x.ndim else 0 for name, x in arrays.items()}
-        if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise InputError(f"calibration arrays have to hold the same number of windows, one at least, not {counts}")
-        count = next(iter(counts.values()))
-        windows += [_trim_padding({name: x[i : i + 1] for name, x in arrays.items()}) for i in range(count)]
-        if windows[-1].keys() != windows[0].keys():
-            raise InputError(f"calibration inputs are {list(windows[0])} first and {list(windows[-1])} later")
+    first: Iterable[str] = ()
+    for number, batch in enumerate(batches):
+        where = names[number] if number < len(names) else f"calibration input {number}"
+        for arrays in _read_batch(batch, where):
+            first = first or list(arrays)
+            if arrays.keys() != set(first):
+                raise InputError(f"calibration inputs are {list(first)} first and {list(arrays)} later, in {where}")
+            windows += [without_masked(window, where) for window in _split(arrays, where)]
     if not windows:
         raise InputError("there is not one calibration input")
     return windows
 
 
-def _trim_padding(window: Inputs) -> Inputs:
-    """Convert integers to int64, and cut off the padding at the end, which attention_mask marks.
+def _read_batch(batch: Mapping[str, Any], where: str) -> list[dict[str, Tensor]]:
+    """Return the arrays of a dict; rows of lists that differ in length are given one by one."""
+    try:
+        given = {name: values for name, values in batch.items() if values is not None}
+        lists = [values for values in given.values() if isinstance(values, list) and isinstance(values[0], list)]
+        if len(lists) == len(given) and len({len(row) for rows in lists for row in rows}) > 1:
+            rows = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+            return [arrays for row in rows for arrays in _read_batch(row, where)]
+        arrays = {name: torch.as_tensor(values) for name, values in given.items()}
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise InputError(f"calibration inputs are dicts of arrays by argument name: {where}: {error}") from error
+    integers = (torch.int32, torch.int16, torch.uint8)
+    arrays = {name: x.long() if x.dtype in integers else x for name, x in arrays.items()}
+    tokens = arrays.get("input_ids")
+    if tokens is not None and tokens.ndim == 1 and not where.endswith(ARRAY_SUFFIXES):
+        arrays = {name: x[None] if x.ndim == 1 else x for name, x in arrays.items()}
+    for name, x in arrays.items():
+        if not x.numel() or not x.ndim:
+            raise InputError(f"{name} in {where} holds no windows: its shape is {tuple(x.shape)}")
+        if name.endswith("input_ids") and (x.ndim != 2 or x.dtype != torch.int64):
+            raise InputError(f"{name} in {where} is {tuple(x.shape)} {x.dtype}; it is (windows, tokens) integers")
+    return [arrays]
 
-    Padding would otherwise enter the Hessian, although no output depends on it.
+
+def _split(arrays: dict[str, Tensor], where: str) -> Iterable[Inputs]:
+    """Yield the windows of a dict of arrays.
+
+    Raises:
+        InputError: the arrays hold different numbers of windows.
     """
-    whole = {name: x.long() if x.dtype in (torch.int32, torch.int16, torch.uint8) else x for name, x in window.items()}
-    mask = whole.get("attention_mask")
-    if mask is None or mask.ndim != 2 or not mask.any():
-        return whole
-    end = int(mask[0].nonzero().max()) + 1
-    return {name: x[:, :end] if x.shape == mask.shape else x for name, x in whole.items()}
+    counts = {name: x.shape[0] for name, x in arrays.items()}
+    texts = {count for name, count in counts.items() if name.endswith(("input_ids", "attention_mask"))}
+    if len(set(counts.values())) == 1:
+        count = next(iter(counts.values()))
+        return ({name: x[i : i + 1] for name, x in arrays.items()} for i in range(count))
+    if texts == {1} or (not texts and _counts_patches(arrays)):
+        return [arrays]
+    raise InputError(
+        f"calibration arrays have to hold the same number of windows, one at least, not {counts} as in {where}; arrays "
+        "that count something else, such as patches of images, are given one window at a time"
+    )
+
+
+def _counts_patches(arrays: Mapping[str, Tensor]) -> bool:
+    """Whether a grid (images, 2 or 3) says how many patches the first dimension of another array counts."""
+    grids = [x for x in arrays.values() if x.ndim == 2 and x.shape[1] in (2, 3) and x.dtype == torch.int64]
+    return any(int(grid.prod(1).sum()) == x.shape[0] for grid in grids for x in arrays.values())
+
+
+def without_masked(window: Inputs, where: str) -> Inputs:
+    """Return a window without the positions that attention_mask, or decoder_attention_mask, masks.
+
+    Their tokens must not enter the Hessian, and padding on the left would move the others. The mask of a text is left
+    out when it has no more to say.
+
+    Raises:
+        InputError: a mask has another length than what it masks, or masks everything.
+    """
+    for name in [name for name in window if name in ("attention_mask", "decoder_attention_mask")]:
+        mask, tokens = window[name], window.get(name.replace("attention_mask", "input_ids"))
+        _check_mask(name, mask, tokens, window, where)
+        if mask.ndim != 2:
+            continue
+        kept = mask[0] != 0  # (tokens,)
+        own = [other for other in window if other.startswith("decoder_") == name.startswith("decoder_")]
+        masked = {other for other in own if _is_masked_by(other, window[other], mask, tokens is not None)}
+        if masked == {name}:  # a mask of something that cannot be cut, such as the frames of a spectrogram
+            continue
+        window = {
+            other: x[:, kept] if other in masked else x[..., kept] if _are_positions(other, x, mask) else x
+            for other, x in window.items()
+        }
+        if all(other.endswith(("input_ids", "_mask", "token_type_ids", "position_ids")) for other in window):
+            del window[name]
+    return window
+
+
+def _is_masked_by(name: str, x: Tensor, mask: Tensor, has_tokens: bool) -> bool:
+    if x.shape[:2] != mask.shape or name.startswith(IMAGES):
+        return False
+    return x.ndim == 2 or not has_tokens or name.endswith(("inputs_embeds", "bbox"))
+
+
+def _are_positions(name: str, x: Tensor, mask: Tensor) -> bool:
+    """Whether an array is the positions of the masked tokens on several axes, (axes, 1, tokens)."""
+    return name == "position_ids" and x.ndim == 3 and x.shape[-1] == mask.shape[-1]
+
+
+def _check_mask(name: str, mask: Tensor, tokens: Tensor | None, window: Inputs, where: str) -> None:
+    length = mask.shape[-1]
+    if tokens is not None and length != tokens.shape[-1]:
+        raise InputError(f"{name} in {where} is {length} long, and masks {tokens.shape[-1]} tokens")
+    if tokens is None and not any(length in x.shape for other, x in window.items() if other != name):
+        raise InputError(f"{name} in {where} is {length} long, which no other array there is")
+    if not bool(mask.any()):
+        raise InputError(f"{name} in {where} masks every position")

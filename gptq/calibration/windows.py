@@ -1,6 +1,7 @@
-"""Calibration windows: the inputs of the model's forward in each window, made from text, arrays or tokens."""
+"""Calibration windows: the inputs of the model's forward in each window, made from text, chats, images or arrays."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +10,110 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gptq.calibration.arrays import Inputs, as_inputs, is_arrays, read_arrays
-from gptq.calibration.text import documents, draw_windows, special_token_frame
+from gptq.calibration.chats import draw_chats, find_reader
+from gptq.calibration.processed import needs_processor, process_rows
+from gptq.calibration.sources import Table, open_table, table_of
+from gptq.calibration.text import draw_windows, special_token_frame, text_column
+from gptq.checkpoint.hub import resolve
 from gptq.config import QuantConfig
 from gptq.errors import InputError
-from gptq.models.forward import check_tokens
-from gptq.models.hf_config import fit_seq_len, read_tokenizer
+from gptq.models.forward import accepted_inputs, check_tokens
+from gptq.models.hf_config import fit_seq_len, read_config, read_processor, read_tokenizer
 
 MAX_WINDOWS = 1024  # most windows that num_samples="auto" tries
+PROCESSED_WINDOWS = 128  # windows of images or sound that num_samples="auto" takes
 HELD_OUT_EVERY = 8  # one window in this many is held out: it measures the error and does not enter the solve
+LAZY = ("c4",)  # sources that are known to be text, and opened only when windows are drawn
 
-Calibration = str | Tensor | list[Inputs]  # a source of text, token windows (windows, tokens), or the model's inputs
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibrates a run. Exactly one of `source`, `table`, `tokens` and `inputs` is given."""
+
+    name: str  # what a record says of it
+    source: str = ""  # to be opened later
+    table: Table | None = None  # rows of texts or chats, from which windows are drawn
+    tokens: Tensor | None = None  # (windows, tokens)
+    inputs: list[Inputs] | None = None  # the model's inputs in each window
+    notes: tuple[str, ...] = ()  # for the user
+
+    @property
+    def sample(self) -> Inputs | None:
+        """The inputs of one window, if they may be other than text."""
+        return self.inputs[0] if self.inputs else None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether windows are drawn from it, so that it may have more than are asked for."""
+        return bool(self.source) or self.table is not None
 
 
 def read_calibration(
-    calibration: str | Path | Tensor | Iterable[Mapping[str, Any]], config: QuantConfig
+    given: str | Path | Tensor | Iterable[Any],
+    config: QuantConfig,
+    model: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Calibration:
-    """Check the `calibration` argument of `gptq.quantize`, and read it if it is a file of arrays.
+    """Check the `calibration` argument of `gptq.quantize`; read arrays, images and sound, and open other sources.
+
+    Args:
+        model: folder or Hub id of the model, whose processor reads images and sound.
 
     Raises:
         InputError: the argument is none of the accepted kinds, or cannot be read.
     """
-    if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or calibration.dtype not in (torch.int64, torch.int32) or not calibration.numel():
+    if isinstance(given, Tensor):
+        if given.ndim != 2 or given.dtype not in (torch.int64, torch.int32) or not given.numel():
             raise InputError("calibration windows are a (windows, tokens) tensor of integer token numbers")
-        return calibration.long()
-    if not isinstance(calibration, str | Path):
-        return as_inputs(calibration)
-    if config.method == "gptq" and is_arrays(str(calibration)):
-        return read_arrays(
-            str(calibration), MAX_WINDOWS if config.num_samples == "auto" else config.num_samples, config.seed
+        return Calibration(f"{tuple(given.shape)} given tokens", tokens=given.long())
+    if isinstance(given, str | Path):
+        source = str(given)
+        if config.method != "gptq" or source in LAZY:
+            return Calibration(source, source=source)
+        if is_arrays(source):
+            count = MAX_WINDOWS if config.num_samples == "auto" else config.num_samples
+            return Calibration(source, inputs=read_arrays(source, count, config.seed))
+        table = open_table(source, "train")
+    else:
+        items = given if hasattr(given, "column_names") else _listed(given)
+        found = table_of(items, "train")
+        if found is None:
+            return _given_inputs(items)
+        table = found
+    _check_columns(table)
+    if not needs_processor(table):
+        return Calibration(table.name, table=table)
+    folder = resolve(str(model), revision)
+    hf_config, processor = read_config(folder, trust_remote_code), read_processor(folder, trust_remote_code)
+    count = PROCESSED_WINDOWS if config.num_samples == "auto" else config.num_samples
+    inputs, notes = process_rows(table, processor, hf_config, count, config.seq_len, config.seed)
+    return Calibration(table.name, inputs=inputs, notes=tuple(notes))
+
+
+def _listed(given: Iterable[Any]) -> Any:
+    if isinstance(given, Mapping) and not hasattr(given, "num_rows"):
+        raise InputError("calibration is a list of dicts of arrays, one or more windows each; one dict is no list")
+    return given if hasattr(given, "num_rows") else list(given)
+
+
+def _given_inputs(items: Any) -> Calibration:
+    inputs = as_inputs(items if isinstance(items, list) else [])
+    return Calibration(f"{len(inputs)} given windows of {', '.join(inputs[0])}", inputs=inputs)
+
+
+def _check_columns(table: Table) -> None:
+    """Check that the rows hold text, chats, images or sound.
+
+    Raises:
+        InputError: no column fits; the message names those that there are, and those that would.
+    """
+    if "text" not in table.columns and find_reader(table.columns) is None and not needs_processor(table):
+        raise InputError(
+            f"{table.name} has no column 'text'; its columns are {', '.join(table.columns)}. Text is in `text`; chats "
+            "in `messages`, `conversations`, `prompt` and `response`, or `instruction` and `output`; images in `image` "
+            "or `images`, sound in `audio`"
         )
-    return str(calibration)
 
 
 def make_windows(
@@ -55,30 +129,43 @@ def make_windows(
     Raises:
         InputError: the source cannot be read, is too short, or does not fit the model.
     """
-    if isinstance(given, list):
-        return given, []
-    notes: list[str] = []
-    if isinstance(given, str):
-        tokenizer = read_tokenizer(folder, trust_remote_code)
-        seq_len, notes = fit_seq_len(config.seq_len, network.config, network)
-        frame = special_token_frame(tokenizer) if not network.can_generate() else []
-        rows = documents(given, "train")
-        given = draw_windows(rows, tokenizer, num_samples, seq_len, config.seed, frame)
-    check_tokens(given, network)
+    notes = [*given.notes]
+    if given.inputs is not None:
+        accepted = [accepted_inputs(window, network) for window in given.inputs]
+        dropped = [name for name in given.inputs[0] if name not in accepted[0]]
+        return accepted, notes + [f"{type(network).__name__} takes no {name}, which is left out" for name in dropped]
+    if given.tokens is not None:
+        drawn = list(given.tokens)
+    else:
+        given = given if given.table else replace(given, table=open_table(given.source, "train"))
+        drawn, fitted = _draw(given, num_samples, folder, network, config, trust_remote_code)
+        notes += fitted
+    check_tokens(torch.cat(drawn), network)
     if not network.config.is_encoder_decoder:
-        return [{"input_ids": window[None]} for window in given], notes
-    half = given.shape[1] // 2
+        return [{"input_ids": window[None]} for window in drawn], notes
     notes.append("the encoder reads the first half of each window, the decoder the second")
-    return [{"input_ids": w[None, :half], "decoder_input_ids": w[None, half:]} for w in given], notes
+    halves = [(window[None, : len(window) // 2], window[None, len(window) // 2 :]) for window in drawn]
+    return [{"input_ids": first, "decoder_input_ids": second} for first, second in halves], notes
 
 
-def describe_calibration(given: Calibration) -> str:
-    """Return the source's name, or the kind and number of the given windows."""
-    if isinstance(given, str):
-        return given
-    if isinstance(given, Tensor):
-        return f"{tuple(given.shape)} given tokens"
-    return f"{len(given)} given windows of {', '.join(given[0])}"
+def _draw(
+    given: Calibration,
+    num_samples: int,
+    folder: Path,
+    network: PreTrainedModel,
+    config: QuantConfig,
+    trust_remote_code: bool,
+) -> tuple[list[Tensor], list[str]]:
+    """Draw windows of tokens, (tokens,) each, from texts or chats; and notes for the user."""
+    if given.table is None:
+        raise InputError(f"{given.name} has no rows")
+    tokenizer = read_tokenizer(folder, trust_remote_code)
+    seq_len, notes = fit_seq_len(config.seq_len, network.config, network)
+    if "text" not in given.table.columns:
+        chats = draw_chats(given.table, tokenizer, num_samples, seq_len, config.seed, config.pack_chats)
+        return chats, notes
+    frame = special_token_frame(tokenizer) if not network.can_generate() else []
+    return list(draw_windows(text_column(given.table), tokenizer, num_samples, seq_len, config.seed, frame)), notes
 
 
 def count_tokens(windows: list[Inputs]) -> int:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import huggingface_hub
 import torch
 import transformers
 
-from gptq.calibration.arrays import is_arrays, read_arrays
-from gptq.calibration.windows import is_held_out
+from gptq.calibration.arrays import Inputs
+from gptq.calibration.windows import is_held_out, read_calibration
 from gptq.checkpoint import hub
 from gptq.cli.progress import Progress
 from gptq.compute.distributed import current_ranks, process_group
@@ -107,8 +107,7 @@ def _push(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     config = _read_config(args)
-    arrays = config.method == "gptq" and is_arrays(args.calibration)
-    sample = read_arrays(args.calibration, 1, config.seed)[0] if arrays else None
+    sample = _sample(args, config)
     plan = plan_checkpoint(args.model, config, args.revision, args.trust_remote_code, sample)
     found = compatibility.engines(plan.stored_layers)
     layers = list(plan.layers.values())
@@ -143,6 +142,14 @@ def _plan(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     _print_engines(found)
     return 0
+
+
+def _sample(args: argparse.Namespace, config: QuantConfig) -> Inputs | None:
+    """Return the inputs of one window, if the calibration data is there and may be other than text."""
+    if not Path(args.calibration).exists():
+        return None
+    one = replace(config, num_samples=1)
+    return read_calibration(args.calibration, one, args.model, args.revision, args.trust_remote_code).sample
 
 
 def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from gptq.errors import InputError
 
+TOKENIZER_EXTRAS = ("token_type_ids", "mm_token_type_ids", "special_tokens_mask", "length")  # not every model's inputs
+
 
 @dataclass(frozen=True)
 class Pause:
@@ -168,16 +170,17 @@ def check_tokens(windows: Tensor, network: PreTrainedModel) -> None:
         )
 
 
-def check_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> None:
-    """Check that the model's forward takes arguments with these names.
+def accepted_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the inputs without those that a tokenizer adds for other models.
 
     Raises:
-        InputError: the forward does not take one of the inputs.
+        InputError: the forward does not take one of the other inputs.
     """
     known = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
-    unknown = [name for name in inputs if name not in known]
+    unknown = [name for name in inputs if name not in known and name not in TOKENIZER_EXTRAS]
     if unknown:
         raise InputError(f"{type(model).__name__} takes no {unknown[0]}; it takes {', '.join(known)}")
+    return {name: x for name, x in inputs.items() if name in known}
 
 
 def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

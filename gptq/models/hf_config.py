@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
@@ -112,3 +112,22 @@ def fit_seq_len(seq_len: int, hf_config: PreTrainedConfig, model: nn.Module | No
     if limit < 2:
         raise InputError(f"config.json leaves room for windows of {limit} tokens; a window has at least 2")
     return limit, [f"windows are {limit} tokens, the model's limit, instead of {seq_len}"]
+
+
+def read_processor(folder: Path, trust_remote_code: bool) -> Any:
+    """Read the processor of a model folder: what makes the model's inputs of images and sound.
+
+    Raises:
+        InputError: the processor is missing or broken, or needs a package that is not installed.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # any type, depending on what the files hold
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder} has no usable processor: {reason}") from error
+    if isinstance(processor, PreTrainedTokenizerBase):
+        raise InputError(
+            f"{folder} has a tokenizer and no processor for images or sound; preprocessor_config.json of the original "
+            "is missing"
+        )
+    return processor

@@ -4,7 +4,7 @@ source tensors -> one block -> inputs of each layer -> Hessian -> solver -> code
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptq.calibration.arrays import Inputs
-from gptq.calibration.windows import Calibration, count_tokens, describe_calibration, is_held_out, read_calibration
+from gptq.calibration.windows import Calibration, count_tokens, is_held_out, read_calibration
 from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder, partial_folder_of
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
@@ -74,8 +74,7 @@ class Request:
 
     def plan(self, config: QuantConfig) -> Plan:
         """Plan the checkpoint with this config."""
-        sample = self.calibration[0] if isinstance(self.calibration, list) else None
-        return plan_checkpoint(self.model, config, self.revision, self.trust_remote_code, sample)
+        return plan_checkpoint(self.model, config, self.revision, self.trust_remote_code, self.calibration.sample)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def quantize(
     out: str | Path,
     config: QuantConfig | None = None,
     *,
-    calibration: str | Path | Tensor | Iterable[Mapping[str, Any]] = "c4",
+    calibration: str | Path | Tensor | Iterable[Any] = "c4",
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -109,9 +108,10 @@ def quantize(
         model: folder, or Hub id (then at `revision`).
         out: folder to create; it appears only when the run has succeeded. When a run fails or is killed after the first
             block, OUT.partial stays, and the same call resumes after the last finished block.
-        calibration: source of text or of arrays (see `gptq.calibration`); or ready windows of tokens, (windows, tokens)
-            integers; or the model's inputs, as dicts of arrays whose first dimension counts windows (`pixel_values` of
-            images, say, or `input_ids` and `attention_mask` of padded texts).
+        calibration: source of text, chats, images, sound or arrays (see `gptq.calibration.sources`); or a
+            `datasets.Dataset` or list of rows, a list of texts or of chats; or ready windows of tokens, (windows,
+            tokens) integers; or a list of the model's inputs, as dicts of arrays whose first dimension counts windows
+            (`input_ids` and `attention_mask` of padded texts, say), or as a processor returns them for one window.
         device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one.
         dtype: of the forward passes: "float32", "bfloat16", "float16"; "auto" is the dtype in config.json, but
             float32 on a CPU without native bfloat16. The solver works in float32 on the stored weights.
@@ -130,8 +130,8 @@ def quantize(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; at least one window has to be in flight")
     limits = memory_limit, gpu_memory_limit
-    windows_or_text = read_calibration(calibration, config)
-    request = Request(str(model), config, windows_or_text, revision, trust_remote_code, batch_size, limits, observer)
+    opened = read_calibration(calibration, config, model, revision, trust_remote_code)
+    request = Request(str(model), config, opened, revision, trust_remote_code, batch_size, limits, observer)
     plan = request.plan(config)
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
@@ -187,7 +187,7 @@ def _prepare(request: Request, plan: Plan, device: torch.device, dtype: torch.dt
     weights = WeightStream(plan.source, plan.names, device, dtype)
     if config.method != "gptq":
         return Prepared(plan, weights, None, [])
-    observer.stage(f"reading calibration data from {describe_calibration(request.calibration)}")
+    observer.stage(f"reading calibration data from {request.calibration.name}")
     windows, notes = find_enough_windows(
         request.calibration, plan, config, weights, request.trust_remote_code, observer, journal
     )
@@ -352,7 +352,7 @@ def _make_record(request: Request, prepared: Prepared, store: BlockStore) -> Rec
     values = {
         "model": model_name(request.model),
         "config": request.config.to_dict(),
-        "calibration": None if windows is None else public_name(describe_calibration(request.calibration)),
+        "calibration": None if windows is None else public_name(request.calibration.name),
         "sizes": {
             "bits_per_weight": plan.bits_per_weight,
             "quantized_bytes_before": sum(plan.source_bytes(layer) for layer in layers.values()),

@@ -70,7 +70,7 @@ def _search_windows(
     observer: Observer,
 ) -> tuple[list[Inputs], list[str]]:
     windows, notes = make_windows(given, MIN_WINDOWS, plan.folder, plan.network, config, trust_remote_code)
-    if not isinstance(given, str):
+    if not given.is_drawn:
         return windows, notes
     alone = replace(config, effort="fast", two_streams=False, tune_steps=0, target_bits=None, target_size=None)
     while True:

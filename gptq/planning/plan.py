@@ -21,7 +21,7 @@ from gptq.formats.original import open_original
 from gptq.formats.scheme import Layers, Scheme
 from gptq.models.blocks import Block, find_blocks, find_gates, find_head, group_fused_siblings, is_transposed, shape_of
 from gptq.models.build import check_untied, open_model
-from gptq.models.forward import check_inputs
+from gptq.models.forward import accepted_inputs
 from gptq.models.reached_layers import find_unreached_layers
 from gptq.models.tensor_names import Names, check_tensors, note_on_unused
 from gptq.models.uncalled_layers import find_uncalled_layers
@@ -174,8 +174,7 @@ def _probe_inputs(
 ) -> Mapping[str, Tensor] | None:
     """Return inputs for a forward on the meta device; None if the method is RTN and the model does not take text."""
     if sample is not None:
-        check_inputs(sample, network)
-        return sample
+        return accepted_inputs(sample, network)
     if config.method == "rtn" and network.main_input_name != "input_ids":
         return None
     return {"input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long)}
@@ -210,11 +209,11 @@ def _notes_on_unreached(blocks: Iterable[Block], unreached: Collection[str], lay
         whole = len(missed) == sum(len(block.linears) for block in members)
         if stay:
             subject = name if whole and not asked else _abbreviate(stay)
-            verb = "stays as it is" if subject in (name, *stay) else "stay as they are"
-            yield f"{subject} {verb}: the calibration has no inputs for {'it' if verb.startswith('stays') else 'them'}"
+            one = subject in (name, *stay)
+            verb, it = ("stays as it is", "it") if one else ("stay as they are", "them")
+            yield f"{subject} {verb}: the calibration has no inputs for {it}"
         if asked:
-            why = "no calibration input reaches this, so it is rounded to nearest, as an override asks"
-            yield f"{_abbreviate(asked)}: {why}"
+            yield f"{_abbreviate(asked)}: rounded to nearest, as an override asks; no calibration input reaches this"
 
 
 def _note_on_uncalled(uncalled: list[str]) -> list[str]:
