@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from gptq import InputError, QuantConfig
 from gptq.calibration import arrays, chats, sources, windows
 from gptq.calibration import text as calibration
+from gptq.formats.original import open_original
 from gptq.models import build
 from tests.conftest import MakeModel
 
@@ -426,7 +427,7 @@ def test_every_kind_of_text_gives_the_same_windows(
         datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": rows})}), [{"text": row} for row in rows],
     ]  # fmt: skip
     folder, config = make_model("llama"), QuantConfig(num_samples=8, seq_len=32)
-    network = build.open_model(folder, False).network
+    network = build.open_model(open_original(folder), False).network
     drawn = []
     for one in given:
         opened = windows.read_calibration(one, config, folder)
