@@ -385,7 +385,7 @@ def test_layers_of_no_size_or_of_any_size_are_refused(name: str, checkpoints: di
 RECORDS: list[Callable[[dict[str, Any]], object]] = [
     lambda r: r["files"].update({"../secret": "0"}),
     lambda r: r["files"].update({"/etc/passwd": "0"}),
-    lambda r: r["files"].update({"a/b": "0"}),
+    lambda r: r["files"].update({"a/../b": "0"}),
     lambda r: r["files"].update({"a\nb": "0"}),
     lambda r: r["files"].update({"config.json": 5}),
     lambda r: r.update(files=[]),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq import InputError, QuantConfig, quantize
+from gptq.checkpoint import source_state
 from gptq.checkpoint.atomic_folder import CONTENT, MARKER
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.writer import ShardWriter
@@ -385,15 +386,15 @@ def test_an_unfinished_folder_is_no_checkpoint(make_model: MakeModel, windows: T
 
 def test_a_long_file_is_told_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MAX_HASHED_WHOLE", 1000), ("PIECE_BYTES", 10), ("PIECE_STRIDE", 100)):
-        monkeypatch.setattr(run_identity, name, value)
+        monkeypatch.setattr(source_state, name, value)
     file = tmp_path / "file"
     content = bytearray(2005)
 
     def told(at: int, length: int) -> bool:
         file.write_bytes(content)
-        before = run_identity.fingerprint(file)
+        before = source_state.fingerprint(file)
         file.write_bytes(content[:at] + b"x" * length + content[at + length :])
-        return run_identity.fingerprint(file) != before
+        return source_state.fingerprint(file) != before
 
     assert told(0, 1)
     assert told(2004, 1)

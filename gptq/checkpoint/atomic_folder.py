@@ -8,11 +8,12 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptq.checkpoint.small_files import sync_path
 from gptq.errors import InputError
 
 MARKER = ".unfinished"  # file in OUT.partial that shows that we made the folder and may empty it
@@ -30,6 +31,20 @@ class PartialFolder:
     root: Path
     content: Path  # subfolder that is renamed to OUT
     describe_kept: Callable[[], str] = str  # str() is empty
+    descriptor: int | None = None  # of the folder that this run has locked
+
+    def is_ours(self) -> bool:
+        """Whether the folder at `root` is still the one that this run has locked, and not removed or replaced."""
+        if self.descriptor is None:
+            return True
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self.descriptor), self.root.stat())
+        return False
+
+    def require_ours(self) -> None:
+        """Raises InputError if the folder was removed or replaced, so that nothing is written into another run's."""
+        if not self.is_ours():
+            raise InputError(f"{self.root} was removed or replaced while this run was writing into it; run again")
 
     def clear(self) -> None:
         """Remove all files of an earlier run."""
@@ -41,7 +56,9 @@ class PartialFolder:
         """Keep the shards of an earlier run; remove the other files, so that they do not look like a checkpoint."""
         self.content.mkdir(exist_ok=True)
         for file in self.content.iterdir():
-            if file.suffix != ".safetensors":
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            elif file.suffix != ".safetensors":
                 file.unlink()
 
     def require_disk_space(self, needed_bytes: int) -> None:
@@ -77,18 +94,22 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    with _exclusive_lock(root, out):
+    with _exclusive_lock(root, out) as descriptor:
         working = partial_folder_of(out)
+        working.descriptor = descriptor
         try:
             require_unused(out)  # again, now that the folder is locked
             (root / MARKER).touch()
             yield working
-            for file in working.content.iterdir():
+            working.require_ours()
+            for file in (*working.content.rglob("*"), working.content):
                 sync_path(file)
-            sync_path(working.content)
-            working.content.replace(out)
+            os.rename(CONTENT, out, src_dir_fd=descriptor)
             sync_path(out.parent)
         except BaseException as error:
+            if not working.is_ours():
+                _raise_if_replaced(error, working)
+                raise
             kept = working.describe_kept()
             if not kept:
                 _remove(root)
@@ -98,6 +119,15 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             _raise_with_remedy(error, out, root, kept)
             raise
         _remove(root)
+
+
+def _raise_if_replaced(error: BaseException, working: PartialFolder) -> None:
+    """Raise InputError for an error that follows from a working folder that is gone."""
+    if isinstance(error, OSError):
+        try:
+            working.require_ours()
+        except InputError as gone:
+            raise gone from error
 
 
 def _raise_with_remedy(error: BaseException, out: Path, root: Path, kept: str) -> None:
@@ -163,30 +193,16 @@ def require_unused(out: Path) -> None:
 
 
 @contextmanager
-def _exclusive_lock(folder: Path, out: Path) -> Iterator[None]:
-    """Hold an flock on the folder, which ends with the process; raises InputError if another run holds it."""
+def _exclusive_lock(folder: Path, out: Path) -> Iterator[int]:
+    """Hold an flock on the folder, which ends with the process; raises InputError if another run holds it.
+
+    Yields the folder's descriptor.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield descriptor
     except BlockingIOError as error:
         raise InputError(f"another run is writing {out}") from error
     finally:
         os.close(descriptor)
-
-
-def sync_path(path: Path) -> None:
-    """fsync a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> Iterable[str]:
-    """Copy the regular files of a folder whose name passes `wanted`; return their names."""
-    names = sorted(p.name for p in source.iterdir() if p.is_file() and wanted(p.name))
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names

@@ -75,8 +75,8 @@ def resolve(model: str, revision: str | None) -> Path:
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"{model}: no such folder")
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE", "NOTICE"]
-    patterns.append(ASSEMBLED)
+    suffixes = "safetensors json txt model jinja py md spm tiktoken bpe vocab yaml yml tsv"
+    patterns = [*(f"*.{suffix}" for suffix in suffixes.split()), "LICENSE*", "NOTICE*", "USE_POLICY*", ASSEMBLED]
     doubles = ["consolidated*", "original/*"]  # second copies of the weights, in the authors' own format
     try:
         copy = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))

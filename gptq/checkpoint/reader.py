@@ -1,9 +1,10 @@
 """Read a safetensors checkpoint one tensor at a time; every header is checked before the first weight is used."""
 
 import copy
+import hashlib
 import json
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,13 @@ class Source:
         tensor = torch.empty(shape, dtype=(stored.dtype.is_floating_point and dtype) or stored.dtype)
         for part in self._row_chunks(TensorInfo(stored.dtype, shape)):
             # Closing the file after each chunk unmaps it, so that its pages do not add to resident memory.
-            with safe_open(self._file_of[name], framework="pt") as file:
+            with _open(self._file_of[name]) as file:
                 within = part[0] if part else slice(0, shape[0] if shape else 0)
                 whole = not part and shape == stored.shape
                 at = slice(begin + within.start, begin + within.stop)
                 piece: Tensor = file.get_tensor(name) if whole else file.get_slice(name)[at]
+                if piece.shape != tensor[part].shape:
+                    raise InputError(f"{self._file_of[name]} was replaced while it was in use; run again")
                 if stored.dtype.is_floating_point:
                     self.require_finite(piece, name)
                 tensor[part].copy_(piece)
@@ -134,7 +137,7 @@ class Source:
 
     def read_unchecked(self, name: str, entry: int | None = None) -> Tensor:
         """Copy a tensor, or an entry of its first dimension, to memory as stored, without a check of its numbers."""
-        with safe_open(self._file_of[name], framework="pt") as file:
+        with _open(self._file_of[name]) as file:
             tensor: Tensor = file.get_tensor(name) if entry is None else file.get_slice(name)[entry]
             return tensor.clone()
 
@@ -153,6 +156,19 @@ def is_finite(piece: Tensor) -> bool:
         return True
     ends = (piece if piece.dtype.itemsize > 1 else piece.float()).aminmax()  # NaN if any number is NaN
     return bool(torch.isfinite(ends.min) and torch.isfinite(ends.max))
+
+
+def headers_of(source: Source) -> dict[str, str]:
+    """Return the SHA-256 of each file's bytes before the first tensor, by the file's name."""
+    ends: dict[Path, int] = {}
+    for name in source.tensors:
+        file, (start, _) = source.file_of(name), source.byte_range(name)
+        ends[file] = min(start, ends.get(file, start))
+    found = {}
+    for file, end in sorted(ends.items()):
+        with file.open("rb") as opened:
+            found[file.name] = hashlib.sha256(opened.read(end)).hexdigest()
+    return found
 
 
 def _find_shards(folder: Path) -> tuple[set[str], list[Path]]:
@@ -208,14 +224,25 @@ def read_index(folder: Path) -> dict[str, str]:
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     """Read a file's header; safetensors checks that the tensors fill the file without gaps and overlaps."""
+    with _open(file) as opened:
+        names = list(opened.keys())
+        odd = next((name for name in names if not name.isprintable()), None)
+        if odd is not None:
+            raise InputError(f"{file} holds the tensor {odd!r}, a name with control characters")
+        slices = {name: opened.get_slice(name) for name in names}
+        return {n: TensorInfo(_dtype(s.get_dtype(), n, file), tuple(s.get_shape())) for n, s in slices.items()}
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """Open a safetensors file; whatever the library says of it inside becomes one sentence with the file's name.
+
+    Raises:
+        InputError: the file is damaged or gone.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            odd = next((name for name in names if not name.isprintable()), None)
-            if odd is not None:
-                raise InputError(f"{file} holds the tensor {odd!r}, a name with control characters")
-            slices = {name: opened.get_slice(name) for name in names}
-            return {n: TensorInfo(_dtype(s.get_dtype(), n, file), tuple(s.get_shape())) for n, s in slices.items()}
+            yield opened
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is damaged or cut short ({error}); download it again") from error
 

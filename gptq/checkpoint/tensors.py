@@ -33,6 +33,9 @@ class TensorInfo:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def __str__(self) -> str:
+        return f"{DTYPE_CODES[self.dtype]} {'x'.join(map(str, self.shape)) or 'scalar'}"
+
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes as safetensors stores them: row-major, little-endian."""

@@ -6,18 +6,19 @@ upload.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gptq.checkpoint.companions import companions
 from gptq.errors import InputError
 
 MAX_JSON_BYTES = 2**28  # limit of a JSON file; the largest known JSON file, a tokenizer of 260,000 tokens, has 33 MB
 MAX_DEPTH = 64  # levels of nested JSON; much deeper nesting overflows the stack of recursive readers
-FOLDERS = ("", "additional_chat_templates")  # parts of a checkpoint folder that we or transformers read
 
 
 def check_folder(folder: Path) -> None:
-    """Check every entry of a checkpoint folder before any of its files is opened.
+    """Check every entry of a checkpoint folder, and every file below it that comes along, before any is opened.
 
     A link may lead to a file inside the folder. In the Hub's cache, whose snapshots consist of links, it may also lead
     to a file in the cache's `blobs`.
@@ -26,19 +27,23 @@ def check_folder(folder: Path) -> None:
         InputError: something is neither a file nor a folder (a pipe, a device), a link leads elsewhere, a name holds
             control characters, or a JSON file is too large; the message names the entry.
     """
+    if folder.is_dir():
+        check_files(folder, [*sorted(path.name for path in folder.iterdir()), *companions(folder)[0]])
+
+
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Check these entries of a checkpoint folder, given relative to it, as `check_folder` does."""
     folder = folder.resolve()
     inside = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
-    for part in FOLDERS:
-        if (folder / part).is_dir():
-            for path in sorted((folder / part).iterdir()):
-                _check_entry(path, inside)
+    for name in dict.fromkeys(names):
+        _check_entry(folder / name, inside)
 
 
 def _check_entry(path: Path, inside: list[Path]) -> None:
     if not path.name.isprintable():
         raise InputError(f"{path.parent} holds a file whose name has control characters: {path.name!r}")
     try:
-        target = path.resolve() if path.is_symlink() else path
+        target = path.resolve()
         found, is_file = target.stat(), target.is_file()
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
         raise InputError(f"{path} cannot be opened: {error}") from error

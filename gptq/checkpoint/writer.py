@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from gptq.checkpoint.atomic_folder import sync_path
+from gptq.checkpoint.small_files import sync_path, write_file
 from gptq.checkpoint.tensors import DTYPE_CODES, DTYPES, INDEX, SINGLE, TensorInfo, tensor_bytes
 
 MAX_SHARD_BYTES = 5_000_000_000  # bytes of tensors in a shard
@@ -84,7 +84,7 @@ class ShardWriter:
         weight_map = {n: Path(self._files[i].name).name for i, names in enumerate(shards) for n in names}
         total = sum(info.nbytes for info in self._tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_file(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor to its place.

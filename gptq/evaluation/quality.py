@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from gptq.checkpoint.json_objects import Count, IfPresent, JsonObject, read_object
+from gptq.checkpoint.small_files import exclusive, write_file
 from gptq.checkpoint.untrusted import read_json
 from gptq.output.results import QUALITY
 
@@ -57,8 +58,7 @@ def read_measurements(folder: Path) -> list[Measurement]:
 
 def add_measurement(folder: Path, measured: Measurement) -> None:
     """Write a measurement into the folder's quality.json; it replaces an earlier measurement of the same setting."""
-    kept = [earlier for earlier in read_measurements(folder) if earlier.setting != measured.setting]
-    content = {"measurements": [one.to_dict() for one in (*kept, measured)]}
-    partial_file = folder / f"{QUALITY}.partial"
-    partial_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial_file.replace(folder / QUALITY)
+    with exclusive(folder):
+        kept = [earlier for earlier in read_measurements(folder) if earlier.setting != measured.setting]
+        content = {"measurements": [one.to_dict() for one in (*kept, measured)]}
+        write_file(folder / QUALITY, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

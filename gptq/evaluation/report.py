@@ -6,12 +6,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from gptq.checkpoint.small_files import write_file
 from gptq.checkpoint.untrusted import check_folder
 from gptq.evaluation import charts
 from gptq.evaluation.charts import Chart, Series
 from gptq.evaluation.quality import Measurement, read_measurements
 from gptq.output.record import LayerRecord, Record, WrittenRecord, read_record
-from gptq.output.results import QUALITY
+from gptq.output.results import QUALITY, REPORT
 
 PAGE = "index.html"
 MAX_TICKS = 12  # on the x axis
@@ -67,23 +68,16 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
     record, measurements = read_record(folder), read_measurements(folder)
     figures = {name: draw(record) for name, draw in FIGURES.items()}
     drawn = {name: chart for name, chart in figures.items() if chart}
-    to = to or folder / "report"
+    to = to or folder / REPORT
     to.mkdir(parents=True, exist_ok=True)
-    page = _remove_link(to / PAGE)
-    page.write_text(_render_page(folder.resolve().name, record, measurements, drawn), encoding="utf-8")
+    page = to / PAGE
+    write_file(page, _render_page(folder.resolve().name, record, measurements, drawn))
     worst = max(record.layers, key=lambda layer: layer.error or 0.0)
     pictures = []
     for name, chart in {**drawn, **_draw_histograms(worst)}.items():
-        pictures.append(_remove_link(to / f"{name}.svg"))
-        pictures[-1].write_text(charts.render_svg_file(chart), encoding="utf-8")
+        pictures.append(to / f"{name}.svg")
+        write_file(pictures[-1], charts.render_svg_file(chart))
     return page, pictures
-
-
-def _remove_link(path: Path) -> Path:
-    """Remove a link at this path, so that writing does not change the link's target; return the path."""
-    if path.is_symlink():
-        path.unlink()
-    return path
 
 
 # --- the record as charts ---------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import torch
 from gptq import formats
 from gptq.checkpoint.assembled import AssembledSource, open_source
 from gptq.checkpoint.atomic_folder import atomic_folder
+from gptq.checkpoint.companions import note_on_left_out
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
+from gptq.checkpoint.source_state import SourceState
 from gptq.checkpoint.tensors import TensorInfo, sha256
 from gptq.checkpoint.writer import ShardWriter
 from gptq.config import Format
@@ -62,6 +64,7 @@ def convert(
         InputError: the checkpoint cannot be read, or the format cannot hold one of its layers, which the message names.
     """
     folder = resolve(str(model), revision)
+    state = SourceState.of(folder)
     plan = _plan_conversion(model, folder, chosen, trust_remote_code)
     source, record, shards = plan.source, plan.record, _plan_shards(plan.source, plan.layers)
     tensors = {name: info for shard in shards for name, info in shard.items()}
@@ -76,7 +79,9 @@ def convert(
         if not record.layers:
             record = record.model_copy(update={"layers": _layer_records(plan, checksums)})
         after = write_files(folder, partial_out, chosen, plan.linears, record, writer.checksums)
-    return Converted(str(out), chosen, len(plan.layers), _note_scale_dtypes(plan.layers), source.file_bytes, after)
+        state.require_same()
+    notes = [*_note_scale_dtypes(plan.layers), *note_on_left_out(folder, {file.name for file in source.files})]
+    return Converted(str(out), chosen, len(plan.layers), notes, source.file_bytes, after)
 
 
 LayerPlans = dict[str, tuple[PackedLayer, Scheme]]  # by stored name: how a layer is stored, and its new scheme

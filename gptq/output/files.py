@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from gptq.checkpoint.assembled import INDEX_FILE, TensorIndex, open_source
-from gptq.checkpoint.atomic_folder import copy_files
+from gptq.checkpoint.companions import copy_companions
+from gptq.checkpoint.reader import headers_of
+from gptq.checkpoint.small_files import exclusive, write_file
 from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import read_json
 from gptq.config import Format, QuantConfig
@@ -24,7 +26,6 @@ from gptq.planning.plan import Plan
 from gptq.version import __version__
 
 ASSEMBLED = "assembled"  # name of the folder in which files for an engine are made
-COPIED_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".md", "LICENSE", "NOTICE")
 
 
 def linears_of(plan: Plan) -> Linears:
@@ -91,7 +92,7 @@ def write_files(
         QUALITY,
         INDEX_FILE,
     }  # quality.json is not copied: it holds measurements of the source, not of this result
-    copy_files(source, out, lambda n: n.endswith(COPIED_FILES) and n not in written and not n.endswith(".index.json"))
+    copy_companions(source, out, lambda name: name not in written)
     quantization = quantization_config(chosen, linears, record)
     hf_config = read_json(source / "config.json")
     for known in FORMATS.values():
@@ -109,15 +110,23 @@ def write_files(
     if described.sizes is not None:
         sizes = described.sizes.model_copy(update={"file_bytes_after": written_tensors.file_bytes})
         described = described.model_copy(update={"sizes": sizes})
-    (out / CARD).write_text(render_model_card(chosen, linears.layers, described), encoding="utf-8")
+    write_file(out / CARD, render_model_card(chosen, linears.layers, described))
     whole = {
         "quantizer": f"gptq {__version__}",
         **described.to_dict(),
         "tensors": dict(sorted(checksums.items())),
-        "files": {p.name: sha256_file(p) for p in sorted(out.iterdir()) if p not in written_tensors.files},
+        "layout": {name: str(info) for name, info in sorted(written_tensors.tensors.items())},
+        "headers": headers_of(written_tensors),
+        "files": {p.relative_to(out).as_posix(): sha256_file(p) for p in _files_below(out, written_tensors.files)},
     }
     write_json(out / RECORD, whole)
     return written_tensors.file_bytes
+
+
+def _files_below(out: Path, tensors: list[Path]) -> list[Path]:
+    """Return the files of a result except those with tensors; the files at the top come first."""
+    found = [path for path in out.rglob("*") if path.is_file() and path not in tensors]
+    return sorted(found, key=lambda path: (path.parent != out, path))
 
 
 def _assemble(folder: Path, chosen: Format) -> TensorIndex | None:
@@ -149,11 +158,12 @@ def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def add_perplexity(folder: Path, measured: PerplexityRecord, chosen: Format, layers: Layers) -> None:
     """Write a measured perplexity into a folder's record and model card."""
-    record = read_record(folder)
-    if record.config is not None:
-        QuantConfig.from_dict(record.config)  # the card lists its options
-    measurements = [*(record.perplexity or []), measured]
-    record = record.model_copy(update={"perplexity": measurements})
-    (folder / CARD).write_text(render_model_card(chosen, layers, record), encoding="utf-8")
-    files = {**record.files, CARD: sha256_file(folder / CARD)}
-    write_json(folder / RECORD, record.model_copy(update={"files": files}).to_dict())
+    with exclusive(folder):
+        record = read_record(folder)
+        if record.config is not None:
+            QuantConfig.from_dict(record.config)  # the card lists its options
+        measurements = [*(record.perplexity or []), measured]
+        record = record.model_copy(update={"perplexity": measurements})
+        write_file(folder / CARD, render_model_card(chosen, layers, record))
+        files = {**record.files, CARD: sha256_file(folder / CARD)}
+        write_json(folder / RECORD, record.model_copy(update={"files": files}).to_dict())

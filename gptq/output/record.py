@@ -6,12 +6,13 @@ The record holds no time and no path, so that the same run writes the same bytes
 import json
 import re
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from gptq.checkpoint.json_objects import Count, IfPresent, JsonObject, Printable, read_object
+from gptq.checkpoint.small_files import write_file
 from gptq.checkpoint.untrusted import read_json
 from gptq.config import FORMATS, Format
 from gptq.errors import InputError
@@ -20,9 +21,9 @@ from gptq.output.results import CARD, CODE_BINS, RECORD, WEIGHT_BINS, LayerResul
 from gptq.planning.plan import LayerPlan
 
 
-def _require_file_name(name: str) -> str:
-    if Path(name).name != name:
-        raise ValueError("a path")
+def _require_path_inside(name: str) -> str:
+    if name != PurePosixPath(name).as_posix() or name.startswith("/") or not {".", ".."}.isdisjoint(name.split("/")):
+        raise ValueError("a path that leads out of the folder")
     return name
 
 
@@ -34,7 +35,10 @@ def _require_known_format(name: str) -> str:
 
 Error = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Bytes = Annotated[float, Field(ge=0, le=2**60, allow_inf_nan=False)]
-FileName = Annotated[Printable, AfterValidator(_require_file_name)]
+FileName = Annotated[Printable, AfterValidator(_require_path_inside)]
+
+
+OF_THE_FILES = ("quantizer", "tensors", "layout", "headers", "files")  # fields of `WrittenRecord`
 
 
 class LayerRecord(JsonObject):
@@ -129,12 +133,14 @@ class WrittenRecord(Record):
 
     quantizer: IfPresent[str] = None
     tensors: dict[Printable, str]
+    layout: IfPresent[dict[Printable, Printable]] = None  # dtype and shape of each tensor; older records lack it
+    headers: IfPresent[dict[FileName, str]] = None  # of what lies before the tensors in each file
     files: dict[FileName, str]
 
     def without_checksums(self) -> Record:
         """Return the record of how the checkpoint was quantized, without checksums of tensors and files."""
         kept = self.to_dict()
-        return Record(**{key: value for key, value in kept.items() if key not in ("quantizer", "tensors", "files")})
+        return Record(**{key: value for key, value in kept.items() if key not in OF_THE_FILES})
 
 
 def layer_records(
@@ -178,7 +184,7 @@ def read_record(folder: Path) -> WrittenRecord:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     text = re.sub(r"\[[-\d,.\se]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # histograms on one line
-    path.write_text(text + "\n", encoding="utf-8")
+    write_file(path, text + "\n")
 
 
 def mentions_record(folder: Path) -> bool:

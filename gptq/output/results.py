@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RECORD = "quantization_record.json"
+from gptq.checkpoint.companions import RECORD, REPORT
+
+__all__ = [
+    "CARD", "CODE_BINS", "QUALITY", "RECORD", "REPORT", "WEIGHT_BINS", "BlockError", "Coverage", "LayerResult",
+    "code_histogram", "weight_histogram",
+]  # fmt: skip
+
 QUALITY = "quality.json"  # the file with measurements of `gptq eval --save`
 CARD = "README.md"
 WEIGHT_BINS, CODE_BINS = 40, 64  # largest numbers of bins in the record's histograms

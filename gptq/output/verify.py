@@ -10,9 +10,9 @@ import torch
 
 from gptq import formats
 from gptq.checkpoint.assembled import open_source
-from gptq.checkpoint.reader import Source, readable_tensors
+from gptq.checkpoint.reader import Source, headers_of, readable_tensors
 from gptq.checkpoint.tensors import sha256, sha256_file
-from gptq.checkpoint.untrusted import check_folder
+from gptq.checkpoint.untrusted import check_files, check_folder
 from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats.compatibility import Engine, engines
@@ -166,6 +166,7 @@ def verify(folder: str | Path) -> Verification:
         return Verification(False, len(packed), len(source.tensors), 0, problems)
     check_folder(folder)
     record = read_record(folder)
+    check_files(folder, (name for name in record.files if (folder / name).exists()))
     problems = [*_find_changed_files(folder, record.files)]
     if any(problem.startswith(("config.json", QUANTIZE_CONFIG)) for problem in problems):
         problems += _find_changed_schemes(folder, record.layers)
@@ -175,7 +176,8 @@ def verify(folder: str | Path) -> Verification:
     except InputError as error:
         problems += [str(error), *_find_lost(folder, record)]
     else:
-        problems += [*_find_changed_tensors(source, record.tensors)]
+        problems += [*(changed := [*_find_changed_tensors(source, record)])]
+        problems += [] if changed else [*_find_changed_headers(source, record.headers or {})]
         problems += _find_changed_weights(source, packed, record.layers)
     return Verification(True, len(record.layers), len(record.tensors), len(record.files), problems)
 
@@ -246,12 +248,26 @@ def _find_lost(folder: Path, record: WrittenRecord) -> Iterator[str]:
             yield f"the tensor {name} is missing: the file that it was in is gone or damaged"
 
 
-def _find_changed_tensors(source: Source, recorded: dict[str, str]) -> Iterator[str]:
+def _find_changed_headers(source: Source, recorded: dict[str, str]) -> Iterator[str]:
+    """Find files whose tensors are as they were written, but not what the file says before they begin.
+
+    Tensors that were put into other files are no difference.
+    """
+    found = headers_of(source)
+    for name in sorted(found.keys() & recorded.keys() if len(found) == len(recorded) else ()):
+        if found[name] != recorded[name]:
+            yield f"the header of {name} was changed after it was written"
+
+
+def _find_changed_tensors(source: Source, record: WrittenRecord) -> Iterator[str]:
+    recorded, layout = record.tensors, record.layout or {}
     for name in sorted(source.tensors.keys() | recorded.keys()):
         if name not in source.tensors:
             yield f"the tensor {name} is missing"
         elif name not in recorded:
             yield f"the tensor {name} was added"
+        elif layout.get(name, now := str(source.tensors[name])) != now:
+            yield f"the tensor {name} was written as {layout[name]} and is now said to be {now}"
         elif sha256(source.read_unchecked(name)) != recorded[name]:
             yield f"the tensor {name} was changed after it was written"
 

@@ -1,5 +1,7 @@
 """Store finished blocks on disk: tensors in the output shards, everything else in the journal."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from gptq import formats
@@ -12,13 +14,16 @@ from gptq.planning.plan import LayerPlan
 class BlockStore:
     """Stores the result of each finished block, so that a stopped run can resume after it."""
 
-    def __init__(self, writer: ShardWriter, journal: Journal) -> None:
+    def __init__(self, writer: ShardWriter, journal: Journal, check: Callable[[], None]) -> None:
+        """`check` is called before a block is stored; it raises an error if the block may not be trusted."""
         self.finished: dict[str, BlockResult] = {}  # by block name, in the order in which they finished
         self._writer = writer
         self._journal = journal
+        self._check = check
 
     def commit(self, result: BlockResult) -> None:
         """Write a block's tensors to disk, and then its entry in the journal."""
+        self._check()
         for name, tensor in result.tensors.items():
             self._writer.write(name, tensor)
         self._writer.sync()

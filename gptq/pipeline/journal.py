@@ -16,13 +16,13 @@ with the same weights, so the output is the same to the byte.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gptq.calibration.arrays import Inputs
-from gptq.checkpoint.atomic_folder import sync_path
+from gptq.checkpoint.small_files import sync_path
 from gptq.errors import InputError
 from gptq.pipeline.run_identity import checksum_of_windows, find_differences, list_changes
 
@@ -34,9 +34,10 @@ Entry = tuple[str, dict[str, Any]]  # kind and content
 class Journal:
     """The journal in one working folder."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the folder's journal; without a file it is empty."""
+    def __init__(self, folder: Path, require_ours: Callable[[], None] = lambda: None) -> None:
+        """Read the folder's journal; without a file it is empty. `require_ours` is called before each writing."""
         self.file = folder / JOURNAL
+        self._require_ours = require_ours
         self._parse(self.file.read_bytes() if self.file.is_file() else b"")
 
     def _parse(self, content: bytes) -> None:
@@ -62,7 +63,11 @@ class Journal:
 
     def is_worth_keeping(self) -> bool:
         """Whether resuming would save work."""
-        return any(kind in COSTLY for kind, _ in self.entries)
+        return self.says_what_was_begun() and any(kind in COSTLY for kind, _ in self.entries)
+
+    def says_what_was_begun(self) -> bool:
+        """Whether the first line is there, without which nothing tells what the others belong to."""
+        return bool(self.entries) and self.entries[0][0] == "begun"
 
     def describe_kept(self, blocks: int) -> str:
         """Tell the user of a failed run over `blocks` blocks what the folder keeps; "" if nothing was finished."""
@@ -77,6 +82,7 @@ class Journal:
 
     def append(self, kind: str, content: dict[str, Any]) -> None:
         """Write an entry and sync it to disk, so that it survives a power cut."""
+        self._require_ours()
         line = _line({kind: content}).encode()
         with self.file.open("r+b" if self.file.exists() else "w+b") as file:
             file.truncate(self._ends[-1])  # a torn line, if any

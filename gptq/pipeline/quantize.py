@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from gptq.pipeline.journal import Journal
 from gptq.pipeline.offload import ActivationOffload
 from gptq.pipeline.resume import open_journal, run_finished_block
 from gptq.pipeline.run import Observer, Run
-from gptq.pipeline.run_identity import describe_run
+from gptq.pipeline.run_identity import decisive_files, describe_run
 from gptq.pipeline.search import choose_widths, find_enough_windows, note_on_samples
 from gptq.planning import memory
 from gptq.planning.plan import Plan, plan_checkpoint
@@ -133,6 +134,7 @@ def quantize(
     opened = read_calibration(calibration, config, model, revision, trust_remote_code)
     request = Request(str(model), config, opened, revision, trust_remote_code, batch_size, limits, observer)
     plan = request.plan(config)
+    state = plan.state  # of the first plan: another one may be made later
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
     ranks = current_ranks(where)
@@ -150,7 +152,7 @@ def quantize(
             observer.note(note)
         observer.started(len(plan.blocks), sum(layer.outputs * layer.inputs for layer in plan.layers.values()))
         writer = _open_writer(working, plan.tensors, ranks)
-        store = BlockStore(writer, journal)
+        store = BlockStore(writer, journal, partial(state.require_same, decisive_files(plan.source)))
         try:
             notes += _quantize_checkpoint(request, prepared, store, working.root, ranks)
             _copy_unquantized(plan, prepared.weights, writer, ranks, observer)
@@ -159,9 +161,11 @@ def quantize(
             writer.abandon()
         record, after = _make_record(request, prepared, store), plan.file_bytes
         if ranks.rank == 0:
+            working.require_ours()
             after = write_files(
                 plan.folder, working.content, plan.format, linears_of(plan), record, writer.checksums, plan.changes
             )
+            state.require_same()
     ranks.barrier()  # wait until the first process has moved the output into place
     prefetcher = prepared.weights.prefetcher
     observer.prefetched(prefetcher.nbytes, prefetcher.seconds, prefetcher.waited)

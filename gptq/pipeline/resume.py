@@ -25,11 +25,12 @@ def open_journal(working: PartialFolder, begun: dict[str, Any], blocks: int, ran
     if ranks.rank:
         copy = JournalCopy(working.root, ranks.broadcast_text(""))
         return copy, copy.require_same(begun)
-    journal = Journal(working.root)
-    damaged = [f"{journal.file} is damaged; what it does not say any more is done again"] if journal.damaged else []
+    journal = Journal(working.root, working.require_ours)
+    is_damaged = journal.damaged or (journal.entries and not journal.says_what_was_begun())
+    damaged = [f"{journal.file} is damaged; what it does not say any more is done again"] if is_damaged else []
     if not journal.is_worth_keeping():
         working.clear()
-        journal = Journal(working.root)
+        journal = Journal(working.root, working.require_ours)
         journal.append("begun", begun)
     working.describe_kept = partial(journal.describe_kept, blocks)
     notes = journal.require_same(begun)

@@ -11,13 +11,11 @@ import transformers
 from torch import Tensor
 
 from gptq.checkpoint.reader import Source
+from gptq.checkpoint.source_state import fingerprint
 from gptq.checkpoint.tensors import sha256
 from gptq.config import Override, QuantConfig
 from gptq.formats.quantization_config import MODELOPT_CONFIG
 from gptq.version import __version__
-
-MAX_HASHED_WHOLE = 2**26  # bytes; of larger files only pieces are hashed
-PIECE_BYTES, PIECE_STRIDE = 2**16, 2**24  # length of a piece, and distance from one to the next
 
 
 def describe_run(
@@ -39,35 +37,18 @@ def describe_run(
         "processor": gpu or torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-    described = [
-        *source.files,
-        *source.folder.glob("config.json"),
-        *source.folder.glob(MODELOPT_CONFIG),
-        *source.folder.glob("*.py"),
-    ]
     return {
         "version": {"gptq": __version__},
         "options": {**config.to_dict(), **settings},
-        "source": {file.name: fingerprint(file) for file in described},
+        "source": {file.name: fingerprint(file) for file in decisive_files(source)},
         "machine": machine,
     }
 
 
-def fingerprint(file: Path) -> str:
-    """Return a file's size and checksum; of a large file only pieces are read, so that 140 GB take seconds.
-
-    The modification time is ignored: a model that was downloaded again is the same.
-    """
-    size = file.stat().st_size
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        if size <= MAX_HASHED_WHOLE:
-            digest.update(opened.read())
-        else:
-            for start in [*range(0, size, PIECE_STRIDE), size - PIECE_BYTES]:
-                opened.seek(start)
-                digest.update(opened.read(PIECE_BYTES))
-    return f"{size} {digest.hexdigest()}"
+def decisive_files(source: Source) -> list[Path]:
+    """Return the files that decide on the weights of the result: those of the source's, config.json and the code."""
+    folder = source.folder
+    return [*source.files, *folder.glob("config.json"), *folder.glob(MODELOPT_CONFIG), *folder.glob("*.py")]
 
 
 def checksum_of_windows(windows: Iterable[Mapping[str, Tensor]]) -> str:

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq import formats
+from gptq.checkpoint.companions import note_on_left_out
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
+from gptq.checkpoint.source_state import SourceState
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
@@ -82,6 +84,7 @@ class Plan:
     tensors: dict[str, TensorInfo]  # tensors of the quantized checkpoint
     slices: dict[str, str]  # tensors of it that are a slice of a source tensor -> the parameter in the model
     changes: dict[str, Any]  # values to replace in config.json
+    state: SourceState  # the folder's files before the first was read
     notes: list[str]  # for the user
     rounded: frozenset[str] = frozenset()  # layers that no calibration input reaches, and an override asks for
 
@@ -144,6 +147,7 @@ def plan_checkpoint(
         InputError: the checkpoint cannot be quantized with this config; the message says what to change.
     """
     folder = resolve(model, revision)
+    state = SourceState.of(folder)
     opened = open_model(open_original(folder), trust_remote_code)
     source, hf_config, network, names = opened.source, opened.hf_config, opened.network, opened.names
     left_over = check_tensors(network, names, source.tensors)
@@ -162,10 +166,12 @@ def plan_checkpoint(
     notes = [*source.notes, *opened.notes, *_notes_on_unreached(every_block, unreached, layers)]
     notes += [*_note_on_uncalled(uncalled), *extended]
     notes += [*notes_on_shapes(layers.values(), config), *note_on_unused(left_over)]
+    notes += note_on_left_out(folder, {file.name for file in source.files})
     tensors, slices = list_result_tensors(source, layers, names)
     rounded = frozenset(unreached & layers.keys())
     return Plan(
-        folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, slices, changes, notes, rounded
+        folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, slices, changes, state, notes,
+        rounded,
     )
 
 

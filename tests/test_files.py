@@ -1,0 +1,213 @@
+"""Files beside the weights come along; files that change meanwhile, or that are written by several, spoil no result."""
+
+import json
+import os
+import shutil
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptq import InputError, QuantConfig, quantize
+from gptq.checkpoint.atomic_folder import partial_folder
+from gptq.checkpoint.small_files import write_file
+from gptq.evaluation.quality import Measurement, add_measurement, read_measurements
+from gptq.output import verify
+from gptq.output.convert import convert
+from gptq.output.record import PerplexityRecord, read_record
+from gptq.output.results import RECORD
+from gptq.pipeline.run import Observer
+from tests.conftest import MakeModel
+
+CONFIG = QuantConfig(bits=4, group_size=32, effort="fast", format="gptq")
+BESIDE = (
+    "source.spm", "qwen.tiktoken", "vocab.bpe", "modules.json", "1_Pooling/config.json", "code/layers/own.py",
+    "additional_chat_templates/tool_use.jinja", "LICENSE.txt",
+)  # fmt: skip
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_whatever_is_neither_weights_nor_hidden_comes_along(make_model: MakeModel, tmp_path: Path) -> None:
+    source, out = make_model(), tmp_path / "out"
+    left = ("pytorch_model.bin", "onnx/model.onnx", ".git/config", "old/quantization_record.json", "old/config.json")
+    for name in (*BESIDE, *left):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    result = quantize(source, out, QuantConfig(method="rtn", group_size=32, format="gptq"))
+    assert set(BESIDE) <= files_of(out)
+    assert set(left).isdisjoint(files_of(out))
+    said = next(note for note in result.notes if "not copied" in note)
+    assert said.endswith("pytorch_model.bin, old/, onnx/model.onnx")
+    assert verify.verify(out).problems == []
+    (out / "1_Pooling" / "config.json").write_text("other")
+    assert verify.verify(out).problems == ["1_Pooling/config.json was changed after it was written"]
+    (out / "1_Pooling" / "config.json").write_text("1_Pooling/config.json")
+    convert(out, tmp_path / "other", "pack-quantized")
+    assert set(BESIDE) <= files_of(tmp_path / "other")
+
+
+def test_links_that_lead_out_of_a_folder_inside_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    source, secret = make_model(), tmp_path / "secret"
+    secret.write_text("x")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").symlink_to(secret)
+    with pytest.raises(InputError, match=r"1_Pooling/config.json is a link to .*secret, outside"):
+        quantize(source, tmp_path / "out", QuantConfig(method="rtn"))
+
+
+class Does(Observer):
+    """Does something when the first layer of a block is done, or when a stage begins."""
+
+    def __init__(self, do: Callable[[], object], block: int = 1, stage: str = "") -> None:
+        self.do, self.block, self.at = do, block, stage
+
+    def _once(self) -> None:
+        do, self.do = self.do, lambda: None
+        do()
+
+    def layer_done(self, block: int, name: str, weights: int) -> None:
+        if not self.at and block == self.block:
+            self._once()
+
+    def stage(self, text: str) -> None:
+        if self.at and text.startswith(self.at):
+            self._once()
+
+
+def rewrite(source: Path) -> None:
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def cut(source: Path) -> None:
+    os.truncate(source / "model.safetensors", 100_000)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "weights": (rewrite, "model.safetensors"),
+    "cut short": (cut, "model.safetensors"),
+    "options": (lambda source: (source / "config.json").write_text("{}"), "config.json"),
+    "tokenizer": (lambda source: (source / "tokenizer.json").unlink(), "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("stage", ["", "copying"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changes_gives_no_result(
+    change: str, stage: str, make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    source, out = make_model(), tmp_path / "out"
+    do, name = CHANGES[change]
+    with pytest.raises(InputError, match=rf"{name}.*(was changed, replaced or removed|damaged or cut short)"):
+        quantize(source, out, CONFIG, calibration=windows, observer=Does(lambda: do(source), stage=stage))
+    assert not out.exists()
+
+
+def test_a_source_that_only_looks_newer_is_the_same(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
+    source = make_model()
+    quantize(source, tmp_path / "out", CONFIG, calibration=windows, observer=Does((source / "config.json").touch))
+    assert verify.verify(tmp_path / "out").problems == []
+
+
+def test_a_run_whose_folder_was_taken_away_writes_into_no_other(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    source, out, partial = make_model(), tmp_path / "out", tmp_path / "out.partial"
+
+    def replace_folder() -> None:
+        shutil.rmtree(partial)
+        (partial / "checkpoint").mkdir(parents=True)
+        (partial / "checkpoint" / "another's").touch()
+
+    with pytest.raises(InputError, match=r"out.partial was removed or replaced while"):
+        quantize(source, out, CONFIG, calibration=windows, observer=Does(replace_folder))
+    assert files_of(partial) == {"checkpoint/another's"}
+    shutil.rmtree(partial)
+    with pytest.raises(InputError, match="removed or replaced"), partial_folder(out) as working:  # noqa: PT012
+        working.clear()
+        (working.content / "file").touch()
+        replace_folder()
+    assert not out.exists()
+    assert files_of(partial) == {"checkpoint/another's"}
+
+
+def edit_header(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a safetensors file says of its tensors, and not a byte of them."""
+    content = file.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    assert len(text) <= length
+    file.write_bytes(content[:8] + text.ljust(length) + content[8 + length :])
+
+
+HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "dtype": (
+        lambda header: header["model.layers.0.mlp.up_proj.scales"].update(dtype="BF16"),
+        "the tensor model.layers.0.mlp.up_proj.scales was written as F16 2x96 and is now said to be BF16 2x96",
+    ),
+    "shape": (
+        lambda header: header["model.embed_tokens.weight"]["shape"].reverse(),
+        "the tensor model.embed_tokens.weight was written as F32 320x64 and is now said to be F32 64x320",
+    ),
+    "metadata": (
+        lambda header: header["__metadata__"].update(format="pT"),
+        "the header of model.safetensors was changed after it was written",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", HEADERS)
+def test_verify_compares_what_a_file_says_of_its_tensors(change: str, make_model: MakeModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(make_model(), out, QuantConfig(method="rtn", group_size=32, format="gptq"))
+    record = json.loads((out / RECORD).read_text())
+    edit, expected = HEADERS[change]
+    edit_header(out / "model.safetensors", edit)
+    assert expected in verify.verify(out).problems
+    del record["layout"], record["headers"]  # as records were before
+    (out / RECORD).write_text(json.dumps(record))
+    assert expected not in verify.verify(out).problems
+
+
+def test_a_small_file_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    write_file(file, "old")
+    (tmp_path / "other").write_text("other")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    write_file(tmp_path / "link", "new")
+    assert (tmp_path / "other").read_text() == "other"
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match=r"No space left.*/file'"):
+        write_file(file, "new")
+    assert file.read_text() == "old"
+    assert files_of(tmp_path) == {"file", "other", "link"}
+
+
+def test_several_that_measure_lose_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(make_model(), out, QuantConfig(method="rtn", group_size=32))
+
+    def measure(number: int) -> None:
+        found = PerplexityRecord(perplexity=float(number), data=f"text{number}", tokens=9, seq_len=10)
+        verify.record_perplexity(out, found)
+        add_measurement(out, Measurement(data=f"text{number}", perplexity=float(number)))
+
+    threads = [threading.Thread(target=measure, args=[number]) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {one.perplexity for one in read_record(out).perplexity or []} == {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
+    assert len(read_measurements(out)) == 6
+    assert verify.verify(out).problems == []
