@@ -14,9 +14,14 @@ EFFORTS: dict[str, dict[str, Any]] = {  # for each level, the values of the opti
     "balanced": {"search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0},
     "best": {"search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200},
 }
-Format = Literal["gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8", "int-quantized", "mlx"]
+Format = Literal[
+    "gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8", "int-quantized", "mlx", "gguf", "gguf-k", "gguf-iq4",
+]  # fmt: skip
 FORMATS: tuple[Format, ...] = get_args(Format)
 BITS = range(2, 9)
+UNSET: Any = None  # default of a field whose value follows from other fields
+DEFAULT_GROUP_SIZE = 128
+GROUP_SIZES: dict[str, int] = {"gguf": 32, "gguf-k": 32, "gguf-iq4": 32}  # of formats whose blocks have so many inputs
 TUNE_WINDOWS = 8  # calibration windows per gradient step of block tuning
 T = TypeVar("T")
 
@@ -177,7 +182,8 @@ class QuantConfig:
 
     Args:
         bits: width of a weight's code, 2 to 8; GPTQ files hold 2, 3, 4 or 8 bits, pack-quantized files all widths.
-        group_size: input columns that share one scale and zero point; -1 for one group per row. If the group size does
+        group_size: input columns that share one scale and zero point; -1 for one group per row. By default 128, in
+            GGUF files what their blocks have, 32 or 16. If the group size does
             not divide a layer's inputs, the last group is shorter.
         sym: symmetric grid, the zero point in the middle; otherwise each group has its own zero point.
         effort: "fast", "balanced" or "best"; sets those of the next five options that are None.
@@ -216,7 +222,11 @@ class QuantConfig:
     """
 
     bits: int = option(4, "2 to 8", metavar="N")
-    group_size: int = option(128, "inputs per scale; -1: one per row", metavar="N")
+    group_size: int = option(
+        UNSET,
+        "inputs per scale; -1: one per row; by default 128, in files for llama.cpp what its blocks have",
+        metavar="N",
+    )
     sym: bool = option(True, "give every group a zero point of its own", flag="asym")
     effort: str = option(
         "balanced",
@@ -271,6 +281,7 @@ class QuantConfig:
         object.__setattr__(self, "overrides", tuple(Override.of(value) for value in self.overrides))
         _require(self.effort in EFFORTS, f"effort is {self.effort!r}; it is one of {', '.join(EFFORTS)}")
         levels = EFFORTS[self.effort] | ({} if self.static_groups else {"desc_act": False})
+        levels["group_size"] = GROUP_SIZES.get(str(self.format), DEFAULT_GROUP_SIZE)
         for name, value in levels.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -68,7 +68,7 @@ def test_printed_for_people(
     assert "12 layers at" in printed
     code, printed, _ = run(capsys, "inspect", out)
     assert code == 0
-    assert len(printed.splitlines()) == 1 + 12 + 1 + 5  # a line per layer, and one per engine
+    assert len(printed.splitlines()) == 1 + 12 + 1 + 7  # a line per layer, and one per engine
     code, printed, _ = run(capsys, "eval", out, "--data", text_file, "--windows", 2)
     assert code == 0
     assert printed.startswith("perplexity ")

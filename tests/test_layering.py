@@ -104,8 +104,13 @@ def test_library_code_never_asserts_prints_unpickles_or_seeds_the_world(module: 
             assert ast.unparse(node.func) not in {"print", "hash"}
 
 
-FORMAT_NAMES = {"gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8", "int-quantized", "mlx", "compressed-tensors"}
-OWN_FILES = {"config", "formats.gptq", "formats.pack_quantized", "formats.int_quantized", "formats.mlx"}
+FORMAT_NAMES = {
+    "gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8", "int-quantized", "mlx", "compressed-tensors", "gguf",
+    "gguf-k", "gguf-iq4",
+}  # fmt: skip
+OWN_FILES = {
+    "config", "formats.gptq", "formats.pack_quantized", "formats.int_quantized", "formats.mlx", "formats.gguf",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", sorted({*CODE} - OWN_FILES))

@@ -12,6 +12,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from gptq.checkpoint.gguf import GgufFiles
 from gptq.checkpoint.json_objects import Count, IfPresent, JsonObject, Printable, read_object
 from gptq.checkpoint.reader import EVERY, Source, is_finite
 from gptq.checkpoint.tensors import DTYPES, TensorInfo
@@ -172,7 +173,7 @@ def _open_container(folder: Path, names: list[str]) -> Container:
     for file in files:
         if not file.is_file():
             raise InputError(f"{folder / INDEX_FILE} names the file {file.name}, which is missing; download it again")
-    return SafetensorsFiles(folder, files)
+    return GgufFiles(files) if files[0].suffix == ".gguf" else SafetensorsFiles(folder, files)
 
 
 def _presented(where: str, place: Place, container: Container) -> TensorInfo:

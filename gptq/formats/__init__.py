@@ -8,6 +8,7 @@ from torch import Tensor
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format
 from gptq.formats.format import SCALE_DTYPE, FileFormat
+from gptq.formats.gguf import Gguf, GgufIq4, GgufK
 from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
 from gptq.formats.int_quantized import IntQuantized
 from gptq.formats.mlx import Mlx
@@ -21,8 +22,11 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS: dict[Format, FileFormat] = {
-    known.name: known for known in (GptqV1(), GptqV2(), PackQuantized(), PackQuantizedA8(), IntQuantized(), Mlx())
-}
+    known.name: known
+    for known in (
+        GptqV1(), GptqV2(), PackQuantized(), PackQuantizedA8(), IntQuantized(), Mlx(), Gguf(), GgufK(), GgufIq4(),
+    )
+}  # fmt: skip
 
 
 # The methods of `FileFormat`, called on the format that a scheme names.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from gptq import formats
 from gptq.config import Format
+from gptq.formats.gguf import Gguf, GgufIq4, GgufK
 from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
 from gptq.formats.int_quantized import IntQuantized
 from gptq.formats.mlx import Mlx
@@ -33,7 +34,8 @@ def engines(layers: Layers) -> list[Engine]:
     """Return for each engine whether it takes a file with these layers, all in one format."""
     first, _ = next(iter(layers.values()))
     rules = RULES[first.format]
-    own = Engine("gptq", True, "`gptq.load`, or `import gptq` and then transformers")
+    other = "" if formats.FORMATS[first.format].is_assembled else ", or `import gptq` and then transformers"
+    own = Engine("gptq", True, f"`gptq.load`{other}")
     return [own, *(Engine(name, *rule(layers)) for name, rule in rules.items())]
 
 
@@ -190,27 +192,52 @@ def _mlx_of_other_files(layers: Layers) -> tuple[bool, str]:
     return False, "mlx-lm reads MLX files; `gptq convert --format mlx` makes one"
 
 
+# --- GGUF files -------------------------------------------------------------------------------------------------------
+
+
+def _llama_cpp(layers: Layers) -> tuple[bool, str]:
+    return True, "ran with llama.cpp 0.5.0, commit 0c1e570, in llama-cpp-python 0.3.36 on a CPU"
+
+
+def _llama_cpp_of_other_files(layers: Layers) -> tuple[bool, str]:
+    return False, "it reads GGUF files; `gptq convert --format gguf` makes one of symmetric layers"
+
+
+def _by_llama_cpp(layers: Layers) -> tuple[bool, str]:
+    return True, "takes model.gguf; by its documentation, it runs llama.cpp"
+
+
+def _transformers_gguf(layers: Layers) -> tuple[bool, str]:
+    return True, 'dequantized, with `gguf_file="model.gguf"` and the package gguf; ran with 5.23'
+
+
 GPTQ_RULES: dict[str, Rule] = {
     "transformers": _transformers_gptq, "vLLM": _vllm_gptq, "SGLang": _sglang_gptq, "GPTQModel": _gptqmodel_gptq,
-    "MLX": _mlx_of_other_files,
+    "MLX": _mlx_of_other_files, "llama.cpp": _llama_cpp_of_other_files,
+}  # fmt: skip
+GGUF_RULES: dict[str, Rule] = {
+    "llama.cpp": _llama_cpp, "Ollama": _by_llama_cpp, "LM Studio": _by_llama_cpp, "transformers": _transformers_gguf,
 }  # fmt: skip
 RULES: dict[Format, dict[str, Rule]] = {
     GptqV1.name: GPTQ_RULES,
     GptqV2.name: GPTQ_RULES,
+    Gguf.name: GGUF_RULES,
+    GgufK.name: GGUF_RULES,
+    GgufIq4.name: GGUF_RULES,
     PackQuantized.name: {
         "transformers": _transformers_packed, "vLLM": _vllm_packed, "SGLang": _sglang_packed,
-        "GPTQModel": _gptqmodel_packed, "MLX": _mlx_of_other_files,
+        "GPTQModel": _gptqmodel_packed, "MLX": _mlx_of_other_files, "llama.cpp": _llama_cpp_of_other_files,
     },
     PackQuantizedA8.name: {
         "transformers": _transformers_packed, "vLLM": _vllm_packed_a8, "SGLang": _sglang_packed_a8,
-        "GPTQModel": _gptqmodel_packed, "MLX": _mlx_of_other_files,
+        "GPTQModel": _gptqmodel_packed, "MLX": _mlx_of_other_files, "llama.cpp": _llama_cpp_of_other_files,
     },
     IntQuantized.name: {
         "transformers": _transformers_int8, "vLLM": _vllm_int8, "SGLang": _vllm_int8, "GPTQModel": _gptqmodel_packed,
-        "MLX": _mlx_of_other_files,
+        "MLX": _mlx_of_other_files, "llama.cpp": _llama_cpp_of_other_files,
     },
     Mlx.name: {
         "transformers": _other_than_mlx, "vLLM": _other_than_mlx, "SGLang": _other_than_mlx,
-        "GPTQModel": _other_than_mlx, "MLX": _mlx,
+        "GPTQModel": _other_than_mlx, "MLX": _mlx, "llama.cpp": _llama_cpp_of_other_files,
     },
 }  # fmt: skip

@@ -42,6 +42,8 @@ class FileFormat(ABC):
     inputs_first: bool  # words and scales are matrices of (inputs, outputs), not (outputs, inputs)
     needs_whole_words: bool  # some readers do not take a layer whose codes leave a part of a word empty
     keeps_scale_dtype: bool  # readers compute with the scales as they are stored, whatever their dtype
+    widths: tuple[int, ...] = (2, 3, 4, 8)  # bits per weight that are tried to meet a target size
+    is_assembled: bool = False  # `assemble` makes the file, under names that the checkpoint does not have
     activation_bits: int | None = None  # readers round each token's activations to integers of this width
 
     @property
@@ -66,6 +68,15 @@ class FileFormat(ABC):
     def layers_refusal(self, layers: Layers) -> str | None:
         """Return why the format cannot hold these layers in one file, or None; `refusal` is of single layers."""
         return None
+
+    def adapt(self, scheme: Scheme) -> Scheme:
+        """Return the scheme with the group size and the symmetry that the format has for its width."""
+        return scheme
+
+    def takes_grid(self, grid: Grid, scheme: Scheme) -> bool:
+        """Whether codes that were chosen on `grid` can be written with this scheme."""
+        own = self.grid(scheme)
+        return (own.form, own.stored) == (grid.form, grid.stored)
 
     def grid(self, scheme: Scheme, scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
         """What the weights of a layer are rounded to. By default integers with a scale and an integer zero point.
@@ -130,8 +141,8 @@ class FileFormat(ABC):
         """Return why the model in a source folder, with these tensors, cannot be written in the format, or None."""
         return None
 
-    def file_bytes(self, tensors: dict[str, TensorInfo]) -> int:
-        """Return the bytes of the files that hold these tensors, to within the length of a header."""
+    def file_bytes(self, tensors: dict[str, TensorInfo], folder: Path) -> int:
+        """Return the bytes of the files that hold these tensors, or an upper bound, for a model in `folder`."""
         return file_bytes(tensors)
 
     def assemble(self, folder: Path, out: Path) -> TensorIndex | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from gptq import formats
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
-from gptq.formats.format import PLAIN_KEY
+from gptq.formats.format import PLAIN_KEY, SCALE_DTYPE
 from gptq.formats.name_rules import Quantization
 from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.models.blocks import is_linear, shape_of
@@ -80,7 +80,8 @@ def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme)
         if info.dtype != expected.dtype and not (suffix == file_format.scale_key and info.dtype.is_floating_point):
             raise InputError(f"{name} in {source.folder} holds {info.dtype}, not {expected.dtype}")
     nbytes = sum(info.nbytes for info in infos.values())
-    return PackedLayer(scheme, outputs, inputs, tuple(needed), infos[file_format.scale_key].dtype, nbytes)
+    scale_dtype = infos[file_format.scale_key].dtype if file_format.scale_key else SCALE_DTYPE
+    return PackedLayer(scheme, outputs, inputs, tuple(needed), scale_dtype, nbytes)
 
 
 def read_packed(source: Source, name: str, layer: PackedLayer, with_codes: bool = True) -> dict[str, Tensor]:
@@ -104,7 +105,9 @@ def check_packed(packed: Mapping[str, Tensor], name: str, layer: PackedLayer, so
             scale is not finite.
     """
     file_format = formats.FORMATS[layer.scheme.format]
-    if not bool(torch.isfinite(packed[file_format.scale_key]).all()):
+    if file_format.codes_key in packed and not file_format.scale_key:
+        _check_blocks(packed, layer, f"{name}.{file_format.codes_key} in {source.folder}")
+    if file_format.scale_key in packed and not bool(torch.isfinite(packed[file_format.scale_key]).all()):
         raise InputError(f"{name}.{file_format.scale_key} in {source.folder} holds NaN or infinity")
     if file_format.g_idx_key in packed:
         where = f"{name}.{file_format.g_idx_key} in {source.folder}"
@@ -112,6 +115,16 @@ def check_packed(packed: Mapping[str, Tensor], name: str, layer: PackedLayer, so
     if layer.scheme.sym and file_format.zero_key in packed:
         zero = file_format.decode_zeros(packed, layer.scheme, layer.outputs)
         _check_symmetric(zero, layer.scheme, f"{name}.{file_format.zero_key} in {source.folder}")
+
+
+def _check_blocks(packed: Mapping[str, Tensor], layer: PackedLayer, where: str) -> None:
+    """Check codes that are stored in one tensor with their scales."""
+    try:
+        found = formats.decode(packed, layer.scheme)
+    except ValueError as error:
+        raise InputError(f"{where} is damaged: {error}") from error
+    if any(not bool(torch.isfinite(part).all()) for part in (found.scale, found.offset) if part is not None):
+        raise InputError(f"{where} holds a scale that is NaN or infinity")
 
 
 def _check_groups(g_idx: Tensor, layer: PackedLayer, where: str) -> None:

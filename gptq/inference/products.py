@@ -27,6 +27,7 @@ from gptq import formats
 from gptq.compute.cpu_features import has_amx, has_avx2, has_avx512_bf16, has_native_bfloat16
 from gptq.compute.threads import run_compiled, run_shares, shares_of
 from gptq.inference.layout import Layout, Stored, round_up
+from gptq.solver.grids.grid import Form
 
 FEW_ROWS = 4  # up to this many rows, decoding the codes anew for each row is faster than dequantizing the weight
 FEW_INT16_ROWS = 16  # FEW_ROWS for x in 16-bit integers
@@ -49,6 +50,8 @@ def prepare(stored: Stored) -> Product | None:
     """Make the product of a layer for the device of its tensors; None means to dequantize the weight and multiply."""
     if stored.device.type == "cuda":
         return TritonProduct.of(stored) if formats.FORMATS[stored.scheme.format].inputs_first and has_triton() else None
+    if formats.FORMATS[stored.scheme.format].grid(stored.scheme).form is not Form.INTEGER:
+        return None
     if stored.device.type != "cpu" or not (stored.columns == stored.inputs or stored.columns % 32 == 0):
         return None
     layout = Layout.of(stored)

@@ -301,9 +301,9 @@ class StoredNames(WeightRenaming):
         return StoredNames(back, back)
 
 
-PACKED_MARKERS = ("qweight", "weight_packed", "scales", "weight_scale")  # keys of which a packed layer has at least one
+PACKED_MARKERS = ("qweight", "weight_packed", "weight_ggml", "scales", "weight_scale")  # a packed layer has one
 PACKED = re.compile(  # suffixes of a packed layer's tensors beside or instead of `weight`
-    r"(?<=\.)(qweight|qzeros|scales|biases|g_idx|weight_(?:packed|scale|zero_point|shape|g_idx))$"
+    r"(?<=\.)(qweight|qzeros|scales|biases|g_idx|weight_(?:packed|ggml|scale|zero_point|shape|g_idx))$"
 )
 STACKING = {"MergeModulelist", "Concatenate", "Force16BytesAlignment"}  # conversions that fuse separate experts
 

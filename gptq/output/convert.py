@@ -27,6 +27,7 @@ from gptq.models.tensor_names import check_tensors
 from gptq.output.files import quantization_config, unquantized_linears, write_files
 from gptq.output.record import LayerRecord, OriginRecord, Record, model_name, read_record
 from gptq.output.results import RECORD
+from gptq.planning.plan import refuse_model
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def convert(
     plan = _plan_conversion(model, folder, chosen, trust_remote_code)
     source, record, shards = plan.source, plan.record, _plan_shards(plan.source, plan.layers)
     tensors = {name: info for shard in shards for name, info in shard.items()}
+    refuse_model(model, folder, tensors, chosen)
     names = None if isinstance(source, AssembledSource) else [list(shard) for shard in shards]
     with atomic_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
         writer = ShardWriter(partial_out, tensors, shards=names)
@@ -152,6 +154,9 @@ def _target_scheme(source: Source, name: str, layer: PackedLayer, chosen: Format
     reason = formats.refusal(scheme, layer.outputs, layer.inputs, transposed)
     if reason:
         raise InputError(f"{name} cannot be written as {chosen!r}: {reason}")
+    if not formats.FORMATS[chosen].takes_grid(formats.FORMATS[layer.scheme.format].grid(layer.scheme), scheme):
+        why = f"{layer.scheme.format!r} rounds to other values; quantize the original with --format {chosen}"
+        raise InputError(f"{name} cannot be written as {chosen!r}: {why}")
     return scheme
 
 
@@ -222,7 +227,11 @@ def _write_tensors(plan: _Conversion, writer: ShardWriter, progress: Callable[[i
         checksums[name] = sha256(codes.weight())
         if recorded.get(name, checksums[name]) != checksums[name]:
             raise InputError(f"{name} does not unpack to the weight that was chosen for it; see `gptq verify`")
-        for suffix, tensor in formats.encode(codes, scheme, layer.scale_dtype, allow_zero=plan.is_restored).items():
+        try:
+            packed = formats.encode(codes, scheme, layer.scale_dtype, allow_zero=plan.is_restored)
+        except ValueError as problem:
+            raise InputError(f"{name} cannot be written as {scheme.format!r}: {problem}") from problem
+        for suffix, tensor in packed.items():
             writer.write(f"{name}.{suffix}", tensor)
         progress(len(checksums), len(plan.layers))
     for name in source.tensors:

@@ -44,14 +44,17 @@ class Unit:
 def find_units(plan: Plan, config: QuantConfig) -> tuple[list[Unit], Format]:
     """Return the units of a planned checkpoint, and the format; an overridden unit has a single choice."""
     groups = dict.fromkeys((config.group_size, *((FINE_GROUP,) if not 0 < config.group_size <= FINE_GROUP else ())))
-    all_ways = [(bits, group) for bits in WIDTHS for group in groups]
-    chosen = _choose_format(plan, config, all_ways)
+    chosen = _choose_format(plan, config, [(bits, group) for bits in WIDTHS for group in groups])
+    own = formats.FORMATS[chosen]
+    asked = [own.adapt(Scheme(bits, group, config.sym, chosen)) for bits in own.widths for group in groups]
+    all_ways = list(dict.fromkeys((scheme.bits, scheme.group_size) for scheme in asked))
+    usual = own.adapt(Scheme(config.bits, config.group_size, config.sym, chosen)).group_size
     units = []
     for names in group_fused_siblings(plan.layers):
         layers = [plan.layers[name] for name in names]
         first = layers[0]
         is_default = first.bits == config.bits and first.group_size in (
-            min(config.group_size, first.inputs),
+            min(usual, first.inputs),
             first.inputs,
         )
         ways = all_ways if is_default else [(first.bits, first.group_size)]
@@ -114,7 +117,8 @@ def _file_bytes(plan: Plan, units: Sequence[Unit], choices: Sequence[StorageChoi
             layers[name] = replace(
                 plan.layers[name], bits=choice.bits, group_size=scheme.group_size, format=scheme.format
             )
-    return formats.FORMATS[chosen].file_bytes(list_result_tensors(plan.source, layers, plan.names)[0])
+    tensors, _ = list_result_tensors(plan.source, layers, plan.names)
+    return formats.FORMATS[chosen].file_bytes(tensors, plan.folder)
 
 
 def allocate(units: Sequence[Unit], budget: int) -> list[StorageChoice]:

@@ -17,7 +17,7 @@ from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.source_state import SourceState
 from gptq.checkpoint.tensors import TensorInfo
-from gptq.config import Format, Override, QuantConfig
+from gptq.config import GROUP_SIZES, Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.original import open_original
 from gptq.formats.scheme import Layers, Scheme
@@ -52,6 +52,11 @@ class LayerPlan:
     @property
     def scheme(self) -> Scheme:
         return Scheme(self.bits, self.group_size, self.sym, self.format, self.scattered)
+
+    def stored_as(self, chosen: Format) -> "LayerPlan":
+        """Return the plan with another format, and the group size and symmetry that this has."""
+        scheme = formats.FORMATS[chosen].adapt(replace(self, format=chosen).scheme)
+        return replace(self, format=chosen, group_size=scheme.group_size, sym=scheme.sym)
 
     @property
     def replaces_source(self) -> bool:
@@ -110,7 +115,7 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """Bytes of the files with tensors that the run will write."""
-        return formats.FORMATS[self.format].file_bytes(self.tensors)
+        return formats.FORMATS[self.format].file_bytes(self.tensors, self.folder)
 
     @property
     def packed_bytes(self) -> int:
@@ -164,15 +169,43 @@ def plan_checkpoint(
     blocks, layers, extended = plan_layers(every_block, names, config, untied, uncalled, left_out)
     changes = changes if untied in layers else {}
     notes = [*source.notes, *opened.notes, *_notes_on_unreached(every_block, unreached, layers)]
-    notes += [*_note_on_uncalled(uncalled), *extended]
+    notes += [*_note_on_uncalled(uncalled), *extended, *_note_on_group_size(config, layers)]
     notes += [*notes_on_shapes(layers.values(), config), *note_on_unused(left_over)]
     notes += note_on_left_out(folder, {file.name for file in source.files})
     tensors, slices = list_result_tensors(source, layers, names)
+    refuse_model(model, folder, tensors, next(iter(layers.values())).format)
     rounded = frozenset(unreached & layers.keys())
     return Plan(
-        folder, source, hf_config, network, names, all_blocks, blocks, layers, tensors, slices, changes, state, notes,
+        folder,
+        source,
+        hf_config,
+        network,
+        names,
+        all_blocks,
+        blocks,
+        layers,
+        tensors,
+        slices,
+        changes,
+        state,
+        notes,
         rounded,
     )
+
+
+def refuse_model(model: str | Path, folder: Path, tensors: Collection[str], chosen: Format) -> None:
+    """Raises InputError if the format `chosen` cannot hold the model in `folder`, with these tensors."""
+    reason = formats.FORMATS[chosen].model_refusal(folder, tensors)
+    if reason:
+        raise InputError(f"{model} cannot be written as {chosen!r}: {reason}")
+
+
+def _note_on_group_size(config: QuantConfig, layers: Mapping[str, LayerPlan]) -> list[str]:
+    """Return a note for the user if the format has decided on the group size."""
+    if config.format not in GROUP_SIZES:
+        return []
+    sizes = " and ".join(str(size) for size in sorted({plan.group_size for plan in layers.values()}))
+    return [f"groups of {sizes} inputs share a scale, as in the blocks of the format {config.format!r}"]
 
 
 def _probe_inputs(
@@ -286,7 +319,7 @@ def plan_layers(
     if not plans:
         raise InputError("every layer is skipped, so there is nothing to quantize")
     chosen = choose_format(list(plans.values()), config)
-    plans = {name: replace(plan, format=chosen) for name, plan in plans.items()}
+    plans = {name: plan.stored_as(chosen) for name, plan in plans.items()}
     planned = without_blocks_of(left_out, blocks)
     kept = [replace(block, linears={n: m for n, m in block.linears.items() if n in plans}) for block in planned]
     return [block for block in kept if block.linears or not block.is_head()], plans, notes
@@ -329,7 +362,7 @@ def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
 
 
 def _refusal(plan: LayerPlan, candidate: Format) -> str | None:
-    reason = formats.refusal(replace(plan, format=candidate).scheme, plan.outputs, plan.inputs, plan.transposed)
+    reason = formats.refusal(plan.stored_as(candidate).scheme, plan.outputs, plan.inputs, plan.transposed)
     return reason and f"{plan.name}: {reason}"
 
 

@@ -1,0 +1,194 @@
+"""GGUF: blocks bit for bit as the package gguf reads them, whole files as transformers reads them, and back again."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gptq import InputError, QuantConfig, convert, load, quantize
+from gptq.checkpoint.assembled import open_source
+from gptq.checkpoint.ggml import BLOCK_TYPES, BlockType
+from gptq.checkpoint.gguf import read_gguf_header
+from gptq.config import Format
+from gptq.formats.gguf_architectures import ARCHITECTURES, extra_tensors
+from gptq.formats.gguf_rounding import round_rows
+from gptq.output import verify
+from gptq.output.record import read_record
+from tests.conftest import MakeModel
+
+gguf = pytest.importorskip("gguf")
+RTN: dict[str, Any] = {"method": "rtn"}
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}  # K-quants take 256 inputs at a time
+
+
+def all_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def random_blocks(kind: BlockType, rng: torch.Generator) -> torch.Tensor:
+    """Rows of two blocks with any bytes, but finite scales, (7, bytes of two blocks)."""
+    rows = torch.randint(0, 256, (7, 2 * kind.nbytes), dtype=torch.uint8, generator=rng)
+    found = kind.unpack(rows)
+    d, m = (None if x is None else x.where(torch.isfinite(x), torch.ones_like(x)) for x in (found.d, found.m))
+    assert d is not None
+    return kind.pack(replace(found, d=d, m=m))
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=list(BLOCK_TYPES))
+def test_blocks_are_what_the_package_gguf_reads(kind: BlockType, rng: torch.Generator) -> None:
+    number = gguf.GGMLQuantizationType[kind.name]
+    assert (number, gguf.GGML_QUANT_SIZES[number]) == (kind.number, (kind.inputs, kind.nbytes))
+    rows = random_blocks(kind, rng)
+    assert torch.equal(kind.pack(kind.unpack(rows)), rows)
+    found = kind.dequantize(rows)
+    assert np.array_equal(found.numpy(), gguf.quants.dequantize(rows.numpy(), number))
+    assert found.shape == (7, 2 * kind.inputs)
+    assert kind.row_bytes(2 * kind.inputs) == rows.shape[1]
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K"])
+def test_an_embedding_is_rounded_to_within_half_a_step(name: str, rng: torch.Generator) -> None:
+    kind, W = BLOCK_TYPES[name], torch.randn(5, 512, generator=rng)
+    W[2, :256] = 0
+    off = (kind.dequantize(round_rows(W, kind)) - W).abs().unflatten(1, (-1, kind.group)).amax(-1)
+    step = W.unflatten(1, (-1, kind.group)).abs().amax(-1) / (kind.offset - 1)
+    coarse = step.unflatten(1, (-1, kind.inputs // kind.group)).amax(-1).repeat_interleave(kind.inputs // kind.group, 1)
+    slack = coarse / 127 if kind.inputs > kind.group else 0 * coarse  # scales are integers from 1 to 127
+    assert bool((off <= 0.502 * (step + slack) + 1e-9).all())
+
+
+# --- whole files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({"format": "gguf", "bits": 4}, {}),
+        ({"format": "gguf", "bits": 3, "group_size": 64, "overrides": [["down", {"bits": 5, "group_size": 32}]]}, {}),
+        ({"format": "gguf", "bits": 4, "sym": False, "overrides": [["v_proj", {"bits": 8, "sym": True}]]}, {}),
+        ({"format": "gguf-iq4", "bits": 4}, {}),
+        ({"format": "gguf-k", "overrides": [["down", {"bits": 6}], ["o_pr", {"bits": 3}], ["up", {"bits": 2}]]}, WIDE),
+    ],
+    ids=["Q4_0", "wide groups", "Q4_1", "IQ4_NL", "K"],
+)  # fmt: skip
+def test_transformers_reads_the_tensors_that_were_chosen(
+    options: dict[str, Any], shape: dict[str, Any], make_model: MakeModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(make_model("llama", dtype=torch.bfloat16, **shape), out, QuantConfig.from_dict({**RTN, **options}))
+    assert verify.verify(out).problems == []  # every layer unpacks to the weight that was chosen for it
+    assert verify.inspect(out).format == options["format"]
+    read = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32).state_dict()
+    ours = load(out, dtype="float32")
+    for layer in read_record(out).layers:
+        weight = ours.get_submodule(str(layer.name)).weight
+        assert isinstance(weight, torch.Tensor)
+        assert torch.equal(read[f"{layer.stored}.weight"], weight), layer.stored
+    others = {name: p for name, p in ours.state_dict().items() if "weight_ggml" not in name}
+    assert others.keys() >= {"model.norm.weight", "model.embed_tokens.weight"}
+    assert all(torch.equal(read[name], tensor) for name, tensor in others.items())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_from_gptq_and_back_are_the_same_bytes(bits: int, make_model: MakeModel, tmp_path: Path) -> None:
+    first: Format = "gptq" if bits != 5 else "pack-quantized"
+    config = QuantConfig.from_dict({**RTN, "bits": bits, "group_size": 32, "format": first})
+    quantize(make_model("llama", dtype=torch.bfloat16), tmp_path / "a", config)
+    convert(tmp_path / "a", tmp_path / "b", "gguf")
+    assert verify.verify(tmp_path / "b").problems == []
+    assert not list((tmp_path / "b").glob("*.safetensors"))
+    kinds = {s.blocks.name for s in read_gguf_header(tmp_path / "b" / "model.gguf").tensors.values() if s.blocks}
+    assert kinds == {"Q4_0" if bits <= 4 else {5: "Q5_0", 8: "Q8_0"}[bits]}
+    convert(tmp_path / "b", tmp_path / "c", first)
+    assert all_bytes(tmp_path / "c") == all_bytes(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "qwen2", "qwen3", "mistral"])
+def test_architectures_come_back_as_they_were(kind: str, make_model: MakeModel, tmp_path: Path) -> None:
+    own = {"query_pre_attn_scalar": 16} if kind.startswith("gemma") else {}
+    source = make_model(kind, dtype=torch.bfloat16, **own)
+    quantize(source, tmp_path / "a", QuantConfig.from_dict({**RTN, "bits": 4, "group_size": 32, "format": "gptq"}))
+    convert(tmp_path / "a", tmp_path / "b", "gguf")
+    convert(tmp_path / "b", tmp_path / "c", "gptq")
+    assert all_bytes(tmp_path / "c") == all_bytes(tmp_path / "a")
+    header = read_gguf_header(tmp_path / "b" / "model.gguf")
+    arch = ARCHITECTURES[json.loads((source / "config.json").read_text())["model_type"]].name
+    assert header.architecture == arch
+    assert header.values[f"{arch}.block_count"] == 2
+    stacked = [s.info.shape[0] for n, s in header.tensors.items() if n.endswith("_exps.weight")]
+    assert stacked == ([4] * 6 if kind in ("mixtral", "qwen3_moe") else [])
+    norm = gguf.GGUFReader(tmp_path / "b" / "model.gguf").get_tensor(0)
+    assert norm.name
+    if kind.startswith("gemma"):
+        in_file = next(
+            t for t in gguf.GGUFReader(tmp_path / "b" / "model.gguf").tensors if t.name == "output_norm.weight"
+        )
+        checkpoint = open_source(tmp_path / "a").read("model.norm.weight", torch.float32)
+        assert np.array_equal(in_file.data, checkpoint.numpy() + 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("opt", {}, "not known how llama.cpp stores model_type 'opt'"),
+        ("llama", {"hidden_act": "relu"}, "llama.cpp runs llama models with silu, and config.json says relu"),
+        ("gemma2", {"query_pre_attn_scalar": 7}, "scales attention by 16"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob true"),
+    ],
+)  # fmt: skip
+def test_a_model_that_llama_cpp_would_not_run_so_is_refused(
+    kind: str, options: dict[str, Any], message: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    config = QuantConfig.from_dict({**RTN, "format": "gguf"})
+    with pytest.raises(InputError, match=message):
+        quantize(make_model(kind, **options), tmp_path / "out", config)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "gguf", "bits": 8, "sym": False}, "no type for asymmetric 8 bits"),
+        ({"format": "gguf", "group_size": 48}, "groups of 32 inputs or multiples of it, not of 48"),
+        ({"format": "gguf-k"}, "blocks of 256 inputs, which do not divide the 64 inputs"),
+        ({"format": "gguf-k", "bits": 8}, "no type for symmetric 8 bits"),
+        ({"format": "gguf-iq4", "bits": 3}, "no type for symmetric 3 bits"),
+    ],
+)  # fmt: skip
+def test_what_no_block_holds_is_refused(
+    options: dict[str, Any], message: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        quantize(make_model("llama"), tmp_path / "out", QuantConfig.from_dict({**RTN, **options}))
+
+
+def test_grids_of_different_kinds_are_not_converted(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("llama")
+    config = {**RTN, "sym": False, "group_size": 32}
+    quantize(source, tmp_path / "zeros", QuantConfig.from_dict({**config, "format": "gptq_v2"}))
+    quantize(source, tmp_path / "minima", QuantConfig.from_dict({**config, "format": "gguf"}))
+    with pytest.raises(InputError, match="rounds to other values; quantize the original with --format gguf"):
+        convert(tmp_path / "zeros", tmp_path / "out", "gguf")
+    with pytest.raises(InputError, match="rounds to other values; quantize the original with --format gptq_v2"):
+        convert(tmp_path / "minima", tmp_path / "out", "gptq_v2")
+
+
+def test_the_rotation_of_llama_3_is_a_tensor_of_the_file(make_model: MakeModel) -> None:
+    """Dividing the plain frequencies by the tensor gives those that transformers computes."""
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(make_model("llama", head_dim=64, rope_parameters=rope))
+    factors = extra_tensors(model.config)["rope_freqs.weight"]
+    plain = 1 / 500000.0 ** (torch.arange(0, 64, 2) / 64)
+    assert len(set(factors.tolist())) > 3
+    torch.testing.assert_close(plain / factors, model.model.rotary_emb.inv_freq)
