@@ -76,10 +76,17 @@ def test_intervals_are_reproducible_cover_the_mean_and_shrink_to_nothing() -> No
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
-def test_a_model_against_itself(kind: str, make_model: MakeModel, text_file: str) -> None:
-    """The original, streamed block by block, predicts what the whole model does."""
+def test_a_model_against_itself(
+    kind: str, make_model: MakeModel, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original, whole or streamed block by block, predicts what the model does."""
     source = make_model(kind)
     steps: list[tuple[int, int]] = []
+    whole = compare(source, source, text_file, seq_len=16, windows=5, progress=lambda *step: steps.append(step))
+    assert (steps[0], steps[-1]) == ((1, 5), (5, 5))
+    assert (whole.gap, whole.kl, whole.top1_agreement) == (0, 0, 1)
+    steps.clear()
+    monkeypatch.setattr(evaluate, "MOST_OF_MEMORY", 0)
     found = compare(source, source, text_file, seq_len=16, windows=5, progress=lambda *step: steps.append(step))
     assert (steps[0], steps[-1]) == ((1, 20), (20, 20))  # two models of two blocks
     assert steps == sorted(steps)

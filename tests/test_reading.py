@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gptq import InputError, QuantConfig, load, quantize
+from gptq import InputError, QuantConfig, compare, load, perplexity, quantize
+from gptq.evaluation import evaluate
 from gptq.formats.original import open_original
 from gptq.inference.load import tie_weights
 from gptq.models.build import open_model, parameters_on_meta
 from gptq.models.tensor_names import check_tensors
 from gptq.models.weights import WeightStream
 from gptq.output import verify
-from tests.conftest import LLAMA_LIKE, SMALL, VOCAB
+from tests.conftest import ARCHITECTURES, EXPERTS, LLAMA_LIKE, SMALL, VOCAB, MakeModel
 
 FEED_FORWARD = {**SMALL, "intermediate_size": 96}
 TWO_STACKS = {
@@ -220,3 +222,41 @@ def test_two_threads_build_models_and_a_third_is_not_disturbed(tmp_path: Path) -
     again = load(tmp_path / "a-out", dtype="float32")
     for name in ("a", "b"):
         assert torch.equal(outputs(loaded[name], {"input_ids": ids}), outputs(again, {"input_ids": ids}))
+
+
+JUDGED = ("gpt_neo", "xlnet", "llava", "idefics3", "gpt2", "mixtral")
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+def test_the_original_has_the_same_logits_block_by_block(kind: str, rng: torch.Generator, tmp_path: Path) -> None:
+    sizes = {**ARCHITECTURES, **EXPERTS}.get(kind, {})
+    random_model(kind, **sizes).save_pretrained(tmp_path)
+    tokens, device = torch.randint(3, 300, (2, 12), generator=rng), torch.device("cpu")
+    whole = list(evaluate.compute_original_logits(tmp_path, tokens, device))
+    by_block = list(evaluate.compute_logits_by_block(tmp_path, tokens, device))
+    torch.testing.assert_close(by_block, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_judge_does_not_share_a_fault_of_reading(
+    make_model: MakeModel, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = make_model(), tmp_path / "out"
+    quantize(source, out, QuantConfig(method="rtn", bits=8, group_size=16))
+    right = compare(out, source, text_file, seq_len=16, windows=2)
+    read = WeightStream.read
+
+    def read_wrongly(self: WeightStream, name: str, *args: Any) -> Tensor:
+        return read(self, name, *args) * (2 if name == "model.norm.weight" else 1)
+
+    monkeypatch.setattr(WeightStream, "read", read_wrongly)
+    wrong = compare(out, source, text_file, seq_len=16, windows=2)
+    assert wrong.original_perplexity == right.original_perplexity
+    assert wrong.kl > 100 * right.kl
+
+
+def test_two_stacks_are_measured_in_no_way(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
+    source, out = make_model("t5"), tmp_path / "out"
+    quantize(source, out, QuantConfig(method="rtn"))
+    for measure in (perplexity, partial(compare, original=source)):
+        with pytest.raises(InputError, match="no causal language model"):
+            measure(out, data=text_file, seq_len=16, windows=2)

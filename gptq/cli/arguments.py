@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--against", metavar="ORIGINAL",
         help="also the original's perplexity, KL divergence and top-1 agreement, with intervals; "
-        "folder or Hub id, read block by block",
+        "folder or Hub id",
     )  # fmt: skip
     p.add_argument("--save", action="store_true", help="keep the result in MODEL/quality.json, for `gptq report`")
     _add_common_flags(p)
