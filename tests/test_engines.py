@@ -137,9 +137,9 @@ def test_who_takes_what() -> None:
         (Scheme(3, -1, True, "gptq"), 172, {"gptq", "transformers"}),  # GPTQModel: words in threes
         (Scheme(4, 128, True, packed), 4096, everyone - {"GPTQModel"}),
         (Scheme(5, 128, True, packed), 4096, {"gptq", "transformers", "vLLM"}),
-        (Scheme(4, 128, False, packed), 4096, {"gptq", "vLLM"}),
-        (Scheme(3, 128, False, packed), 4096, {"gptq"}),
-        (Scheme(4, 128, True, packed, scattered=True), 4096, {"gptq", "vLLM", "SGLang"}),
+        (Scheme(4, 128, False, packed), 4096, {"gptq", "transformers", "vLLM"}),
+        (Scheme(3, 128, False, packed), 4096, {"gptq", "transformers"}),
+        (Scheme(4, 128, True, packed, scattered=True), 4096, {"gptq", "transformers", "vLLM", "SGLang"}),
     ):
         found = answers(scheme, inputs)
         assert {name for name, taken in found.items() if taken} == takes, (scheme, inputs)
@@ -150,6 +150,23 @@ def test_what_gptqmodel_does_not_compute_is_not_offered_for_transformers_either(
     _, transformers, *_ = engines({"model.layers.0.mlp.down_proj": (Scheme(3, -1, True, "gptq"), inputs)})
     assert transformers.takes
     assert ("gptqmodel" in transformers.why) == offered
+
+
+def test_experts_are_promised_where_a_source_shows_it() -> None:
+    scheme = Scheme(4, 128, True, "gptq")
+
+    def takers(model_type: str, parts: tuple[str, ...], where: str = "mlp") -> set[str]:
+        layers = {f"model.layers.0.{where}.experts.{i}.{part}": (scheme, 4096) for i in (0, 1) for part in parts}
+        return {engine.name for engine in engines(layers, model_type) if engine.takes}
+
+    gated, mixtral = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+    assert takers("qwen2_moe", gated) == {"gptq", "transformers", "vLLM", "SGLang"}
+    assert takers("mixtral", mixtral, "block_sparse_moe") == {"gptq", "transformers", "vLLM", "SGLang"}
+    assert takers("granitemoe", gated, "block_sparse_moe") == {"gptq", "transformers", "vLLM"}  # SGLang: w1, w3, w2
+    assert takers("gpt_oss", gated) == {"gptq", "transformers"}
+    assert takers("a model of tomorrow", gated) == {"gptq", "transformers"}
+    optimum = next(e for e in engines({"layers.0.mlp.experts.0.up_proj": (scheme, 4096)}) if e.name == "transformers")
+    assert "optimum" not in optimum.why  # which has no layers for fused experts
 
 
 def test_siblings_stored_apart_are_told() -> None:

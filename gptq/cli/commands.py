@@ -109,12 +109,13 @@ def _plan(args: argparse.Namespace) -> int:
     config = _read_config(args)
     sample = _sample(args, config)
     plan = plan_checkpoint(args.model, config, args.revision, args.trust_remote_code, sample)
-    found = compatibility.engines(plan.stored_layers)
+    found = compatibility.engines(plan.stored_layers, plan.hf_config.model_type)
     layers = list(plan.layers.values())
     needs = _estimate_needs(args, config, plan)
     if args.json:
         _print_json(
             {
+                "kept_share": plan.kept_share,
                 "format": layers[0].format,
                 "bits_per_weight": plan.bits_per_weight,
                 "tensor_bytes": sum(info.nbytes for info in plan.tensors.values()),
@@ -127,6 +128,7 @@ def _plan(args: argparse.Namespace) -> int:
         )
         return 0
     width = max(len(layer.name) for layer in layers)
+    print(f"{100 * plan.kept_share:.1f} % of the parameters stay unquantized")
     print(f"{'layer':{width}}  bits  group   sym  outputs x inputs")
     for layer in layers:
         shape = f"{layer.outputs} x {layer.inputs}"

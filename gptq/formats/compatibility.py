@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from gptq import formats
 from gptq.config import Format
+from gptq.formats.expert_names import READ, explain_experts, has_experts
 from gptq.formats.gguf import Gguf, GgufIq4, GgufK
 from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
 from gptq.formats.int_quantized import IntQuantized
@@ -30,13 +31,24 @@ class Engine:
     why: str
 
 
-def engines(layers: Layers) -> list[Engine]:
-    """Return for each engine whether it takes a file with these layers, all in one format."""
+def engines(layers: Layers, model_type: str = "") -> list[Engine]:
+    """Return for each engine whether it takes a file with these layers, all in one format.
+
+    Args:
+        model_type: the model's, as config.json gives it.
+    """
     first, _ = next(iter(layers.values()))
-    rules = RULES[first.format]
     other = "" if formats.FORMATS[first.format].is_assembled else ", or `import gptq` and then transformers"
     own = Engine("gptq", True, f"`gptq.load`{other}")
-    return [own, *(Engine(name, *rule(layers)) for name, rule in rules.items())]
+    return [own, *(_judge(name, rule, layers, model_type) for name, rule in RULES[first.format].items())]
+
+
+def _judge(name: str, rule: Rule, layers: Layers, model_type: str) -> Engine:
+    engine = Engine(name, *rule(layers))
+    if not engine.takes or name not in READ:  # its rule knows of experts
+        return engine
+    unread = explain_experts(name, layers, model_type)
+    return engine if unread is None else Engine(name, False, unread)
 
 
 def _explain_uneven(layers: Layers) -> str | None:
@@ -67,6 +79,7 @@ def _schemes(layers: Layers) -> set[Scheme]:
 
 def _transformers_gptq(layers: Layers) -> tuple[bool, str]:  # transformers/quantizers/quantizer_gptq.py
     alike = len({normalized_scheme(*layer) for layer in layers.values()}) == 1  # optimum does not know `dynamic`
+    alike &= not has_experts(layers)  # which it fuses
     other = "; or with optimum and gptqmodel" if alike and _explain_beyond_gptqmodel(layers) is None else ""
     return True, f"with `import gptq`{other}"
 
@@ -122,16 +135,27 @@ def _has_offset_zeros(scheme: Scheme) -> bool:
 
 def _transformers_packed(layers: Layers) -> tuple[bool, str]:
     schemes = _schemes(layers)
-    if any(scheme.scattered for scheme in schemes):
-        return False, "compressed-tensors has dropped act-order by groups (quantization/quant_args.py, actorder)"
-    uneven = _explain_uneven(layers)
-    if uneven:  # compressed_tensors/quantization/lifecycle/forward_helpers.py, _process_group
-        return False, f"compressed-tensors wants whole groups, and {uneven}"
-    if not all(scheme.sym for scheme in schemes):  # tried, with llm-compressor's own files too
-        return False, "5.23 fails on asymmetric compressed-tensors files of every tool; 5.17 reads them"
+    theirs = _explain_beyond_compressed_tensors(layers)
+    if theirs:
+        return True, f"with `import gptq` alone: {theirs}"
     odd = {scheme.bits for scheme in schemes} - {1, 2, 4, 8}
     release = "0.18 (older ones pack these widths in another way)" if odd else "0.15"
-    return True, f"with compressed-tensors from {release}"
+    return True, f"with `import gptq`, or with compressed-tensors from {release}"
+
+
+def _explain_beyond_compressed_tensors(layers: Layers) -> str | None:
+    """Return why transformers with compressed-tensors does not read these layers."""
+    schemes = _schemes(layers)
+    if any(scheme.scattered for scheme in schemes):
+        return "compressed-tensors has dropped act-order by groups (quantization/quant_args.py, actorder)"
+    if has_experts(layers):  # tried: experts of some models come out with random weights
+        return "compressed-tensors looks for experts one by one in models that hold them fused"
+    uneven = _explain_uneven(layers)
+    if uneven:  # compressed_tensors/quantization/lifecycle/forward_helpers.py, _process_group
+        return f"compressed-tensors wants whole groups, and {uneven}"
+    if not all(scheme.sym for scheme in schemes):  # tried, with llm-compressor's own files too
+        return "transformers 5.23 with compressed-tensors fails on asymmetric files of every tool; 5.17 reads them"
+    return None
 
 
 def _vllm_packed(layers: Layers) -> tuple[bool, str]:

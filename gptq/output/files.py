@@ -110,7 +110,8 @@ def write_files(
     if described.sizes is not None:
         sizes = described.sizes.model_copy(update={"file_bytes_after": written_tensors.file_bytes})
         described = described.model_copy(update={"sizes": sizes})
-    write_file(out / CARD, render_model_card(chosen, linears.layers, described))
+    card = render_model_card(chosen, linears.layers, described, str(hf_config.get("model_type", "")))
+    write_file(out / CARD, card)
     whole = {
         "quantizer": f"gptq {__version__}",
         **described.to_dict(),
@@ -145,6 +146,11 @@ def _assemble(folder: Path, chosen: Format) -> TensorIndex | None:
     return index
 
 
+def model_type_of(folder: Path) -> str:
+    """Return the model_type that a folder's config.json gives; "" if it gives none."""
+    return str(read_json(folder / "config.json").get("model_type", ""))
+
+
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return `values` with `changes`, section by section; changes to sections that `values` lacks are left out."""
     merged = dict(values)
@@ -164,6 +170,6 @@ def add_perplexity(folder: Path, measured: PerplexityRecord, chosen: Format, lay
             QuantConfig.from_dict(record.config)  # the card lists its options
         measurements = [*(record.perplexity or []), measured]
         record = record.model_copy(update={"perplexity": measurements})
-        write_file(folder / CARD, render_model_card(chosen, layers, record))
+        write_file(folder / CARD, render_model_card(chosen, layers, record, model_type_of(folder)))
         files = {**record.files, CARD: sha256_file(folder / CARD)}
         write_json(folder / RECORD, record.model_copy(update={"files": files}).to_dict())

@@ -25,7 +25,7 @@ def read_card_metadata(card: Path) -> dict[str, str]:
     return {key: value for key, value in entries if key in KEPT_METADATA}
 
 
-def render_model_card(chosen: Format, layers: Layers, record: Record) -> str:
+def render_model_card(chosen: Format, layers: Layers, record: Record, model_type: str) -> str:
     """Return the README.md of a checkpoint: what it is, how it was quantized, what was measured, how to load it."""
     name = record.model
     front = {"library_name": " transformers", **(record.card_metadata or {})}
@@ -42,11 +42,14 @@ def render_model_card(chosen: Format, layers: Layers, record: Record) -> str:
     ]
     lines += ["## How it was made", "", *_list_options(record), ""]
     lines += _list_measurements(record)
-    # transformers fuses experts when it loads, and then has no layers for them
-    own = ("import gptq", "", 'model = gptq.load("this folder")')
-    usage = own if record.experts else formats.FORMATS[chosen].usage
+    usage = formats.FORMATS[chosen].usage
+    needs_import = "from transformers" in "".join(usage) and "import gptq" not in "".join(usage)
+    if record.experts and needs_import:  # transformers fuses experts, and by itself has no layers for them
+        usage = ("import gptq  # lets transformers load experts", *usage)
     lines += ["## How to load it", "", "```python", *usage, "```", "", "## What loads it", ""]
-    lines += [f"- {engine.name}: {'yes' if engine.takes else 'no'}, {engine.why}" for engine in engines(layers)]
+    lines += [
+        f"- {engine.name}: {'yes' if engine.takes else 'no'}, {engine.why}" for engine in engines(layers, model_type)
+    ]
     return "\n".join(lines) + "\n"
 
 

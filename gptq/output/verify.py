@@ -22,7 +22,7 @@ from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers,
 from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.models.build import open_model
 from gptq.models.tensor_names import check_tensors
-from gptq.output.files import add_perplexity
+from gptq.output.files import add_perplexity, model_type_of
 from gptq.output.record import LayerRecord, PerplexityRecord, WrittenRecord, mentions_record, read_record
 from gptq.output.results import RECORD
 
@@ -99,7 +99,7 @@ def inspect(folder: str | Path) -> Content:
         other_bytes=source.nbytes - quantized,
         layers=layers,
         other_tensors={name: info.nbytes for name, info in source.tensors.items() if name not in of_layers},
-        engines=engines({name: (layer.scheme, layer.inputs) for name, layer in packed.items()}),
+        engines=engines({name: (layer.scheme, layer.inputs) for name, layer in packed.items()}, model_type_of(folder)),
     )
 
 

@@ -123,6 +123,15 @@ class Plan:
         return sum(info.nbytes for plan in self.layers.values() for info in plan.layout.values())
 
     @property
+    def kept_share(self) -> float:
+        """Share of the model's parameters that stay unquantized, from 0 to 1."""
+        layers = self.layers.values()
+        quantized = sum(layer.outputs * layer.inputs for layer in layers)
+        added = sum(layer.outputs * layer.inputs for layer in layers if not layer.replaces_source)
+        held = sum(math.prod(i.shape) for i in self.source.tensors.values() if i.dtype.is_floating_point)
+        return 1 - quantized / (held + added)
+
+    @property
     def summary(self) -> str:
         """Describe the plan in one line for the user."""
         layers = self.layers.values()
