@@ -119,7 +119,7 @@ def _plan(args: argparse.Namespace) -> int:
                 "format": layers[0].format,
                 "bits_per_weight": plan.bits_per_weight,
                 "tensor_bytes": sum(info.nbytes for info in plan.tensors.values()),
-                "layers": [vars(layer) for layer in layers],
+                "layers": [layer.to_dict() for layer in layers],
                 "engines": [vars(engine) for engine in found],
                 "notes": plan.notes,
                 "file_bytes": plan.file_bytes,

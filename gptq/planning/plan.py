@@ -53,6 +53,10 @@ class LayerPlan:
     def scheme(self) -> Scheme:
         return Scheme(self.bits, self.group_size, self.sym, self.format, self.scattered)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Values that JSON can hold."""
+        return {**vars(self), "scale_dtype": str(self.scale_dtype).removeprefix("torch.")}
+
     def stored_as(self, chosen: Format) -> "LayerPlan":
         """Return the plan with another format, and the group size and symmetry that this has."""
         scheme = formats.FORMATS[chosen].adapt(replace(self, format=chosen).scheme)
