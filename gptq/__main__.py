@@ -23,7 +23,7 @@ def main() -> int:
         return run()
     except KeyboardInterrupt:
         print("gptq: interrupted; nothing half-written was left behind", file=sys.stderr)
-        return 2
+        return 130  # as in a shell: 128 and the number of the signal
 
 
 if __name__ == "__main__":

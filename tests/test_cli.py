@@ -35,7 +35,8 @@ def test_quantize_eval_inspect_verify_in_json(
     assert {"name", "bits", "group_size", "error", "damp", "seconds"} <= made["layers"][0].keys()
     assert made["bytes_before"] == (source / "model.safetensors").stat().st_size
     assert made["bytes_after"] == (out / "model.safetensors").stat().st_size
-    assert "block 2 of 2" in progress
+    assert re.search(r"block 1 of 2, \d+ s\n", progress)  # nothing is done yet to estimate the rest from
+    assert re.search(r"block 2 of 2, \d+ s, about \d+ s left\n", progress)
 
     for model in (source, out):
         code, printed, _ = run(capsys, "eval", model, "--data", text_file, "--seq-len", "32", "--windows", 3, "--json")
@@ -68,7 +69,8 @@ def test_printed_for_people(
     assert "12 layers at" in printed
     code, printed, _ = run(capsys, "inspect", out)
     assert code == 0
-    assert len(printed.splitlines()) == 1 + 12 + 1 + 7  # a line per layer, and one per engine
+    known = json.loads(run(capsys, "inspect", out, "--json")[1])["engines"]
+    assert len(printed.splitlines()) == 1 + 12 + 1 + len(known)  # a line per layer, and one per engine
     code, printed, _ = run(capsys, "eval", out, "--data", text_file, "--windows", 2)
     assert code == 0
     assert printed.startswith("perplexity ")
@@ -169,6 +171,54 @@ def test_bad_models_are_a_sentence_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+WITHOUT_TORCH = """
+import sys
+from gptq import cli
+code = cli.main(sys.argv[1:])
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+raise SystemExit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("quantize {model} {out} --samples 0", "num_samples is 0; at least one window is needed"),
+        ("quantize {model} {out} --calibration {missing}/book.txt", "book.txt: no such file or folder"),
+        ("quantize {model} {out} --calibration rows.csv", "rows.csv: no such file or folder"),
+        ("quantize {model} {full}", "full exists and is not empty; choose another name or remove it"),
+        ("convert {model} {full} --format gptq_v2", "full exists and is not empty; choose another name or remove it"),
+        ("quantize {missing} {out}", "missing: no such folder"),
+        ("eval {model} --data {missing}/book.txt", "book.txt: no such file or folder"),
+        ("eval {model} --data {text} --against {missing}", "missing: no such folder"),
+    ],
+)
+def test_a_mistake_that_needs_no_library_is_found_before_torch_is_imported(
+    arguments: str, message: str, text_file: str, tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "model").mkdir()
+    paths = {name: tmp_path / name for name in ("model", "out", "missing", "full")} | {"text": text_file}
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments.format(**paths).split()]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"gptq: {ended.stderr.removeprefix('gptq: ').strip()}\n"  # one line
+    assert message in ended.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_bad_input(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["quantize", str(make_model("llama")), str(out), *FAST, "--calibration", text_file]) == 0
+    command = [sys.executable, "-m", "gptq", "inspect", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_remote_code_is_not_run_unless_asked_for(
     make_model: MakeModel, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,7 +274,7 @@ def test_ctrl_c_is_a_sentence_and_leaves_what_is_finished(
     assert any(line.startswith("block 3") for line in process.stderr)  # two are finished
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 130
     assert re.search(
         r"interrupted; .*out\.partial keeps \d+ finished of 60 blocks, and the same command goes on", errors
     )
@@ -237,7 +287,7 @@ def test_ctrl_c_during_start_up_is_a_sentence_too() -> None:
     wait_until_it_imports(process.pid)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
 

@@ -65,6 +65,18 @@ def open_table(source: str, default_split: str) -> Table:
     return Table(source, tuple(rows.column_names), _undecoded(rows), folder)
 
 
+def require_file(source: str) -> None:
+    """Check that a source that can only be a file or folder is there.
+
+    Raises:
+        InputError: it is not; a name that may be a data set of the Hub passes.
+    """
+    name, *rest = source.split(":")
+    local = len(rest) > 2 or name.startswith((".", "/", "~")) or name.endswith(FILES) or name.count("/") > 1
+    if local and _local_path(source)[0] is None:
+        raise InputError(f"{source}: no such file or folder")
+
+
 def table_of(given: Iterable[Any], default_split: str) -> Table | None:
     """Return what Python gave as rows: texts, chats, dicts of columns, a data set; None if it is none of these."""
     if hasattr(given, "keys") and hasattr(given, "num_rows"):  # a DatasetDict
@@ -173,10 +185,9 @@ def load_from_hub(name: str, *args: Any, **options: Any) -> Any:
 
 def _hub_dataset(source: str, default_split: str) -> "Dataset":
     """Load NAME, NAME:SPLIT or NAME:CONFIG:SPLIT from the Hub."""
+    require_file(source)
     name, *rest = source.split(":")
     config, split = ("", "") if not rest else ("", rest[0]) if len(rest) == 1 else (rest[0], rest[1])
-    if len(rest) > 2 or name.startswith((".", "/", "~")) or name.endswith(FILES) or name.count("/") > 1:
-        raise InputError(f"{source}: no such file or folder")
     try:
         if name == "c4":
             part = "train" if (split or default_split) == "train" else "validation"

@@ -9,7 +9,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from gptq.checkpoint.assembled import INDEX_FILE
 from gptq.checkpoint.atomic_folder import MARKER
 from gptq.checkpoint.reader import CONVERT_HINT
-from gptq.checkpoint.untrusted import check_folder
+from gptq.checkpoint.untrusted import check_folder, local_folder
 from gptq.errors import InputError
 
 ASSEMBLED = "model.gguf"  # not all *.gguf: repositories of others hold a model in twenty widths
@@ -67,14 +67,10 @@ def resolve(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # slow to import; a local folder does not need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    folder = Path(model)
-    if folder.is_dir():
+    folder = local_folder(model)
+    if folder is not None:
         check_folder(folder)
         return folder
-    if folder.exists():
-        raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise InputError(f"{model}: no such folder")
     suffixes = "safetensors json txt model jinja py md spm tiktoken bpe vocab yaml yml tsv"
     patterns = [*(f"*.{suffix}" for suffix in suffixes.split()), "LICENSE*", "NOTICE*", "USE_POLICY*", ASSEMBLED]
     doubles = ["consolidated*", "original/*"]  # second copies of the weights, in the authors' own format

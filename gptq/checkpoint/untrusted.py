@@ -17,6 +17,22 @@ MAX_JSON_BYTES = 2**28  # limit of a JSON file; the largest known JSON file, a t
 MAX_DEPTH = 64  # levels of nested JSON; much deeper nesting overflows the stack of recursive readers
 
 
+def local_folder(model: str) -> Path | None:
+    """Return the folder of a model that is named by its path; None for what may be an id on the Hub.
+
+    Raises:
+        InputError: it is a file, or can only be a path and leads nowhere.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"{model}: no such folder")
+    return None
+
+
 def check_folder(folder: Path) -> None:
     """Check every entry of a checkpoint folder, and every file below it that comes along, before any is opened.
 

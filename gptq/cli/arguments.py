@@ -1,23 +1,33 @@
 """Parse the command line, before torch and transformers are imported, so that help and usage errors are quick."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from gptq.cli.early import check
 from gptq.config import FORMATS, Flag, QuantConfig, flags, parse_size
 from gptq.errors import InputError
 from gptq.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0 done, 1 `verify` found a difference, 2 bad input or interrupted."""
+    """Run one command; return the exit code.
+
+    0 done, 1 `verify` found a difference, 2 bad input, 130 interrupted, 141 the reader of the output is gone.
+    """
     own = parser()
     args = own.parse_args(arguments)
     if "bits" in args and ("target_bits" in args or "target_size" in args):
         own.error("--bits is the width of all layers, and --target-bits and --target-size choose each layer's")
+    try:
+        check(args)
+    except InputError as error:
+        sys.stderr.write(f"gptq: {error}\n")
+        return 2
     from gptq.cli.commands import run  # imports torch and transformers, which takes seconds
 
     return run(args)

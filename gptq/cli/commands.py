@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import transformers
 from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import is_held_out, read_calibration
 from gptq.checkpoint import hub
+from gptq.cli.early import read_config
 from gptq.cli.progress import Progress
 from gptq.compute.distributed import current_ranks, process_group
 from gptq.config import QuantConfig
@@ -35,6 +36,8 @@ from gptq.pipeline.search import MIN_WINDOWS
 from gptq.planning import cost, memory
 from gptq.planning.plan import Plan, plan_checkpoint
 
+INTERRUPTED, PIPE_CLOSED = 130, 141  # exit codes: 128 and the number of the signal, as in a shell
+
 
 def run(args: argparse.Namespace) -> int:
     """Run `args.command`; returns the exit code."""
@@ -43,11 +46,14 @@ def run(args: argparse.Namespace) -> int:
     datasets.disable_progress_bars()
     huggingface_hub.logging.set_verbosity_error()
     try:
-        return COMMANDS[args.command](args)
+        code = COMMANDS[args.command](args)
+        sys.stdout.flush()  # here, where it is seen that nobody reads
+        return code
     except InputError as error:
         print(f"gptq: {error}", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output is gone; without this Python fails again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except OSError as error:
         print(printable(f"gptq: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -56,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"gptq: {_describe_leftovers(error)}", file=sys.stderr)
     except KeyboardInterrupt as error:
         print(f"gptq: interrupted; {_describe_leftovers(error)}", file=sys.stderr)
+        return INTERRUPTED
     return 2
 
 
@@ -64,13 +71,8 @@ def _describe_leftovers(error: BaseException) -> str:
     return "; ".join(getattr(error, "__notes__", [])) or "nothing half-written was left behind"
 
 
-def _read_config(args: argparse.Namespace) -> QuantConfig:
-    """Make a QuantConfig from the flags that were given; other fields keep their defaults."""
-    return QuantConfig.from_dict({one.name: getattr(args, one.name) for one in fields(QuantConfig) if one.name in args})
-
-
 def _quantize(args: argparse.Namespace) -> int:
-    config = _read_config(args)
+    config = read_config(args)
     if args.push:
         hub.check_access(args.push)
     with process_group(args.device), Progress() as progress:
@@ -106,7 +108,7 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    config = _read_config(args)
+    config = read_config(args)
     sample = _sample(args, config)
     plan = plan_checkpoint(args.model, config, args.revision, args.trust_remote_code, sample)
     found = compatibility.engines(plan.stored_layers, plan.hf_config.model_type)

@@ -45,12 +45,12 @@ class Progress(Observer):
             self._bar.update(weights)
 
     def layer_done(self, block: int, name: str, weights: int) -> None:
-        self._done += weights
+        before, self._done = self._done, self._done + weights
         if self._bar is not None:
             self._bar.set_description(f"block {block + 1}/{self._blocks} {name.rpartition('.')[2]}")
             self._bar.update(weights)
         elif block != self._block:
-            share = (self._done - self._before) / (self._weights - self._before)
+            share = (before - self._before) / (self._weights - self._before)  # of whole blocks
             self._print_line(f"block {block + 1} of {self._blocks}", share)
             self._block = block
 
@@ -85,9 +85,10 @@ class Progress(Observer):
             self._bar = tqdm(total=total, bar_format=form, dynamic_ncols=True, file=sys.stderr)
 
     def _print_line(self, text: str, fraction: float) -> None:
+        """Print a line with the time left, unless nothing is done yet from which to estimate it."""
         elapsed = time.monotonic() - self._began
-        left = elapsed * (1 - fraction) / fraction
-        _print_above_bar(f"{text}, {elapsed:.0f} s, about {left:.0f} s left")
+        left = f", about {elapsed * (1 - fraction) / fraction:.0f} s left" if fraction else ""
+        _print_above_bar(f"{text}, {elapsed:.0f} s{left}")
 
 
 def _print_above_bar(text: str) -> None:

@@ -1,0 +1,37 @@
+"""Find mistakes that need no library to see, before torch and transformers are imported, which takes seconds."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from gptq.calibration.sources import require_file
+from gptq.checkpoint.atomic_folder import require_unused
+from gptq.checkpoint.untrusted import local_folder
+from gptq.config import QuantConfig
+
+
+def read_config(args: argparse.Namespace) -> QuantConfig:
+    """Make a QuantConfig from the flags that were given; other fields keep their defaults.
+
+    Raises:
+        InputError: a value is out of range, or contradicts another one.
+    """
+    return QuantConfig.from_dict({one.name: getattr(args, one.name) for one in fields(QuantConfig) if one.name in args})
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check options and names of files.
+
+    Raises:
+        InputError: the command cannot succeed.
+    """
+    config = read_config(args) if args.command in ("quantize", "plan") else None
+    for model in (getattr(args, "model", None), getattr(args, "against", None)):
+        if model is not None:
+            local_folder(model)
+    if args.command in ("quantize", "convert"):
+        require_unused(Path(args.out))
+    if config is not None and config.method == "gptq":
+        require_file(args.calibration)
+    if args.command == "eval":
+        require_file(args.data)
