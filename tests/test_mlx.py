@@ -99,6 +99,28 @@ def test_refusals(kind: str, options: dict[str, Any], message: str, make_model: 
     assert not (tmp_path / "out").exists()
 
 
+def test_offsets_are_real_numbers_and_stay_what_was_chosen(make_model: MakeModel, tmp_path: Path) -> None:
+    """Chosen in bfloat16 for a bfloat16 model; a grid that GPTQ files have no zero points for."""
+    ids = torch.randint(1, VOCAB, (4, 32), generator=torch.Generator().manual_seed(1))
+    options = {"bits": 3, "group_size": 32, "sym": False, "format": "mlx"}
+    out = tmp_path / "a"
+    quantize(make_model("llama", dtype=torch.bfloat16), out, QuantConfig.from_dict(options), calibration=ids)
+    assert verify.verify(out).problems == []
+    tensors = load_file(out / "model.safetensors")
+    found = {name: tensor for name, tensor in tensors.items() if name.endswith((".scales", ".biases"))}
+    assert len(found) == 28
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    steps = (
+        tensors["model.layers.0.mlp.up_proj.biases"].double() / tensors["model.layers.0.mlp.up_proj.scales"].double()
+    )
+    assert (steps - steps.round()).abs().max() > 0.2
+    with pytest.raises(InputError, match=r"rounds to other values; quantize the original with --format gptq_v2"):
+        convert(out, tmp_path / "b", "gptq_v2")
+    quantize(make_model("llama"), tmp_path / "c", QuantConfig.from_dict({**RTN, "sym": False, "format": "gptq_v2"}))
+    with pytest.raises(InputError, match=r"rounds to other values; quantize the original with --format mlx"):
+        convert(tmp_path / "c", tmp_path / "d", "mlx")
+
+
 def test_both_entries_of_the_config_have_to_agree(make_model: MakeModel, tmp_path: Path) -> None:
     quantize(make_model("llama"), tmp_path / "a", QuantConfig.from_dict(RTN))
     config = content(tmp_path / "a")
@@ -111,7 +133,8 @@ def test_both_entries_of_the_config_have_to_agree(make_model: MakeModel, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("llama", {"bits": bits}) for bits in (2, 3, 5, 6)]
-    + [("llama", MIXED), ("qwen3", {"lm_head": True}), ("qwen3_moe", MIXED), ("mixtral", MIXED)],
+    + [("llama", MIXED), ("qwen3", {"lm_head": True}), ("qwen3_moe", MIXED), ("mixtral", MIXED)]
+    + [("llama", {"bits": 3, "sym": False}), ("llama", {"sym": False, "dtype": torch.bfloat16})],
 )
 def test_mlx_lm_computes_what_we_compute(
     kind: str, options: dict[str, Any], make_model: MakeModel, tmp_path: Path
@@ -120,9 +143,13 @@ def test_mlx_lm_computes_what_we_compute(
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
     out = tmp_path / "out"
-    quantize(make_model(kind, dtype=torch.float16), out, QuantConfig.from_dict({**RTN, **options}))
+    dtype = options.get("dtype", torch.float16)
+    config = QuantConfig.from_dict({**RTN, **{k: v for k, v in options.items() if k != "dtype"}})
+    quantize(make_model(kind, dtype=dtype), out, config)
     mx.set_default_device(mx.cpu)
     theirs, _ = utils.load_model(out)
+    answer = theirs(mx.array(IDS.tolist()))
+    assert str(answer.dtype).endswith(str(dtype).removeprefix("torch."))  # scales and activations are of one dtype
     ours = load(out, dtype="float32", device="cpu")
     compared = 0
     for name, layer in ours.named_modules():

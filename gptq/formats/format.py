@@ -78,6 +78,10 @@ class FileFormat(ABC):
         own = self.grid(scheme)
         return (own.form, own.stored) == (grid.form, grid.stored)
 
+    def choose_scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which to choose the scales of a layer whose weight has this dtype."""
+        return SCALE_DTYPE
+
     def grid(self, scheme: Scheme, scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
         """What the weights of a layer are rounded to. By default integers with a scale and an integer zero point.
 

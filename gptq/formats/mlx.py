@@ -32,7 +32,9 @@ from gptq.formats.format import PLAIN_KEY, SCALE_DTYPE, FileFormat
 from gptq.formats.name_rules import Quantization
 from gptq.formats.packing import num_words, pack, unpack
 from gptq.formats.scheme import Layers, Linears, Scheme, contiguous_groups
-from gptq.solver import Codes
+from gptq.solver import Codes, Grid, IntegerGrid
+from gptq.solver.grids.affine import AffineGrid
+from gptq.solver.grids.scales import FloatScales
 
 METHOD = "mlx"
 CONFIG_KEY = "quantization"  # the entry of config.json that MLX reads
@@ -71,9 +73,15 @@ class Mlx(FileFormat):
             return "MLX has no g_idx, which act-order with dynamic groups needs"
         if size not in MLX_GROUPS or inputs % size:
             return f"MLX has groups of 32, 64 or 128 that divide the inputs; here {size} of {inputs} inputs"
-        if not scheme.sym:
-            return "MLX stores -zero * scale rounded to the scale's dtype, which is exact for symmetric grids only"
         return None
+
+    def choose_scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return bfloat16 for a bfloat16 model: MLX computes in float32 where scales and activations differ."""
+        return dtype if dtype == torch.bfloat16 else SCALE_DTYPE
+
+    def grid(self, scheme: Scheme, scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
+        scales = FloatScales(scale_dtype)
+        return IntegerGrid(scheme.bits, True, scales) if scheme.sym else AffineGrid(scheme.bits, scales)
 
     def layout(
         self, scheme: Scheme, outputs: int, inputs: int, scale_dtype: torch.dtype = SCALE_DTYPE
@@ -86,10 +94,10 @@ class Mlx(FileFormat):
         self, layer: Codes, scheme: Scheme, scale_dtype: torch.dtype = SCALE_DTYPE, allow_zero: bool = False
     ) -> dict[str, Tensor]:
         scale = layer.scale.to(scale_dtype).contiguous()
-        biases = -(layer.zero.float() * scale.float())  # (outputs, groups)
-        stored = biases.to(scale_dtype)
-        if not torch.equal(stored.float(), biases):
-            raise ValueError("a zero point times its scale is not exact in the dtype of MLX's biases")
+        biases = -(layer.zero.float() * scale.float()) if layer.offset is None else layer.offset  # (outputs, groups)
+        stored = biases.to(scale_dtype).contiguous()
+        if not torch.equal(stored.float(), biases.float()):
+            raise ValueError("a zero point times its scale, or an offset, is not exact in the dtype of MLX's biases")
         return {
             "weight": pack(layer.codes.T, scheme.bits).T.contiguous().view(torch.uint32),
             "scales": scale,
@@ -101,13 +109,15 @@ class Mlx(FileFormat):
         inputs = words.shape[1] * 32 // scheme.bits
         codes = unpack(words.T, scheme.bits, inputs).T
         zero, g_idx = self.decode_zeros(packed, scheme, len(scale)), self.decode_groups(packed, scheme, inputs)
-        return Codes(codes, scale, zero, g_idx)
+        return Codes(codes, scale, zero, g_idx, offset=None if scheme.sym else packed["biases"])
 
     def decode_groups(self, packed: Mapping[str, Tensor], scheme: Scheme, inputs: int) -> Tensor:
         return contiguous_groups(scheme, inputs).to(packed["scales"].device)
 
     def decode_zeros(self, packed: Mapping[str, Tensor], scheme: Scheme, outputs: int) -> Tensor:
-        """Return the zero points of a symmetric layer; 0 marks a group that is not symmetric."""
+        """Return the zero points of a symmetric layer, 0 for a group that is not symmetric; else zeros: see `grid`."""
+        if not scheme.sym:
+            return torch.zeros_like(packed["scales"], dtype=torch.uint8)
         middle = 2 ** (scheme.bits - 1)
         zero: Tensor = (packed["biases"].float() == -middle * packed["scales"].float()).to(torch.uint8) * middle
         return zero

@@ -70,14 +70,16 @@ def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme)
             f"needs {', '.join(sorted(needed))}"
         )
     outputs, inputs = file_format.stored_shape(source, layer, scheme)
-    for suffix, expected in file_format.layout(scheme, outputs, inputs).items():
+    stored = infos[file_format.scale_key].dtype
+    scale_dtype = stored if stored.is_floating_point else SCALE_DTYPE
+    for suffix, expected in file_format.layout(scheme, outputs, inputs, scale_dtype).items():
         name, info = f"{layer}.{suffix}", infos[suffix]
         if info.shape != expected.shape:
             raise InputError(
                 f"{name} in {source.folder} has the shape {info.shape}, not {expected.shape} as {scheme.bits} bits in "
                 f"groups of {scheme.columns(inputs)} need{file_format.explain_shape(info, scheme, outputs, inputs)}"
             )
-        if info.dtype != expected.dtype and not (suffix == file_format.scale_key and info.dtype.is_floating_point):
+        if info.dtype != expected.dtype:
             raise InputError(f"{name} in {source.folder} holds {info.dtype}, not {expected.dtype}")
     nbytes = sum(info.nbytes for info in infos.values())
     scale_dtype = infos[file_format.scale_key].dtype if file_format.scale_key else SCALE_DTYPE

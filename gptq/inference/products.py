@@ -48,10 +48,10 @@ class Product(Protocol):
 
 def prepare(stored: Stored) -> Product | None:
     """Make the product of a layer for the device of its tensors; None means to dequantize the weight and multiply."""
+    if formats.FORMATS[stored.scheme.format].grid(stored.scheme).form is not Form.INTEGER:
+        return None  # the kernels know integer zero points
     if stored.device.type == "cuda":
         return TritonProduct.of(stored) if formats.FORMATS[stored.scheme.format].inputs_first and has_triton() else None
-    if formats.FORMATS[stored.scheme.format].grid(stored.scheme).form is not Form.INTEGER:
-        return None
     if stored.device.type != "cpu" or not (stored.columns == stored.inputs or stored.columns % 32 == 0):
         return None
     layout = Layout.of(stored)

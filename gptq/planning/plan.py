@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,6 +181,7 @@ def plan_checkpoint(
     all_blocks = without_blocks_of(left_out, every_block)
     untied, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
     blocks, layers, extended = plan_layers(every_block, names, config, untied, uncalled, left_out)
+    layers = _choose_scale_dtypes(layers, source)
     changes = changes if untied in layers else {}
     notes = [*source.notes, *opened.notes, *_notes_on_unreached(every_block, unreached, layers)]
     notes += [*_note_on_uncalled(uncalled), *extended, *_note_on_group_size(config, layers)]
@@ -342,6 +344,18 @@ def _is_named(name: str, gates: Collection[str], layers: Iterable[str], config: 
     """Whether an override names this gate, and nothing but gates."""
     named = (o for o in config.overrides if not o.skip and re.search(o.pattern, name))
     return any(all(layer in gates for layer in layers if re.search(o.pattern, layer)) for o in named)
+
+
+def _choose_scale_dtypes(plans: dict[str, LayerPlan], source: Source) -> dict[str, LayerPlan]:
+    """Set the dtype of scales, which may follow that of most of the checkpoint."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for info in source.tensors.values():
+        nbytes[info.dtype] += info.nbytes * info.dtype.is_floating_point
+    most, _ = nbytes.most_common(1)[0]
+    return {
+        name: replace(plan, scale_dtype=formats.FORMATS[plan.format].choose_scale_dtype(most))
+        for name, plan in plans.items()
+    }
 
 
 def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:
