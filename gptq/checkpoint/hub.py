@@ -8,6 +8,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from gptq.checkpoint.assembled import INDEX_FILE
 from gptq.checkpoint.atomic_folder import MARKER
+from gptq.checkpoint.pickled import PICKLES_ON_HUB, convert_pickles, is_only_pickled
 from gptq.checkpoint.reader import CONVERT_HINT
 from gptq.checkpoint.untrusted import check_folder, local_folder
 from gptq.errors import InputError
@@ -58,9 +59,11 @@ def _reason(error: Exception) -> str:
     return " ".join((str(error).strip() or type(error).__name__).split())[:300]
 
 
-def resolve(model: str, revision: str | None) -> Path:
+def resolve(model: str, revision: str | None, allow_pickle: bool = False) -> Path:
     """Return a local checkpoint folder, or a local copy of a Hub repository (safetensors, configuration and tokenizer).
 
+    Args:
+        allow_pickle: if there are pickled weights alone, convert them, and return the folder with the result.
     Raises:
         InputError: there is no such folder and no such repository, or the folder fails `check_folder`.
     """
@@ -70,17 +73,22 @@ def resolve(model: str, revision: str | None) -> Path:
     folder = local_folder(model)
     if folder is not None:
         check_folder(folder)
-        return folder
+        return convert_pickles(folder) if allow_pickle and is_only_pickled(folder) else folder
     suffixes = "safetensors json txt model jinja py md spm tiktoken bpe vocab yaml yml tsv"
     patterns = [*(f"*.{suffix}" for suffix in suffixes.split()), "LICENSE*", "NOTICE*", "USE_POLICY*", ASSEMBLED]
     doubles = ["consolidated*", "original/*"]  # second copies of the weights, in the authors' own format
     try:
         copy = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))
+        has_weights = any(copy.glob("*.safetensors")) or (copy / INDEX_FILE).is_file()
+        if allow_pickle and not has_weights:
+            copy = Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns, PICKLES_ON_HUB]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         which = f"{model} at {revision}" if revision else model
         raise InputError(f"{which} is neither a folder nor a model that the Hub could give ({reason})") from error
-    if not any(copy.glob("*.safetensors")) and not (copy / INDEX_FILE).is_file():
-        raise InputError(f"{model} has no safetensors weights on the Hub; {CONVERT_HINT}")
     check_folder(copy)
-    return copy
+    if has_weights:
+        return copy
+    if not allow_pickle:
+        raise InputError(f"{model} has no safetensors weights on the Hub; {CONVERT_HINT}")
+    return convert_pickles(copy)

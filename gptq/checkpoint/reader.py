@@ -19,8 +19,7 @@ from gptq.errors import InputError
 EVERY = slice(None)  # all rows of a tensor
 CHUNK_BYTES = 2**24  # bytes of a tensor that are read and converted at a time
 CONVERT_HINT = (
-    "pickled weights are not read. Convert them once, where you trust them: "
-    "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), and the tokenizer likewise"
+    "--allow-pickle (allow_pickle=True) converts such weights to safetensors first, in a confined process of its own"
 )
 
 

@@ -67,7 +67,7 @@ class ShardWriter:
 
     def _open_shard(self, path: Path, number: int, names: list[str], reuse_shards: bool) -> None:
         """Open a shard's file, keep its content if it may be reused, and otherwise write its header and full size."""
-        header, offset = _encode_header({name: self._tensors[name] for name in names})
+        header, offset = encode_header({name: self._tensors[name] for name in names})
         size = len(header) + sum(self._tensors[name].nbytes for name in names)
         reuse_shards = reuse_shards and path.is_file() and path.stat().st_size == size and _begins_with(path, header)
         mode = "rb" if self._read_only else "r+b" if reuse_shards else "w+b"
@@ -177,11 +177,11 @@ def _split_into_shards(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> 
 def file_bytes(tensors: dict[str, TensorInfo]) -> int:
     """Return the total size of the files that `ShardWriter` writes for these tensors."""
     shards = _split_into_shards(tensors, MAX_SHARD_BYTES)
-    headers = sum(len(_encode_header({name: tensors[name] for name in names})[0]) for names in shards)
+    headers = sum(len(encode_header({name: tensors[name] for name in names})[0]) for names in shards)
     return headers + sum(info.nbytes for info in tensors.values())
 
 
-def _encode_header(tensors: dict[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+def encode_header(tensors: dict[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
     """Return a shard's header and the offset of each tensor after it."""
     offsets: dict[str, int] = {}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -175,4 +175,8 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint"
     )
+    parser.add_argument(
+        "--allow-pickle", action="store_true",
+        help="convert pytorch_model*.bin to safetensors first, in a confined process of its own",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object to stdout")

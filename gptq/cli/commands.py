@@ -89,6 +89,7 @@ def _quantize(args: argparse.Namespace) -> int:
             gpu_memory_limit=args.gpu_memory_limit,
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
             observer=progress if first else Observer(),
         )
     if not first:
@@ -110,7 +111,9 @@ def _push(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     config = read_config(args)
     sample = _sample(args, config)
-    plan = plan_checkpoint(args.model, config, args.revision, args.trust_remote_code, sample)
+    plan = plan_checkpoint(
+        args.model, config, args.revision, args.trust_remote_code, sample, allow_pickle=args.allow_pickle
+    )
     found = compatibility.engines(plan.stored_layers, plan.hf_config.model_type)
     layers = list(plan.layers.values())
     needs = _estimate_needs(args, config, plan)
@@ -243,6 +246,7 @@ def _eval(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
             progress=progress.step_done if args.against else progress.window_done,
         )
     if found.seq_len != args.seq_len:

@@ -72,6 +72,7 @@ def perplexity(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """Measure perplexity as the GPTQ paper does: tokenize the text as a whole, cut it into windows without overlap.
@@ -81,12 +82,13 @@ def perplexity(
         data: source of text, see `gptq.calibration`; if it has several splits, `test` is used.
         seq_len: tokens per window, at most the model's limit.
         windows: how many windows to measure, from the start of the text; all by default.
+        allow_pickle: as for `gptq.quantize`.
         progress: called after each window with the number done and the total.
 
     Raises:
         InputError: model or data cannot be read, or the text is shorter than a window.
     """
-    folder = resolve(str(model), revision)
+    folder = resolve(str(model), revision, allow_pickle)
     seq_len, _ = fit_seq_len(seq_len, read_config(folder, trust_remote_code))
     tokenizer = read_tokenizer(folder, trust_remote_code)
     tokens = read_windows(data, tokenizer, seq_len, windows)
@@ -148,6 +150,7 @@ def compare(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Measure perplexity of a model and of its original, and KL divergence and agreement between them, in one pass.
@@ -158,13 +161,13 @@ def compare(
     Args:
         model: folder or Hub id (then at `revision`), quantized or not.
         original: folder or Hub id of the checkpoint that `model` was made from, with the same tokenizer.
-        data, seq_len, windows, device, dtype: as for `perplexity`.
+        data, seq_len, windows, device, dtype, allow_pickle: as for `perplexity`.
         progress: called with the steps done and the total; a step is one window, or one window in one block.
 
     Raises:
         InputError: model, original or data cannot be read, or do not belong together.
     """
-    folder, original_folder = resolve(str(model), revision), resolve(str(original), None)
+    folder, original_folder = resolve(str(model), revision, allow_pickle), resolve(str(original), None, allow_pickle)
     configs = [read_config(where, trust_remote_code) for where in (folder, original_folder)]
     for config in configs:
         seq_len, _ = fit_seq_len(seq_len, config)

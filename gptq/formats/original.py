@@ -7,6 +7,7 @@ from pathlib import Path
 from gptq import formats
 from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.derived import Derived, DerivedSource
+from gptq.checkpoint.pickled import notes_on_conversion
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.sources import KINDS
 from gptq.checkpoint.sources.decoded import (
@@ -75,6 +76,7 @@ def open_original(folder: Path) -> Source:
             tensor, or the entry of config.json.
     """
     stored = open_source(folder)
+    stored.notes = notes_on_conversion(folder)
     config = folder / "config.json"
     declared = Declared(config, (quantization_of(folder) or {}) if config.is_file() else {})
     if declared.values:
@@ -89,7 +91,8 @@ def open_original(folder: Path) -> Source:
     _refuse_leftovers(stored, encoded, bool(declared.values))
     if not encoded:
         if declared.values:
-            stored.notes = [f"{config} says quant_method {method_of(declared.values)!r}, but the weights are plain"]
+            method = method_of(declared.values)
+            stored.notes = [*stored.notes, f"{config} says quant_method {method!r}, but the weights are plain"]
         return stored
     left_out = activation_scales(stored, encoded)
     if left_out:

@@ -39,6 +39,7 @@ def load(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """Load a Hugging Face model in evaluation mode; quantized layers stay packed in memory.
 
@@ -48,11 +49,12 @@ def load(
     Args:
         model: folder or Hub id.
         device, dtype: as for `gptq.quantize`; dtype is the dtype of activations and of unquantized layers.
+        allow_pickle: as for `gptq.quantize`.
 
     Raises:
         InputError: the checkpoint cannot be read; the message names the tensor or file.
     """
-    folder = resolve(str(model), revision)
+    folder = resolve(str(model), revision, allow_pickle)
     hf_config = read_config(folder, trust_remote_code)
     where = choose_device(device)
     compute = choose_dtype(dtype, hf_config, where)

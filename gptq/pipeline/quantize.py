@@ -69,13 +69,17 @@ class Request:
     calibration: Calibration
     revision: str | None
     trust_remote_code: bool
+    allow_pickle: bool
     batch_size: int | None
     memory_limits: tuple[int | None, int | None]  # limits of the process and of the GPU, bytes
     observer: Observer
 
     def plan(self, config: QuantConfig) -> Plan:
         """Plan the checkpoint with this config."""
-        return plan_checkpoint(self.model, config, self.revision, self.trust_remote_code, self.calibration.sample)
+        sample = self.calibration.sample
+        return plan_checkpoint(
+            self.model, config, self.revision, self.trust_remote_code, sample, allow_pickle=self.allow_pickle
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def quantize(
     gpu_memory_limit: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     observer: Observer | None = None,
 ) -> Result:
     """Quantize a Hugging Face checkpoint into a new folder.
@@ -121,6 +126,8 @@ def quantize(
         memory_limit: largest resident memory of this process in bytes; by default most of the machine's free memory.
             The limit decides on `batch_size` and on whether activations between blocks are offloaded to files; it
             never changes the result. `gpu_memory_limit` limits the memory of the GPU in the same way.
+        allow_pickle: if the model has pickled weights alone (`pytorch_model*.bin`), convert these to safetensors first,
+            in a confined process of its own, into the cache of the Hub's client.
 
     Raises:
         InputError: anything a user can fix; then nothing is left at `out`. This includes an OUT.partial that was begun
@@ -131,8 +138,10 @@ def quantize(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; at least one window has to be in flight")
     limits = memory_limit, gpu_memory_limit
-    opened = read_calibration(calibration, config, model, revision, trust_remote_code)
-    request = Request(str(model), config, opened, revision, trust_remote_code, batch_size, limits, observer)
+    opened = read_calibration(calibration, config, model, revision, trust_remote_code, allow_pickle)
+    request = Request(
+        str(model), config, opened, revision, trust_remote_code, allow_pickle, batch_size, limits, observer
+    )
     plan = request.plan(config)
     state = plan.state  # of the first plan: another one may be made later
     where = choose_device(device)

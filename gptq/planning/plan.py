@@ -156,16 +156,18 @@ def plan_checkpoint(
     revision: str | None,
     trust_remote_code: bool,
     sample: Mapping[str, Tensor] | None = None,
+    allow_pickle: bool = False,
 ) -> Plan:
     """Decide what happens to every tensor of a checkpoint, from its headers and config.json.
 
     Args:
         model: folder or Hub id.
         sample: the model's inputs of one window, if they are not text.
+        allow_pickle: as for `gptq.quantize`.
     Raises:
         InputError: the checkpoint cannot be quantized with this config; the message says what to change.
     """
-    folder = resolve(model, revision)
+    folder = resolve(model, revision, allow_pickle)
     state = SourceState.of(folder)
     opened = open_model(open_original(folder), trust_remote_code)
     source, hf_config, network, names = opened.source, opened.hf_config, opened.network, opened.names
