@@ -38,7 +38,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gptq import InputError, QuantConfig, cli, load, quantize
+from gptq.formats.gguf_file import explain_missing
 
+GGUF_HEADER = 16_000  # bytes of the small file that are changed: its keys, and its tensors' entries
 ADDITIONAL_BYTES, SECONDS = 2 * 2**30, 30  # limits of a command: address space beyond the current one, and time
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody minds. " * 40
 RECIPES: dict[str, dict[str, Any]] = {
@@ -46,6 +48,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gptq_v2": {"bits": 3, "format": "gptq_v2", "sym": False},
     "pack": {"bits": 5, "format": "pack-quantized", "sym": False},
     "mixed": {"bits": 4, "format": "gptq", "overrides": [["down_proj", {"bits": 8}], ["o_proj", {"skip": True}]]},
+    "wide": {"bits": 4, "format": "gptq", "group_size": 32, "overrides": [["down_proj", {"skip": True}]]},
+    "gguf": {"bits": 4, "format": "gguf", "group_size": 32, "overrides": [["down_proj", {"skip": True}]]},
     "mixed-pack": {"bits": 4, "format": "pack-quantized", "overrides": [["down_proj", {"bits": 8, "group_size": 16}]]},
 }
 
@@ -69,6 +73,8 @@ def make_checkpoints(folder: Path, fixtures: Path | None = None) -> dict[str, Pa
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(found[name], max_shard_size=shard)
         _tokenizer().save_pretrained(found[name])
     for name, recipe in RECIPES.items():
+        if "gguf" in recipe["format"] and explain_missing():
+            continue
         found[name] = folder / name
         quantize(found["plain"], found[name], QuantConfig.from_dict({"method": "rtn", "group_size": 16, **recipe}))
         measured = {"perplexity": 300.5, "original_perplexity": 290.1, "data": "a.txt", "windows": 3, "seq_len": 16,
@@ -130,14 +136,19 @@ def changes(draw: st.DrawFn, checkpoints: dict[str, Path]) -> Change:
     if command in ("calibrate", "measure"):
         files = sorted(DATA) if command == "calibrate" else ["data.txt", "data.jsonl"]
     else:
-        files = sorted(p.name for p in checkpoints[name].iterdir() if p.suffix in (".json", ".safetensors", ".md"))
-        files += [f for f in files if f in ("config.json", "model.safetensors", "quantization_record.json")] * 2
+        files = sorted(
+            p.name for p in checkpoints[name].iterdir() if p.suffix in (".json", ".safetensors", ".gguf", ".md")
+        )
+        often = ("config.json", "model.safetensors", "model.gguf", "tensor_index.json", "quantization_record.json")
+        files += [f for f in files if f in often] * 2
     file = draw(st.sampled_from(files))
     hows = ["bytes", "cut", "kind"]
     if file.endswith(".json"):
         hows = ["value"] * 6 + ["bytes", "cut", "kind", "raw"]
     elif file.endswith(".safetensors"):
         hows = ["header"] * 6 + ["length", "bytes", "cut", "kind"]
+    elif file.endswith(".gguf"):
+        hows = ["field"] * 6 + ["bytes", "cut", "kind"]
     how = draw(st.sampled_from(hows))
     return Change(name, file, how, draw(PAYLOADS[how]), command)
 
@@ -153,6 +164,8 @@ PAYLOADS: dict[str, st.SearchStrategy[Any]] = {
         st.lists(where, min_size=1, max_size=5), st.sampled_from(["set", "drop", "rename", "number"]), values),
     "header": st.tuples(where, st.sampled_from(["dtype", "shape", "data_offsets", "rename", "drop", "copy"]), where,
                         st.sampled_from(DTYPES), st.sampled_from(NUMBERS), st.sampled_from(TEXTS)),
+    "field": st.tuples(where, st.sampled_from([4, 8]), st.sampled_from(
+        [0, 1, 2, 5, 8, 9, 31, 255, 2**20, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1])),
     "length": st.sampled_from([0, 1, 7, 2**20, 10**8, 2**31, 2**63 - 1, 2**64 - 1]),
 }  # fmt: skip
 
@@ -177,6 +190,10 @@ def apply(change: Change, folder: Path, outside: Path) -> None:
         tree = json.loads(content)
         _change_value(tree, *change.what)
         content = bytearray(json.dumps(tree).encode())
+    elif change.how == "field":  # a count, a length, a type or an offset of a binary header
+        at, size, number = change.what
+        i = int(at * min(len(content), GGUF_HEADER))
+        content[i : i + size] = (number % 2 ** (8 * size)).to_bytes(size, "little")
     elif change.how == "length":
         content[:8] = change.what.to_bytes(8, "little")
     else:
@@ -272,6 +289,8 @@ COMMANDS: dict[str, Callable[[Path, Path, str], list[str]]] = {
     "verify": lambda model, out, data: ["verify", str(model)],
     "to gptq_v2": lambda model, out, data: ["convert", str(model), str(out), "--format", "gptq_v2"],
     "to pack": lambda model, out, data: ["convert", str(model), str(out), "--format", "pack-quantized"],
+    "to gptq": lambda model, out, data: ["convert", str(model), str(out), "--format", "gptq"],
+    "to gguf": lambda model, out, data: ["convert", str(model), str(out), "--format", "gguf"],
     "report": lambda model, out, data: ["report", str(model)],
     "eval": lambda model, out, data: ["eval", str(model), "--data", data, "--windows", "1", *WINDOWS],
     "measure": lambda model, out, data: [

@@ -1,9 +1,11 @@
-"""Worker of bench_generate.py in llama.cpp's environment: convert a Hugging Face Llama to GGUF, and measure its speed.
+"""Worker of bench_generate.py and check_llama_cpp.py in llama.cpp's environment: convert a Llama, load files, run them.
 
     python llama_cpp_worker.py make MODEL OUT TYPE [TYPE ...]     write OUT/TYPE.gguf for each of Q4_0, Q4_K_S, ...
     python llama_cpp_worker.py serve FILE.gguf THREADS            answer lines of JSON from stdin on stdout:
         {"prompt": [tokens], "tokens": N}  ->  {"decode": tokens per second, "prefill": tokens per second}
         {"logits": [tokens]}               ->  {"logits": the last token's}
+        {"all_logits": [tokens], "file": F.npy}  ->  {}, and the logits of all tokens, (tokens, vocabulary), in the file
+        {"text": T}                        ->  {"tokens": the numbers of its tokens, without a first or last one added}
 
 All matrices have the given type, including the embedding and the output head ("pure"). Files have no tokenizer.
 """
@@ -18,7 +20,6 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from gguf import GGUFWriter
-from safetensors import safe_open
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -36,6 +37,8 @@ CONTEXT = 1024
 
 def write_f16(model: Path, file: Path) -> None:
     """Convert a Llama with tied embeddings to a GGUF file of float16 matrices."""
+    from safetensors import safe_open
+
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = GGUFWriter(file, "llama")
@@ -106,6 +109,28 @@ class Served:
         found = llama_cpp.llama_get_logits_ith(self.context, -1)
         return np.ctypeslib.as_array(found, shape=(self.vocabulary,))
 
+    def run_all(self, tokens: list[int]) -> Any:
+        """Return the logits of all tokens (tokens, vocabulary)."""
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for place, token in enumerate(tokens):
+            batch.token[place], batch.pos[place], batch.logits[place] = token, place, 1
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = 0
+        if llama_cpp.llama_decode(self.context, batch):
+            raise RuntimeError("llama.cpp could not run the tokens")
+        rows = [llama_cpp.llama_get_logits_ith(self.context, place) for place in range(len(tokens))]
+        found = np.stack([np.ctypeslib.as_array(row, shape=(self.vocabulary,)).copy() for row in rows])
+        llama_cpp.llama_batch_free(batch)
+        return found
+
+    def tokenize(self, text: str) -> list[int]:
+        content = text.encode()
+        room = (ctypes.c_int32 * (len(content) + 8))()
+        vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        count = llama_cpp.llama_tokenize(vocabulary, content, len(content), room, len(room), False, False)
+        return list(room[:count])
+
     def forget(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
@@ -114,6 +139,11 @@ class Served:
         self.forget()
         if "logits" in asked:
             return {"logits": self.run(asked["logits"]).tolist()}
+        if "all_logits" in asked:
+            np.save(asked["file"], self.run_all(asked["all_logits"]))
+            return {}
+        if "text" in asked:
+            return {"tokens": self.tokenize(asked["text"])}
         began = time.perf_counter()
         self.run(asked["prompt"])
         prefill = len(asked["prompt"]) / (time.perf_counter() - began)

@@ -1,6 +1,7 @@
 """GGUF: blocks bit for bit as the package gguf reads them, whole files as transformers reads them, and back again."""
 
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gptq import InputError, QuantConfig, convert, load, quantize
 from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.ggml import BLOCK_TYPES, BlockType
 from gptq.checkpoint.gguf import read_gguf_header
+from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format
 from gptq.formats.gguf_architectures import ARCHITECTURES, extra_tensors
 from gptq.formats.gguf_rounding import round_rows
@@ -192,3 +194,100 @@ def test_the_rotation_of_llama_3_is_a_tensor_of_the_file(make_model: MakeModel) 
     plain = 1 / 500000.0 ** (torch.arange(0, 64, 2) / 64)
     assert len(set(factors.tolist())) > 3
     torch.testing.assert_close(plain / factors, model.model.rotary_emb.inv_freq)
+
+
+# --- files of strangers -----------------------------------------------------------------------------------------------
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def tensor(name: str = "w", shape: tuple[int, ...] = (32, 2), kind: int = 2, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def whole(keys: list[bytes], tensors: list[bytes], data: int = 64, counts: tuple[int, int] | None = None) -> bytes:
+    """A file with these entries; `counts` are the numbers of tensors and keys that it announces."""
+    header = struct.pack("<4sIQQ", b"GGUF", 3, *(counts or (len(tensors), len(keys)))) + b"".join(keys + tensors)
+    return header + bytes(-len(header) % 32) + bytes(data)
+
+
+KEYS = [
+    text("general.architecture") + struct.pack("<I", 8) + text("llama"),
+    text("a.number") + struct.pack("<If", 6, 0.5),
+    text("a.list") + struct.pack("<IIQ", 9, 8, 2) + text("x") + text("yz"),
+    text("a.row") + struct.pack("<IIQ3i", 9, 5, 3, 1, 2, 3),
+]
+
+
+def test_a_header_is_read_as_it_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_bytes(whole(KEYS, [tensor(), tensor("v", (3,), 0, 64)], data=96))
+    header = read_gguf_header(file)
+    assert header.values == {"general.architecture": "llama", "a.number": 0.5}
+    assert header.lengths == {"a.list": 2, "a.row": 3}
+    found = {name: (s.info, s.begin, s.floats) for name, s in header.tensors.items()}
+    begin = file.stat().st_size - 96
+    assert found["w"] == (TensorInfo(torch.uint8, (2, 18)), begin, TensorInfo(torch.float32, (2, 32)))
+    assert found["v"] == (TensorInfo(torch.float32, (3,)), begin + 64, TensorInfo(torch.float32, (3,)))
+
+
+def test_every_beginning_of_a_file_is_refused(tmp_path: Path) -> None:
+    file, content = tmp_path / "a.gguf", whole(KEYS, [tensor()], data=36)
+    file.write_bytes(content)
+    assert read_gguf_header(file).architecture == "llama"
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        with pytest.raises(InputError, match=r"a\.gguf is damaged or cut short"):
+            read_gguf_header(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (whole([], [], counts=(2**60, 0)), "room for them"),
+        (whole([], [], counts=(0, 2**60)), "room for them"),
+        (whole([struct.pack("<Q", 2**63)], []), "room for them"),
+        (whole([text("k") + struct.pack("<IIQ", 9, 8, 2**60)], []), "room for them"),
+        (whole([text("k") + struct.pack("<IIQ", 9, 0, 2**60)], []), "room for them"),
+        (whole([text("k") + struct.pack("<IIQ", 9, 9, 1)], []), "array of the type 9"),
+        (whole([text("k") + struct.pack("<I", 99)], []), "type 99, which is unknown"),
+        (whole([KEYS[1], KEYS[1]], []), "twice"),
+        (whole([text("a\nb") + struct.pack("<If", 6, 0.5)], []), "holds the name"),
+        (whole([text("general.alignment") + struct.pack("<II", 4, 0)], [tensor()]), "alignment is 0"),
+        (whole([text("general.alignment") + struct.pack("<IQ", 10, 2**40)], [tensor()]), "alignment is"),
+        (whole([text("general.alignment") + struct.pack("<I", 8) + text("x")], [tensor()]), "alignment is 'x'"),
+        (whole([], [tensor(shape=(32, 2**40))]), "bytes long, which the file is not"),
+        (whole([], [tensor(shape=(2**40, 2**40))]), "has the shape"),
+        (whole([], [tensor(shape=(0, 2))]), "has the shape"),
+        (whole([], [tensor(shape=(32, 1, 1, 1, 1))]), "5 dimensions"),
+        (whole([], [tensor(shape=(33, 2))]), "33 columns, which blocks of 32 do not divide"),
+        (whole([], [tensor(kind=77)]), "ggml's type 77"),
+        (whole([], [tensor(offset=2**63)]), "which the file is not"),
+        (whole([], [tensor(offset=1)]), "which the file is not"),
+        (whole([], [tensor(), tensor()]), "the tensor 'w' twice"),
+        (whole([], [tensor(), tensor("v", offset=32)], data=128), "w and v overlap"),
+        (b"GGML" + whole([], [])[4:], "does not begin with GGUF"),
+        (whole([], [])[:4] + struct.pack("<I", 1) + whole([], [])[8:], "version is 1"),
+        (whole([text("k") + struct.pack("<I", 8) + struct.pack("<Q", 1) + b"\xff"], []), "decode"),
+    ],
+)  # fmt: skip
+def test_a_header_that_lies_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_gguf_header(file)
+
+
+def test_a_file_with_codes_that_its_width_does_not_have_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    """A file of 3 bits in Q4_0, in which a code of 4 bits and then an infinite scale appear."""
+    out = tmp_path / "out"
+    quantize(make_model("llama"), out, QuantConfig.from_dict({**RTN, "bits": 3, "format": "gguf"}))
+    (out / "quantization_record.json").unlink()
+    file = out / "model.gguf"
+    content, begin = file.read_bytes(), read_gguf_header(file).tensors["blk.1.ffn_up.weight"].begin
+    for place, byte, message in ((2, 0xFF, "which 3 bits do not hold"), (1, 0x7C, "a scale that is NaN or infinity")):
+        file.write_bytes(content[: begin + place] + bytes([byte]) + content[begin + place + 1 :])
+        with pytest.raises(InputError, match=rf"layers\.1\.mlp\.up_proj\.weight_ggml .* {message}"):
+            load(out)

@@ -133,7 +133,20 @@ def explain_unknown(config: PreTrainedConfig) -> str | None:
     rope = _rope_of(config)
     if rope.get("rope_type", "default") not in ROPE_TYPES:
         return f"llama.cpp has no rope_type {rope['rope_type']!r} for such a model"
-    return kind.check(config)
+    try:
+        reason = kind.check(config)
+        keys = [*list_keys(config), *extra_tensors(config).items()]
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        return f"its config.json does not say what llama.cpp needs ({type(error).__name__}: {error})"
+    bad = next((f"{key} {value}" for key, value in keys if not _is_sound(value)), None)
+    return reason or (bad and f"its config.json says {bad}")
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether a value can be stored: a text, a finite number, or an integer of 32 bits."""
+    if isinstance(value, int):
+        return 0 <= value < 2**32
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, str | Tensor)
 
 
 def list_keys(config: Any) -> Iterator[tuple[str, Any]]:

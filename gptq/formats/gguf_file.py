@@ -111,7 +111,6 @@ def write_file(
 
 def _add_keys(writer: Any, folder: Path, config: PreTrainedConfig, types: Iterable[BlockType], rows: int) -> None:
     names = [kind.name for kind in types]
-    writer.add_name(config.model_type)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     writer.add_file_type(FILE_TYPES[max(FILE_TYPES, key=names.count)])
     own = ((f"{writer.arch}.{key}", value) for key, value in gguf_architectures.list_keys(config))

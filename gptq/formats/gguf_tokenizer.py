@@ -45,6 +45,8 @@ def explain_unknown(folder: Path) -> str | None:
             pass
     except InputError as error:
         return str(error)
+    except Exception as error:  # any type, depending on what the files hold
+        return f"the tokenizer in {folder} could not be used: {' '.join(str(error).split())[:200]}"
     return None
 
 
