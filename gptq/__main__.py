@@ -2,6 +2,7 @@
 
 import os
 import sys
+from io import TextIOWrapper
 
 # torch reads this when it is imported, and then allocates large tensors in transparent huge pages. A run returns freed
 # memory after every layer and faults it in again; larger pages mean fewer page faults.
@@ -17,6 +18,9 @@ def main() -> int:
     environment = ENVIRONMENT | (DEMO_ENVIRONMENT if sys.argv[1:2] == ["demo"] else {})
     for name, value in environment.items():
         os.environ.setdefault(name, value)
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from gptq.cli.arguments import main as run
 

@@ -1,5 +1,6 @@
 """The command line as a person or a script meets it: names, JSON, exit codes, sentences instead of tracebacks."""
 
+import io
 import json
 import os
 import re
@@ -8,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from gptq import cli
+from gptq.__main__ import main as run_main
+from gptq.output import record
 from tests.conftest import MakeModel
 
 FAST = ["--group-size", "32", "--samples", "4", "--seq-len", "32"]
@@ -329,3 +333,60 @@ def test_arguments_are_read_before_the_libraries(arguments: list[str], code: int
     """Which take seconds."""
     done = subprocess.run([sys.executable, "-c", ARGUMENTS, *arguments], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == f"False {code}"
+
+
+def interrupt_inside_a_library(*_: object) -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt as error:
+        raise ValueError("a library's own words") from error
+
+
+def raise_key_error(*_: object) -> None:
+    raise KeyError("weight")
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "said"),
+    [
+        (interrupt_inside_a_library, 130, "interrupted; nothing half-written was left behind"),
+        (raise_key_error, 3, "KeyError in commands.py, line .*'weight'; this is a fault of gptq or of a library"),
+    ],
+)
+def test_what_a_library_raises_is_a_sentence_and_no_difference(
+    does: Any, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gptq.cli.commands.verify.verify", does)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["verify", "folder"]) == code
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_names_that_are_not_utf_8_and_the_root_of_everything(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = make_model(), tmp_path / "out"
+    assert cli.main(["quantize", str(source), "/", "--method", "rtn"]) == 2
+    assert "root of the file system" in capsys.readouterr().err
+    assert cli.main(["quantize", str(source), str(out), "--method", "rtn", "--group-size", "32"]) == 0
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xfc"))
+    out.rename(odd)
+    buffers = [io.BytesIO(), io.BytesIO()]
+    streams = [io.TextIOWrapper(buffer, encoding="ascii") for buffer in buffers]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    for command, code in (("report", 0), ("verify", 1), ("inspect", 2), ("plan", 2)):
+        monkeypatch.setattr(sys, "argv", ["gptq", command, str(odd)])
+        assert run_main() == code
+    for stream in streams:
+        stream.flush()
+    said = b"".join(buffer.getvalue() for buffer in buffers)
+    assert b"\\udcfc/report/index.html" in said
+    assert said.count(b"its path is not UTF-8; rename the folder") >= 2
+    assert "<h1>\\udcfc" in (odd / "report" / "index.html").read_text(encoding="utf-8")
+    assert record.model_name(odd) == "\\udcfc"

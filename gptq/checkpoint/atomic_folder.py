@@ -87,6 +87,8 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             has locked the folder.
     """
     out = out.resolve()
+    if not out.name:
+        raise InputError(f"{out} is the root of the file system, which cannot be replaced; name a folder inside it")
     root = partial_folder_of(out).root
     made = [parent for parent in out.parents if not parent.exists()]
     try:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -237,8 +238,12 @@ def _open(file: Path) -> Iterator[Any]:
     """Open a safetensors file; whatever the library says of it inside becomes one sentence with the file's name.
 
     Raises:
-        InputError: the file is damaged or gone.
+        InputError: the file is damaged or gone, or its path is not UTF-8, which the library needs.
     """
+    try:
+        os.fsencode(file).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} cannot be opened, because its path is not UTF-8; rename the folder") from error
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened

@@ -17,7 +17,7 @@ def write_file(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode("utf-8", "surrogateescape"))
+            file.write(content.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -15,10 +15,7 @@ from gptq.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code.
-
-    0 done, 1 `verify` found a difference, 2 bad input, 130 interrupted, 141 the reader of the output is gone.
-    """
+    """Run one command; return the exit code, which docs/reference/commands.md explains."""
     own = parser()
     args = own.parse_args(arguments)
     if "bits" in args and ("target_bits" in args or "target_size" in args):

@@ -3,8 +3,12 @@
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +40,8 @@ from gptq.pipeline.search import MIN_WINDOWS
 from gptq.planning import cost, memory
 from gptq.planning.plan import Plan, plan_checkpoint
 
-INTERRUPTED, PIPE_CLOSED = 130, 141  # exit codes: 128 and the number of the signal, as in a shell
+BAD_INPUT, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 3, 130, 141  # exit codes; the last two are those of shells
+PACKAGE = Path(__file__).parents[1]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,25 +50,68 @@ def run(args: argparse.Namespace) -> int:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     huggingface_hub.logging.set_verbosity_error()
+    with _noticing_interrupts() as interrupts:
+        try:
+            code = COMMANDS[args.command](args)
+            sys.stdout.flush()  # here, where it is seen that nobody reads
+            return code
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupts or isinstance(error, KeyboardInterrupt):
+                print(f"gptq: interrupted; {_describe_leftovers(error)}", file=sys.stderr)
+                return INTERRUPTED
+            if sys.flags.dev_mode:
+                raise
+            return _explain(error)
+
+
+@contextmanager
+def _noticing_interrupts() -> Iterator[list[int]]:
+    """Yield a list that is not empty once Ctrl-C was pressed, which some libraries turn into errors of their own."""
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        code = COMMANDS[args.command](args)
-        sys.stdout.flush()  # here, where it is seen that nobody reads
-        return code
-    except InputError as error:
-        print(f"gptq: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader of our output is gone; without this Python fails again when it exits
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _explain(error: Exception) -> int:
+    """Print an error in a sentence; return the exit code. `python -X dev -m gptq` shows a traceback instead."""
+    if isinstance(error, BrokenPipeError):  # who read our output is gone; without this Python fails again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except OSError as error:
-        print(printable(f"gptq: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    if isinstance(error, InputError):
+        print(f"gptq: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         first = (str(error) or type(error).__name__).splitlines()[0]
         print(f"gptq: out of memory ({first}); fewer --samples or a smaller --batch-size need less", file=sys.stderr)
         print(f"gptq: {_describe_leftovers(error)}", file=sys.stderr)
-    except KeyboardInterrupt as error:
-        print(f"gptq: interrupted; {_describe_leftovers(error)}", file=sys.stderr)
-        return INTERRUPTED
-    return 2
+        return BAD_INPUT
+    if isinstance(error, OSError):
+        print(printable(f"gptq: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)
+        return BAD_INPUT
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)] or frames
+    where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else "gptq"
+    said = " ".join(str(error).split())[:300]
+    print(
+        printable(
+            f"gptq: {type(error).__name__} in {where}: {said}; this is a fault of gptq or of a library, please report "
+            f"it (`python -X dev -m gptq ...` shows where it arose); {_describe_leftovers(error)}"
+        ),
+        file=sys.stderr,
+    )
+    return UNEXPECTED
 
 
 def _describe_leftovers(error: BaseException) -> str:
@@ -254,7 +302,12 @@ def _eval(args: argparse.Namespace) -> int:
             f"note: windows are {found.seq_len} tokens, the model's limit, instead of {args.seq_len}", file=sys.stderr
         )
     if args.save:
-        add_measurement(folder, Measurement(data=args.data, original=args.against, **_to_json_values(found)))
+        add_measurement(
+            folder,
+            Measurement(
+                data=printable(args.data), original=args.against and printable(args.against), **_to_json_values(found)
+            ),
+        )
     if args.card:
         verify.record_perplexity(args.model, PerplexityRecord(data=public_name(args.data), **_to_json_values(found)))
     if args.json:
@@ -355,7 +408,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, ensure_ascii=False))
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(content, ensure_ascii=not is_utf8))
 
 
 def _format_bytes(count: int) -> str:

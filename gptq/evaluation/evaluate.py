@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gptq import calibration
 from gptq.checkpoint.hub import resolve
+from gptq.compute.torch_state import fresh_torch_state
 from gptq.errors import InputError
 from gptq.formats.original import open_original
 from gptq.inference.load import load
@@ -62,6 +63,7 @@ class Comparison(Perplexity):
     intervals: dict[str, tuple[float, float]] | None
 
 
+@fresh_torch_state()
 def perplexity(
     model: str | Path,
     data: str,
@@ -139,6 +141,7 @@ def measure_perplexity(
 # --- comparison with the original -------------------------------------------------------------------------------------
 
 
+@fresh_torch_state()
 def compare(
     model: str | Path,
     original: str | Path,

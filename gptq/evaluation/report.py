@@ -8,6 +8,7 @@ from typing import Any
 
 from gptq.checkpoint.small_files import write_file
 from gptq.checkpoint.untrusted import check_folder
+from gptq.errors import printable
 from gptq.evaluation import charts
 from gptq.evaluation.charts import Chart, Series
 from gptq.evaluation.quality import Measurement, read_measurements
@@ -71,7 +72,7 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
     to = to or folder / REPORT
     to.mkdir(parents=True, exist_ok=True)
     page = to / PAGE
-    write_file(page, _render_page(folder.resolve().name, record, measurements, drawn))
+    write_file(page, _render_page(printable(folder.resolve().name), record, measurements, drawn))
     worst = max(record.layers, key=lambda layer: layer.error or 0.0)
     pictures = []
     for name, chart in {**drawn, **_draw_histograms(worst)}.items():

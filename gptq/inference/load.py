@@ -15,6 +15,7 @@ from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.derived import DerivedSource
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
+from gptq.compute.torch_state import fresh_torch_state
 from gptq.errors import InputError
 from gptq.formats.name_rules import Quantization
 from gptq.formats.original import open_original
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
 
 
+@fresh_torch_state()
 def load(
     model: str | Path,
     *,

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 
 from gptq import formats
 from gptq.compute.allocator import return_freed_memory
@@ -97,7 +98,9 @@ class QuantLinear(nn.Module):
         return y if bias is None else y + bias
 
     def _needs_traceable_ops(self, x: Tensor) -> bool:
-        """Whether autograd or torch.export has to trace the computation, which a custom kernel would hide."""
+        """Whether autograd, torch.export or torch.jit has to trace this, which a custom kernel would hide."""
+        if is_tracing():
+            return True
         return (torch.is_grad_enabled() and x.requires_grad) or (torch.compiler.is_compiling() and _is_exporting())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":  # .to(), .cuda(), ...

@@ -184,8 +184,12 @@ def accepted_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dic
 
 
 def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Move a model's inputs to a device, and convert floating-point ones to the forward's dtype."""
-    return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
+    """Move a model's inputs to a device, and convert floating-point ones to the forward's dtype.
+
+    Tensors that were made in inference mode are copied, because nothing counts how often they are changed.
+    """
+    own = {name: x.clone() if x.is_inference() else x for name, x in inputs.items()}
+    return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in own.items()}
 
 
 def forward_without_cache(model: PreTrainedModel) -> Callable[..., Any]:

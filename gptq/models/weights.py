@@ -46,9 +46,11 @@ class WeightStream:
         """Read the buffers of `module` alone that the checkpoint holds; move the others to the device."""
         for key, buffer in module._buffers.items():
             if buffer is not None:
-                name = join_names(prefix, key)
-                saved = key not in module._non_persistent_buffers_set and self._names.find(name)
-                module._buffers[key] = self.read(name) if saved else buffer.to(self.device)
+                stored = self._names.find(join_names(prefix, key))
+                if stored and key not in module._non_persistent_buffers_set:
+                    buffer = self._source.read_unchecked(stored)  # a mask holds infinity
+                    buffer = buffer.to(self.dtype) if buffer.is_floating_point() else buffer
+                module._buffers[key] = buffer.to(self.device)
 
     def _read_parameter(self, name: str) -> nn.Parameter:
         return nn.Parameter(self.read(name), requires_grad=False)

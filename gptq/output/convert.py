@@ -16,6 +16,7 @@ from gptq.checkpoint.reader import Source
 from gptq.checkpoint.source_state import SourceState
 from gptq.checkpoint.tensors import TensorInfo, sha256
 from gptq.checkpoint.writer import ShardWriter
+from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers, read_packed
@@ -45,6 +46,7 @@ class Converted:
         return asdict(self)
 
 
+@fresh_torch_state()
 def convert(
     model: str | Path,
     out: str | Path,

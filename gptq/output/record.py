@@ -15,7 +15,7 @@ from gptq.checkpoint.json_objects import Count, IfPresent, JsonObject, Printable
 from gptq.checkpoint.small_files import write_file
 from gptq.checkpoint.untrusted import read_json
 from gptq.config import FORMATS, Format
-from gptq.errors import InputError
+from gptq.errors import InputError, printable
 from gptq.formats.quantization_config import quantization_of
 from gptq.output.results import CARD, CODE_BINS, RECORD, WEIGHT_BINS, LayerResult
 from gptq.planning.plan import LayerPlan
@@ -162,12 +162,12 @@ def layer_records(
 
 def model_name(model: str | Path) -> str:
     """Return the name of a model in the record: a Hub id, or the last part of a folder's path."""
-    return Path(model).resolve().name if Path(model).is_dir() else str(model)
+    return printable(Path(model).resolve().name if Path(model).is_dir() else str(model))
 
 
 def public_name(source: str) -> str:
     """Return a source of text as the record may show it: of a path on this machine only the last part."""
-    return Path(source).name if source.startswith(("/", ".", "~")) else source
+    return printable(Path(source).name if source.startswith(("/", ".", "~")) else source)
 
 
 def read_record(folder: Path) -> WrittenRecord:

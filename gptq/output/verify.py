@@ -13,6 +13,7 @@ from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.reader import Source, headers_of, readable_tensors
 from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import check_files, check_folder
+from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats.compatibility import Engine, engines
@@ -77,6 +78,7 @@ class Verification:
         return {"ok": not self.problems, **asdict(self)}
 
 
+@fresh_torch_state()
 def inspect(folder: str | Path) -> Content:
     """Read a quantized checkpoint layer by layer, whichever tool wrote it.
 
@@ -144,6 +146,7 @@ def _describe_layer(source: Source, name: str, layer: PackedLayer, recorded: Lay
     )
 
 
+@fresh_torch_state()
 def verify(folder: str | Path) -> Verification:
     """Reopen a checkpoint and compare it with what was recorded when it was written.
 

@@ -22,6 +22,7 @@ from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.allocator import malloc_policy
 from gptq.compute.distributed import Ranks, current_ranks
 from gptq.compute.matmul import exact_float32
+from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block
@@ -92,6 +93,7 @@ class Prepared:
     notes: list[str]
 
 
+@fresh_torch_state()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -349,7 +351,8 @@ def _copy_unquantized(plan: Plan, weights: WeightStream, writer: ShardWriter, ra
     if ranks.rank == 0:
         for name in {plan.source.undivided(name)[0]: None for name in plan.source.tensors} | plan.source.tensors:
             if name in plan.tensors and not writer.checksums[name]:
-                writer.write(name, plan.source.read(name))
+                read = plan.source.read_unchecked if name in plan.masks else plan.source.read
+                writer.write(name, read(name))
         for stored, parameter in plan.slices.items():
             writer.write(stored, weights.read(parameter, plan.tensors[stored].dtype).cpu())
         writer.close()

@@ -95,6 +95,7 @@ class Plan:
     slices: dict[str, str]  # tensors of it that are a slice of a source tensor -> the parameter in the model
     changes: dict[str, Any]  # values to replace in config.json
     state: SourceState  # the folder's files before the first was read
+    masks: frozenset[str]  # source tensors that may hold infinity: buffers, and those that the model does not use
     notes: list[str]  # for the user
     rounded: frozenset[str] = frozenset()  # layers that no calibration input reaches, and an override asks for
 
@@ -192,6 +193,7 @@ def plan_checkpoint(
     tensors, slices = list_result_tensors(source, layers, names)
     refuse_model(model, folder, tensors, next(iter(layers.values())).format)
     rounded = frozenset(unreached & layers.keys())
+    masks = frozenset(left_over) | {found for name, _ in network.named_buffers() if (found := names.find(name))}
     return Plan(
         folder,
         source,
@@ -205,6 +207,7 @@ def plan_checkpoint(
         slices,
         changes,
         state,
+        masks,
         notes,
         rounded,
     )
