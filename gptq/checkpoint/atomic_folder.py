@@ -87,12 +87,10 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             has locked the folder.
     """
     out = out.resolve()
-    if not out.name:
-        raise InputError(f"{out} is the root of the file system, which cannot be replaced; name a folder inside it")
-    root = partial_folder_of(out).root
     made = [parent for parent in out.parents if not parent.exists()]
     try:
         require_unused(out)
+        root = partial_folder_of(out).root
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
@@ -185,7 +183,10 @@ def atomic_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
 
 def require_unused(out: Path) -> None:
     """Raises InputError if `out` exists and is not empty, is a mount point, or OUT.partial was not made by us."""
-    partial = out.with_name(out.name + ".partial")
+    where = out.resolve()
+    if not where.name:
+        raise InputError(f"{out} is the root of the file system, which cannot be replaced; name a folder inside it")
+    partial = where.with_name(where.name + ".partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty; choose another name or remove it")
     if out.is_mount():

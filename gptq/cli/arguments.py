@@ -10,7 +10,7 @@ from typing import Any
 
 from gptq.cli.early import check
 from gptq.config import FORMATS, Flag, QuantConfig, flags, parse_size
-from gptq.errors import InputError
+from gptq.errors import InputError, printable
 from gptq.version import __version__
 
 
@@ -24,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(args)
     except InputError as error:
         sys.stderr.write(f"gptq: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(printable(f"gptq: {error.filename}: {error.strerror}") + "\n")
         return 2
     from gptq.cli.commands import run  # imports torch and transformers, which takes seconds
 
