@@ -258,7 +258,8 @@ class QuantConfig:
     seed: int = option(0, "of the choice of windows", metavar="N")
     format: Literal["auto", Format] = option(
         "auto",
-        "gptq (v1), gptq_v2, or compressed-tensors' pack-quantized; auto is what most engines take",
+        "of the file; auto is what most engines take. Given several times, the result is written in each format, into "
+        "OUT/FORMAT; they need the same grid",
         choices=("auto", *FORMATS),
     )
     target_bits: float | None = option(None, "mixed widths: bits per weight on the average", metavar="X", parse=float)

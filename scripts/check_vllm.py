@@ -58,7 +58,7 @@ CASES = {
     "pack-quantized-a8 4 bits": Case({"bits": 4, "format": "pack-quantized-a8"}, "bfloat16"),
     "int-quantized 8 bits": Case({**INT8, "format": "int-quantized"}, "bfloat16"),
     "experts gptq 4 bits": Case({"bits": 4, "format": "gptq"}, "bfloat16", True),
-    "experts pack-quantized 4 bits": Case({"bits": 4, **PACK}, "float32", True),
+    "experts pack-quantized 4 bits": Case({"bits": 4, **PACK}, "bfloat16", True),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptq import InputError, QuantConfig, convert, load, quantize
+from gptq import InputError, QuantConfig, cli, convert, load, quantize
 from gptq.checkpoint.tensors import sha256
 from gptq.checkpoint.writer import ShardWriter
 from gptq.config import Format
@@ -61,6 +61,40 @@ def test_between_all_formats_and_back(options: dict[str, Any], make_model: MakeM
 def _record(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "quantization_record.json").read_text())
     return content
+
+
+def test_one_solve_gives_several_formats(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_model("llama"), tmp_path / "out"
+    options = ["--method", "rtn", "--group-size", "32"]
+    named = [word for chosen in ("gptq", "mlx", "pack-quantized") for word in ("--format", chosen)]
+    assert cli.main(["quantize", str(source), str(out), *options, *named, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["out"], result["also"]) == (str(out / "gptq"), [str(out / f) for f in ("mlx", "pack-quantized")])
+    sums = []
+    for folder in sorted(out.iterdir()):
+        assert verify.verify(folder).problems == []
+        sums.append([layer["weight_sha256"] for layer in _record(folder)["layers"]])
+    assert len(sums) == 3
+    assert sums[0] == sums[1] == sums[2]
+    quantize(source, tmp_path / "alone", QuantConfig.from_dict({**RTN, "format": "gptq"}))
+    assert all_bytes(tmp_path / "alone") == all_bytes(out / "gptq")
+    convert(tmp_path / "alone", tmp_path / "mlx", "mlx")
+    assert all_bytes(tmp_path / "mlx") == all_bytes(out / "mlx")
+    assert cli.main(["quantize", str(source), str(out), *options, *named]) == 2  # it is there already
+
+
+def test_several_formats_are_refused_before_the_work_where_grids_differ(make_model: MakeModel, tmp_path: Path) -> None:
+    config = QuantConfig.from_dict({**RTN, "sym": False, "format": "gptq_v2"})
+    cases: list[tuple[Format, str]] = [
+        ("mlx", "'gptq_v2' rounds to other"),
+        ("int-quantized", "holds symmetric 8 bits"),
+    ]
+    for also, reason in cases:
+        with pytest.raises(InputError, match=rf"{reason}.* cannot write 'gptq_v2' and '{also}'"):
+            quantize(make_model("llama"), tmp_path / "out", config, also=[also])
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_stay_where_they_are(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,16 @@ def _add_quantization_flags(parser: argparse.ArgumentParser, source_help: str) -
     )
 
 
+class _FirstAndOthers(argparse.Action):
+    """Store the first value that is given; the others go into the list `also`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.dest in namespace:
+            namespace.also = [*getattr(namespace, "also", []), values]
+        else:
+            setattr(namespace, self.dest, values)
+
+
 def _add_option_flag(parser: argparse.ArgumentParser, name: str, default: Any, flag: Flag) -> None:
     """Add a flag whose value is stored under the name of its field, and only if the flag is given."""
     shown = (
@@ -160,6 +170,8 @@ def _add_option_flag(parser: argparse.ArgumentParser, name: str, default: Any, f
         how = {"type": _argument_type(flag.parse), "metavar": flag.metavar, "choices": flag.choices}
         if default == ():
             how["action"] = "append"
+        if name == "format":
+            how["action"] = _FirstAndOthers
     parser.add_argument(flag.name, dest=name, default=argparse.SUPPRESS, help=shown, **how)
 
 

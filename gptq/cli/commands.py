@@ -38,7 +38,7 @@ from gptq.pipeline.quantize import Result, quantize
 from gptq.pipeline.run import Observer
 from gptq.pipeline.search import MIN_WINDOWS
 from gptq.planning import cost, memory
-from gptq.planning.plan import Plan, plan_checkpoint
+from gptq.planning.plan import Plan, plan_checkpoint, refuse_other_grids
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 3, 130, 141  # exit codes; the last two are those of shells
 PACKAGE = Path(__file__).parents[1]
@@ -138,6 +138,7 @@ def _quantize(args: argparse.Namespace) -> int:
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
+            also=getattr(args, "also", ()),
             observer=progress if first else Observer(),
         )
     if not first:
@@ -162,6 +163,7 @@ def _plan(args: argparse.Namespace) -> int:
     plan = plan_checkpoint(
         args.model, config, args.revision, args.trust_remote_code, sample, allow_pickle=args.allow_pickle
     )
+    refuse_other_grids(plan, getattr(args, "also", ()))
     found = compatibility.engines(plan.stored_layers, plan.hf_config.model_type)
     layers = list(plan.layers.values())
     needs = _estimate_needs(args, config, plan)
@@ -267,6 +269,8 @@ def _print_summary(result: Result) -> None:
         f"{_format_bytes(result.bytes_before)} -> {_format_bytes(result.bytes_after)}, "
         f"{result.seconds:.0f} s, {_format_bytes(memory.peak_resident_bytes())} peak memory"
     )
+    for folder in result.also:
+        print(f"{folder}: the same integers")
     worst = max(result.layers, key=lambda layer: layer.error)
     if worst.damp is None:
         print(f"largest relative weight error {worst.error:.2%} ({worst.name})")

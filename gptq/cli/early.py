@@ -8,6 +8,7 @@ from gptq.calibration.sources import require_file
 from gptq.checkpoint.atomic_folder import require_unused
 from gptq.checkpoint.untrusted import local_folder
 from gptq.config import QuantConfig
+from gptq.errors import InputError
 
 
 def read_config(args: argparse.Namespace) -> QuantConfig:
@@ -17,6 +18,12 @@ def read_config(args: argparse.Namespace) -> QuantConfig:
         InputError: a value is out of range, or contradicts another one.
     """
     return QuantConfig.from_dict({one.name: getattr(args, one.name) for one in fields(QuantConfig) if one.name in args})
+
+
+def _results(args: argparse.Namespace) -> list[Path]:
+    """The folders that a command will make, as far as the arguments tell."""
+    also, out = getattr(args, "also", []), Path(args.out)
+    return [out / chosen for chosen in (getattr(args, "format", "auto"), *also)] if also else [out]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -30,7 +37,10 @@ def check(args: argparse.Namespace) -> None:
         if model is not None:
             local_folder(model)
     if args.command in ("quantize", "convert"):
-        require_unused(Path(args.out))
+        for folder in _results(args):
+            require_unused(folder)
+        if len(_results(args)) > 1 and args.push:
+            raise InputError(f"--push uploads one folder, and there is one for each format; upload {args.out}/FORMAT")
     if config is not None and config.method == "gptq":
         require_file(args.calibration)
     if args.command == "eval":

@@ -4,7 +4,7 @@ source tensors -> one block -> inputs of each layer -> Hessian -> solver -> code
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.hf_config import choose_device, choose_dtype
 from gptq.models.weights import WeightStream
+from gptq.output.convert import convert
 from gptq.output.files import linears_of, write_files
 from gptq.output.record import Record, layer_records, model_name, public_name
 from gptq.output.results import LayerResult
@@ -41,7 +42,7 @@ from gptq.pipeline.run import Observer, Run
 from gptq.pipeline.run_identity import decisive_files, describe_run
 from gptq.pipeline.search import choose_widths, find_enough_windows, note_on_samples
 from gptq.planning import memory
-from gptq.planning.plan import Plan, plan_checkpoint
+from gptq.planning.plan import Plan, plan_checkpoint, refuse_other_grids
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Result:
     bytes_before: int
     bytes_after: int
     seconds: float
+    also: list[str]  # folders of the same result in other formats
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,6 +110,7 @@ def quantize(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    also: Sequence[Format] = (),
     observer: Observer | None = None,
 ) -> Result:
     """Quantize a Hugging Face checkpoint into a new folder.
@@ -130,6 +133,8 @@ def quantize(
             never changes the result. `gpu_memory_limit` limits the memory of the GPU in the same way.
         allow_pickle: if the model has pickled weights alone (`pytorch_model*.bin`), convert these to safetensors first,
             in a confined process of its own, into the cache of the Hub's client.
+        also: further formats to write the result in, which have to have the grid of `config.format`. Then `out` holds
+            a folder for each format, called like it.
 
     Raises:
         InputError: anything a user can fix; then nothing is left at `out`. This includes an OUT.partial that was begun
@@ -145,6 +150,10 @@ def quantize(
         str(model), config, opened, revision, trust_remote_code, allow_pickle, batch_size, limits, observer
     )
     plan = request.plan(config)
+    refuse_other_grids(plan, also)
+    if also:
+        out = Path(out) / plan.format
+        out.parent.mkdir(parents=True, exist_ok=True)
     state = plan.state  # of the first plan: another one may be made later
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
@@ -158,6 +167,7 @@ def quantize(
         begun = describe_run(config, plan.source, where, compute, trust_remote_code)
         journal, notes = open_journal(working, begun, len(plan.blocks), ranks)
         prepared = _prepare(request, plan, where, compute, journal)
+        refuse_other_grids(prepared.plan, also)  # now with the final widths
         plan, notes = prepared.plan, [*prepared.plan.notes, *notes, *prepared.notes]
         for note in notes:
             observer.note(note)
@@ -181,6 +191,7 @@ def quantize(
     prefetcher = prepared.weights.prefetcher
     observer.prefetched(prefetcher.nbytes, prefetcher.seconds, prefetcher.waited)
     observer.finished()
+    written = _write_others(Path(out), also, trust_remote_code, observer) if ranks.rank == 0 else []
     results = _layer_results(store)
     for note in (remarks := note_on_samples(results)):
         observer.note(note)
@@ -193,7 +204,20 @@ def quantize(
         bytes_before=plan.source.file_bytes,
         bytes_after=after,
         seconds=time.monotonic() - started,
+        also=written,
     )
+
+
+def _write_others(out: Path, also: Sequence[Format], trust_remote_code: bool, observer: Observer) -> list[str]:
+    """Write a finished result in other formats, into folders beside it; return the folders."""
+    written = []
+    for chosen in also:
+        observer.stage(f"writing the same integers as {chosen}")
+        converted = convert(out, out.with_name(chosen), chosen, trust_remote_code=trust_remote_code)
+        for note in converted.notes:
+            observer.note(note)
+        written.append(converted.out)
+    return written
 
 
 def _prepare(request: Request, plan: Plan, device: torch.device, dtype: torch.dtype, journal: Journal) -> Prepared:

@@ -403,6 +403,32 @@ def _layers_refusal(plans: list[LayerPlan], candidate: Format) -> str | None:
     return formats.FORMATS[candidate].layers_refusal(layers)
 
 
+def refuse_other_grids(plan: "Plan", also: Iterable[Format]) -> None:
+    """Check that what is quantized for the plan's format can be written in further formats too, bit for bit.
+
+    Raises:
+        InputError: a format cannot hold a layer, or rounds to other values; the message names the layer.
+    """
+    layers = list(plan.layers.values())
+    for chosen in also:
+        own, found = formats.FORMATS[chosen], None
+        if chosen == plan.format:
+            found = "it is named twice"
+        for layer in layers:
+            scheme = replace(layer, format=chosen).scheme
+            found = found or own.refusal(scheme, layer.outputs, layer.inputs, layer.transposed)
+            if not found and not own.takes_grid(layer.grid, scheme):
+                found = f"{plan.format!r} rounds to other values"
+            if found:
+                found = f"{layer.name}: {found}"
+                break
+        found = found or _layers_refusal(layers, chosen) or own.model_refusal(plan.folder, plan.source.tensors)
+        if found:
+            raise InputError(
+                f"{found}, so one run cannot write {plan.format!r} and {chosen!r}; quantize for {chosen!r} alone"
+            )
+
+
 def resolve_layer_options(
     layers: Iterable[str], config: QuantConfig, left_out: Collection[str] = ()
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
