@@ -229,6 +229,8 @@ class Names:
         `build_expert_params_mapping`).
         """
         known = _known_expert_name(fused, part, self._table)
+        if known:  # up to the block's number it is called as in this checkpoint, which need not have the model's prefix
+            known = _split_at_block(stored)[0] + _split_at_block(known)[1]
         if known and _name_in_model(known.replace("*", "0"), self._table)[0] == f"{module}.0.{part}.weight":
             return known.removesuffix(".weight")
         parent, _, own = module.rpartition(".")
@@ -357,6 +359,12 @@ def _name_of_expert_matrix(key: str, fused: str, pattern: str, converter: Any) -
     return f"{experts}.{number[1]}.{parts[converter.source_patterns.index(pattern)]}.weight"
 
 
+def _split_at_block(name: str) -> tuple[str, str]:
+    """Return a name up to its first number, and the rest; all of it is the rest of a name without one."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return (found[0], name[found.end() :]) if found else ("", name)
+
+
 def _known_expert_name(fused: str, part: str, table: list[Any]) -> str | None:
     """Return how transformers' table names a matrix of one expert that it stacks to `fused`, with * for the number."""
     for converter in table:
@@ -370,7 +378,7 @@ def _known_expert_name(fused: str, part: str, table: list[Any]) -> str | None:
                 first, wanted = (sources[i].replace("\\", "") for i in (0, parts.index(part)))
                 key = key.replace("\\", "").replace(first, wanted)
                 for renaming in reversed(table):
-                    if isinstance(renaming, WeightRenaming):
+                    if isinstance(renaming, WeightRenaming) and type(renaming).__name__ != "PrefixChange":
                         key, _ = renaming.reverse_transform().rename_source_key(key)
                 return key
     return None
