@@ -1,5 +1,7 @@
 """Experts that a checkpoint holds in one tensor for all: every layout from file to file, and back into transformers."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from gptq import QuantConfig, load, quantize
+from gptq import InputError, QuantConfig, load, quantize
 from gptq.checkpoint.tensors import sha256
 from gptq.inference.quant_linear import QuantLinear
+from gptq.models.experts import DenseExperts, ExpertForm, Experts, InputWeighingExperts, unfuse_experts
 from gptq.output import verify
+from gptq.output.convert import convert
+from gptq.output.results import RECORD
+from gptq.planning.plan import plan_checkpoint
 
 VOCAB, EXPERTS = 96, 4
 TEXT: dict[str, Any] = {
@@ -38,7 +46,7 @@ def _config(kind: str, k: int) -> tuple[str, Any]:
         "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
         "shared_expert_intermediate_size": 48, "layer_types": ["full_attention"],
     }  # fmt: skip
-    t = transformers
+    t: Any = transformers
     made: dict[str, tuple[str, Callable[[], Any]]] = {
         "gpt_oss": ("GptOssForCausalLM", lambda: t.GptOssConfig(**TEXT, **local)),
         "llama4_text": ("Llama4ForCausalLM", lambda: t.Llama4TextConfig(**TEXT, **local, intermediate_size_mlp=48)),
@@ -107,7 +115,8 @@ def from_pretrained(folder: Path) -> PreTrainedModel:
     network: PreTrainedModel = getattr(transformers, config.architectures[0]).from_pretrained(
         folder, dtype=torch.float32
     )
-    return network.eval()
+    network.eval()
+    return network
 
 
 def logits(network: PreTrainedModel) -> Tensor:
@@ -175,3 +184,158 @@ def test_at_8_bits_the_logits_stay(kind: str, make_fused: Callable[..., Path], t
     quantize(source, tmp_path / "out", config, calibration=IDS, device="cpu")
     found, expected = logits(load(tmp_path / "out", dtype="float32")), logits(from_pretrained(source))
     assert 0 < (found - expected).norm() < 0.01 * expected.norm()
+
+
+# --- forms ------------------------------------------------------------------------------------------------------------
+
+
+class OtherExperts(nn.Module):
+    """Experts of no known model: up before gate, clamped, the router's weights on the inputs."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(5, 2 * intermediate, hidden, device="meta"))
+        self.w_out = nn.Parameter(torch.empty(5, hidden, intermediate, device="meta"))
+        self.limit = 3.0
+
+    def _apply_gate(self, both: Tensor) -> Tensor:
+        up, gate = both.chunk(2, dim=-1)
+        return nn.functional.gelu(gate.clamp(max=self.limit)) * (up + 1)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(5):
+            token, choice = torch.where(chosen == number)
+            y = self._apply_gate((x[token] * weights[token, choice, None]) @ self.w_in[number].T)
+            out.index_add_(0, token, y @ self.w_out[number].T)
+        return out
+
+
+class UngatedInFunctions(nn.Module):
+    """Experts without a gate, stored as (inputs, outputs), whose activation is a function, not a module."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(5, intermediate, hidden, device="meta"))
+        self.up = nn.Parameter(torch.empty(5, hidden, intermediate, device="meta"))
+        self.down_b, self.up_b = (nn.Parameter(torch.empty(5, n, device="meta")) for n in (hidden, intermediate))
+        self.activate = nn.functional.silu
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(5):
+            token, choice = torch.where(chosen == number)
+            y = self.activate(x[token] @ self.up[number] + self.up_b[number]) @ self.down[number] + self.down_b[number]
+            out.index_add_(0, token, y * weights[token, choice, None])
+        return out
+
+
+@pytest.mark.parametrize("hidden", [24, 32, 64])  # twice the intermediate size leaves the shapes of a transposed form
+def test_forms_are_found_by_trying(hidden: int) -> None:
+    experts, form = unfuse_experts(OtherExperts(hidden, 32))
+    assert form == ExpertForm("w_in", "w_out", None, None, True, False, False, up_first=True)
+    assert isinstance(experts, InputWeighingExperts)
+    experts, form = unfuse_experts(UngatedInFunctions(hidden, 32))
+    assert form == ExpertForm("up", "down", "up_b", "down_b", False, True, False, False)
+    assert type(experts) is Experts
+    config = transformers.GptOssConfig(hidden_size=hidden, intermediate_size=32, num_local_experts=5)
+    with torch.device("meta"):
+        fused = GptOssExperts(config)
+    _, form = unfuse_experts(fused)
+    names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    assert form == ExpertForm(*names, gated=True, transposed=True, interleaved=True, up_first=False)
+
+
+@pytest.mark.parametrize("make", [GptOssExperts, MixtralExperts])
+def test_separate_experts_compute_what_the_fused_ones_do_beyond_every_clamp(
+    make: type[nn.Module], rng: torch.Generator
+) -> None:
+    config = transformers.GptOssConfig(hidden_size=24, intermediate_size=40, num_local_experts=5, hidden_act="silu")
+    fused = make(config)
+    for parameter in fused.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=rng)
+    experts, form = unfuse_experts(fused)
+    for (part, key), name in form.places().items():
+        for number, expert in enumerate(experts):
+            taken = form.take(part, key, fused.get_parameter(name)[number])
+            setattr(getattr(expert, part), key, nn.Parameter(taken.contiguous()))
+    x, weights = 10 * torch.randn(7, 24, generator=rng), torch.rand(7, 2, generator=rng)
+    chosen = torch.rand(7, 5, generator=rng).topk(2).indices
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, chosen, weights), fused(x, chosen, weights), rtol=1e-4, atol=1e-2)
+        pickled = pickle.loads(pickle.dumps(copy.deepcopy(experts)))  # noqa: S301
+        assert torch.equal(pickled(x, chosen, weights), experts(x, chosen, weights))
+
+
+def test_rows_of_dense_experts_are_those_that_the_router_chose(rng: torch.Generator) -> None:
+    experts = DenseExperts(nn.Identity() for _ in range(3))
+    x = torch.randn(3, 4, 6, generator=rng)  # experts, tokens, hidden
+    x[0, 1] = x[2] = 0
+    rows, routes = experts.routing(x.flatten(0, 1))
+    assert torch.equal(rows, torch.cat([x[0, [0, 2, 3]], x[1]]))
+    assert routes.flatten().tolist() == [0, 0, 0, 1, 1, 1, 1]
+    original = x + 1.0
+    original[1, 2] = 0  # there the original model has chosen another expert
+    expected = torch.cat([original[0, [0, 2, 3]], original[1, :2], x[1, 2:3], original[1, 3:]])
+    assert torch.equal(experts.original_inputs(x.flatten(0, 1), original.flatten(0, 1)), expected)
+    assert torch.equal(experts(x.flatten(0, 1)), x.flatten(0, 1))
+
+
+# --- what is kept, and what is refused --------------------------------------------------------------------------------
+
+
+def test_an_expert_that_is_skipped_is_stored_by_itself_and_convert_reads_it(
+    make_fused: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, out = make_fused("gpt_oss"), tmp_path / "out"
+    options = {**FAST, "format": "gptq", "overrides": [[r"experts\.1\.", {"skip": True}]]}
+    quantize(source, out, QuantConfig.from_dict(options), calibration=IDS, device="cpu")
+    stored, original = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
+    experts = LAYOUTS["gpt_oss"][0]
+    fused = original[f"{experts}.gate_up_proj"][1].T
+    assert torch.equal(stored[f"{experts}.1.up_proj.weight"], fused[1::2])
+    assert torch.equal(stored[f"{experts}.2.gate_proj.bias"], original[f"{experts}.gate_up_proj_bias"][2, ::2])
+    convert(out, tmp_path / "other", "pack-quantized")
+    assert verify.verify(tmp_path / "other").problems == []
+    found = logits(load(out, dtype="float32"))
+    for folder in (out, tmp_path / "other"):
+        assert torch.equal(logits(from_pretrained(folder)), found)
+
+
+def test_experts_that_stay_fused_are_named_with_the_reason_and_their_share(
+    make_fused: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(make_fused("granitemoe"))
+    plan = plan_checkpoint(source, QuantConfig(group_size=16), None, False)
+    shapes = [info.shape for info in plan.source.tensors.values()]
+    total = sum(torch.Size(shape).numel() for shape in shapes)
+    quantized = sum(layer.outputs * layer.inputs for layer in plan.layers.values())
+    assert plan.kept_share == pytest.approx(1 - quantized / total)
+    monkeypatch.setattr("gptq.models.experts._computes_the_same", lambda *_: False)
+    less = plan_checkpoint(source, QuantConfig(group_size=16), None, False)
+    assert less.kept_share - plan.kept_share == pytest.approx(EXPERTS * 3 * 32 * 48 / total)
+    note = "fused tensors of 1 modules (model.layers.0.block_sparse_moe.experts ...) stay as they are: it computes some"
+    assert [one for one in less.notes if one.startswith(note)]
+
+
+def test_a_fused_tensor_of_another_shape_is_refused_by_name(make_fused: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_fused("llama4_text")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.feed_forward.experts.down_proj"
+    tensors[name] = tensors[name][:3].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    with pytest.raises(InputError, match=rf"{name} has the shape \(3, 48, 32\), but .* \(4, 48, 32\)"):
+        plan_checkpoint(str(tmp_path), QuantConfig(group_size=16), None, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
+def test_fused_experts_come_out_the_same_for_every_batch_size(
+    kind: str, make_fused: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = QuantConfig(group_size=16, num_samples=8, seq_len=16)
+    for name, batch_size in (("all", None), ("three", 3)):
+        quantize(make_fused(kind), tmp_path / name, config, calibration=IDS, device="cpu", batch_size=batch_size)
+    for name in ("model.safetensors", RECORD):
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()

@@ -7,8 +7,9 @@ small random numbers, and the first with which separate experts give what the mo
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations, product
 from typing import Any
 
@@ -232,7 +233,7 @@ class _Sizes:
                 hidden = factor * intermediate
             elif factor * self.hidden == self.intermediate:
                 intermediate = factor * hidden
-        return _Sizes(min(self.count, EXPERTS), hidden, intermediate)
+        return _Sizes(self.count, hidden, intermediate)
 
 
 def unfuse_experts(fused: nn.Module) -> tuple[Experts, ExpertForm]:
@@ -283,9 +284,10 @@ def _ways_to_compute(fused: nn.Module, form: ExpertForm) -> Iterator[tuple[type[
     if form.gated and callable(getattr(fused, "_apply_gate", None)):
         own = OwnGate(fused, form)
         acts += [own] if own.is_elementwise() else []
+    arguments = inspect.signature(fused.forward).parameters.values()
+    dense = len(arguments) == 1 and not any(one.kind is one.VAR_POSITIONAL for one in arguments)
     for act in acts:
-        for make in (Experts, InputWeighingExperts, DenseExperts):
-            yield make, act
+        yield from ((make, act) for make in ((DenseExperts,) if dense else (Experts, InputWeighingExperts)))
 
 
 def _separate(form: ExpertForm, sizes: _Sizes, make: type[Experts], act: Any) -> Experts:
@@ -314,12 +316,13 @@ def _computes_the_same(fused: nn.Module, form: ExpertForm, sizes: _Sizes, make: 
     draw = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {"generator": draw, "dtype": torch.float64}
     stacked = {name: torch.randn(shape, **options) for name, shape in _shapes_for_trial(form, sizes).items()}
-    single = _separate(form, sizes, make, act)
+    shown = sizes.count if make is DenseExperts else min(EXPERTS, sizes.count)  # others get no token
+    single = _separate(form, replace(sizes, count=shown), make, act)
     for number, expert in enumerate(single):
         own = {f"{part}.{key}": form.take(part, key, stacked[n][number]) for (part, key), n in form.places().items()}
         expert.load_state_dict(own, strict=False, assign=True)
-    k = min(2, sizes.count)
-    routes = torch.rand(TOKENS, sizes.count, **options).topk(k).indices
+    k = min(2, shown)
+    routes = torch.rand(TOKENS, shown, **options).topk(k).indices
     weights = torch.rand(TOKENS, k, **options)
     x = torch.randn(TOKENS, sizes.hidden, **options) * torch.logspace(-1, 3, TOKENS)[:, None]  # beyond any clamp
     arguments: tuple[Tensor, ...] = x, routes, weights
