@@ -1,42 +1,62 @@
-"""Quantize a tiny random model of every causal language model architecture in transformers, and compare its logits.
+"""Quantize a tiny random model of every architecture in transformers, and compare its outputs.
 
     python scripts/sweep_architectures.py
     python scripts/sweep_architectures.py mamba qwen3_moe
+    python scripts/sweep_architectures.py --group image-text --minutes 20
 
 Each model is built from a configuration with small sizes, saved, quantized to 8 bits, verified, loaded and run. The
 script prints a line for each, and counts the outcomes:
 
-    fine      logits differ from the original's by less than a tenth
-    differs   logits differ by more (possibly because a random router was close to a tie)
+    fine      outputs differ from the original's by less than a tenth
+    differs   outputs differ by more (possibly because a random router was close to a tie)
     refused   with an error message of ours, which is printed
-    failed    with any other exception
+    failed    with any other exception, or a tensor that is not quantized has changed
     unbuilt   transformers cannot build or run it with these sizes, or the model is still too large; not counted
+
+Models that read images are given some if they say how many tokens these take; the line then says `images`.
 """
 
 import argparse
 import tempfile
+import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gptq import InputError, QuantConfig, load, quantize
 from gptq.output import verify
 
+GROUPS = {  # name: the tables of transformers that list its architectures, and the Auto class that builds them
+    "causal": (["CAUSAL_LM"], "AutoModelForCausalLM"),
+    "image-text": (["IMAGE_TEXT_TO_TEXT"], "AutoModelForImageTextToText"),
+    "speech": (["SPEECH_SEQ_2_SEQ"], "AutoModelForSpeechSeq2Seq"),
+    "ctc": (["CTC"], "AutoModelForCTC"),
+    "seq2seq": (["SEQ_TO_SEQ_CAUSAL_LM"], "AutoModelForSeq2SeqLM"),
+    "encoder": (["MASKED_LM"], "AutoModelForMaskedLM"),
+    "embedding": (["TEXT_ENCODING", "IMAGE_CLASSIFICATION"], "AutoModel"),
+}
 LARGEST = 30_000_000  # parameters of the largest model that is tried
 TOKENS = 200  # token ids in inputs are below this
+WINDOWS = 8
+LONGEST_SEARCH = 30  # seconds to find inputs that a model runs on
+FRAMES = (24, 48, 64, 96, 128, 200, 3000)  # lengths of spectrograms, of which one may be what a model takes
+MELS = (16, 80, 128, 160)  # their heights
 # Small sizes, and the configuration fields that get them.
-WIDTHS = {64: "hidden_size n_embd d_model embedding_size word_embed_proj_dim lru_width"}
+WIDTHS = {64: "hidden_size n_embd d_model embedding_size word_embed_proj_dim lru_width embed_dim out_hidden_size"}
 INNER = {128: "intermediate_size n_inner d_ff ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size"}
-BLOCKS = {2: "num_hidden_layers n_layer num_layers decoder_layers encoder_layers"}
+BLOCKS = {2: "num_hidden_layers n_layer num_layers decoder_layers encoder_layers depth num_decoder_layers"}
 HEADS = {
-    4: "num_attention_heads n_head num_heads decoder_attention_heads encoder_attention_heads mamba_n_heads "
+    4: "num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads mamba_n_heads "
     "mamba_num_heads linear_num_value_heads",
     2: "num_key_value_heads linear_num_key_heads",
     16: "head_dim v_head_dim linear_key_head_dim linear_value_head_dim kv_lora_rank state_size mamba_d_state "
@@ -55,6 +75,10 @@ TEXT = {
     128: "max_position_embeddings n_positions",
     32: "sliding_window",
     16: "attention_window",
+    250: "image_token_id image_token_index",
+    251: "video_token_id",
+    252: "audio_token_id audio_token_index",
+    4: "mm_tokens_per_image",
     0: "pad_token_id",
     1: "bos_token_id",
     2: "eos_token_id",
@@ -67,18 +91,21 @@ SMALL = {
 }
 
 
-def small_config(kind: str) -> PreTrainedConfig:
-    """The architecture's configuration with small sizes, also in its nested configurations."""
+def small_config(kind: str, axes: bool = False) -> PreTrainedConfig:
+    """The architecture's configuration with small sizes, also in its nested configurations.
+
+    With `axes`, rotary positions have sections for time, height and width though the configuration does not say so.
+    """
     plain = CONFIG_MAPPING[kind]()
-    options = small_options(plain)
+    options = small_options(plain, axes)
     for name in getattr(plain, "sub_configs", None) or ():
         inner = getattr(plain, name, None)
         if isinstance(inner, PreTrainedConfig):
-            options[name] = small_options(inner)
+            options[name] = small_options(inner, axes)
     return AutoConfig.for_model(kind, **options)
 
 
-def small_options(config: PreTrainedConfig) -> dict[str, Any]:
+def small_options(config: PreTrainedConfig, axes: bool = False) -> dict[str, Any]:
     """The small sizes for those fields that the configuration has."""
     given = config.to_dict()
     known = {*given, *getattr(type(config), "attribute_map", {})}
@@ -87,72 +114,221 @@ def small_options(config: PreTrainedConfig) -> dict[str, Any]:
         options["layer_types"] = ([*dict.fromkeys(kinds)] * 2)[:2]
     if "qk_rope_head_dim" in options:  # multi-head latent attention: every head has its own keys
         options |= {"num_key_value_heads": SMALL["num_attention_heads"], "head_dim": options["qk_rope_head_dim"]}
+    rope = given.get("rope_parameters")
+    if isinstance(rope, dict) and (axes or isinstance(rope.get("mrope_section"), list)):
+        half = int(16 * rope.get("partial_rotary_factor", 1)) // 2  # of the head's 16 features
+        options["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2]}
     return options
 
 
-def small_model(kind: str) -> PreTrainedModel:
-    """Build a random model; raises ValueError if it is too large or its logits are not finite."""
-    config = small_config(kind)
+def small_model(kind: str, auto: str, axes: bool = False) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """Build a random model, and inputs that it runs on; raises ValueError if it is too large or finds none."""
+    config, build = small_config(kind, axes), getattr(transformers, auto).from_config
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(parameter.numel() for parameter in build(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:,.0f} M parameters")
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    model: PreTrainedModel = build(config).eval()
     for parameter in model.parameters():  # transformers leaves some uninitialized
         if not bool(torch.isfinite(parameter).all()) or float(parameter.abs().max()) > 1e3 or not bool(parameter.any()):
             parameter.data.normal_(0, 0.02)
-    if not bool(torch.isfinite(logits(model)).all()):
-        raise ValueError("its logits are not finite")
-    return model
+    return model, find_inputs(model)
 
 
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of a fixed random window."""
-    ids = torch.randint(3, TOKENS, (1, 24), generator=torch.Generator().manual_seed(1))
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def find_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the first inputs on which the model gives finite outputs; raises the last error if there are none."""
+    last: Exception = ValueError("it takes none of the inputs that are tried")
+    began = time.monotonic()
+    for make in (inputs_with_images, text_inputs, image_inputs, sound_inputs):
+        for inputs in make(model):
+            if time.monotonic() - began > LONGEST_SEARCH:
+                raise last
+            problem = problem_with(model, inputs)
+            if problem is None:
+                return inputs
+            last = problem
+    raise last
+
+
+def problem_with(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Exception | None:
+    """Run the model; return what goes wrong, if anything does."""
+    try:
+        finite = bool(torch.isfinite(outputs(model, inputs)).all())
+    except Exception as error:  # of any type: these inputs do not fit
+        return error
+    return None if finite else ValueError("its outputs are not finite")
+
+
+def random_ids(seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, TOKENS, (1, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def text_inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    ids = random_ids()
+    if model.config.is_encoder_decoder:
+        yield {"input_ids": ids, "decoder_input_ids": ids[:, :12]}
+    yield {"input_ids": ids}
+
+
+def config_values(model: PreTrainedModel, *names: str) -> list[int]:
+    """The values of the first of these fields that any nested configuration has."""
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    found = (getattr(config, name, None) for name in names for config in configs)
+    return [value for value in found if isinstance(value, int)][:1]
+
+
+def random_images(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """Images as pixels, and as patches with their grid."""
+    draw = torch.Generator().manual_seed(2)
+    for size in [*config_values(model, "image_size"), 32, 64, 224]:
+        pixels = torch.randn(1, 3, size, size, generator=draw)
+        yield {"pixel_values": pixels}
+        yield {"pixel_values": pixels, "image_sizes": torch.tensor([[size, size]])}
+        yield {"pixel_values": pixels[None], "image_sizes": torch.tensor([[size, size]])}
+        yield {"pixel_values": pixels[None]}
+    for patch in config_values(model, "patch_size"):
+        for frames in (1, 2):
+            patches = torch.randn(16, 3 * frames * patch**2, generator=draw)
+            yield {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
+def inputs_with_images(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """Text with as many image tokens as the model makes of an image."""
+    place = config_values(model, "image_token_id", "image_token_index")
+    if not place or not hasattr(model, "get_image_features"):
+        return
+    for images in random_images(model):
+        count = count_places(model, images)
+        if not count:
+            continue
+        ids = torch.cat([random_ids()[:, :8], torch.full((1, count), place[0]), random_ids()[:, 8:]], dim=1)
+        yield {"input_ids": ids, **images}
+        yield {"input_ids": ids, **images, "mm_token_type_ids": (ids == place[0]).long()}
+        yield {"input_ids": ids, **images, "token_type_ids": (ids == place[0]).long()}
+
+
+def count_places(model: Any, images: dict[str, torch.Tensor]) -> int:
+    """Return how many tokens of a text the model makes of images; 0 if the images do not fit."""
+    try:
+        with torch.no_grad():
+            found = model.get_image_features(**images)
+        found = getattr(found, "pooler_output", found)
+        return sum(piece.shape[:-1].numel() for piece in (found if isinstance(found, list | tuple) else [found]))
+    except Exception:  # of any type, depending on the model's code
+        return 0
+
+
+def image_inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """An image alone, or with a text or a decoder's text that has no places for it."""
+    ids = random_ids()
+    for images in random_images(model):
+        for texts in (
+            {}, {"input_ids": ids}, {"decoder_input_ids": ids}, {"input_ids": ids, "decoder_input_ids": ids[:, :12]},
+            {"input_ids": ids, "qformer_input_ids": ids},
+        ):  # fmt: skip
+            yield {**images, **texts}
+
+
+def sound_inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """A recording as samples or as a spectrogram, with a decoder's text where there is one."""
+    draw = torch.Generator().manual_seed(3)
+    ids = random_ids()[:, :12]
+    texts = [{"decoder_input_ids": ids}, {}] if model.config.is_encoder_decoder else [{}, {"input_ids": ids}]
+    waves = [{"input_values": torch.randn(1, 4000, generator=draw)}]
+    heights = [*config_values(model, "num_mel_bins", "input_feat_per_channel", "feature_size"), *MELS]
+    spectra = [torch.randn(1, mels, frames, generator=draw) for mels, frames in product(heights, FRAMES)]
+    features = [{"input_features": x} for spectrum in spectra for x in (spectrum, spectrum.transpose(1, 2))]
+    for sound, text in product([*waves, *features], texts):
+        yield {**sound, **text}
+
+
+def other_window(inputs: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """The same inputs with other random numbers; places of images stay."""
+    draw, changed = torch.Generator().manual_seed(seed), {}
+    for name, x in inputs.items():
+        changed[name] = x
+        if x.is_floating_point():
+            changed[name] = torch.randn(x.shape, generator=draw)
+        elif name.endswith("input_ids"):
+            changed[name] = torch.where(x < TOKENS, torch.randint(3, TOKENS, x.shape, generator=draw), x)
+    return changed
+
+
+def outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits, or the last hidden states of a model without a head."""
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=ids).logits
-    return found
+        made = model(**inputs)
+    found = next((made[name] for name in ("logits", "last_hidden_state") if name in made), None)
+    return next(x for x in made.values() if isinstance(x, torch.Tensor)) if found is None else found
 
 
-def outcome(kind: str, folder: Path) -> tuple[str, str]:
+# --- one architecture -------------------------------------------------------------------------------------------------
+
+
+def outcome(kind: str, auto: str, folder: Path) -> tuple[str, str]:
     """Try one architecture; return its outcome and a description."""
     try:
-        model = small_model(kind)
+        try:
+            model, inputs = small_model(kind, auto)
+        except RuntimeError:  # of shapes that do not fit
+            model, inputs = small_model(kind, auto, axes=True)
         model.save_pretrained(folder / "model")
     except Exception as error:  # of any type: the architecture is not tested
         return "unbuilt", f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    windows = torch.randint(3, TOKENS, (8, 24), generator=torch.Generator().manual_seed(0))
+    windows = [other_window(inputs, seed) for seed in range(WINDOWS)]
     try:
         result = quantize(folder / "model", folder / "out", QuantConfig(bits=8, group_size=16), calibration=windows)
-        problems = verify.verify(folder / "out").problems
+        problems = [*verify.verify(folder / "out").problems, *changed_tensors(folder / "model", folder / "out")]
         if problems:
             return "failed", problems[0]
-        expected, found = logits(model), logits(load(folder / "out", dtype="float32"))
+        expected, found = (outputs(one, inputs) for one in (model, load(folder / "out", dtype="float32")))
+        off = float((found - expected).norm() / expected.norm())
     except InputError as error:
         return "refused", str(error)
     except Exception as error:  # of any type: a bug of ours
         return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    off = float((found - expected).norm() / expected.norm())
-    stay = any("fused tensors" in note for note in result.notes)
-    return (
-        "fine" if off < 0.1 else "differs",
-        f"{len(result.layers)} layers, logits off by {off:.1%}{', fused experts stay' if stay else ''}",
-    )
+    fused = ", fused experts stay" if any("fused tensors" in note for note in result.notes) else ""
+    given = ", images" if any(name.startswith("pixel") for name in inputs) else ""
+    left = ", parts stay" if any("has no inputs for" in note for note in result.notes) else ""
+    return "fine" if off < 0.1 else "differs", f"{len(result.layers)} layers, off by {off:.1%}{given}{left}{fused}"
+
+
+def changed_tensors(before: Path, after: Path) -> Iterator[str]:
+    """Yield a sentence for each tensor that both folders have, and that is not the same."""
+    old, new = ({k: x for file in folder.glob("*.safetensors") for k, x in load_file(file).items()}
+                for folder in (before, after))  # fmt: skip
+    for name in old.keys() & new.keys():
+        if old[name].dtype != new[name].dtype or not torch.equal(old[name], new[name]):
+            yield f"{name} is not quantized, and has changed"
+
+
+def kinds_of(group: str) -> list[str]:
+    tables = [getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES") for table in GROUPS[group][0]]
+    return list(dict.fromkeys(kind for table in tables for kind in table))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help="model types; all if none is given")
+    parser.add_argument("kinds", nargs="*", help="model types; all of the group if none is given")
+    parser.add_argument("--group", choices=[*GROUPS], default="causal", help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the models are tiny
     counts: Counter[str] = Counter()
-    for kind in args.kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    kinds, began = args.kinds or kinds_of(args.group), time.monotonic()
+    for kind in kinds:
+        if time.monotonic() - began > 60 * args.minutes:
+            print(f"stopped after {sum(counts.values())} of {len(kinds)}")
+            break
         with tempfile.TemporaryDirectory() as folder:
-            became, words = outcome(kind, Path(folder))
+            became, words = outcome(kind, GROUPS[args.group][1], Path(folder))
         counts[became] += 1
         print(f"{kind:26} {became:8} {words}", flush=True)
     built = sum(counts.values()) - counts["unbuilt"]

@@ -13,7 +13,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
@@ -45,10 +53,23 @@ def find_model_class(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
         autos = [auto for auto, where in own_code.items() if auto != "AutoConfig" and where.endswith(f".{name}")]
         return getattr(transformers, autos[0]) if autos else AutoModelForCausalLM
     named = getattr(transformers, name, None) if name.isidentifier() else None
-    if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
+    if isinstance(named, type) and issubclass(named, PreTrainedModel) and _is_class_of(named, config):
         return named
     known = AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if type(config) in known else AutoModel
+
+
+def _is_class_of(named: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Whether a class is made for this configuration: by itself, or by one of the Auto classes (as Glmga's is)."""
+    kinds: list[Any] = [
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    ]
+    return named.config_class is type(config) or any(
+        type(config) in kind._model_mapping and kind._model_mapping[type(config)] is named for kind in kinds
+    )
 
 
 def build_empty_model(
