@@ -18,11 +18,12 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,12 +197,13 @@ def check_architectures(llama: Llama, folder: Path) -> bool:
     return fine
 
 
-def check_types(llama: Llama, folder: Path, effort: str) -> bool:
-    """Quantize the demo model to every type, and compare it."""
+def check_types(llama: Llama, folder: Path, effort: str, types: Collection[str]) -> bool:
+    """Quantize the demo model to these types, and compare it."""
     tokenizer = read_tokenizer(MODEL, trust_remote_code=False)
     windows = calibration.draw_windows([read_texts()[0]], tokenizer, CALIBRATION_WINDOWS, SEQ_LEN, seed=0)
     fine = True
-    for name, (options, _) in TYPES.items():
+    for name in types:
+        options, _ = TYPES[name]
         made = quantize(MODEL, folder / name, QuantConfig(effort=effort, **options), calibration=windows)
         kl, alike = compare_logits(llama, folder / name, 256)
         fine &= kl < LARGEST_KL and alike
@@ -210,8 +212,8 @@ def check_types(llama: Llama, folder: Path, effort: str) -> bool:
     return fine
 
 
-def check_quality(llama: Llama, folder: Path) -> bool:
-    """Compare perplexities with those of llama-quantize's files."""
+def check_quality(llama: Llama, folder: Path, types: Collection[str]) -> bool:
+    """Compare perplexities with those of llama-quantize's files, for those of the types that are compared."""
     texts = {name: folder / f"{name}.txt" for name in ("calibration", "measured")}
     for file, text in zip(texts.values(), read_texts(), strict=True):
         file.write_text(text, encoding="utf-8")
@@ -222,7 +224,7 @@ def check_quality(llama: Llama, folder: Path) -> bool:
     llama.run("llama-imatrix", "-m", original, "-f", texts["calibration"], "-o", matrix, *window)
     print(f"original  {_perplexity(llama, original, texts['measured'])}")
     fine = True
-    for name in (*COMPARED, "Q4_K_M"):
+    for name in (*(name for name in COMPARED if name in types), *(("Q4_K_M",) if "Q4_0" in types else ())):
         kind = TYPES.get(name, (None, "q8_0"))[1]
         same = ("--token-embedding-type", kind, "--output-tensor-type", kind, *(("--pure",) if name in TYPES else ()))
         theirs = folder / f"their-{name}.gguf"
@@ -244,13 +246,17 @@ def check_quality(llama: Llama, folder: Path) -> bool:
 def _perplexity(llama: Llama, file: Path, text: Path) -> float:
     """Perplexity by llama.cpp's tool, of the second half of each window."""
     printed = llama.run("llama-perplexity", "-m", file, "-f", text, "-c", SEQ_LEN, "--chunks", 64)
-    return float(printed.partition("Final estimate: PPL = ")[2].split()[0])
+    found = re.findall(r"\[\d+\]([\d.]+),", printed)  # after each window, of all windows so far
+    if not found:
+        raise RuntimeError(f"llama-perplexity printed no perplexity: {printed[-500:]}")
+    return float(found[-1])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--environment", type=Path, default=Path(tempfile.gettempdir()) / f"llama-cpp-{RELEASE}")
     parser.add_argument("--effort", default="balanced", help="of our quantization")
+    parser.add_argument("--types", nargs="+", choices=tuple(TYPES), default=tuple(TYPES), help="types to check")
     parser.add_argument("--skip-architectures", action="store_true")
     parser.add_argument("--skip-quality", action="store_true", help="only load files and compare logits")
     args = parser.parse_args()
@@ -259,8 +265,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as there:
         folder = Path(there)
         fine = args.skip_architectures or check_architectures(llama, folder)
-        fine &= check_types(llama, folder, args.effort)
-        fine &= args.skip_quality or check_quality(llama, folder)
+        fine &= check_types(llama, folder, args.effort, args.types)
+        fine &= args.skip_quality or check_quality(llama, folder, args.types)
     print("all as expected" if fine else "NOT as expected")
     return 0 if fine else 1
 

@@ -70,7 +70,7 @@ def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme)
             f"needs {', '.join(sorted(needed))}"
         )
     outputs, inputs = file_format.stored_shape(source, layer, scheme)
-    stored = infos[file_format.scale_key].dtype
+    stored = infos[file_format.scale_key].dtype if file_format.scale_key else SCALE_DTYPE
     scale_dtype = stored if stored.is_floating_point else SCALE_DTYPE
     for suffix, expected in file_format.layout(scheme, outputs, inputs, scale_dtype).items():
         name, info = f"{layer}.{suffix}", infos[suffix]
@@ -82,7 +82,6 @@ def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme)
         if info.dtype != expected.dtype:
             raise InputError(f"{name} in {source.folder} holds {info.dtype}, not {expected.dtype}")
     nbytes = sum(info.nbytes for info in infos.values())
-    scale_dtype = infos[file_format.scale_key].dtype if file_format.scale_key else SCALE_DTYPE
     return PackedLayer(scheme, outputs, inputs, tuple(needed), scale_dtype, nbytes)
 
 
