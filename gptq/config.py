@@ -15,13 +15,19 @@ EFFORTS: dict[str, dict[str, Any]] = {  # for each level, the values of the opti
     "best": {"search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200},
 }
 Format = Literal[
-    "gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8", "int-quantized", "mlx", "gguf", "gguf-k", "gguf-iq4",
+    "gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8", "int-quantized", "float-quantized", "fp8",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mlx", "gguf", "gguf-k", "gguf-iq4",
 ]  # fmt: skip
 FORMATS: tuple[Format, ...] = get_args(Format)
 BITS = range(2, 9)
 UNSET: Any = None  # default of a field whose value follows from other fields
 DEFAULT_GROUP_SIZE = 128
-GROUP_SIZES: dict[str, int] = {"gguf": 32, "gguf-k": 32, "gguf-iq4": 32}  # of formats whose blocks have so many inputs
+DEFAULT_BITS = 4
+WIDTHS = {"int-quantized": 8, "float-quantized": 8, "fp8": 8}  # of formats that have one other width
+GROUP_SIZES: dict[str, int] = {  # of formats that have one size
+    "gguf": 32, "gguf-k": 32, "gguf-iq4": 32, "int-quantized": -1, "float-quantized": -1, "fp8": 128,
+    "nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32,
+}  # fmt: skip
 TUNE_WINDOWS = 8  # calibration windows per gradient step of block tuning
 T = TypeVar("T")
 
@@ -221,10 +227,10 @@ class QuantConfig:
         InputError: an option is out of its range.
     """
 
-    bits: int = option(4, "2 to 8", metavar="N")
+    bits: int = option(UNSET, "2 to 8; by default 4, in files of 8-bit formats 8", metavar="N")
     group_size: int = option(
         UNSET,
-        "inputs per scale; -1: one per row; by default 128, in files for llama.cpp what its blocks have",
+        "inputs per scale; -1: one per row; by default 128, or what the format has, if it has one size",
         metavar="N",
     )
     sym: bool = option(True, "give every group a zero point of its own", flag="asym")
@@ -282,6 +288,7 @@ class QuantConfig:
         object.__setattr__(self, "overrides", tuple(Override.of(value) for value in self.overrides))
         _require(self.effort in EFFORTS, f"effort is {self.effort!r}; it is one of {', '.join(EFFORTS)}")
         levels = EFFORTS[self.effort] | ({} if self.static_groups else {"desc_act": False})
+        levels["bits"] = WIDTHS.get(str(self.format), DEFAULT_BITS)
         levels["group_size"] = GROUP_SIZES.get(str(self.format), DEFAULT_GROUP_SIZE)
         for name, value in levels.items():
             if getattr(self, name) is None:

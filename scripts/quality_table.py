@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from gptq import QuantConfig, __version__, calibration, demo, quantize
 from gptq.checkpoint.hub import resolve
+from gptq.config import FORMATS
 from gptq.errors import InputError
 from gptq.evaluation import evaluate
 from gptq.inference.load import load
@@ -52,6 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
+    "balanced, damping 0.05": {"effort": "balanced", "damp_percent": 0.05},
 }
 
 Row = dict[str, Any]  # one quantized model: "method", "config" and the measurements
@@ -64,6 +66,7 @@ def configurations(args: argparse.Namespace) -> list[tuple[str, QuantConfig]]:
         for group_size in args.group_sizes:
             for method in args.methods:
                 options = {"bits": bits, "group_size": group_size, "num_samples": args.samples, **PRESETS[method]}
+                options |= {"format": args.format, "overrides": tuple(args.override)}
                 seeds = range(1 if options.get("method") == "rtn" else args.seeds)
                 found += [(method, QuantConfig(**options, seq_len=args.seq_len, seed=seed)) for seed in seeds]
     return found
@@ -195,6 +198,8 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=PRESETS, default=list(PRESETS), help="default: all")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], metavar="N", help="default: 4 3 2")
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[128], metavar="N", help="default: 128")
+    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="of the file, and so the grid")
+    parser.add_argument("--override", action="append", default=[], metavar="RE:OPTS", help="as for `gptq quantize`")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="calibration seeds 0 to N - 1; default: 3")
     parser.add_argument("--calibration", metavar="SRC", help="as for `gptq quantize`; default: the demo's text, or c4")
     parser.add_argument("--data", metavar="SRC", help="text to measure on; default: the demo's")

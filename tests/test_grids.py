@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from gptq import solver
+from gptq.compute.number_formats import E2M1
 from gptq.solver import Grid, IntegerGrid, inner_loops
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.grids.affine import AffineGrid
 from gptq.solver.grids.scales import Float8Scales, FloatScales, PowersOfTwo
-from gptq.solver.grids.table import E2M1, E4M3, IQ4_NL, NEAR, OCTAVE, TableGrid
+from gptq.solver.grids.table import E4M3, IQ4_NL, NEAR, OCTAVE, TableGrid
 from gptq.solver.grids.two_level import K_QUANTS, TwoLevelGrid, sub_scales
 from gptq.solver.solve import SolvedLayer
 from tests import oracle

@@ -39,7 +39,10 @@ class TensorInfo:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes as safetensors stores them: row-major, little-endian."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 1:  # whose stride may be anything
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    flat = flat.view(torch.uint8)
     return flat.numpy().data
 
 

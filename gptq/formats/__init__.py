@@ -8,6 +8,8 @@ from torch import Tensor
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format
 from gptq.formats.format import SCALE_DTYPE, FileFormat
+from gptq.formats.fp4 import Mxfp4, Nvfp4
+from gptq.formats.fp8 import FloatQuantized, Fp8Blocks
 from gptq.formats.gguf import Gguf, GgufIq4, GgufK
 from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
 from gptq.formats.int_quantized import IntQuantized
@@ -24,9 +26,10 @@ __all__ = [
 FORMATS: dict[Format, FileFormat] = {
     known.name: known
     for known in (
-        GptqV1(), GptqV2(), PackQuantized(), PackQuantizedA8(), IntQuantized(), Mlx(), Gguf(), GgufK(), GgufIq4(),
+        *(GptqV1(), GptqV2(), PackQuantized(), PackQuantizedA8(), IntQuantized(), Mlx(), Gguf(), GgufK(), GgufIq4()),
+        *(FloatQuantized(), Fp8Blocks(), Nvfp4(), Mxfp4()),
     )
-}  # fmt: skip
+}
 
 
 # The methods of `FileFormat`, called on the format that a scheme names.

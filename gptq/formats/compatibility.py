@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from gptq import formats
 from gptq.config import Format
 from gptq.formats.expert_names import READ, explain_experts, has_experts
+from gptq.formats.fp4 import Mxfp4, Nvfp4
+from gptq.formats.fp8 import FloatQuantized, Fp8Blocks
 from gptq.formats.gguf import Gguf, GgufIq4, GgufK
 from gptq.formats.gptq import GPTQ_BITS, GptqV1, GptqV2
 from gptq.formats.int_quantized import IntQuantized
@@ -235,6 +237,55 @@ def _transformers_gguf(layers: Layers) -> tuple[bool, str]:
     return True, 'dequantized, with `gguf_file="model.gguf"` and the package gguf; ran with 5.23'
 
 
+# --- FP8 and FP4 ------------------------------------------------------------------------------------------------------
+
+
+def _transformers_floats(layers: Layers) -> tuple[bool, str]:  # ran with transformers 5.23, compressed-tensors 0.20
+    return True, "with compressed-tensors from 0.18, which dequantizes"
+
+
+def _vllm_fp8_channels(layers: Layers) -> tuple[bool, str]:  # schemes/compressed_tensors_w8a16_fp8.py
+    siblings = _explain_siblings(layers)
+    return (False, siblings) if siblings else (True, "on GPUs, weights alone (W8A16); by its source, 0.32")
+
+
+def _vllm_fp4(layers: Layers) -> tuple[bool, str]:  # schemes/compressed_tensors_w4a4_{nv,mx}fp4.py
+    siblings = _explain_siblings(layers)
+    return (False, siblings) if siblings else (True, "on GPUs, by its source, 0.32")
+
+
+def _vllm_mxfp4(layers: Layers) -> tuple[bool, str]:
+    takes, why = _vllm_fp4(layers)
+    return takes, f"{why}; from compute capability 10.0 on it rounds activations to MXFP4 too" if takes else why
+
+
+def _vllm_fp8_blocks(layers: Layers) -> tuple[bool, str]:  # quantization/fp8.py; utils/fp8_utils.py checks the shapes
+    siblings = _explain_siblings(layers)
+    if siblings:
+        return False, siblings
+    return True, "on GPUs, by its source, 0.32; fused layers need multiples of 128 outputs"
+
+
+def _transformers_fp8(layers: Layers) -> tuple[bool, str]:  # quantizers/quantizer_finegrained_fp8.py
+    return True, "on GPUs that multiply FP8, by its source, 5.23"
+
+
+def _gptqmodel_floats(layers: Layers) -> tuple[bool, str]:
+    return False, "it reads GPTQ files, which hold integers"
+
+
+def _mlx_floats(layers: Layers) -> tuple[bool, str]:
+    return False, "mlx-lm reads MLX files, which hold integers here; quantize the original with `--format mlx`"
+
+
+def _llama_cpp_floats(layers: Layers) -> tuple[bool, str]:
+    return False, "it reads GGUF files; quantize the original with `--format gguf`"
+
+
+def _sglang_unknown(layers: Layers) -> tuple[bool, str]:
+    return False, "not known"
+
+
 GPTQ_RULES: dict[str, Rule] = {
     "transformers": _transformers_gptq, "vLLM": _vllm_gptq, "SGLang": _sglang_gptq, "GPTQModel": _gptqmodel_gptq,
     "MLX": _mlx_of_other_files, "llama.cpp": _llama_cpp_of_other_files,
@@ -263,5 +314,21 @@ RULES: dict[Format, dict[str, Rule]] = {
     Mlx.name: {
         "transformers": _other_than_mlx, "vLLM": _other_than_mlx, "SGLang": _other_than_mlx,
         "GPTQModel": _other_than_mlx, "MLX": _mlx, "llama.cpp": _llama_cpp_of_other_files,
+    },
+    FloatQuantized.name: {
+        "transformers": _transformers_floats, "vLLM": _vllm_fp8_channels, "SGLang": _sglang_unknown,
+        "GPTQModel": _gptqmodel_floats, "MLX": _mlx_floats, "llama.cpp": _llama_cpp_floats,
+    },
+    Fp8Blocks.name: {
+        "transformers": _transformers_fp8, "vLLM": _vllm_fp8_blocks, "SGLang": _sglang_unknown,
+        "GPTQModel": _gptqmodel_floats, "MLX": _mlx_floats, "llama.cpp": _llama_cpp_floats,
+    },
+    Nvfp4.name: {
+        "transformers": _transformers_floats, "vLLM": _vllm_fp4, "SGLang": _sglang_unknown,
+        "GPTQModel": _gptqmodel_floats, "MLX": _mlx_floats, "llama.cpp": _llama_cpp_floats,
+    },
+    Mxfp4.name: {
+        "transformers": _transformers_floats, "vLLM": _vllm_mxfp4, "SGLang": _sglang_unknown,
+        "GPTQModel": _gptqmodel_floats, "MLX": _mlx_floats, "llama.cpp": _llama_cpp_floats,
     },
 }  # fmt: skip

@@ -126,6 +126,20 @@ def describe_integers(scheme: Scheme) -> dict[str, Any]:
     }
 
 
+def describe_floats(bits: int, strategy: str, group_size: int | None) -> dict[str, Any]:
+    """Return the `weights` of a group whose codes are floating-point numbers."""
+    return {
+        "num_bits": bits,
+        "type": "float",
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": group_size,
+        "actorder": None,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+
+
 # --- quantization_config ----------------------------------------------------------------------------------------------
 
 
@@ -217,6 +231,22 @@ class IntegerWeights(Options):
             said = f"strategy {strategy!r}, group_size {self.group_size!r}"
             raise ValueError(f"says {said}; a 'group' has a size, or it is a 'channel'")
         return self
+
+
+def _require_float(kind: str) -> str:
+    if kind != "float":
+        raise ValueError("type")
+    return kind
+
+
+class FloatWeights(Options):
+    """A group's `weights` whose codes are floating-point numbers."""
+
+    num_bits: Annotated[int, Field(ge=1, le=8)] = Field(description="1 to 8 bits are read")
+    type: Annotated[str, AfterValidator(_require_float)] = Field(description="codes of 'float' are read")
+    strategy: str | None = Field(None, description="it is the name of a strategy")
+    group_size: int | None = Field(None, description="it is a number of inputs")
+    symmetric: bool = Field(True, description="it is true or false")
 
 
 def _require_word(where: str | Path, word: str, known: Sequence[CompressedTensors]) -> None:

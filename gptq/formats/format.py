@@ -16,6 +16,7 @@ from gptq.config import Format, QuantConfig
 from gptq.formats.name_rules import Quantization
 from gptq.formats.scheme import Layers, Linears, Scheme
 from gptq.solver import Codes, Grid, IntegerGrid
+from gptq.solver.grids.grid import Form
 from gptq.solver.grids.scales import FloatScales
 
 PLAIN_KEY = "weight"  # key of a weight that is not packed
@@ -76,6 +77,8 @@ class FileFormat(ABC):
     def takes_grid(self, grid: Grid, scheme: Scheme) -> bool:
         """Whether codes that were chosen on `grid` can be written with this scheme."""
         own = self.grid(scheme)
+        if own.form is Form.TABLE:
+            return own == grid
         return (own.form, own.stored) == (grid.form, grid.stored)
 
     def choose_scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -134,6 +137,10 @@ class FileFormat(ABC):
         Raises:
             InputError: those tensors are malformed.
         """
+
+    def find_wrong_value(self, packed: Mapping[str, Tensor]) -> tuple[str, str] | None:
+        """Return the key of a stored tensor with values that stand for no weight, and what these are; or None."""
+        return None
 
     def explain_shape(self, info: TensorInfo, scheme: Scheme, outputs: int, inputs: int) -> str:
         """Return what is known about a tensor of the wrong shape, to be appended to a message; "" if nothing."""

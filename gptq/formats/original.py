@@ -38,7 +38,7 @@ def _method(keys: str, empty: str = "") -> Method:
 METHODS: Mapping[str, Method] = {  # by `quant_method`; the formats' own readers check theirs
     "fp8": _method(
         "fmt activation_scheme weight_block_size scale_fmt expert_dtype modules_to_not_convert modules_to_convert "
-        "ignored_layers ignore dequantize kv_cache_scheme is_checkpoint_fp8_serialized"
+        "ignored_layers ignore dequantize kv_cache_scheme is_checkpoint_fp8_serialized meta"
     ),
     "fbgemm_fp8": _method("activation_scale_ub modules_to_not_convert"),
     "mxfp4": _method("modules_to_not_convert dequantize"),

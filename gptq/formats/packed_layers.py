@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gptq import formats
-from gptq.checkpoint.reader import Source
+from gptq.checkpoint.reader import Source, is_finite
 from gptq.errors import InputError
 from gptq.formats.format import PLAIN_KEY, SCALE_DTYPE
 from gptq.formats.name_rules import Quantization
@@ -89,7 +89,8 @@ def read_packed(source: Source, name: str, layer: PackedLayer, with_codes: bool 
     """Read the stored tensors of a quantized layer, without the codes (the largest) if `with_codes` is false.
 
     Raises:
-        InputError: g_idx points outside the groups, or zero points or g_idx are not what the configuration says.
+        InputError: g_idx points outside the groups, zero points or g_idx are not what the configuration says, or values
+            stand for no weight.
     """
     file_format = formats.FORMATS[layer.scheme.format]
     wanted = (suffix for suffix in layer.suffixes if with_codes or suffix != file_format.codes_key)
@@ -108,11 +109,14 @@ def check_packed(packed: Mapping[str, Tensor], name: str, layer: PackedLayer, so
     file_format = formats.FORMATS[layer.scheme.format]
     if file_format.codes_key in packed and not file_format.scale_key:
         _check_blocks(packed, layer, f"{name}.{file_format.codes_key} in {source.folder}")
-    if file_format.scale_key in packed and not bool(torch.isfinite(packed[file_format.scale_key]).all()):
+    if file_format.scale_key in packed and not is_finite(packed[file_format.scale_key]):
         raise InputError(f"{name}.{file_format.scale_key} in {source.folder} holds NaN or infinity")
     if file_format.g_idx_key in packed:
         where = f"{name}.{file_format.g_idx_key} in {source.folder}"
         _check_groups(packed[file_format.g_idx_key], layer, where)
+    wrong = file_format.find_wrong_value(packed)
+    if wrong:
+        raise InputError(f"{name}.{wrong[0]} in {source.folder} holds {wrong[1]}")
     if layer.scheme.sym and file_format.zero_key in packed:
         zero = file_format.decode_zeros(packed, layer.scheme, layer.outputs)
         _check_symmetric(zero, layer.scheme, f"{name}.{file_format.zero_key} in {source.folder}")

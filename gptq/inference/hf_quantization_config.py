@@ -23,8 +23,8 @@ class GPTQConfig(transformers.GPTQConfig):
         return {"quant_method": str(self.quant_method.value), **self.stored_options}
 
 
-class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
-    """Stands for transformers' class where this package reads the file; needs no compressed-tensors."""
+class _Stored:
+    """Stands for a class of transformers, the next base, where this package reads the file; needs no other package."""
 
     def __init__(self, **options: Any) -> None:
         self.quant_method = options["quant_method"]
@@ -39,7 +39,8 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
         try:
             read_quantization("config.json", config_dict)
         except InputError:
-            return transformers.CompressedTensorsConfig.from_dict(config_dict, return_unused_kwargs, **kwargs)
+            theirs: Any = cls.__bases__[1]
+            return theirs.from_dict(config_dict, return_unused_kwargs, **kwargs)
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -53,4 +54,14 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
         return self.to_dict()
 
 
-BY_METHOD = {"gptq": GPTQConfig, "compressed-tensors": CompressedTensorsConfig}  # by `quant_method`
+class CompressedTensorsConfig(_Stored, transformers.CompressedTensorsConfig): ...
+
+
+class Fp8Config(_Stored, transformers.FineGrainedFP8Config): ...
+
+
+BY_METHOD = {  # by `quant_method`
+    "gptq": GPTQConfig,
+    "compressed-tensors": CompressedTensorsConfig,
+    "fp8": Fp8Config,
+}

@@ -303,9 +303,11 @@ class StoredNames(WeightRenaming):
         return StoredNames(back, back)
 
 
-PACKED_MARKERS = ("qweight", "weight_packed", "weight_ggml", "scales", "weight_scale")  # a packed layer has one
+# Keys of which a packed layer has at least one.
+PACKED_MARKERS = ("qweight", "weight_packed", "weight_ggml", "scales", "weight_scale", "weight_scale_inv")
 PACKED = re.compile(  # suffixes of a packed layer's tensors beside or instead of `weight`
-    r"(?<=\.)(qweight|qzeros|scales|biases|g_idx|weight_(?:packed|ggml|scale|zero_point|shape|g_idx))$"
+    r"(?<=\.)(qweight|qzeros|scales|biases|g_idx|"
+    r"weight_(?:packed|ggml|(?:global_)?scale|scale_inv|zero_point|shape|g_idx))$"
 )
 STACKING = {"MergeModulelist", "Concatenate", "Force16BytesAlignment"}  # conversions that fuse separate experts
 

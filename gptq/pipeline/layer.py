@@ -117,6 +117,8 @@ def _unsolved_siblings(name: str, state: BlockState) -> list[str]:
     same input. A sibling that turns out to have another input is solved again on that input.
     """
     layers = state.run.layers
+    if layers[name].grid.joins_rows:
+        return [name]
     together = next(names for names in group_fused_siblings(state.block.linears) if name in names)
     own = layers[name]
     alike = {n for n in together if (layers[n].scheme, layers[n].inputs) == (own.scheme, own.inputs)}

@@ -183,7 +183,8 @@ def _sum_errors(
     grid: solver.Grid, inputs: LayerInputs,
 ) -> ErrorSums:  # fmt: skip
     """Return the sums over a tile's rows that belong to one layer; W and target are the tile's rows, (rows, inputs)."""
-    own, sample = rows_inside(tile, layer), sampled_rows(tile, layer)
+    own = rows_inside(tile, layer)
+    sample = own if grid.joins_rows else sampled_rows(tile, layer)
     if not len(W[own]):
         return ErrorSums()
     factor, held_out = inputs.factor, inputs.held_out

@@ -57,21 +57,24 @@ def find_units(plan: Plan, config: QuantConfig) -> tuple[list[Unit], Format]:
             min(usual, first.inputs),
             first.inputs,
         )
-        ways = all_ways if is_default else [(first.bits, first.group_size)]
+        ways = [way for way in all_ways if _holds(layers, way, chosen)] if is_default else []
+        ways = ways or [(first.bits, first.group_size)]
         choices = [StorageChoice(b, g, sum(_nbytes(layer, b, g, chosen) for layer in layers)) for b, g in ways]
         units.append(Unit(tuple(names), tuple(choices)))
     return units, chosen
+
+
+def _holds(layers: Sequence[LayerPlan], way: tuple[int, int], chosen: Format) -> bool:
+    """Whether a format can hold layers with these bits and this group size."""
+    schemes = ((layer, _scheme(layer, *way, chosen)) for layer in layers)
+    return not any(formats.refusal(scheme, one.outputs, one.inputs, one.transposed) for one, scheme in schemes)
 
 
 def _choose_format(plan: Plan, config: QuantConfig, ways: Sequence[tuple[int, int]]) -> Format:
     """Return the configured format; for "auto" pack-quantized if it holds every layer in every way, otherwise GPTQ."""
     if config.format != "auto":
         return config.format
-    holds = all(
-        not formats.refusal(_scheme(layer, b, g, "pack-quantized"), layer.outputs, layer.inputs, layer.transposed)
-        for layer in plan.layers.values()
-        for b, g in ways
-    )
+    holds = all(_holds([*plan.layers.values()], way, "pack-quantized") for way in ways)
     if holds:
         return "pack-quantized"
     return "gptq" if config.sym else "gptq_v2"

@@ -225,7 +225,7 @@ def _note_on_group_size(config: QuantConfig, layers: Mapping[str, LayerPlan]) ->
     if config.format not in GROUP_SIZES:
         return []
     sizes = " and ".join(str(size) for size in sorted({plan.group_size for plan in layers.values()}))
-    return [f"groups of {sizes} inputs share a scale, as in the blocks of the format {config.format!r}"]
+    return [f"groups of {sizes} inputs share a scale, as the format {config.format!r} has it"]
 
 
 def _probe_inputs(

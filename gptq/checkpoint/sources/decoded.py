@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gptq.checkpoint.derived import Derived
 from gptq.checkpoint.reader import Source
@@ -19,7 +18,6 @@ from gptq.errors import InputError
 
 CHUNK_WEIGHTS = 2**22  # weights that are decoded at a time, 16 MiB in float32
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-E8M0 = getattr(torch, "float8_e8m0fnu", None)  # powers of two, one byte each; from torch 2.7 on
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Suffixes of scales that concern activations or the key-value cache, which weights alone do not need.
 OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point", "output_scale")
@@ -74,23 +72,6 @@ def row_chunks(rows: range, shape: tuple[int, ...], multiple: int = 1) -> Iterat
         stop = min(rows.stop, (start // multiple) * multiple + step)
         yield range(start, stop)
         start = stop
-
-
-def powers_of_two(exponents: Tensor) -> Tensor:
-    """Return 2^(e - 127), float32, of bytes e (E8M0 scales, in that dtype or as uint8); infinity for 255, their NaN."""
-    e = exponents.view(torch.uint8).int()
-    return torch.where(e == 0, 0x00400000, e << 23).view(torch.float32)  # 2^-127 is not a normal number
-
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-def unpack_e2m1(packed: Tensor) -> Tensor:
-    """Unpack E2M1 numbers, two per byte with the first in the low half: (..., n) bytes -> (..., 2 n) float32."""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)])
-    codes = packed.view(torch.uint8)
-    pairs = torch.stack([codes & 15, codes >> 4], dim=-1).int()  # (..., n, 2)
-    return table[pairs].flatten(-2)
 
 
 def require_part(stored: Source, name: str, weight: str, expected: tuple[int, ...], why: str) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gptq.checkpoint.derived import Derived
 from gptq.checkpoint.reader import Source
-from gptq.checkpoint.sources.decoded import E8M0, FP8, Declared, Kind, powers_of_two, require_dtype, row_chunks
+from gptq.checkpoint.sources.decoded import FP8, Declared, Kind, require_dtype, row_chunks
+from gptq.compute.number_formats import E8M0, powers_of_two
 from gptq.errors import InputError
 
 SCALE_SUFFIXES = ("_scale_inv", "_scale")  # after the name of the weight

@@ -18,16 +18,14 @@ from torch import Tensor
 from gptq.checkpoint.derived import Derived
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.sources.decoded import (
-    E8M0,
     Declared,
     Kind,
     groups_of,
-    powers_of_two,
     require_dtype,
     require_part,
     row_chunks,
-    unpack_e2m1,
 )
+from gptq.compute.number_formats import E8M0, powers_of_two, unpack_e2m1
 
 GROUP = 32  # weights that share a scale
 

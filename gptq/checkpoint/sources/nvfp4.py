@@ -22,8 +22,8 @@ from gptq.checkpoint.sources.decoded import (
     require_dtype,
     require_part,
     row_chunks,
-    unpack_e2m1,
 )
+from gptq.compute.number_formats import unpack_e2m1
 from gptq.errors import InputError
 
 GROUP = 16  # weights that share a scale

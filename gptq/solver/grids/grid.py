@@ -55,6 +55,11 @@ class Grid(ABC):
         """Names of the fields of `Codes` that layers on this grid have, besides those that all have."""
         return {Form.INTEGER: (), Form.AFFINE: ("offset",), Form.TABLE: ("table",)}[self.form]
 
+    @property
+    def joins_rows(self) -> bool:
+        """Whether rows share scales, so that the rows of a layer cannot be mixed with others."""
+        return False
+
     def for_layers(self, weights: Iterable[Tensor]) -> "Grid":
         """Return the grid for layers that engines fuse into one, with what these must have in common fixed.
 

@@ -20,8 +20,6 @@ from gptq.solver.grids.integer import FLOAT16
 from gptq.solver.grids.scales import FLOAT8_RANGE, Float8Scales, FloatScales, Scales
 
 IQ4_NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = (*_E2M1, *(-value for value in _E2M1))  # bit 3 is the sign
 E4M3 = tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist())  # 127 and 255 are NaN
 # Scales that the search tries, relative to the scale that puts the largest weight on the table's largest value.
 FINE = tuple(torch.linspace(1.2, 0.4, 33).tolist())
@@ -43,6 +41,10 @@ class TableGrid(Grid):
     @property
     def top(self) -> int:
         return len(_ascending(self.table)) - 1
+
+    @property
+    def joins_rows(self) -> bool:
+        return self.block_rows > 1
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ class TableGrid(Grid):
         return place[codes.long()]
 
     def codes_of(self, ranks: Tensor) -> Tensor:
-        return self.levels(ranks)[2].to(torch.uint8)[ranks.long()]
+        return self.levels(ranks.float())[2].to(torch.uint8)[ranks.long()]
 
 
 @cache
