@@ -12,6 +12,7 @@ each returns the signature and the function that emits the code.
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache, NullCache
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
 LANES = 16  # numbers in a vector
@@ -40,16 +44,53 @@ def source_digest(folder: Path) -> int:
 SOURCE_DIGEST = source_digest(Path(__file__).parents[1])  # of the whole package: several folders contain loops
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function with numba, and cache the machine code in a file until any loop's source changes.
+class _ForgivingCache(FunctionCache):
+    """numba's cache of machine code in files, which only saves time: without it, or if it is damaged, code is compiled.
+
+    A damaged file is forgotten, so that the next process finds what this one has compiled.
+    """
+
+    def load_overload(self, *arguments: Any) -> Any:
+        try:
+            return super().load_overload(*arguments)
+        except Exception:  # of any type: the files are pickles
+            with suppress(Exception):
+                self.flush()
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        with suppress(Exception):  # a full disk, or a folder that became read-only
+            super().save_overload(*arguments)
+
+
+def _cache_of(function: Callable[..., Any]) -> Any:
+    """Return a cache of a function's machine code that is valid until any loop's source changes.
 
     numba itself invalidates its cache only when the function's own file changes; building blocks are in other files.
+    Without a folder that can be written, nothing is cached.
     """
-    loop: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
-    kept = getattr(getattr(loop, "_cache", None), "_cache_file", None)  # None if NUMBA_DISABLE_JIT is set
-    if kept is not None:
-        kept._source_stamp = SOURCE_DIGEST
+    try:
+        cache = _ForgivingCache(function)
+    except RuntimeError:  # "no locator available"
+        return NullCache()
+    cache._cache_file._source_stamp = SOURCE_DIGEST
+    return cache
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function with numba when it is first called, and cache the machine code."""
+    loop: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+    if hasattr(loop, "_cache"):  # not if NUMBA_DISABLE_JIT is set
+        loop._cache = _cache_of(function)
     return loop
+
+
+def compiled_callback(signature: Any, function: Callable[..., Any]) -> Any:
+    """Compile a function that C calls, and cache the machine code; `address` of the result is that of the function."""
+    callback: Any = CFunc(function, normalize_signature(signature), locals={}, options={})
+    callback._cache = _cache_of(function)
+    callback.compile()
+    return callback
 
 
 def _pointer_intrinsic(context, address, like):  # type: ignore[no-untyped-def]

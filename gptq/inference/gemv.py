@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, types  # type: ignore[attr-defined]
+from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 
 from gptq.compute.simd import (
@@ -25,6 +25,7 @@ from gptq.compute.simd import (
     add_group,
     array_data,
     compiled,
+    compiled_callback,
     fetch_and_increment,
     load,
     load_unit,
@@ -171,4 +172,4 @@ def worker(kind: str, bits: int, halves: bool) -> Any:
             multiply(words, units, x_sums, scale, zero, less, y, columns, bits_tuple, start, stop)
             start = fetch_and_increment(table) * share
 
-    return cfunc(types.void(types.CPointer(types.int64)), cache=True)(work)
+    return compiled_callback(types.void(types.CPointer(types.int64)), work)
