@@ -165,10 +165,10 @@ def _layout(format_: Any, layer: verify.LayerContent) -> dict[str, Any]:
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_before_the_work(
-    kind: str, options: dict[str, Any], message: str, make_model: MakeModel, tmp_path: Path
+    kind: str, options: dict[str, Any], message: str, windows: Tensor, make_model: MakeModel, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        quantize(make_model(kind), tmp_path / "out", QuantConfig.from_dict({**RTN, **options}), calibration="nowhere")
+        quantize(make_model(kind), tmp_path / "out", QuantConfig.from_dict({**RTN, **options}), calibration=windows)
     assert not (tmp_path / "out").exists()
 
 
@@ -236,7 +236,7 @@ LAYER = "model.layers.1.mlp.down_proj"
 @pytest.mark.parametrize(
     ("values", "tensors", "message"),
     [
-        ({"quant_method": "awq"}, {}, "quant_method 'awq'"),
+        ({"quant_method": "bitsandbytes"}, {}, "quant_method 'bitsandbytes'"),
         ({"checkpoint_format": "marlin"}, {}, "format 'marlin'"),
         ({"bits": 5}, {}, "bits 5"),
         ({"bits": 8}, {}, r"\.qweight .* has the shape \(\d+, 64\), not \(\d+, 64\) as 8 bits"),
