@@ -13,7 +13,7 @@ import pytest
 import torch
 from greenlet import greenlet
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from transformers.pytorch_utils import Conv1D
