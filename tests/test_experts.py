@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from gptq import InputError, QuantConfig, load, quantize
+from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import sha256
 from gptq.inference.quant_linear import QuantLinear
 from gptq.models.experts import DenseExperts, ExpertForm, Experts, InputWeighingExperts, unfuse_experts
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.results import RECORD
+from gptq.planning import memory
 from gptq.planning.plan import plan_checkpoint
 
 VOCAB, EXPERTS = 96, 4
@@ -180,7 +184,7 @@ def test_fused_experts_from_file_to_file(
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_at_8_bits_the_logits_stay(kind: str, make_fused: Callable[..., Path], tmp_path: Path) -> None:
     """All experts for each token, so that no rounding of the router's inputs changes the choice."""
-    source, config = make_fused(kind, k=EXPERTS), QuantConfig(bits=8, group_size=16, num_samples=8, seq_len=16)
+    source, config = make_fused(kind, k=EXPERTS), QuantConfig.from_dict({**FAST, "bits": 8, "group_size": 8})
     quantize(source, tmp_path / "out", config, calibration=IDS, device="cpu")
     found, expected = logits(load(tmp_path / "out", dtype="float32")), logits(from_pretrained(source))
     assert 0 < (found - expected).norm() < 0.01 * expected.norm()
@@ -330,12 +334,86 @@ def test_a_fused_tensor_of_another_shape_is_refused_by_name(make_fused: Callable
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
-def test_fused_experts_come_out_the_same_for_every_batch_size(
-    kind: str, make_fused: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_fused_experts_come_out_the_same_for_every_batch_size(make_fused: Callable[..., Path], tmp_path: Path) -> None:
     config = QuantConfig(group_size=16, num_samples=8, seq_len=16)
     for name, batch_size in (("all", None), ("three", 3)):
-        quantize(make_fused(kind), tmp_path / name, config, calibration=IDS, device="cpu", batch_size=batch_size)
+        quantize(
+            make_fused("llama4_text"), tmp_path / name, config, calibration=IDS, device="cpu", batch_size=batch_size
+        )
     for name in ("model.safetensors", RECORD):
         assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+
+
+def test_gates_and_routers_stay_unless_an_override_names_them(tmp_path: Path) -> None:
+    options = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    config = transformers.Qwen2MoeConfig(
+        **options, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=48, intermediate_size=48,
+        shared_expert_intermediate_size=48,
+    )  # fmt: skip
+    transformers.Qwen2MoeForCausalLM(config).save_pretrained(tmp_path)
+
+    def planned(*overrides: Any) -> tuple[set[str], list[str]]:
+        plan = plan_checkpoint(str(tmp_path), QuantConfig(group_size=16, overrides=overrides), None, False)
+        return {name for name in plan.layers if name.endswith("gate")}, plan.notes
+
+    kept, notes = planned()
+    assert kept == set()
+    assert [note for note in notes if note.startswith("model.layers.0.mlp.shared_expert_gate: gates and routers stay")]
+    assert planned(["mlp", {"bits": 8}])[0] == set()  # which is about more than gates
+    assert planned(["shared_expert_gate", {"bits": 8}])[0] == {"model.layers.0.mlp.shared_expert_gate"}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_fused_tensor_one_expert_is_read_at_a_time(
+    make_fused: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, sizes = Source.read, []
+
+    def observed(source: Source, name: str, *arguments: Any, **keywords: Any) -> Tensor:
+        tensor = read(source, name, *arguments, **keywords)
+        if "_linear" in name:
+            sizes.append(len(tensor))
+        return tensor
+
+    monkeypatch.setattr(Source, "read", observed)
+    config = QuantConfig(method="rtn", group_size=16)
+    quantize(make_fused("granitemoe"), tmp_path / "out", config, device="cpu")
+    assert sizes == [1] * EXPERTS * 3
+
+
+RUN = """
+import sys
+import torch
+from gptq import QuantConfig, quantize
+from gptq.planning import memory
+
+torch.set_num_threads(1)
+base = memory.warm_up()
+windows = torch.randint(1, 90, (8, 32), generator=torch.Generator().manual_seed(0))
+config = QuantConfig(group_size=32, num_samples=8, seq_len=32, effort="fast")
+quantize(sys.argv[1], sys.argv[2], config, calibration=windows, device="cpu", dtype="float32",
+         memory_limit=base + int(sys.argv[3]))
+print(memory.peak_resident_bytes() - base)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident pages are counted in Linux's /proc")
+def test_a_block_of_64_fused_experts_stays_within_the_memory_limit(tmp_path: Path) -> None:
+    config = transformers.GraniteMoeConfig(
+        hidden_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=VOCAB,
+        intermediate_size=128, num_local_experts=64, num_experts_per_tok=8, max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.GraniteMoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    chosen = QuantConfig(group_size=32, effort="fast")
+    plan, tokens = plan_checkpoint(str(tmp_path / "source"), chosen, None, False), memory.Tokens(8, 32, 1)
+    limit = int(memory.estimate_peak(plan, chosen, tokens, torch.float32, 8, False, 0) / (1 - memory.MARGIN))
+    limit += 50_000_000  # what the process grows by before it looks at its memory
+    command = [sys.executable, "-c", RUN, str(tmp_path / "source"), str(tmp_path / "out"), str(limit)]
+    added = int(subprocess.check_output(command, text=True).splitlines()[-1])
+    assert added <= limit
+    assert verify.verify(tmp_path / "out").problems == []

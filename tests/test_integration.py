@@ -1,6 +1,8 @@
 """Plain transformers reads what this package wrote: GPTQ through us, pack-quantized through compressed-tensors."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 import types
@@ -10,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from gptq import QuantConfig, load, quantize
+from gptq import InputError, QuantConfig, load, quantize
 from gptq.checkpoint.tensors import sha256
 from gptq.inference import hf_registration
 from gptq.inference.quant_linear import QuantLinear
+from gptq.output import verify
+from gptq.output.convert import convert
+from gptq.output.results import RECORD
 from tests.conftest import VOCAB, MakeModel
 
 RTN = {"method": "rtn", "group_size": 32}
@@ -143,3 +148,66 @@ def test_quantizing_through_transformers_is_still_their_business(make_model: Mak
         AutoModelForCausalLM.from_pretrained(
             make_model("llama"), quantization_config=transformers.GPTQConfig(bits=4, dataset=["a text"])
         )
+
+
+# --- what from_pretrained and load have in common ---------------------------------------------------------------------
+
+
+def test_from_pretrained_makes_the_checks_of_load(make_model: MakeModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(make_model("llama", num_hidden_layers=1), out, QuantConfig.from_dict({**RTN, "format": "gptq"}))
+    original = {name: (out / name).read_text() for name in ("config.json", "quantize_config.json")}
+    for name, text in original.items():
+        (out / name).write_text(text.replace('"checkpoint_format": "gptq"', '"checkpoint_format": "gptq_v2"'))
+    for read in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(InputError, match=r"q_proj\.qzeros .* holds the zero point 7, .* sym true, which is 8"):
+            read(out)
+    for name, text in original.items():
+        (out / name).write_text(text)
+    tensors = load_file(out / "model.safetensors")
+    for name, message in (("model.norm.weight", "holds NaN"), ("model.layers.0.mlp.up_proj.scales", "holds NaN")):
+        damaged = {**tensors, name: torch.full_like(tensors[name], torch.nan)}
+        save_file(damaged, out / "model.safetensors", {"format": "pt"})
+        for read in (load, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(InputError, match=message):
+                read(out)
+    save_file({n: t for n, t in tensors.items() if n != "model.norm.weight"}, out / "model.safetensors")
+    for read in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(InputError, match=r"lacks model\.norm\.weight"):
+            read(out)
+
+
+@pytest.mark.parametrize("chosen", ["gptq", "pack-quantized"])
+def test_scales_stay_as_stored_and_models_are_pickled(chosen: str, make_model: MakeModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(make_model("llama", num_hidden_layers=1), out, QuantConfig.from_dict({**RTN, "format": chosen}))
+    stored = load_file(out / "model.safetensors")
+    scales = {name: tensor for name, tensor in stored.items() if name.endswith(("scales", "weight_scale"))}
+    for number, network in enumerate((load(out, dtype="float32"), AutoModelForCausalLM.from_pretrained(out))):
+        with torch.no_grad():
+            expected = network(IDS).logits
+            for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):  # noqa: S301
+                assert torch.equal(again(IDS).logits, expected)
+        torch.nn.Module.to(network, torch.bfloat16).save_pretrained(tmp_path / str(number))  # transformers' own refuses
+        saved = load_file(tmp_path / str(number) / "model.safetensors")
+        assert saved["model.norm.weight"].dtype == torch.bfloat16
+        for name, tensor in scales.items():
+            assert tensor.dtype == torch.float16
+            assert torch.equal(saved[name], tensor)
+            assert saved[name].dtype == tensor.dtype
+
+
+def test_rotations_and_sparse_weights_of_other_tools_are_refused_by_name(make_model: MakeModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(make_model("llama", num_hidden_layers=1), out, QuantConfig.from_dict({**RTN, "format": "pack-quantized"}))
+    (out / RECORD).unlink()
+    original = json.loads((out / "config.json").read_text())
+    for key, value in (
+        ("transform_config", {"config_groups": {"R4": {"type": "hadamard", "apply": []}}}),
+        ("sparsity_config", {"format": "sparse-24-bitmask"}),
+    ):
+        quantization = {**original["quantization_config"], key: value}
+        (out / "config.json").write_text(json.dumps({**original, "quantization_config": quantization}))
+        for use in (load, verify.inspect, lambda folder: convert(folder, tmp_path / "other", "gptq")):
+            with pytest.raises(InputError, match=key):
+                use(out)
