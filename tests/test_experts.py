@@ -408,7 +408,7 @@ def test_a_block_of_64_fused_experts_stays_within_the_memory_limit(tmp_path: Pat
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        transformers.GraniteMoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+        transformers.GraniteMoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
     chosen = QuantConfig(group_size=32, effort="fast")
     plan, tokens = plan_checkpoint(str(tmp_path / "source"), chosen, None, False), memory.Tokens(8, 32, 1)
     limit = int(memory.estimate_peak(plan, chosen, tokens, torch.float32, 8, False, 0) / (1 - memory.MARGIN))
