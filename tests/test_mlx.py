@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from gptq import InputError, QuantConfig, convert, formats, load, quantize
 from gptq.formats import Codes, Scheme
@@ -68,6 +69,13 @@ def test_to_other_formats_and_back_are_the_same_bytes(kind: str, make_model: Mak
     quantize(make_model(kind), direct, QuantConfig.from_dict({**RTN, **MIXED, "format": "gptq"}))
     assert load_file(direct / "model.safetensors").keys() == load_file(there / "model.safetensors").keys()
     assert content(direct) == content(there)
+
+
+def test_from_pretrained_reads_mlx_files_with_this_package(make_model: MakeModel, tmp_path: Path) -> None:
+    quantize(make_model("llama"), tmp_path / "a", QuantConfig.from_dict({**RTN, **MIXED, "sym": False}))
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        assert torch.equal(network(IDS).logits, load(tmp_path / "a")(IDS).logits)
 
 
 def test_what_transformers_has_renamed_is_said_as_mlx_reads_it(make_model: MakeModel, tmp_path: Path) -> None:

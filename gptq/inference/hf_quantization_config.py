@@ -57,6 +57,10 @@ class _Stored:
 class CompressedTensorsConfig(_Stored, transformers.CompressedTensorsConfig): ...
 
 
+class MlxConfig(CompressedTensorsConfig):
+    """For the files of MLX, which transformers does not know."""
+
+
 class Fp8Config(_Stored, transformers.FineGrainedFP8Config): ...
 
 
@@ -64,4 +68,5 @@ BY_METHOD = {  # by `quant_method`
     "gptq": GPTQConfig,
     "compressed-tensors": CompressedTensorsConfig,
     "fp8": Fp8Config,
+    "mlx": MlxConfig,
 }

@@ -60,7 +60,7 @@ def _replace_entries(tables: Any) -> None:
     for method, kind in BY_METHOD.items():
         if kind is not GPTQConfig or not gptqmodel_is_installed():
             tables.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = kind
-            entry = tables.AUTO_QUANTIZER_MAPPING[method]
+            entry = tables.AUTO_QUANTIZER_MAPPING.get(method)
             if not isinstance(entry, _Quantizer):
                 tables.AUTO_QUANTIZER_MAPPING[method] = _Quantizer(entry)
 

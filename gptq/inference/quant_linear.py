@@ -79,6 +79,9 @@ class QuantLinear(nn.Module):
 
         The weight is a property because some models read it from a linear layer.
         """
+        stored = self._buffers.get("weight")
+        if stored is not None and any(tensor.is_meta for tensor in self.packed().values()):
+            return stored  # transformers is filling the layer, one tensor after the other, and asks for it by its name
         return formats.decode(self.packed(), self.scheme).weight()
 
     def forward(self, x: Tensor) -> Tensor:

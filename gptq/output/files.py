@@ -39,13 +39,21 @@ def unquantized_linears(
     """Return the linear layers of the model that are not quantized: (quantizable layers of the blocks, all others).
 
     `layers` are the quantized layers, by their names in the model. The first list has names in the checkpoint, the
-    second names in the model. The second includes routers that subclass a linear layer and compute more; readers of the
-    file must not take these for packed layers.
+    second names in the model. The second includes routers, which are linear layers for some engines, under the names of
+    the checkpoint too; readers of the file must not take these for packed layers.
     """
     kept = [name for block in blocks for name in block.linears if name not in layers]
     others = [name for name, module in network.named_modules() if isinstance(module, LINEAR)]
+    routers = [f"{b.name}.{n}" for b in blocks for n, module in b.module.named_modules() if _is_router(module)]
+    others += dict.fromkeys(own for name in routers for own in (name, names.find_layer(name)))
     inside = {*layers, *kept}
-    return [names.find_layer(name) for name in kept], [name for name in others if name not in inside]
+    return [names.find_layer(name) for name in kept], list(dict.fromkeys(n for n in others if n not in inside))
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a module inside a block is no linear layer and computes with a matrix called `weight`."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, (*LINEAR, nn.Embedding))
 
 
 def quantization_config(chosen: Format, linears: Linears, record: Record) -> dict[str, Any]:
