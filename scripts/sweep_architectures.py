@@ -17,6 +17,7 @@ Models that read images are given some if they say how many tokens these take; t
 """
 
 import argparse
+import inspect
 import tempfile
 import time
 import warnings
@@ -156,6 +157,9 @@ def find_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def problem_with(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Exception | None:
     """Run the model; return what goes wrong, if anything does."""
+    unknown = inputs.keys() - inspect.signature(model.forward).parameters.keys()
+    if unknown:  # a forward with **kwargs would ignore them
+        return ValueError(f"it takes no {unknown.pop()}")
     try:
         finite = bool(torch.isfinite(outputs(model, inputs)).all())
     except Exception as error:  # of any type: these inputs do not fit

@@ -20,6 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from gptq import InputError, QuantConfig, load, quantize
 from gptq.calibration.windows import read_calibration
+from gptq.models.reached_layers import ZeroWeight
 from gptq.output import verify
 from tests.conftest import LLAMA_LIKE, OTHERS, VOCAB
 
@@ -352,3 +353,25 @@ def test_a_folder_of_recordings_goes_through_the_models_processor(whisper: Path,
         InputError, match=r"recordings, row \d: the sound has 8000 samples a second, the model reads 16000"
     ):
         read_calibration(str(folder), config, whisper)
+
+
+def test_weights_of_zero_take_no_memory_and_have_the_shapes_of_others() -> None:
+    big = ZeroWeight.like(torch.empty(2**16, 2**16, 2**8, device="meta"))  # 4 TB, if it were in memory
+    assert torch.equal(torch.nn.functional.linear(torch.ones(3, 2**8), big[1]), torch.zeros(3, 2**16))
+    assert (torch.ones(2, 3, 2**16) @ big[:2]).shape == (2, 3, 2**8)
+    for copied in (
+        big.float().contiguous(),
+        big.to(torch.bfloat16),
+        big.transpose(1, 2).clone()[0],
+        big.type(torch.int8),
+    ):
+        assert isinstance(copied, ZeroWeight)
+    assert big.to(torch.ones(1, dtype=torch.float64)).dtype == torch.float64
+    small, inputs = ZeroWeight.like(torch.empty(4, 6)), torch.randn(2, 6)
+    for found, expected in (
+        (inputs @ small.T, torch.zeros(2, 4)),
+        (small + 1, torch.ones(4, 6)),
+        (torch.einsum("ti,oi->to", inputs, small), torch.zeros(2, 4)),
+        (torch.nn.functional.embedding(torch.tensor([1, 2]), small), torch.zeros(2, 6)),
+    ):
+        assert torch.equal(found, expected)

@@ -24,6 +24,7 @@ PRODUCTS = {  # functions of torch whose result is zero if one of their factors 
     "addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "einsum", "linear",
     "matmul", "mm", "__matmul__", "__rmatmul__",
 }  # fmt: skip
+COPIES = {"bfloat16", "clone", "contiguous", "double", "float", "half", "to", "type", "type_as"}  # of a whole tensor
 CPU = torch.device("cpu")
 
 
@@ -31,14 +32,20 @@ class ZeroWeight(nn.Parameter):
     """A weight of any shape that is zero everywhere and takes the memory of one number."""
 
     @classmethod
+    def of(cls, shape: torch.Size, dtype: torch.dtype) -> "ZeroWeight":
+        return cls(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
+
+    @classmethod
     def like(cls, parameter: Tensor) -> "ZeroWeight":
-        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
-        return cls(torch.zeros((), dtype=dtype).expand(parameter.shape), requires_grad=False)
+        return cls.of(parameter.shape, torch.float32 if parameter.is_floating_point() else parameter.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
+            if name in COPIES and isinstance(args[0], cls):
+                dtypes = [getattr(x, "dtype", x) for x in (*args[1:], *kwargs.values())]
+                return cls.of(args[0].shape, next((x for x in dtypes if isinstance(x, torch.dtype)), args[0].dtype))
             if "grouped_mm" in name:  # x (tokens, in) and one W (in, out) for each group of tokens
                 return args[0].new_zeros(len(args[0]), args[1].shape[-1])
             if name in PRODUCTS:
