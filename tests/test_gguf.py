@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gptq import InputError, QuantConfig, convert, load, quantize
 from gptq.checkpoint.assembled import open_source
@@ -17,10 +18,13 @@ from gptq.checkpoint.ggml import BLOCK_TYPES, BlockType
 from gptq.checkpoint.gguf import read_gguf_header
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format
+from gptq.formats import gguf_tokenizer
 from gptq.formats.gguf_architectures import ARCHITECTURES, extra_tensors
 from gptq.formats.gguf_rounding import round_rows
+from gptq.formats.gguf_tokenizer import SPLITS
 from gptq.output import verify
 from gptq.output.record import read_record
+from gptq.planning.plan import plan_checkpoint
 from tests.conftest import MakeModel
 
 gguf = pytest.importorskip("gguf")
@@ -194,6 +198,72 @@ def test_the_rotation_of_llama_3_is_a_tensor_of_the_file(make_model: MakeModel) 
     plain = 1 / 500000.0 ** (torch.arange(0, 64, 2) / 64)
     assert len(set(factors.tolist())) > 3
     torch.testing.assert_close(plain / factors, model.model.rotary_emb.inv_freq)
+
+
+def test_the_head_goes_through_the_solver_and_sizes_are_known_before(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("llama", tie_word_embeddings=True)
+    config = QuantConfig.from_dict({**RTN, "format": "gguf", "lm_head": True})
+    planned = plan_checkpoint(str(source), config, None, False).file_bytes
+    made = quantize(source, tmp_path / "out", config)
+    assert made.bytes_after <= planned < made.bytes_after + 10_000
+    assert made.bytes_after == (tmp_path / "out" / "model.gguf").stat().st_size
+    blocks = {name: s.blocks for name, s in read_gguf_header(tmp_path / "out" / "model.gguf").tensors.items()}
+    assert blocks["output.weight"] is BLOCK_TYPES["Q4_0"]
+    assert blocks["token_embd.weight"] is BLOCK_TYPES["Q8_0"]
+    assert verify.verify(tmp_path / "out").problems == []
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def save_tokenizer(bpe: Tokenizer, folder: Path) -> Path:
+    PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+def split_by(expression: str) -> Any:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"), byte_level])
+
+
+@pytest.mark.parametrize(
+    ("steps", "ignore_merges", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), False, "gpt-2"),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]), False, "smollm"),
+        *((split_by(split[0]), True, name) for split, name in SPLITS.items() if len(split) == 1 and "\\" in split[0]),
+        (split_by(next(split[0] for split, name in SPLITS.items() if name == "llama-bpe")), False, "dbrx"),
+        (split_by(r"\w+"), False, None),
+    ],
+)  # fmt: skip
+def test_the_split_has_a_name(steps: Any, ignore_merges: bool, name: str | None, tmp_path: Path) -> None:
+    bpe = Tokenizer(
+        models.BPE({"<unk>": 0, "<s>": 1, "a": 2, "b": 3, "ab": 4}, [("a", "b")], ignore_merges=ignore_merges)
+    )
+    bpe.pre_tokenizer = steps
+    folder = save_tokenizer(bpe, tmp_path / "t")
+    if name is None:
+        with pytest.raises(InputError, match="splits text by"):
+            dict(gguf_tokenizer.list_keys(folder, 6))
+        return
+    keys = dict(gguf_tokenizer.list_keys(folder, 6))
+    assert (keys["ggml.model"], keys["ggml.pre"]) == ("gpt2", name)
+    assert keys["ggml.tokens"] == ["<unk>", "<s>", "a", "b", "ab", "[PAD5]"]
+    assert keys["ggml.token_type"] == [3, 3, 1, 1, 1, 5]
+    assert keys["ggml.merges"] == ["a b"]
+
+
+def test_sentencepiece_merges_become_scores(tmp_path: Path) -> None:
+    """The earlier a token is merged, the higher its score; whichever merge makes it."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "a": 3, "b": 4, "ab": 5, "aba": 6, "\u2581a": 7, "\u2581": 8}
+    merges = [("a", "b"), ("\u2581", "a"), ("ab", "a")]
+    bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    keys = dict(gguf_tokenizer.list_keys(save_tokenizer(bpe, tmp_path / "t"), 9))
+    assert (keys["ggml.model"], keys["ggml.pre"], keys["ggml.add_space_prefix"]) == ("llama", "default", True)
+    assert keys["ggml.token_type"] == [2, 3, 6, 1, 1, 1, 1, 1, 1]
+    assert keys["ggml.scores"][3:] == [0.0, 0.0, -1.0, -3.0, -2.0, 0.0]
+    assert keys["ggml.unknown_token_id"] == 0
 
 
 # --- files of strangers -----------------------------------------------------------------------------------------------

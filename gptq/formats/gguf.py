@@ -26,7 +26,7 @@ from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.untrusted import read_json
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
-from gptq.formats import gguf_file
+from gptq.formats import gguf_file, gguf_tokenizer
 from gptq.formats.format import SCALE_DTYPE, FileFormat
 from gptq.formats.gptq import dynamic_rules
 from gptq.formats.name_rules import Quantization, check_expression
@@ -39,7 +39,7 @@ from gptq.version import __version__
 
 METHOD = "gguf"
 ROUNDED = "rounded"  # what quantization_config says of embeddings and heads that are rounded to `embedding_types`
-KEY_BYTES = 2  # bytes of the keys in a file per byte of tokenizer.json, at most
+KEY_BYTES = 4096  # an upper bound for the keys that describe the model
 
 
 class Ggml(FileFormat):
@@ -129,9 +129,9 @@ class Ggml(FileFormat):
         return gguf_file.explain_missing() or gguf_file.explain_unknown(folder, tensors)
 
     def file_bytes(self, tensors: dict[str, TensorInfo], folder: Path) -> int:
-        total = sum(self._stored_bytes(name, info) for name, info in tensors.items())
-        tokenizer = folder / "tokenizer.json"
-        return total + (KEY_BYTES * tokenizer.stat().st_size if tokenizer.is_file() else 0)
+        rows = next((info.shape[0] for name, info in tensors.items() if name.endswith("embed_tokens.weight")), None)
+        keys = KEY_BYTES + gguf_tokenizer.count_bytes(folder, rows)
+        return keys + sum(self._stored_bytes(name, info) for name, info in tensors.items())
 
     def _stored_bytes(self, name: str, info: TensorInfo) -> int:
         """Return the bytes of a tensor in the file, with its entry in the header."""

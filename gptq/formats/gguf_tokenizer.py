@@ -7,6 +7,7 @@ the splits that the tokenizer itself lists (src/llama-vocab.cpp names the expres
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ def list_keys(folder: Path, rows: int | None) -> Iterator[tuple[str, Any]]:
         yield "ggml.scores", [score for _, _, score in tokens]
         yield "ggml.add_space_prefix", _prepends_space(described, steps)
     yield from _list_special(tokenizer, len(tokens))
+
+
+@lru_cache(maxsize=4)
+def count_bytes(folder: Path, rows: int | None) -> int:
+    """Return the bytes that the keys of `list_keys` take in a file."""
+    return sum(8 + len(f"tokenizer.{key}") + 4 + _value_bytes(value) for key, value in list_keys(folder, rows))
+
+
+def _value_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return 8 + len(value.encode())
+    if isinstance(value, list):
+        return 12 + sum(map(_value_bytes, value))
+    return 1 if isinstance(value, bool) else 4
 
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
