@@ -240,8 +240,8 @@ def _transformers_gguf(layers: Layers) -> tuple[bool, str]:
 # --- FP8 and FP4 ------------------------------------------------------------------------------------------------------
 
 
-def _transformers_floats(layers: Layers) -> tuple[bool, str]:  # ran with transformers 5.23, compressed-tensors 0.20
-    return True, "with compressed-tensors from 0.18, which dequantizes"
+def _transformers_floats(layers: Layers) -> tuple[bool, str]:
+    return True, "with compressed-tensors, which dequantizes; ran with 5.23 and 0.20"
 
 
 def _vllm_fp8_channels(layers: Layers) -> tuple[bool, str]:  # schemes/compressed_tensors_w8a16_fp8.py
