@@ -1,6 +1,7 @@
 """The package in a process that others have set up: torch's modes are ignored, and are as they were afterwards."""
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from gptq import QuantConfig, load, quantize
 from gptq.compute.torch_state import fresh_torch_state
@@ -140,3 +142,47 @@ def test_a_cache_of_machine_code_is_done_without(tmp_path: Path, monkeypatch: py
     without = compiled(double)
     assert isinstance(without._cache, NullCache)
     assert without(4) == 8
+
+
+def test_a_packed_model_becomes_dense_when_asked(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
+    quantize(make_model("opt"), tmp_path / "out", QuantConfig(method="rtn", group_size=32, format="gptq"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        packed = model(input_ids=windows).logits
+        name, stored = "model.decoder.layers.0.fc1", load_file(tmp_path / "out" / "model.safetensors")
+        layer: Any = model.get_submodule(name)
+        assert torch.equal(layer.qweight, stored[f"{name}.qweight"])
+        dense = model.dequantize()
+        assert type(dense.get_submodule(name)) is nn.Linear
+        torch.testing.assert_close(dense(input_ids=windows).logits, packed, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("read", [AutoModelForCausalLM.from_pretrained, load])
+def test_adapters_are_trained_on_a_packed_model(
+    read: Callable[[Path], Any], make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    quantize(make_model(), tmp_path / "out", QuantConfig(method="rtn", group_size=32))
+    model = read(tmp_path / "out")
+    before = model(input_ids=windows).logits.detach()
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(5):
+        loss = adapted(input_ids=windows, labels=windows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(input_ids=windows).logits.detach(), before)
+    kept = adapted.get_base_model().state_dict()
+    for name, tensor in stored.items():
+        parent, _, own = name.rpartition(".")
+        assert torch.equal(kept[name] if name in kept else kept[f"{parent}.base_layer.{own}"], tensor)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(read(tmp_path / "out"), tmp_path / "adapter")
+    assert torch.equal(again(input_ids=windows).logits, adapted(input_ids=windows).logits)

@@ -14,7 +14,7 @@ from gptq.errors import InputError
 from gptq.formats.packed_layers import PackedModel, check_packed, fit_packed
 from gptq.formats.quantization_config import read_quantization
 from gptq.inference.load import replace_linear, warn_of_unused
-from gptq.inference.quant_linear import QuantLinear, prepare_for_inference
+from gptq.inference.quant_linear import QuantLinear, dequantize_layers, prepare_for_inference
 from gptq.models.build import match_checkpoint
 
 
@@ -89,6 +89,12 @@ class PackedQuantizer(HfQuantizer):
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Replace packed layers by dense ones, for `model.dequantize()`."""
+        dequantize_layers(model, dtype or model.dtype)
+        return model
+
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters can be trained: gradients flow through packed layers, which stay as they are."""
+        return True

@@ -10,29 +10,36 @@ so it imports nothing from transformers until its tables are there.
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
+
+from gptq.inference.peft_registration import DISPATCHERS, replace_dispatcher
 
 TABLES = "transformers.quantizers.auto"  # the module of transformers that holds the two tables
 
 
 def register() -> None:
-    """Register now if transformers is imported already, otherwise when it is imported."""
-    if TABLES in sys.modules:
-        _replace_entries(sys.modules[TABLES])
-    elif not any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _ImportHook())
+    """Register with each library now if it is imported already, otherwise when it is imported."""
+    for name, act in ((TABLES, _replace_entries), (DISPATCHERS, replace_dispatcher)):
+        if name in sys.modules:
+            act(sys.modules[name])
+        elif not any(isinstance(finder, _ImportHook) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _ImportHook(name, act))
 
 
 class _ImportHook(MetaPathFinder):
-    """Import hook that replaces the entries right after transformers' module of tables is executed."""
+    """Import hook that calls `act` on the module called `name` right after it is executed."""
+
+    def __init__(self, name: str, act: Callable[[Any], None]) -> None:
+        self.name = name
+        self._act = act
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != TABLES:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -42,7 +49,7 @@ class _ImportHook(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _replace_entries(module)
+            self._act(module)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

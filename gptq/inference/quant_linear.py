@@ -84,6 +84,20 @@ class QuantLinear(nn.Module):
             return stored  # transformers is filling the layer, one tensor after the other, and asks for it by its name
         return formats.decode(self.packed(), self.scheme).weight()
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the stored tensor for a buffer that a kernel's layout replaces."""
+        found: Any = super().__getattr__(name)
+        return self._stored(name) if found is None and name in self.__dict__.get("_suffixes", ()) else found
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """Return a dense layer that computes the same, with weights in `dtype`, by default float32."""
+        bias = self._buffers["bias"]
+        dense = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.weight.to(dtype or torch.float32), requires_grad=False)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.to(dense.weight.dtype), requires_grad=False)
+        return dense
+
     def forward(self, x: Tensor) -> Tensor:
         if self._rounds_activations:
             return self._multiply(round_to_int8(x)).to(x.dtype)
@@ -169,3 +183,11 @@ def prepare_for_inference(network: nn.Module) -> None:
             if replaced >= TRIM_EVERY:
                 return_freed_memory()
                 replaced = 0
+
+
+def dequantize_layers(network: nn.Module, dtype: torch.dtype) -> None:
+    """Replace each packed layer of a model by a dense one with weights in `dtype`."""
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, QuantLinear):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, QuantLinear.dequantize(layer, dtype))
