@@ -303,6 +303,28 @@ def test_experts_of_gpt_oss_are_read_as_transformers_reads_them(tmp_path: Path) 
             assert torch.equal(source.read(name, rows=slice(1, 3)), theirs[name][1:3])
             blocks, scales = (tensors[part] for part in source.stored_names(name))
             assert torch.equal(source.read(name), convert_moe_packed_tensors(blocks, scales))
+    twin = write(plain, tmp_path / "twin", {name: tensor.contiguous() for name, tensor in theirs.items()}, {})
+    assert_same_results(folder, twin, RTN)
+
+
+def test_a_mixture_of_experts_in_float8_is_quantized_as_the_decoded_one(make_model: MakeModel, tmp_path: Path) -> None:
+    """DeepSeek-V3: experts one by one, and layers with fewer rows or columns than a block."""
+    plain = make_model("deepseek_v3", dtype=torch.bfloat16)
+    folder = store(plain, tmp_path / "stored", "fp8-block-e8m0")
+    source = open_original(folder)
+    twin = write(plain, tmp_path / "twin", {name: source.read(name) for name in source.tensors}, {})
+    layers = assert_same_results(folder, twin, RTN)
+    assert any("experts.3.up_proj" in name for name in layers)
+
+
+def assert_same_results(folder: Path, twin: Path, config: QuantConfig) -> list[str]:
+    """Quantize two checkpoints and compare the tensors; return the names of the layers."""
+    results = [quantize(made, made.with_name(f"{made.name}-result"), config) for made in (folder, twin)]
+    first, second = (load_file(Path(result.out) / "model.safetensors") for result in results)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert verify.verify(Path(results[0].out)).problems == []
+    return [layer.name for layer in results[0].layers]
 
 
 @pytest.mark.parametrize("shape", [(200, 300), (128, 129), (1, 260), (576, 64)])
