@@ -50,6 +50,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mixed": {"bits": 4, "format": "gptq", "overrides": [["down_proj", {"bits": 8}], ["o_proj", {"skip": True}]]},
     "wide": {"bits": 4, "format": "gptq", "group_size": 32, "overrides": [["down_proj", {"skip": True}]]},
     "gguf": {"bits": 4, "format": "gguf", "group_size": 32, "overrides": [["down_proj", {"skip": True}]]},
+    "nvfp4": {"format": "nvfp4-pack-quantized"},
+    "mxfp4": {"format": "mxfp4-pack-quantized", "group_size": 32, "overrides": [["down_proj", {"skip": True}]]},
+    "fp8": {"format": "fp8", "group_size": 128},
     "mixed-pack": {"bits": 4, "format": "pack-quantized", "overrides": [["down_proj", {"bits": 8, "group_size": 16}]]},
 }
 
