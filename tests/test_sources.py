@@ -274,6 +274,28 @@ def test_integer_files_are_sources_too(first: Format, plain: Path, windows: Tens
     assert float((ours - theirs).norm() / theirs.norm()) < 0.05
 
 
+def test_groups_of_several_kinds_in_one_checkpoint(plain: Path, tmp_path: Path) -> None:
+    """As Kimi's: attention in FP8 with quantized activations, the rest packed integers."""
+    packed, float8 = tmp_path / "packed", store(plain, tmp_path / "float8", "fp8-channel")
+    quantize(plain, packed, QuantConfig(bits=4, group_size=32, format="pack-quantized", method="rtn"))
+    integers, floats = (load_file(folder / "model.safetensors") for folder in (packed, float8))
+    tensors = {name: tensor for name, tensor in integers.items() if "self_attn" not in name}
+    tensors |= {name: tensor for name, tensor in floats.items() if "self_attn" in name}
+    said = json.loads((packed / "config.json").read_text())["quantization_config"]
+    activations = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token", "symmetric": True}
+    attention = {**LAYOUTS["fp8-channel"][1]["config_groups"]["group_0"], "targets": ["re:.*self_attn.*"]}
+    groups = {
+        "group_0": {**said["config_groups"]["group_0"], "targets": ["re:.*mlp.*"]},
+        "group_1": {**attention, "input_activations": activations},
+    }
+    mixed = {**said, "format": "mixed-precision", "config_groups": groups}
+    source = open_original(write(plain, tmp_path / "mixed", tensors, mixed))
+    for folder, names in ((packed, "mlp.up_proj"), (float8, "self_attn.q_proj")):
+        name = f"model.layers.1.{names}.weight"
+        assert torch.equal(source.read(name), open_original(folder).read(name))
+    assert len(source.notes) == 2
+
+
 def test_experts_of_gpt_oss_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
     own: dict[str, Any] = {
         **LLAMA_LIKE,
