@@ -32,12 +32,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from gptq import QuantConfig, calibration, load, quantize
 from gptq.checkpoint.reader import Source
 from gptq.demo import CALIBRATION_WINDOWS, MODEL, SEQ_LEN, read_texts
 from gptq.formats import gguf_file
 from gptq.formats.gguf_architectures import ARCHITECTURES
+from gptq.formats.gguf_tokenizer import DIGITS, GPT_2, SPACE, SPLITS
 from gptq.models.hf_config import read_tokenizer
 
 RELEASE = "0.3.36"  # of llama-cpp-python
@@ -198,6 +200,62 @@ def check_architectures(llama: Llama, folder: Path) -> bool:
     return fine
 
 
+def _tokenizers(text: str) -> Iterator[tuple[str, Tokenizer]]:
+    """Yield a small tokenizer for each split that has a name, and one of SentencePiece's kind."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<unk>", "<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    for steps, name in SPLITS.items():
+        bpe = Tokenizer(models.BPE(ignore_merges=True))
+        parts: list[Any] = [pre_tokenizers.Digits(True)] if DIGITS in steps else []
+        parts += [pre_tokenizers.Split(Regex(one), "isolated") for one in steps if one not in (DIGITS, GPT_2)]
+        parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=GPT_2 in steps))
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence(parts), decoders.ByteLevel()
+        bpe.train_from_iterator([text], trainer)
+        yield name, bpe
+    normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    learned = Tokenizer(models.BPE(unk_token="<unk>"))
+    learned.normalizer = normalizer
+    learned.train_from_iterator(
+        text.splitlines(), trainers.BpeTrainer(vocab_size=800, special_tokens=["<unk>", "<s>"], show_progress=False)
+    )
+    known: dict[str, Any] = json.loads(learned.to_str())["model"]
+    in_order = sorted(known["vocab"], key=known["vocab"].get)
+    names = list(dict.fromkeys([*in_order[:2], *(f"<0x{byte:02X}>" for byte in range(256)), *in_order[2:]]))
+    merges = [tuple(merge) for merge in known["merges"]]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    spm = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    spm.normalizer = normalizer
+    yield "SentencePiece", spm
+
+
+def check_tokenizers(llama: Llama, folder: Path) -> bool:
+    """Compare how texts are split, in files of a tiny model with each kind of tokenizer."""
+    text, fine = read_texts()[0], True
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("llama", **{**TINY, "vocab_size": 1200, "pad_token_id": 0})
+    for name, backend in _tokenizers(text):
+        own = folder / f"tokenizer-{name}"
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(own)
+        made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+        made.save_pretrained(own)
+        gguf_file.write_file(Source(own), own, {}, [])
+        with llama.serve(own / gguf_file.FILE) as served:
+            samples = (*SAMPLES, text[:3000])
+            wrong = [
+                s
+                for s in samples
+                if served.ask({"text": s})["tokens"] != made(s, add_special_tokens=False)["input_ids"]
+            ]
+        fine &= not wrong
+        print(
+            f"tokenizer {name:14}  {'the same tokens' if not wrong else f'OTHER TOKENS for {wrong[0][:60]!r}'}",
+            flush=True,
+        )
+    return fine
+
+
 def check_types(llama: Llama, folder: Path, effort: str, types: Collection[str]) -> bool:
     """Quantize the demo model to these types, and compare it."""
     tokenizer = read_tokenizer(MODEL, trust_remote_code=False)
@@ -266,6 +324,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as there:
         folder = Path(there)
         fine = args.skip_architectures or check_architectures(llama, folder)
+        fine &= args.skip_architectures or check_tokenizers(llama, folder)
         fine &= check_types(llama, folder, args.effort, args.types)
         fine &= args.skip_quality or check_quality(llama, folder, args.types)
     print("all as expected" if fine else "NOT as expected")
