@@ -58,6 +58,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # model type: class and config
         {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
          "vocab_size": VOCAB, "max_position_embeddings": 64, "intermediate_size": 96},
     ),
+    "funnel": (
+        "FunnelForSequenceClassification",
+        {"d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 96, "vocab_size": VOCAB, "block_sizes": [1, 1],
+         "num_decoder_layers": 1, "num_labels": 3},
+    ),
     "clip": (
         "CLIPModel", {"text_config": CLIP_TEXT, "vision_config": VISION, "projection_dim": 32},
     ),
@@ -89,6 +94,9 @@ def random_model(kind: str, **options: Any) -> PreTrainedModel:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point() and name not in unsaved:
                 tensor.data.normal_(0.2, 0.1)
+        for module in model.modules():  # transformers makes Funnel's zero when it loads it
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight.data[module.padding_idx] = 0
     model.eval()
     return model
 

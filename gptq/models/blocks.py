@@ -67,7 +67,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and _repeats(module) and _linears(module, name)
+        if isinstance(module, nn.ModuleList)
+        and _repeats(module)
+        and _linears(module, name)
+        and not all(type(child) is nn.ModuleList for child in module)  # a list of lists of blocks, as Funnel's
     }
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
     if not outermost:
