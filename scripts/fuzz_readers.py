@@ -53,6 +53,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "nvfp4": {"format": "nvfp4-pack-quantized"},
     "mxfp4": {"format": "mxfp4-pack-quantized", "group_size": 32, "overrides": [["down_proj", {"skip": True}]]},
     "fp8": {"format": "fp8", "group_size": 128},
+    "mlx": {"bits": 4, "group_size": 32, "format": "mlx", "sym": False, "overrides": [["down_proj", {"skip": True}]]},
+    "int8": {"bits": 8, "group_size": -1, "format": "int-quantized"},
     "mixed-pack": {"bits": 4, "format": "pack-quantized", "overrides": [["down_proj", {"bits": 8, "group_size": 16}]]},
 }
 
@@ -85,6 +87,10 @@ def make_checkpoints(folder: Path, fixtures: Path | None = None) -> dict[str, Pa
         (found[name] / "quality.json").write_text(json.dumps({"measurements": [measured]}))
     found["quantized-experts"] = folder / "quantized-experts"
     quantize(found["experts"], found["quantized-experts"], QuantConfig(method="rtn", group_size=16))
+    found["stacked-experts"] = folder / "stacked-experts"
+    skipped = [["down_proj", {"skip": True}]]
+    stacked = {"method": "rtn", "group_size": 32, "format": "mlx", "overrides": skipped}
+    quantize(found["experts"], found["stacked-experts"], QuantConfig.from_dict(stacked))
     for path in sorted(fixtures.iterdir()) if fixtures else []:
         if (path / "config.json").is_file():
             found[f"fixture {path.name}"] = path
@@ -105,7 +111,8 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 NUMBERS = [0, -1, -2, 1, 2, 3, 5, 7, 16, 1000, 2**31, 2**63, 2**64, 10**12, 10**40, -(10**18), 0.5, 1e-320, 1e308,
            math.nan, math.inf, -math.inf]  # fmt: skip
-TEXTS = ["", "4", "gptq", "gptq_v2", "pack-quantized", "compressed-tensors", "../x", "/etc/passwd", "a\nb\x1b[31mred",
+TEXTS = ["", "4", "gptq", "gptq_v2", "pack-quantized", "compressed-tensors", "mlx", "affine",
+         "../x", "/etc/passwd", "a\nb\x1b[31mred",
          "\u202eabc", "\ud800", "<script>alert(1)</script>", "$\\frac{", "(a|aa)+$", "(x+x+)+y", "(a{900}){900}", "[",
          "re:(.*.*)*z", "-:.*", "Linear", "float16", "torch.load", "x" * 5000]  # fmt: skip
 values = st.recursive(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gptq import InputError, QuantConfig, convert, formats, load, quantize
@@ -136,6 +136,46 @@ def test_both_entries_of_the_config_have_to_agree(make_model: MakeModel, tmp_pat
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="say different things"):
         load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 7}, "bits 7; MLX has 2, 3, 4, 5, 6 or 8"),
+        ({"bits": "9" * 5000}, "MLX has 2, 3, 4, 5, 6 or 8"),
+        ({"bits": 8}, r"scales .* has the shape \(\d+, \d\), not"),
+        ({"group_size": 10**30}, "MLX has 32, 64 and 128"),
+        ({"group_size": 64}, r"has the shape \(64, 3\), not \(64, 2\)"),
+        ({"mode": "mxfp4"}, "the mode 'affine' is read"),
+        ({"x" * 5000: {"bits": 0}}, "MLX has 2, 3, 4, 5, 6 or 8"),
+    ],
+)  # fmt: skip
+def test_a_config_of_strangers_is_answered_in_a_sentence(
+    changes: dict[str, Any], message: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    quantize(make_model("llama", num_hidden_layers=1), out, QuantConfig.from_dict(RTN))
+    (out / "quantization_record.json").unlink()
+    config = content(out)
+    for entry in ("quantization", "quantization_config"):
+        config[entry] |= changes
+    (out / "config.json").write_text(json.dumps(config))
+    for read in (verify.inspect, lambda folder: convert(folder, tmp_path / "b", "gptq_v2")):
+        with pytest.raises(InputError, match=message) as caught:
+            read(out)
+        assert len(str(caught.value)) < 500
+    with pytest.raises(InputError):
+        load(out)
+
+
+def test_biases_that_contradict_symmetry_are_found(make_model: MakeModel, tmp_path: Path) -> None:
+    quantize(make_model("llama"), tmp_path / "a", QuantConfig.from_dict(RTN))
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.biases"][3, 1] *= 2
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"up_proj\.biases .* zero point 0, though .* says sym true"):
+        load(tmp_path / "a")
+    assert any("up_proj" in problem for problem in verify.verify(tmp_path / "a").problems)
 
 
 @pytest.mark.parametrize(
