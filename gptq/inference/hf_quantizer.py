@@ -54,6 +54,12 @@ class PackedQuantizer(HfQuantizer):
                 bias = nn.Parameter(torch.empty(layer.outputs, dtype=model.dtype, device="meta"))
             replace_linear(model, name, empty, None if bias is None else bias.data, layer.scheme)
         self._checkpoint = source, packed, names.conversions()
+        converted = None if hasattr(HfQuantizer, "update_weight_conversions") else names.find_converted()
+        if converted is not None:
+            raise InputError(
+                f"this release of transformers would fuse {converted} with other experts' tensors; load it with "
+                "gptq.load, convert it to 'gptq', or take transformers 5.20 or newer"
+            )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Replace transformers' table: the experts that it would fuse are separate."""

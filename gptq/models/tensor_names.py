@@ -254,6 +254,14 @@ class Names:
         converters = {id(one.converter): one.converter for one in fused}
         return [StoredNames(exact | divided, self._in_model | divided), *copy.deepcopy([*converters.values()])]
 
+    def find_converted(self) -> str | None:
+        """Return a packed tensor that transformers' own table would convert, if it were used; None without one."""
+        converters = [entry for entry in self._table if isinstance(entry, WeightConverter)]
+        for stored, key in self._in_model.items():
+            if PACKED.search(stored) and any(one.rename_source_key(key)[1] is not None for one in converters):
+                return stored
+        return None
+
     def holds_packed(self) -> bool:
         """Whether a layer of the checkpoint is packed."""
         return any(name.endswith(tuple(f".{marker}" for marker in PACKED_MARKERS)) for name in self._in_model)
