@@ -23,7 +23,7 @@ from gptq import InputError, QuantConfig, load, perplexity, quantize
 from gptq.calibration import text as calibration
 from gptq.calibration.text import special_token_frame
 from gptq.config import Format
-from gptq.models.blocks import Block
+from gptq.models.blocks import Block, find_blocks
 from gptq.models.experts import Experts, StaysFusedError, unfuse_experts
 from gptq.models.placeholders import UnsolvedWeight
 from gptq.models.uncalled_layers import find_uncalled_layers
@@ -499,3 +499,16 @@ def test_as_many_windows_as_pay_for_two_stacks(make_model: MakeModel, text_file:
     windows = {layer.tokens for layer in result.layers}.pop() / 16
     assert windows >= 16
     assert windows in {16 * 2**k for k in range(7)}
+
+
+def test_a_list_of_lists_is_no_list_of_blocks() -> None:
+    """Funnel's encoder: its inner lists hold what is called."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+    network = nn.Module()
+    network.stages = nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleList([Block()])])
+    assert [block.name for block in find_blocks(network)] == ["stages.0.0", "stages.0.1", "stages.1.0"]

@@ -97,7 +97,10 @@ def _repeats(modules: nn.ModuleList) -> bool:
     Repeated blocks have the same type, or are all decoder layers of transformers: hybrid models alternate between layer
     types.
     """
-    alike = len({type(child) for child in modules}) == 1 and not is_linear(modules[0])
+    kinds = {type(child) for child in modules}
+    alike = (
+        len(kinds) == 1 and nn.ModuleList not in kinds and not is_linear(modules[0])
+    )  # lists of lists are not called
     return alike or (len(modules) > 0 and all(isinstance(child, GradientCheckpointingLayer) for child in modules))
 
 
