@@ -1,7 +1,7 @@
 """Tell which inference engines can load a quantized file. Each rule names the place in an engine's source it is from.
 
-Nothing here runs an engine. The rules were read from vLLM (September 2026), SGLang and GPTQModel 7.7; scripts/check_vllm.py
-holds vLLM 0.32.0 against those for it. Where a rule is not known, the answer says so.
+Nothing here runs an engine. The rules were read from vLLM (September 2026), SGLang and GPTQModel 7.7;
+scripts/check_vllm.py holds vLLM 0.32.0 against those for it. Where a rule is not known, the answer says so.
 """
 
 from collections.abc import Callable
