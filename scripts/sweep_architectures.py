@@ -3,14 +3,18 @@
     python scripts/sweep_architectures.py
     python scripts/sweep_architectures.py mamba qwen3_moe
     python scripts/sweep_architectures.py --group image-text --minutes 20
+    python scripts/sweep_architectures.py --format gptq pack-quantized
 
-Each model is built from a configuration with small sizes, saved, quantized to 8 bits, verified, loaded and run. The
-script prints a line for each, and counts the outcomes:
+Each model is built from a configuration with small sizes, saved, quantized to 8 bits (in a format that has no 8 bits to
+4), verified, loaded and run; then loaded by its own class's `from_pretrained` and saved again. The script prints a line
+for each model and format, and counts the outcomes:
 
-    fine      outputs differ from the original's by less than a tenth
-    differs   outputs differ by more (possibly because a random router was close to a tie)
-    refused   with an error message of ours, which is printed
-    failed    with any other exception, or a tensor that is not quantized has changed
+    fine      outputs differ from the original's by less than a tenth (at 4 bits by less than a half), from_pretrained
+              gives the same outputs, and what it saves holds the same tensors
+    differs   outputs differ by more from the original's (possibly because a random router was close to a tie)
+    other     the format cannot hold such layers, which is said before any work
+    refused   with another error message of ours, which is printed
+    failed    with any other exception, or a tensor that is not quantized has changed, or from_pretrained differs
     unbuilt   transformers cannot build or run it with these sizes, or the model is still too large; not counted
 
 Models that read images are given some if they say how many tokens these take; the line then says `images`.
@@ -34,7 +38,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gptq import InputError, QuantConfig, load, quantize
+from gptq import InputError, QuantConfig, formats, load, quantize
+from gptq.config import FORMATS, GROUP_SIZES, Format
 from gptq.output import verify
 
 GROUPS = {  # name: the tables of transformers that list its architectures, and the Auto class that builds them
@@ -49,7 +54,9 @@ GROUPS = {  # name: the tables of transformers that list its architectures, and 
 LARGEST = 30_000_000  # parameters of the largest model that is tried
 TOKENS = 200  # token ids in inputs are below this
 WINDOWS = 8
-LONGEST_SEARCH = 30  # seconds to find inputs that a model runs on
+GROUPS_OF = {"mlx": 32}  # sizes of groups, of formats that have no groups of 16
+FOUR_BITS = ("pack-quantized-a8", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "gguf-k", "gguf-iq4")
+LONGEST_SEARCH = 30  # seconds of this process to find inputs that a model runs on
 FRAMES = (24, 48, 64, 96, 128, 200, 3000)  # lengths of spectrograms, of which one may be what a model takes
 MELS = (16, 80, 128, 160)  # their heights
 # Small sizes, and the configuration fields that get them.
@@ -143,10 +150,10 @@ def small_model(kind: str, auto: str, axes: bool = False) -> tuple[PreTrainedMod
 def find_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the first inputs on which the model gives finite outputs; raises the last error if there are none."""
     last: Exception = ValueError("it takes none of the inputs that are tried")
-    began = time.monotonic()
+    began = time.process_time()
     for make in (inputs_with_images, text_inputs, image_inputs, sound_inputs):
         for inputs in make(model):
-            if time.monotonic() - began > LONGEST_SEARCH:
+            if time.process_time() - began > LONGEST_SEARCH:
                 raise last
             problem = problem_with(model, inputs)
             if problem is None:
@@ -273,41 +280,80 @@ def outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Te
 # --- one architecture -------------------------------------------------------------------------------------------------
 
 
-def outcome(kind: str, auto: str, folder: Path) -> tuple[str, str]:
-    """Try one architecture; return its outcome and a description."""
+Built = tuple[PreTrainedModel, dict[str, torch.Tensor]]  # a model, and inputs that it runs on
+
+
+def build_and_save(kind: str, auto: str, folder: Path) -> Built | str:
+    """Build a model and save it in `folder`; if that does not work, return why."""
     try:
         try:
             model, inputs = small_model(kind, auto)
         except RuntimeError:  # of shapes that do not fit
             model, inputs = small_model(kind, auto, axes=True)
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(folder)
     except Exception as error:  # of any type: the architecture is not tested
-        return "unbuilt", f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    windows = [other_window(inputs, seed) for seed in range(WINDOWS)]
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    return model, inputs
+
+
+def outcome(built: Built, source: Path, out: Path, chosen: Format) -> tuple[str, str]:
+    """Try one architecture in one format; return its outcome and a description."""
+    model, inputs = built
+    windows, bits = [other_window(inputs, seed) for seed in range(WINDOWS)], 4 if chosen in FOUR_BITS else 8
+    config = QuantConfig(bits=bits, group_size=(GROUPS_OF | GROUP_SIZES).get(chosen, 16), format=chosen)
     try:
-        result = quantize(folder / "model", folder / "out", QuantConfig(bits=8, group_size=16), calibration=windows)
-        problems = [*verify.verify(folder / "out").problems, *changed_tensors(folder / "model", folder / "out")]
+        result = quantize(source, out, config, calibration=windows)
+        found = outputs(load(out, dtype="float32"), inputs)
+        problems = [*verify.verify(out).problems, *changed_tensors(source, out)]
+        if not formats.FORMATS[chosen].is_assembled:  # those are for other engines
+            problems += from_pretrained_problems(type(model), out, inputs, found)
         if problems:
             return "failed", problems[0]
-        expected, found = (outputs(one, inputs) for one in (model, load(folder / "out", dtype="float32")))
-        off = float((found - expected).norm() / expected.norm())
     except InputError as error:
-        return "refused", str(error)
+        return "other" if f"be written as {chosen!r}" in str(error) else "refused", str(error)
     except Exception as error:  # of any type: a bug of ours
         return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    expected = outputs(model, inputs)
+    off = float((found - expected).norm() / expected.norm())
     fused = ", fused experts stay" if any("fused tensors" in note for note in result.notes) else ""
     given = ", images" if any(name.startswith("pixel") for name in inputs) else ""
     left = ", parts stay" if any("has no inputs for" in note for note in result.notes) else ""
-    return "fine" if off < 0.1 else "differs", f"{len(result.layers)} layers, off by {off:.1%}{given}{left}{fused}"
+    within = "fine" if off < (0.1 if bits == 8 else 0.5) else "differs"
+    return within, f"{len(result.layers)} layers, off by {off:.1%}{given}{left}{fused}"
+
+
+def from_pretrained_problems(
+    kind: Any, out: Path, inputs: dict[str, torch.Tensor], expected: torch.Tensor
+) -> Iterator[str]:
+    """Load with transformers and save again; yield a sentence for each difference.
+
+    Args:
+        expected: the outputs of the model that `gptq.load` returns.
+    """
+    model = kind.from_pretrained(out, dtype=torch.float32).eval()
+    for tensor in model.parameters():  # which lie where the file has them; torch's convolutions round by the address
+        tensor.data = tensor.data.clone()
+    found = outputs(model, inputs)
+    if not torch.equal(found, expected):
+        yield f"from_pretrained's outputs are not gptq.load's: off by {float((found - expected).norm()):.2g}"
+    model.save_pretrained(out.parent / "again")
+    stored, saved = (tensors_of(folder) for folder in (out, out.parent / "again"))
+    for name in sorted(stored.keys() ^ saved.keys()):
+        yield f"save_pretrained {'adds' if name in saved else 'leaves out'} {name}"
+    for name in changed_tensors(out, out.parent / "again"):
+        yield f"saved again: {name}"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
 
 
 def changed_tensors(before: Path, after: Path) -> Iterator[str]:
     """Yield a sentence for each tensor that both folders have, and that is not the same."""
-    old, new = ({k: x for file in folder.glob("*.safetensors") for k, x in load_file(file).items()}
-                for folder in (before, after))  # fmt: skip
+    old, new = tensors_of(before), tensors_of(after)
     for name in old.keys() & new.keys():
         if old[name].dtype != new[name].dtype or not torch.equal(old[name], new[name]):
-            yield f"{name} is not quantized, and has changed"
+            yield f"{name} is in both files, and has changed"
 
 
 def kinds_of(group: str) -> list[str]:
@@ -319,24 +365,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types; all of the group if none is given")
     parser.add_argument("--group", choices=[*GROUPS], default="causal", help="default: %(default)s")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["gptq"], help="default: gptq")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the models are tiny
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, Format | None]] = Counter()
     kinds, began = args.kinds or kinds_of(args.group), time.monotonic()
-    for kind in kinds:
+    for tried, kind in enumerate(kinds):
         if time.monotonic() - began > 60 * args.minutes:
-            print(f"stopped after {sum(counts.values())} of {len(kinds)}")
+            print(f"stopped after {tried} of {len(kinds)}")
             break
-        with tempfile.TemporaryDirectory() as folder:
-            became, words = outcome(kind, GROUPS[args.group][1], Path(folder))
-        counts[became] += 1
-        print(f"{kind:26} {became:8} {words}", flush=True)
-    built = sum(counts.values()) - counts["unbuilt"]
-    print(", ".join(f"{count} {became}" for became, count in counts.most_common()), f"({built} built)")
+        for became, chosen in try_formats(kind, GROUPS[args.group][1], args.format):
+            counts[became, chosen] += 1
+    unbuilt = counts.pop(("unbuilt", None), 0)
+    for chosen in args.format:
+        own = Counter({became: count for (became, of), count in counts.items() if of == chosen})
+        print(f"{chosen}: {', '.join(f'{n} {became}' for became, n in own.most_common())} ({own.total()} built)")
+    print(f"{unbuilt} unbuilt")
+
+
+def try_formats(kind: str, auto: str, chosen: list[Format]) -> Iterator[tuple[str, Format | None]]:
+    """Try an architecture in each format, and print and yield the outcomes."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = build_and_save(kind, auto, Path(folder) / "model")
+        if isinstance(built, str):
+            print(f"{kind:26} unbuilt {'':16} {built}", flush=True)
+            yield "unbuilt", None
+            return
+        for one in chosen:
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                became, words = outcome(built, Path(folder) / "model", Path(own) / "out", one)
+            print(f"{kind:26} {became:7} {one:16} {words}", flush=True)
+            yield became, one
 
 
 if __name__ == "__main__":

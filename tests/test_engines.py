@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptq import QuantConfig, cli, quantize
-from gptq.config import Format
+from gptq import QuantConfig, cli, formats, quantize
+from gptq.config import FORMATS, Format
 from gptq.formats import Scheme
 from gptq.formats.compatibility import engines
+from gptq.inference.hf_quantization_config import BY_METHOD
 from gptq.models.blocks import FUSED
 from gptq.output import verify
 from tests.conftest import MakeModel
@@ -167,6 +168,21 @@ def test_experts_are_promised_where_a_source_shows_it() -> None:
     assert takers("a model of tomorrow", gated) == {"gptq", "transformers"}
     optimum = next(e for e in engines({"layers.0.mlp.experts.0.up_proj": (scheme, 4096)}) if e.name == "transformers")
     assert "optimum" not in optimum.why  # which has no layers for fused experts
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_transformers_is_promised_every_format_that_the_registered_quantizer_reads(kind: Format) -> None:
+    def said(layer: str) -> str:
+        engine = next(e for e in engines({layer: (Scheme(8, 32, True, kind), 4096)}) if e.name == "transformers")
+        assert engine.takes
+        return engine.why
+
+    own = not formats.FORMATS[kind].is_assembled  # GGUF files are read by transformers itself
+    assert formats.FORMATS[kind].quant_method in BY_METHOD or not own
+    assert ("import gptq" in said("layers.0.mlp.down_proj")) == own
+    experts = said("layers.0.mlp.experts.0.up_proj")
+    assert ("import gptq" in experts) == own
+    assert ", or" not in experts  # which no other package takes apart
 
 
 def test_siblings_stored_apart_are_told() -> None:

@@ -20,6 +20,8 @@ from gptq.formats.pack_quantized import PackQuantized, PackQuantizedA8
 from gptq.formats.scheme import Layers, Scheme, normalized_scheme
 from gptq.models.blocks import group_fused_siblings
 
+# Tried: experts of some models come out with random weights.
+FUSED_EXPERTS = "compressed-tensors looks for experts one by one in models that hold them fused"
 MARLIN = ((4, True), (8, True))
 Rule = Callable[[Layers], tuple[bool, str]]  # whether an engine takes the layers, and why
 
@@ -150,8 +152,8 @@ def _explain_beyond_compressed_tensors(layers: Layers) -> str | None:
     schemes = _schemes(layers)
     if any(scheme.scattered for scheme in schemes):
         return "compressed-tensors has dropped act-order by groups (quantization/quant_args.py, actorder)"
-    if has_experts(layers):  # tried: experts of some models come out with random weights
-        return "compressed-tensors looks for experts one by one in models that hold them fused"
+    if has_experts(layers):
+        return FUSED_EXPERTS
     uneven = _explain_uneven(layers)
     if uneven:  # compressed_tensors/quantization/lifecycle/forward_helpers.py, _process_group
         return f"compressed-tensors wants whole groups, and {uneven}"
@@ -195,7 +197,9 @@ def _sglang_packed_a8(layers: Layers) -> tuple[bool, str]:
 
 
 def _transformers_int8(layers: Layers) -> tuple[bool, str]:
-    return True, "with compressed-tensors, which divides a token's largest value by 127.5 instead of 127"
+    if has_experts(layers):
+        return True, f"with `import gptq` alone: {FUSED_EXPERTS}"
+    return True, "with `import gptq`, or compressed-tensors, which divides a token's largest value by 127.5 and not 127"
 
 
 def _vllm_int8(layers: Layers) -> tuple[bool, str]:  # compressed_tensors/schemes/compressed_tensors_w8a8_int8.py
@@ -208,6 +212,10 @@ def _vllm_int8(layers: Layers) -> tuple[bool, str]:  # compressed_tensors/scheme
 
 def _mlx(layers: Layers) -> tuple[bool, str]:
     return True, "mlx-lm reads it, and what builds on it"
+
+
+def _transformers_mlx(layers: Layers) -> tuple[bool, str]:
+    return True, "with `import gptq`"
 
 
 def _other_than_mlx(layers: Layers) -> tuple[bool, str]:
@@ -241,7 +249,9 @@ def _transformers_gguf(layers: Layers) -> tuple[bool, str]:
 
 
 def _transformers_floats(layers: Layers) -> tuple[bool, str]:
-    return True, "with compressed-tensors, which dequantizes; ran with 5.23 and 0.20"
+    if has_experts(layers):
+        return True, f"with `import gptq` alone: {FUSED_EXPERTS}"
+    return True, "with `import gptq`, or compressed-tensors, which dequantizes; ran with 5.23 and 0.20"
 
 
 def _vllm_fp8_channels(layers: Layers) -> tuple[bool, str]:  # schemes/compressed_tensors_w8a16_fp8.py
@@ -267,7 +277,7 @@ def _vllm_fp8_blocks(layers: Layers) -> tuple[bool, str]:  # quantization/fp8.py
 
 
 def _transformers_fp8(layers: Layers) -> tuple[bool, str]:  # quantizers/quantizer_finegrained_fp8.py
-    return True, "on GPUs that multiply FP8, by its source, 5.23"
+    return True, "with `import gptq`; without it on GPUs that multiply FP8, by its source, 5.23"
 
 
 def _gptqmodel_floats(layers: Layers) -> tuple[bool, str]:
@@ -312,7 +322,7 @@ RULES: dict[Format, dict[str, Rule]] = {
         "MLX": _mlx_of_other_files, "llama.cpp": _llama_cpp_of_other_files,
     },
     Mlx.name: {
-        "transformers": _other_than_mlx, "vLLM": _other_than_mlx, "SGLang": _other_than_mlx,
+        "transformers": _transformers_mlx, "vLLM": _other_than_mlx, "SGLang": _other_than_mlx,
         "GPTQModel": _other_than_mlx, "MLX": _mlx, "llama.cpp": _llama_cpp_of_other_files,
     },
     FloatQuantized.name: {
