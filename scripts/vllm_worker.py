@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ |= {
@@ -24,6 +25,8 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+from vllm.model_executor.layers.activation import SwigluOAIAndMul
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.oracle import int_wna16
 from vllm.model_executor.layers.quantization import auto_gptq
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
@@ -31,6 +34,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.platforms import PlatformEnum
 
+OPENAI, LIMITS = SwigluOAIAndMul.forward_native, SimpleNamespace(alpha=1.702, limit=7.0)  # its defaults
 used: dict[str, str] = {}  # by kind of layer: what multiplied
 
 
@@ -93,14 +97,22 @@ def experts_after_loading(self: Any, layer: Any) -> None:
 def apply_experts(
     self: Any, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any
 ) -> Tensor:
-    """Sum of each token's experts, down(silu(gate(x)) * up(x)), in float32."""
+    """Sum of each token's experts, down(act(gate(x), up(x))), in float32; gpt-oss's activation is vLLM's own."""
     out = torch.zeros_like(x, dtype=torch.float32)
+    no_bias = [torch.zeros(())] * len(layer.w2_dense)
+    first_bias, second_bias = (getattr(layer, name, no_bias) for name in ("w13_bias", "w2_bias"))
     for number in range(len(layer.w2_dense)):
         token, choice = torch.where(topk_ids == number)
-        gate, up = (x[token].float() @ layer.w13_dense[number].T).chunk(2, dim=-1)
-        y = (torch.nn.functional.silu(gate) * up) @ layer.w2_dense[number].T
+        both = x[token].float() @ layer.w13_dense[number].T + first_bias[number].float()
+        inner = OPENAI(LIMITS, both) if layer.activation is MoEActivation.SWIGLUOAI else _silu_and_multiply(both)
+        y = inner @ layer.w2_dense[number].T + second_bias[number].float()
         out.index_add_(0, token, y * topk_weights[token, choice, None].float())
     return out.to(x.dtype)
+
+
+def _silu_and_multiply(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
 
 
 def stand_in_for_experts() -> None:

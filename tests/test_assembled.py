@@ -22,6 +22,8 @@ PLACES: dict[str, Any] = {
     "experts.1.w": {"tensor": "stack", "entry": 1, "heads": 2},
     "norm": {"tensor": "norm", "added": 1.0, "dtype": "BF16"},
     "q": {"tensor": "wide", "heads": 2},
+    "gate": {"tensor": "stack", "entry": 0, "alternate": 0},
+    "up": {"tensor": "wide", "alternate": 1},
 }
 
 
@@ -46,6 +48,9 @@ def test_a_tensor_is_read_as_the_checkpoint_had_it(tmp_path: Path) -> None:
     assert torch.equal(source.read("norm"), torch.tensor([0.5, -0.75, -4.0], dtype=torch.bfloat16))
     assert source.read("norm", torch.float32).dtype == torch.float32
     assert torch.equal(interleave(source.read("q"), 2), STORED["wide"])
+    assert source.tensors["gate"] == TensorInfo(torch.uint8, (2, 3))
+    assert torch.equal(source.read("gate"), STORED["stack"][0, 0::2])
+    assert torch.equal(source.read("up"), STORED["wide"][1::2])
     assert source.file_bytes == (tmp_path / "model" / "model.safetensors").stat().st_size
 
 
@@ -60,6 +65,8 @@ def test_a_tensor_is_read_as_the_checkpoint_had_it(tmp_path: Path) -> None:
         ({"tensor": "wide", "heads": 3}, "3 heads"),
         ({"tensor": "wide", "heads": 8}, "8 heads"),
         ({"tensor": "wide", "heads": 0}, "damaged"),
+        ({"tensor": "norm", "alternate": 0}, "every other row"),
+        ({"tensor": "wide", "alternate": 2}, "damaged"),
         ({"tensor": "norm", "added": 1.0}, "no dtype"),
         ({"tensor": "norm", "dtype": "I32"}, "damaged"),
         ({"tensor": 5}, "damaged"),

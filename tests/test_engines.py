@@ -7,6 +7,7 @@ SGLang: sglang/srt/layers/quantization/gptq.py. The rules are written out again 
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,13 @@ def test_what_gptqmodel_does_not_compute_is_not_offered_for_transformers_either(
 
 def test_experts_are_promised_where_a_source_shows_it() -> None:
     scheme = Scheme(4, 128, True, "gptq")
+    packed = replace(scheme, format="pack-quantized")
 
-    def takers(model_type: str, parts: tuple[str, ...], where: str = "mlp") -> set[str]:
-        layers = {f"model.layers.0.{where}.experts.{i}.{part}": (scheme, 4096) for i in (0, 1) for part in parts}
+    def takers(
+        model_type: str, parts: tuple[str, ...], where: str = "mlp", scheme: Scheme = scheme, **others: Scheme
+    ) -> set[str]:
+        experts = {f"model.layers.0.{where}.experts.{i}.{part}": part for i in (0, 1) for part in parts}
+        layers = {name: (others.get(part, scheme), 4096) for name, part in experts.items()}
         return {engine.name for engine in engines(layers, model_type) if engine.takes}
 
     gated, mixtral = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
@@ -165,6 +170,11 @@ def test_experts_are_promised_where_a_source_shows_it() -> None:
     assert takers("mixtral", mixtral, "block_sparse_moe") == {"gptq", "transformers", "vLLM", "SGLang"}
     assert takers("granitemoe", gated, "block_sparse_moe") == {"gptq", "transformers", "vLLM"}  # SGLang: w1, w3, w2
     assert takers("gpt_oss", gated) == {"gptq", "transformers"}
+    assert takers("gpt_oss", gated, scheme=packed) == {"gptq", "transformers", "vLLM"}
+    assert takers("gpt_oss", gated, scheme=replace(packed, sym=False)) == {"gptq", "transformers"}
+    assert takers("gpt_oss", gated, scheme=replace(packed, format="pack-quantized-a8")) == {"gptq", "transformers"}
+    assert takers("gpt_oss", gated, scheme=packed, down_proj=replace(packed, bits=8)) == {"gptq", "transformers"}
+    assert takers("gpt_oss", gated[1:], scheme=packed) == {"gptq", "transformers"}
     assert takers("a model of tomorrow", gated) == {"gptq", "transformers"}
     optimum = next(e for e in engines({"layers.0.mlp.experts.0.up_proj": (scheme, 4096)}) if e.name == "transformers")
     assert "optimum" not in optimum.why  # which has no layers for fused experts

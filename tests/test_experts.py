@@ -1,7 +1,9 @@
 """Experts that a checkpoint holds in one tensor for all: every layout from file to file, and back into transformers."""
 
 import copy
+import json
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from gptq import InputError, QuantConfig, load, quantize
+from gptq.checkpoint.assembled import INDEX_FILE, open_source
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import sha256
 from gptq.inference.quant_linear import QuantLinear
@@ -166,7 +169,8 @@ def test_fused_experts_from_file_to_file(
     assert not [note for note in result.notes if "fused" in note]
     assert verify.verify(out).problems == []
 
-    stored = load_file(out / "model.safetensors")
+    written = open_source(out)
+    stored = {name: written.read_unchecked(name) for name in written.tensors}
     marker = "qweight" if chosen == "gptq" else "weight_packed"
     assert {name.removesuffix(f".{marker}") for name in stored if name.endswith(marker) and "experts" in name} == parts
     assert not [name for name in stored if "gate_up_proj" in name or "_linear" in name]
@@ -188,6 +192,72 @@ def test_at_8_bits_the_logits_stay(kind: str, make_fused: Callable[..., Path], t
     quantize(source, tmp_path / "out", config, calibration=IDS, device="cpu")
     found, expected = logits(load(tmp_path / "out", dtype="float32")), logits(from_pretrained(source))
     assert 0 < (found - expected).norm() < 0.01 * expected.norm()
+
+
+# --- gpt-oss for vLLM -------------------------------------------------------------------------------------------------
+
+# What vLLM 0.32.0 (model_executor/models/gpt_oss.py) copies to an expert, by the last part of the name. Other names
+# that have one of LEADS in them it takes for tensors of all experts, and fails.
+COPIED = {f"{part}_{key}" for part in ("w13", "w2") for key in ("weight_packed", "weight_scale", "bias")}
+LEADS = (".w13_weight", ".w2_weight", ".w13_bias", ".w2_bias")
+
+
+@pytest.fixture(scope="module")
+def packed_oss(make_fused: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("oss") / "out"
+    config = QuantConfig(method="rtn", group_size=16, format="pack-quantized")
+    quantize(make_fused("gpt_oss"), out, config, device="cpu")
+    return out
+
+
+def test_gpt_oss_is_written_by_the_names_and_the_order_of_rows_that_vllm_reads(packed_oss: Path) -> None:
+    experts, stored, network = LAYOUTS["gpt_oss"][0], load_file(packed_oss / "model.safetensors"), load(packed_oss)
+    assert all(name.rpartition(".")[2] in COPIED for name in stored if any(lead in name for lead in LEADS))
+    for number in range(EXPERTS):
+        rows = {}
+        for part in ("w13", "w2"):
+            words, scale = (stored[f"{experts}.{number}.{part}_weight_{key}"] for key in ("packed", "scale"))
+            nibbles = (words[..., None] >> torch.arange(0, 32, 4)) & 15  # (rows, words, 8)
+            codes = nibbles.flatten(1).unflatten(1, (-1, 16)) - 8  # (rows, groups, 16)
+            rows[part] = (codes * scale[..., None].float()).flatten(1), stored[f"{experts}.{number}.{part}_bias"]
+        for part, found in (("gate", [r[0::2] for r in rows["w13"]]), ("up", [r[1::2] for r in rows["w13"]])):
+            layer: Any = network.get_submodule(f"{experts}.{number}.{part}_proj")
+            assert torch.equal(layer.weight, found[0])
+            assert torch.equal(layer.bias, found[1])
+        down: Any = network.get_submodule(f"{experts}.{number}.down_proj")
+        assert torch.equal(down.weight, rows["w2"][0])
+        assert torch.equal(down.bias, rows["w2"][1])
+    assert {engine.name for engine in verify.inspect(packed_oss).engines if engine.takes} >= {"vLLM", "transformers"}
+
+
+def test_converting_gpt_oss_away_and_back_gives_the_same_bytes(packed_oss: Path, tmp_path: Path) -> None:
+    convert(packed_oss, tmp_path / "other", "gptq")
+    assert not (tmp_path / "other" / INDEX_FILE).exists()
+    convert(tmp_path / "other", tmp_path / "back", "pack-quantized")
+    for name in ("model.safetensors", INDEX_FILE, "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (packed_oss / name).read_bytes()
+    assert verify.verify(tmp_path / "back").problems == []
+
+
+@pytest.mark.parametrize("options", [{"sym": False}, {"overrides": [[r"experts\.1\.", {"skip": True}]]}], ids=str)
+def test_experts_that_vllm_would_not_read_keep_their_names(
+    options: dict[str, Any], make_fused: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = QuantConfig.from_dict({"method": "rtn", "group_size": 16, "format": "pack-quantized", **options})
+    quantize(make_fused("gpt_oss"), tmp_path / "out", config, device="cpu")
+    assert not (tmp_path / "out" / INDEX_FILE).exists()
+    assert "vLLM" not in {engine.name for engine in verify.inspect(tmp_path / "out").engines if engine.takes}
+
+
+def test_transformers_is_not_given_an_index_that_it_cannot_undo(packed_oss: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(packed_oss, folder)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    name = f"{LAYOUTS['gpt_oss'][0]}.0.up_proj.bias"
+    index["tensors"][name]["alternate"] = 0  # where gate_proj's is said to be
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"w13_bias', which holds two"):
+        from_pretrained(folder)
 
 
 # --- forms ------------------------------------------------------------------------------------------------------------

@@ -38,11 +38,13 @@ class Place(JsonObject):
     """Where a file holds a tensor, and how to undo what was done to it. Absent fields: nothing was done.
 
     The values in the file are the tensor's, in this order: plus `added`, with the rows of each of `heads` heads
-    interleaved (row 2 i + j of a head is its row j rows / 2 + i), as entry `entry` of a stack, as `dtype`.
+    interleaved (row 2 i + j of a head is its row j rows / 2 + i), in turn with another tensor's rows (row i is row
+    2 i + `alternate`), as entry `entry` of a stack, as `dtype`.
     """
 
     tensor: Printable  # name in the file
     entry: IfPresent[Count] = None
+    alternate: IfPresent[Annotated[int, Field(ge=0, le=1)]] = None
     heads: IfPresent[Annotated[int, Field(ge=1, le=2**20)]] = None
     added: IfPresent[Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]] = None
     dtype: IfPresent[Annotated[str, AfterValidator(_require_float)]] = None  # safetensors' name of the tensor's dtype
@@ -105,10 +107,10 @@ class AssembledSource(Source):
         where = folder / INDEX_FILE
         index = read_object(TensorIndex, read_json(where), str(where))
         self.folder = folder
-        self._places = index.tensors
+        self.places = index.tensors
         self._container = _open_container(folder, index.files)
         self.tensors = {
-            name: _presented(f"{where}, {name},", place, self._container) for name, place in self._places.items()
+            name: _presented(f"{where}, {name},", place, self._container) for name, place in self.places.items()
         }
 
     @property
@@ -120,10 +122,10 @@ class AssembledSource(Source):
         return sorted({self._container.file_of(name) for name in self._container.tensors})
 
     def file_of(self, name: str) -> Path:
-        return self._container.file_of(self._places[name].tensor)
+        return self._container.file_of(self.places[name].tensor)
 
     def byte_range(self, name: str) -> tuple[int, int]:
-        return self._container.byte_range(self._places[name].tensor)
+        return self._container.byte_range(self.places[name].tensor)
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: slice = EVERY) -> Tensor:
         tensor = self.read_unchecked(name)
@@ -136,8 +138,10 @@ class AssembledSource(Source):
         return tensor.to(dtype or tensor.dtype)
 
     def read_unchecked(self, name: str, entry: int | None = None) -> Tensor:
-        place, stored = self._places[name], self._container
+        place, stored = self.places[name], self._container
         tensor = (stored.read_floats if place.dtype else stored.read)(place.tensor, place.entry)
+        if place.alternate is not None:
+            tensor = tensor[place.alternate :: 2].contiguous()
         if place.heads:
             tensor = split_halves(tensor, place.heads)
         if place.added:
@@ -190,6 +194,10 @@ def _presented(where: str, place: Place, container: Container) -> TensorInfo:
         if len(shape) < 2 or place.entry >= shape[0]:
             raise InputError(f"{where} is said to be entry {place.entry} of {place.tensor!r} with the shape {shape}")
         shape = shape[1:]
+    if place.alternate is not None:
+        if not shape or shape[0] % 2:
+            raise InputError(f"{where} is said to be every other row of {place.tensor!r} with the shape {shape}")
+        shape = (shape[0] // 2, *shape[1:])
     if place.heads and (not shape or shape[0] % (2 * place.heads) or not shape[0]):
         raise InputError(f"{where} is said to have {place.heads} heads, and its shape is {shape}")
     if place.added and not place.dtype:

@@ -1,12 +1,15 @@
 """Tell which engines find experts that are stored one by one, for which models, and by which names.
 
 An engine holds a layer's experts in one tensor and has a loader for each model that puts single matrices there. Each
-entry was read in the engine's source. Whether the engine computes with such weights, `compatibility` says.
+entry was read in the engine's source. Whether the engine computes with such weights, `compatibility` says. Models whose
+loader knows no single matrices are in `joined_experts`.
 """
 
 import re
 from collections.abc import Mapping
 
+from gptq import formats
+from gptq.formats.joined_experts import JOINED, explain_apart
 from gptq.formats.scheme import Layers
 
 GATED, MIXTRAL, UNGATED = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj")
@@ -50,6 +53,12 @@ def explain_experts(engine: str, layers: Layers, model_type: str) -> str | None:
     named = {found[1] for found in map(EXPERT.search, layers) if found}
     if not named:
         return None
+    rule = JOINED.get(model_type)
+    if rule and rule.engine == engine:
+        if all(formats.FORMATS[scheme.format].joins_experts for scheme, _ in layers.values()):
+            return explain_apart(layers, rule)
+        written = ", ".join(repr(name) for name, known in formats.FORMATS.items() if known.joins_experts)
+        return f"of {model_type} it reads experts in the format {written} alone"
     known = READ.get(engine, {}).get(model_type)
     if known is None:
         return f"that it reads experts of {model_type or 'this model'} one by one was not found in its source"

@@ -45,6 +45,7 @@ class FileFormat(ABC):
     keeps_scale_dtype: bool  # readers compute with the scales as they are stored, whatever their dtype
     widths: tuple[int, ...] = (2, 3, 4, 8)  # bits per weight that are tried to meet a target size
     is_assembled: bool = False  # `assemble` makes the file, under names that the checkpoint does not have
+    joins_experts: bool = False  # writes experts by the rules of `joined_experts`
     activation_bits: int | None = None  # readers round each token's activations to integers of this width
 
     @property

@@ -14,11 +14,13 @@ change #715).
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptq.checkpoint.assembled import TensorIndex
 from gptq.checkpoint.json_objects import read_options
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import TensorInfo
@@ -26,6 +28,7 @@ from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats.compressed_tensors import CompressedTensors, IntegerWeights, describe_integers
 from gptq.formats.format import SCALE_DTYPE
+from gptq.formats.joined_experts import join_experts
 from gptq.formats.packing import num_words, pack, unpack
 from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.solver import Codes
@@ -36,6 +39,7 @@ class PackQuantized(CompressedTensors):
     stored_as = "pack-quantized"
     codes_key, scale_key, zero_key, g_idx_key = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
     other_keys = ("weight_shape",)
+    joins_experts = True
 
     def layout(
         self, scheme: Scheme, outputs: int, inputs: int, scale_dtype: torch.dtype = SCALE_DTYPE
@@ -89,6 +93,9 @@ class PackQuantized(CompressedTensors):
             raise InputError(f"{name} in {source.folder} says {outputs} x {inputs}")
         return outputs, inputs
 
+    def assemble(self, folder: Path, out: Path) -> TensorIndex | None:
+        return join_experts(folder, out, self.keys - {self.zero_key}) if self.joins_experts else None
+
     def explain_shape(self, info: TensorInfo, scheme: Scheme, outputs: int, inputs: int) -> str:
         if info.shape != (outputs, -(-inputs // (32 // scheme.bits))):
             return ""
@@ -107,3 +114,4 @@ class PackQuantizedA8(PackQuantized):
 
     name: Format = "pack-quantized-a8"
     activation_bits = 8
+    joins_experts = False  # vLLM's loader of gpt-oss knows its weight-only methods by name

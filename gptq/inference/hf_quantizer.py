@@ -9,12 +9,14 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from gptq import formats
+from gptq.checkpoint.assembled import INDEX_FILE, AssembledSource, open_source
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.formats.packed_layers import PackedModel, check_packed, fit_packed
 from gptq.formats.quantization_config import read_quantization
 from gptq.inference.load import replace_linear, warn_of_unused
 from gptq.inference.quant_linear import QuantLinear, dequantize_layers, prepare_for_inference
+from gptq.models.assembled_names import file_conversions
 from gptq.models.build import match_checkpoint
 
 
@@ -26,6 +28,7 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = False
     _checkpoint: tuple[Source, PackedModel, list[Any]] | None = None  # while it is being loaded
+    _conversions: list[Any]  # for loading its files; those in `_checkpoint` are for saving
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -38,11 +41,11 @@ class PackedQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise InputError("a packed checkpoint is loaded from its files, which say what is packed; none were given")
         with torch.device("cpu"):  # transformers builds models on the meta device
-            self._replace_layers(model, Source(Path(checkpoint_files[0]).parent))
+            self._replace_layers(model, open_source(Path(checkpoint_files[0]).parent))
 
-    def _replace_layers(self, model: PreTrainedModel, source: Source) -> None:
-        quantization = read_quantization(source.folder / "config.json", self.quantization_config.to_dict())
-        source, names, _ = match_checkpoint(source, model)
+    def _replace_layers(self, model: PreTrainedModel, stored: Source) -> None:
+        quantization = read_quantization(stored.folder / "config.json", self.quantization_config.to_dict())
+        source, names, _ = match_checkpoint(stored, model)
         packed = fit_packed(model, names, source, quantization)
         warn_of_unused(source, packed)
         for name, own in packed.stored.items():
@@ -54,7 +57,15 @@ class PackedQuantizer(HfQuantizer):
                 bias = nn.Parameter(torch.empty(layer.outputs, dtype=model.dtype, device="meta"))
             replace_linear(model, name, empty, None if bias is None else bias.data, layer.scheme)
         self._checkpoint = source, packed, names.conversions()
-        converted = None if hasattr(HfQuantizer, "update_weight_conversions") else names.find_converted()
+        self._conversions = file_conversions(stored, names)
+        if hasattr(HfQuantizer, "update_weight_conversions"):
+            return
+        if isinstance(stored, AssembledSource):
+            raise InputError(
+                f"{stored.folder / INDEX_FILE}: this release of transformers cannot load what is named there; use "
+                "gptq.load, or transformers 5.20 or newer"
+            )
+        converted = names.find_converted()
         if converted is not None:
             raise InputError(
                 f"this release of transformers would fuse {converted} with other experts' tensors; load it with "
@@ -63,11 +74,11 @@ class PackedQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Replace transformers' table: the experts that it would fuse are separate."""
-        return weight_conversions if self._checkpoint is None else self._checkpoint[2]
+        return weight_conversions if self._checkpoint is None else self._conversions
 
     def get_weight_conversions(self) -> list[Any]:
         """Add to the table, in releases of transformers where it cannot be replaced."""
-        return [] if self._checkpoint is None else self._checkpoint[2][:1]
+        return [] if self._checkpoint is None else self._conversions[:1]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Check the values that were loaded, and prepare the layers.
