@@ -33,12 +33,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gptq import InputError, QuantConfig, formats, load, quantize
+from gptq.checkpoint.assembled import open_source
 from gptq.config import FORMATS, GROUP_SIZES, Format
 from gptq.output import verify
 
@@ -345,7 +345,8 @@ def from_pretrained_problems(
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    source = open_source(folder)
+    return {name: source.read_unchecked(name) for name in source.tensors}
 
 
 def changed_tensors(before: Path, after: Path) -> Iterator[str]:
