@@ -61,6 +61,10 @@ def _check_entry(path: Path, inside: list[Path]) -> None:
     try:
         target = path.resolve()
         found, is_file = target.stat(), target.is_file()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise InputError(f"{path} cannot be opened: {error}") from error
+        return  # gone since the folder was listed: another process replaces files by renaming temporary ones
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
         raise InputError(f"{path} cannot be opened: {error}") from error
     if not any(target.is_relative_to(place) for place in inside):
