@@ -513,7 +513,7 @@ def test_tensors_that_do_not_belong_together_are_named(
     [
         (
             {"quant_method": "hqq"},
-            "says quant_method 'hqq', which is not read; what is read is awq, compressed",
+            "says quant_method 'hqq', which is not read; what is read is auto-round, awq, compressed",
         ),
         ({"quant_method": "fp8", "rotation": "hadamard"}, "key 'rotation', which is not known of 'fp8'"),
         ({**LAYOUTS["fp8-channel"][1], "transform_config": {"config_groups": {"R1": {}}}}, "says transform_config"),

@@ -35,15 +35,18 @@ class Engine:
     why: str
 
 
-def engines(layers: Layers, model_type: str = "") -> list[Engine]:
+def engines(layers: Layers, model_type: str = "", is_variant: bool = False) -> list[Engine]:
     """Return for each engine whether it takes a file with these layers, all in one format.
 
     Args:
         model_type: the model's, as config.json gives it.
+        is_variant: the file is not as this package writes the format (`packed_layers.is_variant`).
     """
     first, _ = next(iter(layers.values()))
     other = "" if formats.FORMATS[first.format].is_assembled else ", or `import gptq` and then transformers"
     own = Engine("gptq", True, f"`gptq.load`{other}")
+    if is_variant:
+        return [own, *(_judge_variant(name, first.format) for name in RULES[first.format])]
     return [own, *(_judge(name, rule, layers, model_type) for name, rule in RULES[first.format].items())]
 
 
@@ -53,6 +56,13 @@ def _judge(name: str, rule: Rule, layers: Layers, model_type: str) -> Engine:
         return engine
     unread = explain_experts(name, layers, model_type)
     return engine if unread is None else Engine(name, False, unread)
+
+
+def _judge_variant(name: str, chosen: Format) -> Engine:
+    if name == "transformers":
+        return Engine(name, True, "with `import gptq`")
+    why = f"not known to take this variant of the format; `gptq convert --format {chosen}` writes the usual one"
+    return Engine(name, False, why)
 
 
 def _explain_uneven(layers: Layers) -> str | None:

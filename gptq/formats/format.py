@@ -36,6 +36,7 @@ class FileFormat(ABC):
     zero_key: str  # "" if the format has no such tensor, as for g_idx_key
     g_idx_key: str
     other_keys: tuple[str, ...] = ()
+    optional_keys: frozenset[str] = frozenset()  # of `layout`, that files of some tools lack
     config_files: tuple[str, ...] = ()  # files beside config.json that hold the `quantization_config` too
     usage: tuple[str, ...]  # lines of Python that load a file, for the model card
     zero_offset: int = 0  # number that is subtracted from a zero point before it is stored

@@ -7,6 +7,7 @@ For a linear layer P with `out` outputs and `in` inputs in groups of g it stores
     P.scales   (ceil(in / g), out)                    float16
     P.g_idx    (in,)                                  int32    group of each input
 
+Early tools (GPTQ-for-LLaMa) and AutoRound leave g_idx out, where groups are runs of columns. Such files are read too.
 If the group size does not divide the number of inputs, the last group is short. If the codes do not fill the last
 word, its remaining bits are zero. The `quantization_config`, in config.json and again in quantize_config.json, gives
 one scheme for all layers and `dynamic` rules for exceptions: regular expressions that readers match from the start of a
@@ -30,7 +31,15 @@ from gptq.errors import InputError
 from gptq.formats.format import SCALE_DTYPE, FileFormat
 from gptq.formats.name_rules import Quantization, check_expression, name_patterns
 from gptq.formats.packing import num_words, pack, unpack
-from gptq.formats.scheme import Layers, Linears, Scheme, most_common_scheme, names_by_scheme, normalized_scheme
+from gptq.formats.scheme import (
+    Layers,
+    Linears,
+    Scheme,
+    contiguous_groups,
+    most_common_scheme,
+    names_by_scheme,
+    normalized_scheme,
+)
 from gptq.solver import Codes
 from gptq.version import __version__
 
@@ -44,6 +53,7 @@ class Gptq(FileFormat):
 
     quant_method = METHOD
     codes_key, scale_key, zero_key, g_idx_key = "qweight", "scales", "qzeros", "g_idx"
+    optional_keys = frozenset({"g_idx"})
     config_files = (QUANTIZE_CONFIG,)
     usage = (
         "import gptq  # lets transformers load GPTQ files",
@@ -96,12 +106,16 @@ class Gptq(FileFormat):
         return pack((zero.int() - 1) & (2**scheme.bits - 1), scheme.bits).T.contiguous()
 
     def decode(self, packed: Mapping[str, Tensor], scheme: Scheme) -> Codes:
-        scale, g_idx = packed["scales"].T, packed["g_idx"]
-        codes = unpack(packed["qweight"], scheme.bits, len(g_idx)).T
-        return Codes(codes, scale, self.decode_zeros(packed, scheme, len(scale)), g_idx)
+        scale, words = packed["scales"].T, packed["qweight"]
+        inputs = len(packed["g_idx"]) if "g_idx" in packed else num_inputs(len(words), scheme.bits)
+        codes = unpack(words, scheme.bits, inputs).T
+        zero, g_idx = self.decode_zeros(packed, scheme, len(scale)), self.decode_groups(packed, scheme, inputs)
+        return Codes(codes, scale, zero, g_idx)
 
     def decode_groups(self, packed: Mapping[str, Tensor], scheme: Scheme, inputs: int) -> Tensor:
-        return packed["g_idx"]
+        if "g_idx" in packed:
+            return packed["g_idx"]
+        return contiguous_groups(scheme, inputs).to(packed["scales"].device)
 
     def decode_zeros(self, packed: Mapping[str, Tensor], scheme: Scheme, outputs: int) -> Tensor:
         """Return the zero points; a v1 field of all ones stands for 0, as for readers that mask after adding 1."""
@@ -114,6 +128,8 @@ class Gptq(FileFormat):
         return zero
 
     def stored_shape(self, source: Source, layer: str, scheme: Scheme) -> tuple[int, int]:
+        if f"{layer}.g_idx" not in source.tensors:
+            return _shape_without_g_idx(source, layer, scheme)
         g_idx, scales = (source.tensors[f"{layer}.{key}"].shape for key in ("g_idx", "scales"))
         if len(g_idx) != 1 or len(scales) != 2 or 0 in (*g_idx, *scales):
             shapes = f"g_idx {g_idx} and scales {scales}"
@@ -178,6 +194,25 @@ class GptqV2(Gptq):
 
 
 NAMES: tuple[Format, ...] = (GptqV1.name, GptqV2.name)
+
+
+def num_inputs(words: int, bits: int) -> int:
+    """Return the inputs whose codes fill this many words per output."""
+    return words * 32 // bits
+
+
+def _shape_without_g_idx(source: Source, layer: str, scheme: Scheme) -> tuple[int, int]:
+    words, scales = (source.tensors[f"{layer}.{key}"].shape for key in ("qweight", "scales"))
+    if len(words) != 2 or len(scales) != 2 or 0 in (*words, *scales):
+        raise InputError(f"{layer} in {source.folder} has qweight {words} and scales {scales}; they are matrices")
+    inputs = num_inputs(words[0], scheme.bits)
+    if scheme.scattered and scheme.columns(inputs) < inputs:
+        raise InputError(
+            f"{layer} in {source.folder} has no g_idx, which says the group of each column where desc_act is true and "
+            f"the group size {scheme.group_size}; set desc_act to false in its quantization_config if groups are runs "
+            "of columns"
+        )
+    return scales[1], inputs
 
 
 def _offset_by_words(scheme: Scheme) -> bool:

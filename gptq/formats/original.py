@@ -18,7 +18,7 @@ from gptq.checkpoint.sources.decoded import (
 )
 from gptq.errors import InputError
 from gptq.formats import awq, compressed_tensors, integer_sources
-from gptq.formats.quantization_config import MODELOPT, method_of, quantization_of
+from gptq.formats.quantization_config import MODELOPT, TRANSLATED, method_of, quantization_of, translated
 
 ALL_KINDS: tuple[Kind, ...] = (*KINDS, integer_sources.KIND, awq.KIND)
 
@@ -78,7 +78,8 @@ def open_original(folder: Path) -> Source:
     stored = open_source(folder)
     stored.notes = notes_on_conversion(folder)
     config = folder / "config.json"
-    declared = Declared(config, (quantization_of(folder) or {}) if config.is_file() else {})
+    stated = (quantization_of(folder) or {}) if config.is_file() else {}
+    declared = Declared(config, translated(config, stated))
     if declared.values:
         _check_method(declared)
     encoded: dict[str, Derived] = {}
@@ -111,7 +112,7 @@ def _check_method(declared: Declared) -> None:
     if method is None:
         if name in READ_BY_FORMATS:
             return
-        known = ", ".join(sorted({*METHODS, *READ_BY_FORMATS}))
+        known = ", ".join(sorted({*METHODS, *READ_BY_FORMATS, *TRANSLATED}))
         raise InputError(f"{declared.where} says quant_method {name!r}, which is not read; what is read is {known}")
     for key, value in declared.values.items():
         if key in method.empty and value:

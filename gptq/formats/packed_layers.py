@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from gptq.checkpoint.reader import Source, is_finite
 from gptq.errors import InputError
 from gptq.formats.format import PLAIN_KEY, SCALE_DTYPE
 from gptq.formats.name_rules import Quantization
+from gptq.formats.quantization_config import TRANSLATED, method_of
 from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.models.blocks import is_linear, shape_of
 from gptq.models.tensor_names import Names, check_tensors
@@ -27,6 +29,16 @@ class PackedLayer:
     suffixes: tuple[str, ...]
     scale_dtype: torch.dtype
     nbytes: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the layer has all tensors of the format, the optional ones too."""
+        return set(self.suffixes) == formats.layout(self.scheme, self.outputs, self.inputs).keys()
+
+
+def is_variant(quantization: Mapping[str, Any], layers: Mapping[str, PackedLayer]) -> bool:
+    """Whether a checkpoint differs from what this package writes in the same format: in words, or in tensors."""
+    return method_of(quantization) in TRANSLATED or not all(layer.is_complete for layer in layers.values())
 
 
 def packed_layers(source: Source, quantization: Quantization) -> dict[str, PackedLayer]:
@@ -64,7 +76,7 @@ def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme)
     file_format = formats.FORMATS[scheme.format]
     infos = {suffix: source.tensors[f"{layer}.{suffix}"] for suffix in suffixes}
     needed = file_format.layout(scheme, 32, 32)  # of any shape, for the names
-    if infos.keys() != needed.keys():
+    if not needed.keys() - file_format.optional_keys <= infos.keys() <= needed.keys():
         raise InputError(
             f"{layer} in {source.folder} has {', '.join(sorted(infos))}; as {scheme.format} with {scheme.bits} bits it "
             f"needs {', '.join(sorted(needed))}"
@@ -73,6 +85,8 @@ def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme)
     stored = infos[file_format.scale_key].dtype if file_format.scale_key else SCALE_DTYPE
     scale_dtype = stored if stored.is_floating_point else SCALE_DTYPE
     for suffix, expected in file_format.layout(scheme, outputs, inputs, scale_dtype).items():
+        if suffix not in infos:
+            continue
         name, info = f"{layer}.{suffix}", infos[suffix]
         if info.shape != expected.shape:
             raise InputError(
@@ -82,7 +96,7 @@ def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme)
         if info.dtype != expected.dtype:
             raise InputError(f"{name} in {source.folder} holds {info.dtype}, not {expected.dtype}")
     nbytes = sum(info.nbytes for info in infos.values())
-    return PackedLayer(scheme, outputs, inputs, tuple(needed), scale_dtype, nbytes)
+    return PackedLayer(scheme, outputs, inputs, tuple(key for key in needed if key in infos), scale_dtype, nbytes)
 
 
 def read_packed(source: Source, name: str, layer: PackedLayer, with_codes: bool = True) -> dict[str, Tensor]:

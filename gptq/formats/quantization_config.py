@@ -7,14 +7,16 @@ from typing import Any
 from gptq import formats
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
-from gptq.formats import mlx
+from gptq.formats import auto_round, mlx
 from gptq.formats.gptq import METHOD as ASSUMED  # early AutoGPTQ did not say its quant_method
 from gptq.formats.gptq import QUANTIZE_CONFIG
 from gptq.formats.name_rules import Quantization
 
 KEYS = ("quantization_config", "compression_config")
 SECTIONS = ("text_config",)  # parts of config.json that describe a model of their own
+TRANSLATED = {auto_round.METHOD: auto_round.translate}  # by `quant_method`: other words for the layouts of a format
 MODELOPT, MODELOPT_CONFIG = "modelopt", "hf_quant_config.json"
+COPIES = (MODELOPT_CONFIG, auto_round.COPY)  # files of other tools, of which a result has none
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
@@ -77,17 +79,31 @@ def method_of(quantization: Mapping[str, Any]) -> str:
     return str(quantization.get("quant_method", ASSUMED))
 
 
+def translated(where: str | Path, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `quantization_config`, found in `where`, in the words of the format that has its tensors.
+
+    Raises:
+        InputError: it is of a method in `TRANSLATED`, and says what is not read.
+    """
+    translate = TRANSLATED.get(method_of(quantization))
+    return dict(quantization) if translate is None else translate(where, quantization)
+
+
 def read_quantization(where: str | Path, quantization: Mapping[str, Any]) -> Quantization:
     """Return what a `quantization_config`, found in the file or folder `where`, says.
+
+    One of `TRANSLATED` is read as the format's that it is translated to.
 
     Raises:
         InputError: the `quantization_config` is of another format, lacks a value, or contradicts itself.
     """
+    said, quantization = method_of(quantization), translated(where, quantization)
     method = method_of(quantization)
     family = [known for known in formats.FORMATS.values() if known.quant_method == method]
     if family:
         return family[0].read_config(where, quantization, family)
-    raise InputError(f"{where} says quant_method {method!r}; what is read is {_known_methods()}")
+    what = repr(method) if said == method else f"{said!r}, with the layout of {method!r}"
+    raise InputError(f"{where} says quant_method {what}; what is read is {_known_methods()}")
 
 
 def _known_methods() -> str:

@@ -61,6 +61,9 @@ class MlxConfig(CompressedTensorsConfig):
     """For the files of MLX, which transformers does not know."""
 
 
+class AutoRoundConfig(_Stored, transformers.AutoRoundConfig): ...
+
+
 class Fp8Config(_Stored, transformers.FineGrainedFP8Config): ...
 
 
@@ -69,4 +72,5 @@ BY_METHOD = {  # by `quant_method`
     "compressed-tensors": CompressedTensorsConfig,
     "fp8": Fp8Config,
     "mlx": MlxConfig,
+    "auto-round": AutoRoundConfig,
 }

@@ -51,7 +51,8 @@ class PackedQuantizer(HfQuantizer):
         for name, own in packed.stored.items():
             layer, linear = packed.layers[own], model.get_submodule(name)
             layout = formats.layout(layer.scheme, layer.outputs, layer.inputs, layer.scale_dtype)
-            empty = {suffix: torch.empty(i.shape, dtype=i.dtype, device="meta") for suffix, i in layout.items()}
+            held = {suffix: layout[suffix] for suffix in layer.suffixes}
+            empty = {suffix: torch.empty(i.shape, dtype=i.dtype, device="meta") for suffix, i in held.items()}
             bias = linear._parameters.get("bias")
             if bias is None and f"{own}.bias" in source.tensors:
                 bias = nn.Parameter(torch.empty(layer.outputs, dtype=model.dtype, device="meta"))

@@ -199,7 +199,8 @@ class TritonProduct:
     def of(cls, stored: Stored) -> "TritonProduct":
         packed = stored.packed
         zero = formats.decode_zeros(packed, stored.scheme, stored.outputs).T.contiguous()
-        return cls(packed["qweight"], packed["scales"], zero, packed["g_idx"], stored.scheme.bits)
+        g_idx = formats.decode_groups(packed, stored.scheme, stored.inputs)
+        return cls(packed["qweight"], packed["scales"], zero, g_idx, stored.scheme.bits)
 
     def multiply(self, x: Tensor) -> Tensor:
         from gptq.inference import triton_gemm

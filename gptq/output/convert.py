@@ -19,8 +19,8 @@ from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import Format
 from gptq.errors import InputError
-from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers, read_packed
-from gptq.formats.quantization_config import quantization_of, read_quantization
+from gptq.formats.packed_layers import PackedLayer, is_variant, match_layers, packed_layers, read_packed
+from gptq.formats.quantization_config import TRANSLATED, method_of, quantization_of, read_quantization, translated
 from gptq.formats.scheme import Linears, Scheme
 from gptq.models.blocks import find_blocks, is_transposed
 from gptq.models.build import open_model
@@ -108,11 +108,11 @@ def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remo
     if quantization is None:
         raise InputError(f"{model} is not a quantized checkpoint: its config.json has no quantization_config")
     read = read_quantization(folder / "config.json", quantization)
-    if read.format == chosen:
-        raise InputError(f"{model} is in the format {chosen!r} already")
     opened = open_model(open_source(folder), trust_remote_code)
     source, network, names = opened.source, opened.network, opened.names
     packed = packed_layers(source, read)
+    if read.format == chosen and not is_variant(quantization, packed):
+        raise InputError(f"{model} is in the format {chosen!r} already")
     stored = match_layers(network, names, source, packed)
     check_tensors(network, names, source.tensors, stored)
 
@@ -185,20 +185,26 @@ def _refuse_zero_points_of_0(source: Source, plans: LayerPlans) -> None:
 
 
 def _inherit_record(model: str | Path, folder: Path, quantization: dict[str, Any], kind: Format) -> Record:
-    """Copy the folder's record, or without a record note which tool made the folder and what its config said."""
+    """Copy the folder's record, or without a record note which tool made the folder and what its config said.
+
+    A config in the words of another format (`TRANSLATED`) is not noted: it cannot be that of a file in this one.
+    """
     if (folder / RECORD).is_file():
         return read_record(folder).without_checksums()
-    meta = quantization.get("meta")
+    own = translated(folder / "config.json", quantization)
+    meta = own.get("meta")
     maker = meta.get("quantizer") if isinstance(meta, dict) else None
-    made_by = ", ".join(map(str, maker)) if isinstance(maker, list) else maker or quantization.get("quant_method")
-    return Record(
+    made_by = ", ".join(map(str, maker)) if isinstance(maker, list) else maker or own.get("quant_method")
+    record = Record(
         model=model_name(model),
         config=None,
         calibration=None,
         layers=[],
         made_by=None if made_by is None else str(made_by),
-        origin=OriginRecord(format=kind, quantization_config=quantization),
     )
+    if method_of(quantization) in TRANSLATED:
+        return record
+    return record.model_copy(update={"origin": OriginRecord(format=kind, quantization_config=quantization)})
 
 
 def _plan_shards(source: Source, plans: LayerPlans) -> list[dict[str, TensorInfo]]:

@@ -15,7 +15,7 @@ from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import read_json
 from gptq.config import Format, QuantConfig
 from gptq.formats import FORMATS
-from gptq.formats.quantization_config import MODELOPT_CONFIG, replace_quantization
+from gptq.formats.quantization_config import COPIES, replace_quantization
 from gptq.formats.scheme import Layers, Linears
 from gptq.models.blocks import LINEAR, Block
 from gptq.models.tensor_names import Names
@@ -94,7 +94,7 @@ def write_files(
     written = {
         "config.json",
         *of_formats,
-        MODELOPT_CONFIG,
+        *COPIES,
         RECORD,
         CARD,
         QUALITY,

@@ -19,7 +19,7 @@ from gptq.errors import InputError
 from gptq.formats.compatibility import Engine, engines
 from gptq.formats.gptq import QUANTIZE_CONFIG
 from gptq.formats.name_rules import Quantization
-from gptq.formats.packed_layers import PackedLayer, match_layers, packed_layers, read_packed
+from gptq.formats.packed_layers import PackedLayer, is_variant, match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.models.build import open_model
 from gptq.models.tensor_names import check_tensors
@@ -101,7 +101,11 @@ def inspect(folder: str | Path) -> Content:
         other_bytes=source.nbytes - quantized,
         layers=layers,
         other_tensors={name: info.nbytes for name, info in source.tensors.items() if name not in of_layers},
-        engines=engines({name: (layer.scheme, layer.inputs) for name, layer in packed.items()}, model_type_of(folder)),
+        engines=engines(
+            {name: (layer.scheme, layer.inputs) for name, layer in packed.items()},
+            model_type_of(folder),
+            is_variant(quantization_of(folder) or {}, packed),
+        ),
     )
 
 
