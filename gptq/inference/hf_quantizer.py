@@ -18,6 +18,7 @@ from gptq.inference.load import replace_linear, warn_of_unused
 from gptq.inference.quant_linear import QuantLinear, dequantize_layers, prepare_for_inference
 from gptq.models.assembled_names import file_conversions
 from gptq.models.build import match_checkpoint
+from gptq.models.experts import Experts
 
 
 class PackedQuantizer(HfQuantizer):
@@ -57,6 +58,9 @@ class PackedQuantizer(HfQuantizer):
             if bias is None and f"{own}.bias" in source.tensors:
                 bias = nn.Parameter(torch.empty(layer.outputs, dtype=model.dtype, device="meta"))
             replace_linear(model, name, empty, None if bias is None else bias.data, layer.scheme)
+        for module in model.modules():
+            if any(isinstance(child, Experts) for child in module.children()):
+                vars(module)["_is_hf_initialized"] = True  # else Qwen3-Omni's code initializes tensors that are fused
         self._checkpoint = source, packed, names.conversions()
         self._conversions = file_conversions(stored, names)
         if hasattr(HfQuantizer, "update_weight_conversions"):

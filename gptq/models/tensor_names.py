@@ -252,7 +252,12 @@ class Names:
         divided = {stored: _renamed(stored, self._table) for stored in self.divisions}
         fused: list[SplitTensor | Division] = [*self._split.values(), *self.divisions.values()]
         converters = {id(one.converter): one.converter for one in fused}
-        return [StoredNames(exact | divided, self._in_model | divided), *copy.deepcopy([*converters.values()])]
+        whole = {*(split.name for split in self._split.values()), *divided.values()}
+        known = frozenset(possible for name in whole for possible in self._possible_names(name))
+        return [
+            StoredNames(exact | divided, self._in_model | divided),
+            *(CheckpointConverter.of(converter, known) for converter in converters.values()),
+        ]
 
     def find_converted(self) -> str | None:
         """Return a packed tensor that transformers' own table would convert, if it were used; None without one."""
@@ -311,6 +316,39 @@ class StoredNames(WeightRenaming):
         return StoredNames(back, back)
 
 
+class CheckpointConverter(WeightConverter):
+    """A conversion of transformers' table that, on saving, is applied to the tensors of one checkpoint alone.
+
+    transformers searches names for its patterns, and a pattern such as `gate_proj` is found in packed layers' too.
+    """
+
+    whole: frozenset[str] = frozenset()  # the tensors that are taken apart on loading or on saving
+    saves: bool = False
+
+    @classmethod
+    def of(cls, converter: Any, whole: frozenset[str], saves: bool = False) -> "CheckpointConverter":
+        """Return a converter like transformers' `converter`."""
+
+        def patterns(side: str) -> list[str]:
+            return [*(getattr(converter, f"_original_{side}_patterns", None) or getattr(converter, f"{side}_patterns"))]
+
+        own = cls(patterns("source"), patterns("target"), copy.deepcopy(converter.operations))
+        for attribute in ("scope_prefix", "base_model_prefix", "force_cpu"):
+            if hasattr(converter, attribute):
+                setattr(own, attribute, getattr(converter, attribute))
+        own.whole, own.saves = whole, saves
+        return own
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        renamed, pattern = super().rename_source_key(source_key)
+        if self.saves and self.whole.isdisjoint((source_key, renamed)):
+            return source_key, None
+        return renamed, pattern
+
+    def reverse_transform(self) -> "CheckpointConverter":
+        return self.of(super().reverse_transform(), self.whole, not self.saves)
+
+
 # Keys of which a packed layer has at least one.
 PACKED_MARKERS = ("qweight", "weight_packed", "weight_ggml", "scales", "weight_scale", "weight_scale_inv")
 PACKED = re.compile(  # suffixes of a packed layer's tensors beside or instead of `weight`
@@ -362,7 +400,8 @@ def _name_of_expert_matrix(key: str, fused: str, pattern: str, converter: Any) -
     """Return the name in `models.experts` of a matrix that is part of `fused`; None if it is not an expert's."""
     experts, _, parameter = fused.rpartition(".")
     parts = FUSED_PARTS.get(parameter, ())
-    number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+    plain = pattern.replace("\\", "")  # some patterns escape their first dot
+    number = re.search(re.escape(plain).replace(r"\*", r"(\d+)"), key)
     stacked = {type(operation).__name__ for operation in converter.operations} <= STACKING
     if not number or not stacked or len(parts) != len(converter.source_patterns):
         return None

@@ -320,9 +320,16 @@ def plan_layers(
             f"{_abbreviate(kept_gates)}: gates and routers stay as they are, because no engine reads them packed"
         )
     plans: dict[str, LayerPlan] = {}
-    for name, own in options.items():
-        if own["skip"] or name in uncalled:
-            continue
+    wanted = {name: own for name, own in options.items() if not own["skip"] and name not in uncalled}
+    made = [name for name in wanted if not names.find(f"{name}.weight") and names.find_split(f"{name}.weight")]
+    if made:
+        parts = " and ".join(names.find_all(f"{made[0]}.weight"))
+        notes.append(
+            f"{_abbreviate(made)}: stays as it is: transformers computes such a weight from other tensors ({parts})"
+        )
+    for name in made:
+        del wanted[name]
+    for name, own in wanted.items():
         outputs, inputs = shape_of(linears[name])
         group_size = inputs if own["group_size"] == -1 else min(own["group_size"], inputs)
         part = names.find_slice(f"{name}.weight")
