@@ -182,17 +182,19 @@ def test_experts_are_promised_where_a_source_shows_it() -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_transformers_is_promised_every_format_that_the_registered_quantizer_reads(kind: Format) -> None:
-    def said(layer: str) -> str:
-        engine = next(e for e in engines({layer: (Scheme(8, 32, True, kind), 4096)}) if e.name == "transformers")
-        assert engine.takes
-        return engine.why
+    def of_layer(layer: str) -> tuple[Any, Any]:
+        own, *others = engines({layer: (Scheme(8, 32, True, kind), 4096)})
+        return own, next(engine for engine in others if engine.name == "transformers")
 
-    own = not formats.FORMATS[kind].is_assembled  # GGUF files are read by transformers itself
-    assert formats.FORMATS[kind].quant_method in BY_METHOD or not own
-    assert ("import gptq" in said("layers.0.mlp.down_proj")) == own
-    experts = said("layers.0.mlp.experts.0.up_proj")
-    assert ("import gptq" in experts) == own
-    assert ", or" not in experts  # which no other package takes apart
+    registered = not formats.FORMATS[kind].is_assembled  # GGUF files are read by transformers itself
+    assert formats.FORMATS[kind].quant_method in BY_METHOD or not registered
+    own, dense = of_layer("layers.0.mlp.down_proj")
+    assert dense.takes
+    assert ("import gptq" in dense.why) == ("import gptq" in own.why) == registered
+    own, experts = of_layer("layers.0.mlp.experts.0.up_proj")
+    assert experts.takes == (kind != "mlx")  # which stacks experts: see the sweep and `models.assembled_names`
+    assert ("import gptq" in experts.why) == ("import gptq" in own.why) == (registered and experts.takes)
+    assert "compressed-tensors," not in experts.why  # which does not take them apart
 
 
 def test_siblings_stored_apart_are_told() -> None:

@@ -43,7 +43,9 @@ def engines(layers: Layers, model_type: str = "", is_variant: bool = False) -> l
         is_variant: the file is not as this package writes the format (`packed_layers.is_variant`).
     """
     first, _ = next(iter(layers.values()))
-    other = "" if formats.FORMATS[first.format].is_assembled else ", or `import gptq` and then transformers"
+    file_format = formats.FORMATS[first.format]
+    alone = file_format.is_assembled or (file_format.stacks_experts and has_experts(layers))
+    other = "" if alone else ", or `import gptq` and then transformers"
     own = Engine("gptq", True, f"`gptq.load`{other}")
     if is_variant:
         return [own, *(_judge_variant(name, first.format) for name in RULES[first.format])]
@@ -225,6 +227,11 @@ def _mlx(layers: Layers) -> tuple[bool, str]:
 
 
 def _transformers_mlx(layers: Layers) -> tuple[bool, str]:
+    if has_experts(layers):  # models/assembled_names.py
+        return (
+            False,
+            "it cannot take apart the experts that MLX stacks; use `gptq.load`, or `gptq convert --format gptq`",
+        )
     return True, "with `import gptq`"
 
 

@@ -47,6 +47,7 @@ class FileFormat(ABC):
     widths: tuple[int, ...] = (2, 3, 4, 8)  # bits per weight that are tried to meet a target size
     is_assembled: bool = False  # `assemble` makes the file, under names that the checkpoint does not have
     joins_experts: bool = False  # writes experts by the rules of `joined_experts`
+    stacks_experts: bool = False  # `assemble` stacks experts, in tensors that transformers cannot take apart
     activation_bits: int | None = None  # readers round each token's activations to integers of this width
 
     @property
