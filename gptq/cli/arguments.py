@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--version", action="version", version=f"gptq {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     source_help = (
-        "a .txt, .jsonl or .parquet file (column `text`), a folder that datasets loads (FOLDER:SPLIT), "
+        "a .txt, .jsonl, .csv or .parquet file (column `text`), a folder that datasets loads (FOLDER:SPLIT), "
         "or a Hub data set (wikitext:wikitext-2-raw-v1:test)"
     )
 
@@ -129,8 +129,9 @@ def _add_quantization_flags(parser: argparse.ArgumentParser, source_help: str) -
         _add_option_flag(parser, one.name, one.default, flags()[one.name])
     parser.add_argument(
         "--calibration", default="c4", metavar="SRC",
-        help=f"{source_help}; for other models than text's, a .npz or .safetensors file (or a folder of them) of what "
-        "the model is called on: pixel_values, input_features, input_ids and attention_mask ...",
+        help=f"{source_help}; chats (column `messages`), images and sound (`image`, `images`, `audio`) likewise; for "
+        "other models, a .npz or .safetensors file (or a folder of them) of what the model is called on: pixel_values, "
+        "input_features, input_ids and attention_mask ...",
     )  # fmt: skip
     parser.add_argument(
         "--batch-size", type=int, metavar="N",
