@@ -77,8 +77,8 @@ class PackedQuantizer(HfQuantizer):
                 "gptq.load, convert it to 'gptq', or take transformers 5.20 or newer"
             )
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Replace transformers' table: the experts that it would fuse are separate."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Replace transformers' table: the experts that it would fuse are separate. 5.20 gives no model, 5.23 does."""
         return weight_conversions if self._checkpoint is None else self._conversions
 
     def get_weight_conversions(self) -> list[Any]:
