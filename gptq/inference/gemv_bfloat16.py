@@ -228,9 +228,12 @@ def arrange(x, tiles, x_sums, columns, bits_tuple, start, stop) -> None:  # type
             row = tile * TALL + i
             if row < rows:
                 prepare_row(x, row, line, 0, sums, columns, bits_tuple)
-                x_sums[:, row], tiles[tile, :, i] = sums[0], line[0]
             else:
-                x_sums[:, row], tiles[tile, :, i] = np.float32(0), 0
+                sums[:], line[:] = np.float32(0), 0
+            for group in range(len(x_sums)):  # numba takes seconds to compile an assignment of one slice to another
+                x_sums[group, row] = sums[0, group]
+            for p in range(inputs // 2):
+                tiles[tile, p, i] = line[0, p]
 
 
 @compiled
