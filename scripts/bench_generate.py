@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_peers import TORCH
-from peer_environment import make_environment
+from peer_environment import TORCH, make_environment
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

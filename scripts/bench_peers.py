@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from bench_quantize import add_model_options, calibration_tokens, make_model
-from peer_environment import make_environment
+from peer_environment import PACKAGES, make_environment
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -41,15 +41,6 @@ model, tokens, out = sys.argv[1:4]
 dtype = getattr(torch, sys.argv[4])
 """
 OURS = "ours"
-TORCH = f"torch=={torch.__version__.partition('+')[0]}"  # this process's version, for all tools
-PACKAGES: dict[str, list[list[str]]] = {  # steps of pip, see `make_environment`
-    OURS: [],
-    "llm-compressor": [[TORCH], ["llmcompressor==0.14.0.1"]],
-    "gptqmodel": [
-        [TORCH, "setuptools", "wheel", "packaging", "ninja", "numpy", "pybind11"],
-        ["--no-build-isolation", "gptqmodel==7.7.0", "optimum==2.3.0"],
-    ],
-}
 CODE = {
     OURS: """
 from gptq import QuantConfig, quantize
@@ -133,7 +124,7 @@ def main() -> None:
     tools = [OURS, *args.peers.split(",")]
     if unknown := set(tools) - set(CODE):
         parser.error(f"no tool is called {min(unknown)}; there are {', '.join(CODE)}")
-    pythons = {tool: make_environment(args.environments / tool, PACKAGES[tool]) for tool in tools}
+    pythons = {tool: make_environment(args.environments / tool, PACKAGES.get(tool, [])) for tool in tools}
     with tempfile.TemporaryDirectory() as folder:
         model, tokens = Path(folder) / "model", Path(folder) / "tokens.safetensors"
         make_model(model, args.width, args.blocks, args.intermediate, args.vocabulary)

@@ -11,16 +11,11 @@ the difference that rounding the activations makes (ours in bfloat16 against our
 import sys
 
 import torch
-from peer_environment import check_reader
+from peer_environment import PACKAGES, check_reader
 from safetensors.torch import load_file
 
 from gptq import Override, QuantConfig, load
 
-PACKAGES = [  # steps of pip: GPTQModel's build needs torch and the build tools installed before
-    ["torch"],
-    ["setuptools", "wheel", "packaging", "ninja", "numpy", "pybind11"],
-    ["--no-build-isolation", "gptqmodel==7.7.0", "optimum==2.3.0"],
-]
 READER = """
 import os, sys
 os.cpu_count = lambda: 16  # its thread pool fails on machines with few cores
@@ -69,4 +64,4 @@ def compare(folders: dict[str, str], ids: torch.Tensor, printed: str) -> int:
 
 if __name__ == "__main__":
     description = (__doc__ or "").splitlines()[0]
-    sys.exit(check_reader(description, "gptqmodel-venv", PACKAGES, CASES, READER, compare))
+    sys.exit(check_reader(description, "gptqmodel-venv", PACKAGES["gptqmodel"], CASES, READER, compare))

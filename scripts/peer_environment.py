@@ -13,6 +13,16 @@ from safetensors.torch import save_file
 
 from gptq import QuantConfig, quantize
 
+TORCH = f"torch=={torch.__version__.partition('+')[0]}"  # this process's version, for all tools
+# Packages of each tool's environment, as steps of pip: GPTQModel's build needs torch and build tools installed before.
+PACKAGES: dict[str, list[list[str]]] = {
+    "llm-compressor": [[TORCH], ["llmcompressor==0.14.0.1"]],
+    "gptqmodel": [
+        [TORCH, "setuptools", "wheel", "packaging", "ninja", "numpy", "pybind11"],
+        ["--no-build-isolation", "gptqmodel==7.7.0", "optimum==2.3.0"],
+    ],
+    "auto-round": [[TORCH], ["auto-round==0.16.1"]],
+}
 Compare = Callable[[dict[str, str], torch.Tensor, str], int]  # folders by case, token ids, the reader's output
 
 

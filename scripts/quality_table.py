@@ -3,26 +3,35 @@
     python scripts/quality_table.py                                                    # the model in the package
     python scripts/quality_table.py ./llama --calibration c4 --data wikitext:wikitext-2-raw-v1:test --json llama.json
     python scripts/quality_table.py --methods rtn "plain GPTQ" --bits 3 --group-sizes 32 128
+    python scripts/quality_table.py --methods balanced best --peers llm-compressor auto-round gptqmodel llama.cpp
 
 Each method is run with several seeds, which choose the calibration windows, and measured on text that is not used for
 calibration:
 
     bits/weight   every stored bit of the quantized layers: codes, scales, zero points, g_idx
-    perplexity    exp of the mean loss over seeds; in brackets the lowest and the highest over single seeds
-    gap           increase over the original's perplexity; x plain: relative to the gap of plain GPTQ at the same size
     KL            KL(original || quantized) per token in nats, mean over seeds, with its 95 % bootstrap interval over
-                  windows (the interval covers the choice of the text, the spread over seeds that of the calibration)
+                  windows (the interval covers the choice of the text), and the lowest and the highest over single
+                  seeds (the spread covers the choice of the calibration windows)
+    x plain       KL relative to that of plain GPTQ at the same bits and group size
+    x peer        KL relative to the lowest of another tool at the same bits and group size (llama.cpp has its own
+                  groups, and is compared with in the lines that have these)
+    perplexity    exp of the mean loss over seeds; gap: its increase over the original's
     top-1         fraction of tokens for which both models have the same most likely token
-    seconds       time of quantization, mean over seeds
+    seconds       of quantization, mean over seeds; CPU s: of all threads
 
-Each result is saved to the JSON file at once; a second run computes only what is missing.
+Other tools (`--peers`) get the same tokens, each in an environment of its own below --environments, made on first use.
+Their files are read by this package and measured as ours are; see quality_peers.py. Tools that refuse groups which do
+not divide a layer's inputs take a model with `--pad-inner`. Each result is saved to the JSON file at once; a second run
+computes only what is missing. A peer that fails leaves its line out, and is named below the table.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +39,8 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from quality_peers import PEERS, make
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,6 +64,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
+    "balanced, asym": {"effort": "balanced", "sym": False},
+    "best, asym": {"effort": "best", "sym": False},
     "balanced, damping 0.05": {"effort": "balanced", "damp_percent": 0.05},
 }
 
@@ -64,12 +77,16 @@ def configurations(args: argparse.Namespace) -> list[tuple[str, QuantConfig]]:
     found = []
     for bits in args.bits:
         for group_size in args.group_sizes:
+            common = {"num_samples": args.samples, "seq_len": args.seq_len}
+            for name in args.peers:
+                seeds = range(args.seeds)
+                found += [(name, PEERS[name].config(bits, group_size, seed=seed, **common)) for seed in seeds]
             for method in args.methods:
-                options = {"bits": bits, "group_size": group_size, "num_samples": args.samples, **PRESETS[method]}
+                options = {"bits": bits, "group_size": group_size, **common, **PRESETS[method]}
                 options |= {"format": args.format, "overrides": tuple(args.override)}
                 seeds = range(1 if options.get("method") == "rtn" else args.seeds)
-                found += [(method, QuantConfig(**options, seq_len=args.seq_len, seed=seed)) for seed in seeds]
-    return found
+                found += [(method, QuantConfig(**options, seed=seed)) for seed in seeds]
+    return list(dict.fromkeys(found))  # llama.cpp's lines are the same for all group sizes
 
 
 class Table:
@@ -112,6 +129,26 @@ def read_texts(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
     return calibrating, calibration.documents(args.data, "test") if args.data else [second]
 
 
+def pad_inner(folder: Path, multiple: int, out: Path) -> Path:
+    """Write a model of Llama's kind with its MLPs' inner width padded to a multiple; it computes the same.
+
+    The inner channels that are added are zero: silu(0) * 0 = 0, and their columns of down_proj are zero.
+    """
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    width = values["intermediate_size"]
+    added = -width % multiple
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name, tensor in tensors.items():
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            tensors[name] = torch.nn.functional.pad(tensor, (0, 0, 0, added))
+        elif name.endswith("down_proj.weight"):
+            tensors[name] = torch.nn.functional.pad(tensor, (0, added))
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    (out / "config.json").write_text(json.dumps({**values, "intermediate_size": width + added}), encoding="utf-8")
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
 def measure(
     method: str, config: QuantConfig, folder: Path, calibrating: Tensor, measured: Tensor, args: argparse.Namespace
 ) -> Row:
@@ -119,15 +156,23 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="gptq-table-") as scratch:
         out = Path(scratch) / "out"
         options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-        made = quantize(folder, out, config, calibration=calibrating, **options)
+        if method in PEERS:
+            check = measured[:1] if args.check_reading else None
+            made = make(method, config, folder, calibrating, check, Path(scratch), args.environments)
+            out, bits, nbytes, facts = made.folder, made.bits_per_weight, made.nbytes, made.facts
+        else:
+            cpu = time.process_time()
+            own = quantize(folder, out, config, calibration=calibrating, **options)
+            bits, nbytes = own.bits_per_weight, own.bytes_after
+            facts = {"seconds": own.seconds, "cpu_seconds": time.process_time() - cpu, "tool": __version__}
         numbers = evaluate.measure_windows(load(out, **options), folder, measured, args.dtype, args.trust_remote_code)
     found = evaluate.summarize(numbers, measured.shape[1])
     return {
         "method": method,
         "config": config.to_dict(),
-        "bits_per_weight": made.bits_per_weight,
-        "bytes": made.bytes_after,
-        "seconds": made.seconds,
+        "bits_per_weight": bits,
+        "bytes": nbytes,
+        **facts,
         **found.to_dict(),
         "per_window": numbers.tolist(),  # (windows, 4); the table's intervals resample these
     }
@@ -147,23 +192,31 @@ def markdown(table: Table, wanted: Iterable[tuple[str, QuantConfig]]) -> str:
         f"{table.setting['model']}: original perplexity {original:.3f} over {table.setting['windows']} windows of "
         f"{seq_len}; {table.setting['samples']} calibration windows of {seq_len}",
         "",
-        "| bits | group | method | bits/weight | perplexity | gap | x plain | KL | top-1 | seconds | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| bits | group | method | bits/weight | KL | seeds' KL | x plain | x peer | perplexity | gap | top-1 | "
+        "seconds | CPU s | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (bits, group_size, method), rows in by_line.items():
         mean = found[bits, group_size, method]
-        each = [row["perplexity"] for row in rows]
-        spread = f" [{min(each):.3f}, {max(each):.3f}]" if len(each) > 1 else ""
+        each = [row["kl"] for row in rows]
+        spread = f"{min(each):.4f} to {max(each):.4f}" if len(each) > 1 else ""
         plain = found.get((bits, group_size, PLAIN))
-        multiple = f"{mean.gap / plain.gap:.2f}" if plain and plain.gap > 0 else ""
+        peers = [one.kl for (b, g, name), one in found.items() if (b, g) == (bits, group_size) and name in PEERS]
         low, high = mean.intervals["kl"] if mean.intervals else (mean.kl, mean.kl)
         cells = [
-            bits, group_size, method, f"{statistics.mean(row['bits_per_weight'] for row in rows):.3f}",
-            f"{mean.perplexity:.3f}{spread}", f"{mean.gap:+.2%}", multiple, f"{mean.kl:.4f} [{low:.4f}, {high:.4f}]",
-            f"{mean.top1_agreement:.2%}", f"{statistics.mean(row['seconds'] for row in rows):.1f}", len(rows),
+            bits, group_size, method, f"{_mean(rows, 'bits_per_weight'):.3f}", f"{mean.kl:.4f} [{low:.4f}, {high:.4f}]",
+            spread, f"{mean.kl / plain.kl:.2f}" if plain else "", f"{mean.kl / min(peers):.2f}" if peers else "",
+            f"{mean.perplexity:.3f}", f"{mean.gap:+.2%}", f"{mean.top1_agreement:.2%}",
+            f"{_mean(rows, 'seconds'):.1f}", f"{_mean(rows, 'cpu_seconds'):.1f}", len(rows),
         ]  # fmt: skip
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    tools = {row["method"]: row["tool"] for rows in by_line.values() for row in rows if row["method"] in PEERS}
+    lines += ["", *(f"{method}: version {version}" for method, version in tools.items())] if tools else []
     return "\n".join(lines)
+
+
+def _mean(rows: list[Row], key: str) -> float:
+    return statistics.mean(float(row.get(key, "nan")) for row in rows)
 
 
 def _over_seeds(rows: list[Row]) -> evaluate.Comparison:
@@ -174,28 +227,47 @@ def _over_seeds(rows: list[Row]) -> evaluate.Comparison:
 def run(args: argparse.Namespace) -> None:
     """Measure all rows that are missing, and print the table."""
     folder = demo.MODEL if args.model == "demo" else resolve(args.model, None)
+    with tempfile.TemporaryDirectory(prefix="gptq-padded-") as scratch:
+        if args.pad_inner > 1:
+            folder = pad_inner(folder, args.pad_inner, Path(scratch) / "model")
+        _fill(folder, args)
+
+
+def _fill(folder: Path, args: argparse.Namespace) -> None:
     seq_len, _ = fit_seq_len(args.seq_len, read_config(folder, args.trust_remote_code))
     tokenizer = read_tokenizer(folder, args.trust_remote_code)
     rows, measured_rows = read_texts(args)
     measured = calibration.evaluation_windows(measured_rows, tokenizer, seq_len, args.windows)
     setting = {
         "model": args.model, "calibration": args.calibration, "data": args.data, "samples": args.samples,
-        "seq_len": seq_len, "windows": len(measured), "dtype": args.dtype, "version": __version__,
+        "seq_len": seq_len, "windows": len(measured), "dtype": args.dtype, "pad_inner": args.pad_inner,
+        "version": __version__,
     }  # fmt: skip
     table, wanted = Table(args.json, setting), configurations(args)
     missing = [(method, config) for method, config in wanted if table.row(method, config) is None]
+    failed = []
     with tqdm(missing, unit="model", disable=None) as bar:
         for method, config in bar:
             bar.set_description(f"{config.bits} bits, group {config.group_size}, {method}, seed {config.seed}")
             calibrating = calibration.draw_windows(rows, tokenizer, args.samples, seq_len, config.seed)
-            table.add(measure(method, config, folder, calibrating, measured, args))
-    print(markdown(table, wanted))
+            try:
+                table.add(measure(method, config, folder, calibrating, measured, args))
+            except RuntimeError as error:
+                if method not in PEERS:
+                    raise
+                failed.append(f"{method}, {config.bits} bits, group {config.group_size}, seed {config.seed}: {error}")
+    print("\n\n".join([markdown(table, wanted), *failed]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder or Hub id; default: demo")
-    parser.add_argument("--methods", nargs="+", choices=PRESETS, default=list(PRESETS), help="default: all")
+    parser.add_argument("--methods", nargs="*", choices=PRESETS, default=list(PRESETS), help="default: all")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="other tools; default: none")
+    there = Path(tempfile.gettempdir()) / "gptq-peers"
+    parser.add_argument("--environments", type=Path, default=there, metavar="FOLDER", help="of peers; %(default)s")
+    parser.add_argument("--check-reading", action="store_true", help="compare peers' own logits with ours")
+    parser.add_argument("--pad-inner", type=int, default=1, metavar="N", help="pad MLPs with zeros to a multiple of N")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], metavar="N", help="default: 4 3 2")
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[128], metavar="N", help="default: 128")
     parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="of the file, and so the grid")
