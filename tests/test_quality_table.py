@@ -82,16 +82,17 @@ def test_a_file_is_read_into_the_weights_and_the_size_that_its_record_has(
     make_model: MakeModel, text_file: str, tmp_path: Path, sym: bool
 ) -> None:
     source = make_model("llama", dtype=torch.bfloat16)
-    options = {"bits": 3, "group_size": 32, "sym": sym, "method": "rtn", "format": "pack-quantized"}
-    made = quantize(source, tmp_path / "out", config.QuantConfig(**options))
+    asked = config.QuantConfig(bits=3, group_size=32, sym=sym, method="rtn", format="pack-quantized")
+    made = quantize(source, tmp_path / "out", asked)
     packed = load(tmp_path / "out", dtype="float32")
     peers._say_float32(tmp_path / "out" / "config.json")
     bits, _ = peers._write_plain(open_original(tmp_path / "out"), source, tmp_path / "plain")
     assert bits == made.bits_per_weight
     plain = load(tmp_path / "plain")
     for name, parameter in plain.named_parameters():
-        layer = packed.get_submodule(name.removesuffix(".weight"))
-        assert torch.equal(parameter, layer.weight.float()), name
+        weight = packed.get_submodule(name.removesuffix(".weight")).weight
+        assert isinstance(weight, torch.Tensor)
+        assert torch.equal(parameter, weight.float()), name
 
 
 def test_an_importance_matrix_holds_the_sums_of_squares_of_inputs(make_model: MakeModel, tmp_path: Path) -> None:
