@@ -7,25 +7,29 @@ from gptq.inference.hf_registration import register
 from gptq.version import __version__
 
 if TYPE_CHECKING:
-    from gptq.config import Override, QuantConfig
+    from gptq.config import Override, PolishConfig, QuantConfig
     from gptq.errors import InputError
     from gptq.evaluation.evaluate import compare, perplexity
     from gptq.inference.load import load
     from gptq.output.convert import convert
     from gptq.pipeline.quantize import quantize
+    from gptq.polishing.polish import polish
 
 __all__ = [
-    "InputError", "Override", "QuantConfig", "__version__", "compare", "convert", "load", "perplexity", "quantize",
+    "InputError", "Override", "PolishConfig", "QuantConfig", "__version__", "compare", "convert", "load", "perplexity",
+    "polish", "quantize",
 ]  # fmt: skip
 
 _HOMES = {
     "InputError": "errors",
     "Override": "config",
     "convert": "output.convert",
+    "PolishConfig": "config",
     "QuantConfig": "config",
     "compare": "evaluation.evaluate",
     "load": "inference.load",
     "perplexity": "evaluation.evaluate",
+    "polish": "polishing.polish",
     "quantize": "pipeline.quantize",
 }
 

@@ -77,9 +77,9 @@ def option(
     return made
 
 
-def flags() -> dict[str, Flag]:
-    """The flag of each field of QuantConfig, by the field's name."""
-    named = {one.name: one.metadata["flag"] for one in fields(QuantConfig)}
+def flags(of: "type[QuantConfig] | type[PolishConfig]") -> dict[str, Flag]:
+    """The flag of each field of a config, by the field's name."""
+    named = {one.name: one.metadata["flag"] for one in fields(of)}
     return {name: replace(flag, name=f"--{(flag.name or name).replace('_', '-')}") for name, flag in named.items()}
 
 
@@ -360,3 +360,30 @@ class QuantConfig:
         unknown = sorted(set(values) - known)
         _require(not unknown, f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class PolishConfig:
+    """Options of `gptq.polish` that decide which bytes it writes.
+
+    Args:
+        steps: of Adam, each on four windows; fewer are taken once the held-out windows no longer gain.
+        num_samples: calibration windows. More than a quantization takes pay here.
+        seq_len, seed: as for `QuantConfig`.
+
+    Raises:
+        InputError: an option is out of its range.
+    """
+
+    steps: int = option(200, "of gradient descent on the whole model", metavar="N")
+    num_samples: int = option(256, "calibration windows; one in eight measures", flag="samples", metavar="N")
+    seq_len: int = option(2048, "tokens per window", metavar="N")
+    seed: int = option(0, "of the choice of windows", metavar="N")
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("num_samples", 8), ("seq_len", 2), ("seed", 0)):
+            value = getattr(self, name)
+            _require(type(value) is int and least <= value < 2**40, f"{name} is {value!r}; it is {least} or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -35,7 +35,7 @@ def test_an_option_out_of_range_is_named_with_its_value(option: str, value: Any)
 def test_every_option_is_explained_and_has_a_flag_that_sets_it() -> None:
     arguments = (inspect.getdoc(QuantConfig) or "").partition("Args:")[2].partition("Raises:")[0]
     explained = re.findall(r"^ {4}(\w+): ", arguments, re.MULTILINE)
-    assert explained == [one.name for one in fields(QuantConfig)] == [*flags()]
+    assert explained == [one.name for one in fields(QuantConfig)] == [*flags(QuantConfig)]
     given = {"sym": False, "search": True, "desc_act": True, "two_streams": True, "static_groups": False,
              "lm_head": True, "pack_chats": False}  # fmt: skip
     texts = {"method": "rtn", "effort": "best", "format": "gptq_v2", "overrides": "down_proj:bits=8",
@@ -47,11 +47,11 @@ def test_every_option_is_explained_and_has_a_flag_that_sets_it() -> None:
         "target_bits": 3.5,
         "target_size": 3 * 10**9,
     }
-    for name, flag in flags().items():
+    for name, flag in flags(QuantConfig).items():
         text = [] if name in given else [texts.get(name, "7")]
         args = parser().parse_args(["quantize", "MODEL", "OUT", flag.name, *text])
         assert getattr(args, name) == {**given, **values}.get(name, 7), flag.name
-        others = flags().keys() - {name}
+        others = flags(QuantConfig).keys() - {name}
         assert not any(other in args for other in others)  # what is not given is left to QuantConfig
     assert parser().parse_args(["quantize", "MODEL", "OUT", "--no-search"]).search is False
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gptq"
 ROOMS = [  # each imports only what stands before it
     "compute", "checkpoint", "solver", "models", "calibration", "formats", "inference", "planning", "output",
-    "pipeline", "evaluation", "cli",
+    "pipeline", "evaluation", "polishing", "cli",
 ]  # fmt: skip
 BELOW = {"errors", "version", "config"}  # may be imported by every room
 ABOVE = {"demo", "__main__", "__init__"}  # import what they like

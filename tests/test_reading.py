@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gptq import InputError, QuantConfig, compare, load, perplexity, quantize
-from gptq.evaluation import evaluate
+from gptq.evaluation.original_logits import compute_logits_by_block, compute_original_logits
 from gptq.formats.original import open_original
 from gptq.inference.load import tie_weights
 from gptq.models.build import open_model, parameters_on_meta
@@ -240,8 +240,8 @@ def test_the_original_has_the_same_logits_block_by_block(kind: str, rng: torch.G
     sizes = {**ARCHITECTURES, **EXPERTS}.get(kind, {})
     random_model(kind, **sizes).save_pretrained(tmp_path)
     tokens, device = torch.randint(3, 300, (2, 12), generator=rng), torch.device("cpu")
-    whole = list(evaluate.compute_original_logits(tmp_path, tokens, device))
-    by_block = list(evaluate.compute_logits_by_block(tmp_path, tokens, device))
+    whole = list(compute_original_logits(tmp_path, tokens, device))
+    by_block = list(compute_logits_by_block(tmp_path, tokens, device))
     torch.testing.assert_close(by_block, whole, rtol=1e-4, atol=1e-4)
 
 

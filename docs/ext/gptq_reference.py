@@ -110,7 +110,7 @@ def options() -> str:
     """The reference page of QuantConfig, from its fields and docstring, and the table of efforts."""
     from gptq.config import EFFORTS, QuantConfig, flags
 
-    about, named = arguments_of(QuantConfig), flags()
+    about, named = arguments_of(QuantConfig), flags(QuantConfig)
     parts = []
     for field in fields(QuantConfig):
         flag = named[field.name].name

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq.cli.early import check
-from gptq.config import FORMATS, Flag, QuantConfig, flags, parse_size
+from gptq.config import FORMATS, Flag, PolishConfig, QuantConfig, flags, parse_size
 from gptq.errors import InputError, printable
 from gptq.version import __version__
 
@@ -69,6 +69,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="one JSON object to stdout")
 
     p = commands.add_parser(
+        "polish", help="tune the scales and norms of a quantized checkpoint on the original's predictions",
+        formatter_class=_Help,
+    )  # fmt: skip
+    p.add_argument("model", metavar="MODEL", help="folder of a quantized checkpoint; it stays as it is")
+    p.add_argument("--against", metavar="ORIGINAL", required=True, help="folder or Hub id of what it was made from")
+    p.add_argument("--to", metavar="OUT", help="folder to make; MODEL-polished if not given. A stopped run goes on")
+    for one in fields(PolishConfig):
+        _add_option_flag(p, one.name, one.default, flags(PolishConfig)[one.name])
+    p.add_argument("--calibration", default="c4", metavar="SRC", help=source_help)
+    _add_common_flags(p, revision=False)
+
+    p = commands.add_parser(
         "eval", help="measure perplexity, and the distance from the original", formatter_class=_Help
     )
     p.add_argument("model", metavar="MODEL", help="folder or Hub id, quantized or not")
@@ -126,7 +138,7 @@ def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def _add_quantization_flags(parser: argparse.ArgumentParser, source_help: str) -> None:
     """Add a flag for each field of QuantConfig, and the flags for calibration data and memory."""
     for one in fields(QuantConfig):
-        _add_option_flag(parser, one.name, one.default, flags()[one.name])
+        _add_option_flag(parser, one.name, one.default, flags(QuantConfig)[one.name])
     parser.add_argument(
         "--calibration", default="c4", metavar="SRC",
         help=f"{source_help}; chats (column `messages`), images and sound (`image`, `images`, `audio`) likewise; for "
@@ -181,10 +193,11 @@ def _add_upload_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="make the repository private, where it is new")
 
 
-def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+def _add_common_flags(parser: argparse.ArgumentParser, revision: bool = True) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     parser.add_argument("--dtype", default="auto", help="of forward passes: float32, bfloat16, float16")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+    if revision:
+        parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint"
     )

@@ -22,7 +22,7 @@ import transformers
 from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import is_held_out, read_calibration
 from gptq.checkpoint import hub
-from gptq.cli.early import read_config
+from gptq.cli.early import polished_folder, read_config, read_polish_config
 from gptq.cli.progress import Progress
 from gptq.compute.distributed import current_ranks, process_group
 from gptq.config import QuantConfig
@@ -39,6 +39,7 @@ from gptq.pipeline.run import Observer
 from gptq.pipeline.search import MIN_WINDOWS
 from gptq.planning import cost, memory
 from gptq.planning.plan import Plan, plan_checkpoint, refuse_other_grids
+from gptq.polishing.polish import polish
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 3, 130, 141  # exit codes; the last two are those of shells
 PACKAGE = Path(__file__).parents[1]
@@ -263,6 +264,30 @@ def _convert(args: argparse.Namespace) -> int:
     return _push(args)
 
 
+def _polish(args: argparse.Namespace) -> int:
+    with Progress() as progress:
+        made = polish(
+            args.model,
+            args.against,
+            polished_folder(args),
+            read_polish_config(args),
+            calibration=args.calibration,
+            device=args.device,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
+            observer=progress,
+        )
+    if args.json:
+        _print_json(made.to_dict())
+    else:
+        print(
+            f"{made.out}: KL(original || quantized) on held-out windows {made.kl_before:.5f} -> {made.kl_after:.5f} "
+            f"per token, after {made.steps} steps, {made.seconds:.0f} s"
+        )
+    return 0
+
+
 def _print_summary(result: Result) -> None:
     print(
         f"{result.out}: {len(result.layers)} layers at {result.bits_per_weight:.2f} bits per weight ({result.format}), "
@@ -424,6 +449,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "quantize": _quantize,
     "plan": _plan,
     "convert": _convert,
+    "polish": _polish,
     "eval": _eval,
     "inspect": _inspect,
     "verify": _verify,

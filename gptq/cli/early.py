@@ -7,7 +7,7 @@ from pathlib import Path
 from gptq.calibration.sources import require_file
 from gptq.checkpoint.atomic_folder import require_unused
 from gptq.checkpoint.untrusted import local_folder
-from gptq.config import QuantConfig
+from gptq.config import PolishConfig, QuantConfig
 from gptq.errors import InputError
 
 
@@ -18,6 +18,17 @@ def read_config(args: argparse.Namespace) -> QuantConfig:
         InputError: a value is out of range, or contradicts another one.
     """
     return QuantConfig.from_dict({one.name: getattr(args, one.name) for one in fields(QuantConfig) if one.name in args})
+
+
+def read_polish_config(args: argparse.Namespace) -> PolishConfig:
+    """Make a PolishConfig from the flags that were given; raises InputError as `read_config`."""
+    return PolishConfig(**{one.name: getattr(args, one.name) for one in fields(PolishConfig) if one.name in args})
+
+
+def polished_folder(args: argparse.Namespace) -> Path:
+    """The folder that `gptq polish` makes."""
+    model = Path(args.model)
+    return Path(args.to) if args.to else model.with_name(f"{model.resolve().name}-polished")
 
 
 def _results(args: argparse.Namespace) -> list[Path]:
@@ -42,6 +53,10 @@ def check(args: argparse.Namespace) -> None:
         if len(_results(args)) > 1 and args.push:
             raise InputError(f"--push uploads one folder, and there is one for each format; upload {args.out}/FORMAT")
     if config is not None and config.method == "gptq":
+        require_file(args.calibration)
+    if args.command == "polish":
+        read_polish_config(args)
+        require_unused(polished_folder(args))
         require_file(args.calibration)
     if args.command == "eval":
         require_file(args.data)

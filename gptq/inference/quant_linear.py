@@ -36,7 +36,7 @@ class QuantLinear(nn.Module):
         self._suffixes = tuple(packed)
         self._buffers.update(packed)  # not by register_buffer, which refuses a buffer called like the property `weight`
         self.register_buffer("bias", bias)
-        self._rounds_activations = formats.FORMATS[scheme.format].activation_bits is not None
+        self.rounds_activations = formats.FORMATS[scheme.format].activation_bits is not None
         self.is_prepared = False
         self._product: products.Product | None = None
         self._operands: products.Operands | None = None
@@ -99,7 +99,7 @@ class QuantLinear(nn.Module):
         return dense
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._rounds_activations:
+        if self.rounds_activations:
             return self._multiply(round_to_int8(x)).to(x.dtype)
         return self._multiply(x)
 

@@ -125,7 +125,7 @@ def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remo
     if reason:
         raise InputError(f"{model} cannot be written as {chosen!r}: {reason}")
     linears = Linears(layers, *unquantized_linears(network, names, find_blocks(network), stored))
-    record = _inherit_record(model, folder, quantization, read.format)
+    record = inherit_record(model, folder)
     is_restored = record.origin is not None and record.origin.format == chosen
     plans = _plan_layers(packed, wanted, quantization_config(chosen, linears, record))
     if formats.FORMATS[chosen].zero_offset and not is_restored:
@@ -184,13 +184,14 @@ def _refuse_zero_points_of_0(source: Source, plans: LayerPlans) -> None:
             )
 
 
-def _inherit_record(model: str | Path, folder: Path, quantization: dict[str, Any], kind: Format) -> Record:
+def inherit_record(model: str | Path, folder: Path) -> Record:
     """Copy the folder's record, or without a record note which tool made the folder and what its config said.
 
     A config in the words of another format (`TRANSLATED`) is not noted: it cannot be that of a file in this one.
     """
     if (folder / RECORD).is_file():
         return read_record(folder).without_checksums()
+    quantization = quantization_of(folder) or {}
     own = translated(folder / "config.json", quantization)
     meta = own.get("meta")
     maker = meta.get("quantizer") if isinstance(meta, dict) else None
@@ -204,7 +205,13 @@ def _inherit_record(model: str | Path, folder: Path, quantization: dict[str, Any
     )
     if method_of(quantization) in TRANSLATED:
         return record
-    return record.model_copy(update={"origin": OriginRecord(format=kind, quantization_config=quantization)})
+    return record.model_copy(
+        update={
+            "origin": OriginRecord(
+                format=read_quantization(folder / "config.json", quantization).format, quantization_config=quantization
+            )
+        }
+    )
 
 
 def _plan_shards(source: Source, plans: LayerPlans) -> list[dict[str, TensorInfo]]:

@@ -100,6 +100,17 @@ class PerplexityRecord(JsonObject):
     seq_len: Count
 
 
+class PolishRecord(JsonObject):
+    """What `polish` did; KL(original || quantized) in nats per token on held-out windows."""
+
+    original: Printable
+    calibration: str
+    config: dict[str, Any]
+    steps: Annotated[int, Field(ge=0)]
+    kl_before: Error
+    kl_after: Error
+
+
 class OriginRecord(JsonObject):
     """What the file of another tool said of itself before it was converted."""
 
@@ -119,6 +130,7 @@ class Record(JsonObject):
     experts: IfPresent[list[ExpertsRecord]] = None
     made_by: str | None = None
     origin: IfPresent[OriginRecord] = None
+    polish: IfPresent[PolishRecord] = None
     perplexity: IfPresent[list[PerplexityRecord]] = None
     card_metadata: IfPresent[dict[str, str]] = None
 

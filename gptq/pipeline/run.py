@@ -27,6 +27,10 @@ class Observer:
     def prefetched(self, nbytes: int, seconds: float, waited: float) -> None:
         """At the end: bytes prefetched, seconds spent on reading them, and seconds that the run waited for them."""
 
+    def window_done(self, done: int, total: int) -> None: ...
+
+    def step_done(self, done: int, total: int) -> None: ...
+
     def finished(self) -> None: ...
 
 

@@ -58,7 +58,7 @@ class BlockToTune:
     def error(self, tensors: dict[ParameterKey, Tensor]) -> float:
         """Return the mean squared difference relative to `power`, with these parameters, on the held-out windows."""
         judges = self.held_out or range(len(self.forwards))
-        with _substituted(tensors):
+        with substituted(tensors):
             total = sum(float(self.distance(i)) for i in judges)
         return total / len(judges) / self.power
 
@@ -95,7 +95,7 @@ class _Variables:
         self._block = block
         layers = block.layers.items()
         found = {(m, n): p.detach() for m in block.module.modules() for n, p in m._parameters.items() if p is not None}
-        self._small = {key: p for key, p in found.items() if _is_small(p) and key not in block.kept}
+        self._small = {key: p for key, p in found.items() if is_small(p) and key not in block.kept}
         self._sizes = {key: p.float().square().mean().sqrt() for key, p in self._small.items()}
         self.scales = {
             linear: torch.zeros_like(s.scale, requires_grad=block.grids[linear].tunes_scales) for linear, s in layers
@@ -158,7 +158,7 @@ def _backpropagate(block: BlockToTune, tensors: dict[ParameterKey, Tensor], wind
     Windows are run one at a time against detached copies, so that only one window's activations are held.
     """
     leaves = {key: t.detach().requires_grad_() for key, t in tensors.items()}
-    with _substituted(leaves):
+    with substituted(leaves):
         for i in windows:
             (block.distance(i) / (len(windows) * block.power)).backward()
     reached = [key for key, leaf in leaves.items() if leaf.grad is not None]
@@ -169,7 +169,7 @@ def _is_free(variable: Tensor) -> bool:
     return variable.requires_grad
 
 
-def _is_small(parameter: Tensor) -> bool:
+def is_small(parameter: Tensor) -> bool:
     """Whether a parameter is a norm's weight or a bias."""
     return parameter.ndim == 1 and parameter.is_floating_point() and not parameter.is_meta
 
@@ -218,7 +218,7 @@ def hidden_states(output: Any) -> Tensor:
 
 
 @contextmanager
-def _substituted(tensors: dict[ParameterKey, Tensor]) -> Iterator[None]:
+def substituted(tensors: dict[ParameterKey, Tensor]) -> Iterator[None]:
     """Inside, modules compute with these tensors instead of their parameters, and gradients reach the tensors."""
     own = {key: key[0]._parameters.pop(key[1]) for key in tensors}
     try:

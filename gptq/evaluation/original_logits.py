@@ -1,0 +1,102 @@
+"""The logits of an original model: by transformers where all of it fits into memory, else one block at a time."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gptq.errors import InputError
+from gptq.formats.original import open_original
+from gptq.inference.load import load
+from gptq.models.blocks import find_blocks
+from gptq.models.build import open_model
+from gptq.models.forward import check_tokens, run_forward
+from gptq.models.hf_config import choose_dtype, read_config
+from gptq.models.reached_layers import find_unreached_layers
+from gptq.models.tensor_names import check_tensors
+from gptq.models.weights import WeightStream
+from gptq.pipeline.block_walk import BlockWalk
+from gptq.pipeline.layer_walk import set_original_weights
+from gptq.planning.memory import available_bytes
+from gptq.planning.plan import without_blocks_of
+
+MOST_OF_MEMORY = 0.7  # of what is free, that the original may take when all of it is loaded
+
+
+def require_causal(network: PreTrainedModel) -> None:
+    """Raises InputError if a model's logits do not predict the next token of its input."""
+    if network.config.is_encoder_decoder or not network.can_generate():
+        raise InputError(f"{type(network).__name__} is no causal language model, which perplexity is measured of")
+
+
+@torch.no_grad()
+def compute_original_logits(
+    folder: Path,
+    tokens: Tensor,
+    device: torch.device,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Tensor]:
+    """Yield logits (seq_len - 1, vocabulary) of each window of tokens (windows, seq_len).
+
+    transformers reads the model and computes where all of it fits into the free memory, so that the judge shares no
+    fault with what it judges; otherwise see `compute_logits_by_block`.
+    """
+    if not _fits_into_memory(folder, device, dtype, trust_remote_code):
+        yield from compute_logits_by_block(folder, tokens, device, dtype, trust_remote_code, progress)
+        return
+    network = load(folder, device=str(device), dtype=dtype, trust_remote_code=trust_remote_code)
+    require_causal(network)
+    check_tokens(tokens, network)
+    for done, window in enumerate(tokens.to(device)):
+        yield run_forward(network, input_ids=window[None], use_cache=False).logits[0, :-1]
+        progress(done + 1, len(tokens))
+
+
+def _fits_into_memory(folder: Path, device: torch.device, dtype: str, trust_remote_code: bool) -> bool:
+    """Whether a checkpoint takes less than MOST_OF_MEMORY of the device's free memory, all of it loaded."""
+    compute = choose_dtype(dtype, read_config(folder, trust_remote_code), device)
+    needed = sum(compute.itemsize * math.prod(info.shape) for info in open_original(folder).tensors.values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    return needed < MOST_OF_MEMORY * free
+
+
+@torch.no_grad()
+def compute_logits_by_block(
+    folder: Path,
+    tokens: Tensor,
+    device: torch.device,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Tensor]:
+    """Yield what `compute_original_logits` yields, with one block in memory at a time.
+
+    All windows run through a block before the next one is read. The output head runs window by window at the end.
+    """
+    opened = open_model(open_original(folder), trust_remote_code)
+    network = opened.network
+    require_causal(network)
+    check_tensors(network, opened.names, opened.source.tensors)
+    check_tokens(tokens, network)
+    weights = WeightStream(opened.source, opened.names, device, choose_dtype(dtype, opened.hf_config, device))
+    every_block = find_blocks(network)
+    blocks = without_blocks_of(find_unreached_layers(network, every_block, {"input_ids": tokens[:1]}), every_block)
+    done, total = 0, 2 * len(tokens) * len(blocks)  # the caller runs its own model as each window is yielded
+    with BlockWalk(network, blocks, [{"input_ids": window[None]} for window in tokens], 1, weights) as walk:
+        for block, (calls,) in walk:
+            set_original_weights(block, weights)
+            outputs = []
+            for call in calls:
+                outputs.append(call())
+                done += 1
+                progress(done, total)
+            walk.resume_with([outputs])
+        for _, output in walk.outputs():
+            yield output.logits[0, :-1]
+            done += len(blocks)
+            progress(done, total)

@@ -1,0 +1,1 @@
+"""Tune a quantized model as a whole towards the original's predictions."""

@@ -1,0 +1,196 @@
+"""Adam on the scales, norms and biases of a whole model, towards the predictions of the original.
+
+Only the inputs of blocks are kept for the backward pass, and each step takes its windows one at a time.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from gptq.calibration.windows import is_held_out
+from gptq.checkpoint.small_files import sync_path
+from gptq.config import PolishConfig
+from gptq.models.forward import run_forward
+from gptq.models.weights import WeightStream, join_names
+from gptq.pipeline.run import Observer
+from gptq.pipeline.tune import ParameterKey, is_small, substituted
+from gptq.polishing.scaled_linear import ScaledLinear
+from gptq.polishing.teacher import Teacher
+from gptq.solver.codes import Codes
+
+RATE = 2e-3  # learning rate at the start, relative to the size of what changes
+STEP_WINDOWS = 4  # calibration windows per step
+CHECK_EVERY = 20  # steps between two measurements on held-out windows; then the state is saved too
+STEP_SEEDS = 1_000_003  # distance of the seeds of two runs, so that no two steps of them draw alike
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by the names that torch gives them
+PATIENCE = 3  # measurements without an improvement, after which the run ends
+STATE = "polish.safetensors"  # file of OUT.partial: how far a run has come
+
+
+@contextmanager
+def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, each module keeps its inputs for the backward pass, and is run again there."""
+    own = {module: module.forward for module in modules}
+    try:
+        for module, forward in own.items():
+            module.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for module in own:
+            del module.forward  # uncovers the method of the class
+
+
+class Variables:
+    """What Adam changes: relative changes of scales, norms and biases. All start at 0."""
+
+    def __init__(self, network: nn.Module, layers: dict[str, ScaledLinear], weights: WeightStream) -> None:
+        self._layers, self._weights = layers, weights
+        self._names = {
+            (module, key): join_names(path, key)
+            for path, module in network.named_modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None and is_small(parameter) and weights.is_stored_whole(join_names(path, key))
+        }
+        self._small = {key: key[0]._parameters[key[1]].detach() for key in self._names}
+        self._sizes = {key: p.float().square().mean().sqrt() for key, p in self._small.items()}
+        self._changes = {
+            key: torch.zeros_like(p, dtype=torch.float32, requires_grad=True) for key, p in self._small.items()
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order of the model."""
+        return [*(layer.change for layer in self._layers.values()), *self._changes.values()]
+
+    def small_parameters(self) -> dict[ParameterKey, Tensor]:
+        """Return norms and biases with their changes applied; gradients reach the changes."""
+        return {key: (p + self._sizes[key] * self._changes[key]).to(p.dtype) for key, p in self._small.items()}
+
+    @torch.no_grad()
+    def stored(self, names: Mapping[str, str]) -> tuple[dict[str, Codes], dict[str, Tensor]]:
+        """Round all to what the file can hold; return layers and other tensors by their names in the checkpoint.
+
+        Args:
+            names: of packed layers in the checkpoint, by their names in the model.
+        """
+        codes: dict[str, Codes] = {}
+        for name, layer in self._layers.items():
+            rounded = layer.rounded()
+            if rounded is not None:
+                codes[names[name]] = rounded
+            kept = torch.zeros_like(layer.change)
+            layer.change.copy_(kept if rounded is None else rounded.scale.float() / layer.codes().scale.float() - 1)
+        small = {self._names[key]: tensor for key, tensor in self.small_parameters().items()}
+        return codes, dict(self._weights.to_stored(name, tensor) for name, tensor in small.items())
+
+
+@dataclass
+class Reached:
+    """How far a run has come."""
+
+    step: int  # steps taken
+    before: float  # KL on held-out windows at the start
+    best: float  # the lowest KL there
+    best_step: int
+
+
+class Descent:
+    """Adam on the variables, its state in a file every CHECK_EVERY steps."""
+
+    def __init__(
+        self, network: PreTrainedModel, windows: Tensor, teacher: Teacher, variables: Variables, config: PolishConfig,
+        folder: Path, observer: Observer,
+    ) -> None:  # fmt: skip
+        self._network, self._windows, self._teacher, self._variables = network, windows, teacher, variables
+        self._config, self._file, self._observer = config, folder / STATE, observer
+        self._held_out = [i for i in range(len(windows)) if is_held_out(i, len(windows))]
+        self._learned = [i for i in range(len(windows)) if not is_held_out(i, len(windows))]
+        self._best = [x.detach().clone() for x in variables.tensors()]
+        self._optimizer = torch.optim.Adam(variables.tensors(), lr=RATE, betas=(0.9, 0.95))
+
+    def run(self) -> Reached:
+        """Take the steps that are left; leave the variables at what was best on the held-out windows."""
+        reached, steps = self._open(), self._config.steps
+        while reached.step < steps and reached.step - reached.best_step < PATIENCE * CHECK_EVERY:
+            self._step(reached.step)
+            reached.step += 1
+            if reached.step % CHECK_EVERY == 0 or reached.step == steps:
+                self._check(reached)
+            self._observer.step_done(reached.step, steps)
+        self._set_best()
+        return reached
+
+    def _step(self, number: int) -> None:
+        """One step on STEP_WINDOWS windows, drawn for its number; the rate falls to 0 along a cosine."""
+        draw = torch.Generator().manual_seed(STEP_SEEDS * self._config.seed + number)
+        chosen = torch.randint(len(self._learned), (STEP_WINDOWS,), generator=draw).tolist()
+        for group in self._optimizer.param_groups:
+            group["lr"] = RATE * (1 + math.cos(math.pi * number / self._config.steps)) / 2
+        for i in chosen:  # one window at a time, so that memory holds the activations of one
+            with torch.enable_grad(), substituted(self._variables.small_parameters()):
+                (self._divergence(self._learned[i]) / STEP_WINDOWS).backward()  # runs the blocks again
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _divergence(self, window: int) -> Tensor:
+        ids = self._windows[window][None]
+        logits = run_forward(self._network, input_ids=ids, use_cache=False).logits[0, :-1]
+        return self._teacher.divergence(window, logits)
+
+    @torch.no_grad()
+    def held_out_divergence(self) -> float:
+        """KL(original || model) per token on the held-out windows."""
+        with substituted(self._variables.small_parameters()):
+            return sum(float(self._divergence(i)) for i in self._held_out) / len(self._held_out)
+
+    def _check(self, reached: Reached) -> None:
+        """Measure, keep the best, and save the state."""
+        found = self.held_out_divergence()
+        if found < reached.best:
+            reached.best, reached.best_step = found, reached.step
+            self._best = [x.detach().clone() for x in self._variables.tensors()]
+        self._observer.stage(f"KL {found:.5f} after {reached.step} steps, at first {reached.before:.5f}")
+        self._save(reached)
+
+    def _save(self, reached: Reached) -> None:
+        """Write variables, the best ones and Adam's moments, so that a later run takes the same steps from here on."""
+        tensors: dict[str, Tensor] = {}
+        for i, (variable, best) in enumerate(zip(self._variables.tensors(), self._best, strict=True)):
+            tensors |= {f"{i}.variable": variable.detach(), f"{i}.best": best}
+            tensors |= {f"{i}.{moment}": self._optimizer.state[variable][moment] for moment in MOMENTS}
+        temporary = self._file.with_suffix(".new")
+        save_file(
+            {name: x.contiguous() for name, x in tensors.items()}, temporary, {"reached": json.dumps(asdict(reached))}
+        )
+        sync_path(temporary)
+        temporary.replace(self._file)
+
+    @torch.no_grad()
+    def _open(self) -> Reached:
+        """Return how far an earlier run has come, and set the variables and Adam to that; else begin."""
+        if not self._file.is_file():
+            before = self.held_out_divergence()
+            return Reached(0, before, before, 0)
+        with safe_open(self._file, "pt", str(self._windows.device)) as file:
+            reached = Reached(**json.loads(file.metadata()["reached"]))
+            for i, variable in enumerate(self._variables.tensors()):
+                variable.copy_(file.get_tensor(f"{i}.variable"))
+                self._best[i] = file.get_tensor(f"{i}.best")
+                moments = {moment: file.get_tensor(f"{i}.{moment}") for moment in MOMENTS}
+                self._optimizer.state[variable] = {"step": torch.tensor(float(reached.step)), **moments}
+        return reached
+
+    @torch.no_grad()
+    def _set_best(self) -> None:
+        for variable, best in zip(self._variables.tensors(), self._best, strict=True):
+            variable.copy_(best)

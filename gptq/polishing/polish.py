@@ -1,0 +1,188 @@
+"""Polish a quantized checkpoint: change its scales, norms and biases so that the whole model predicts as the original.
+
+Quantization minimizes the error of layers and blocks. What counts is the model's output, so that this last step
+minimizes KL(original || quantized) over the calibration windows (as DWQ of mlx-lm does, and the second phase of
+EfficientQAT, arXiv 2407.11062). Codes stay: one number per group learns from few tokens what one per weight would need
+very many for. Memory holds the packed model, one dequantized block, and one window's activations between blocks.
+
+    original -> its most probable tokens, in a file -> steps of Adam on relative changes -> the best on held-out windows
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq.calibration.windows import HELD_OUT_EVERY, make_windows, read_calibration
+from gptq.checkpoint.assembled import open_source
+from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder
+from gptq.checkpoint.hub import resolve
+from gptq.checkpoint.small_files import write_file
+from gptq.checkpoint.source_state import SourceState, fingerprint
+from gptq.checkpoint.untrusted import read_json
+from gptq.compute.matmul import exact_float32
+from gptq.compute.torch_state import fresh_torch_state
+from gptq.config import PolishConfig, QuantConfig
+from gptq.errors import InputError
+from gptq.evaluation.original_logits import compute_original_logits, require_causal
+from gptq.formats.quantization_config import quantization_of
+from gptq.inference.load import load
+from gptq.models.blocks import find_blocks
+from gptq.models.build import OpenModel, open_model
+from gptq.models.hf_config import choose_device, choose_dtype
+from gptq.models.weights import WeightStream
+from gptq.output.convert import inherit_record
+from gptq.output.record import PolishRecord, model_name, public_name
+from gptq.output.rewrite import describe_packed, rewrite
+from gptq.pipeline.run import Observer
+from gptq.pipeline.run_identity import checksum_of_windows, decisive_files, list_changes
+from gptq.polishing.descent import STATE, Descent, Variables, checkpointed
+from gptq.polishing.scaled_linear import scaled_layers
+from gptq.polishing.teacher import record_teacher
+from gptq.version import __version__
+
+BEGUN = "polish.json"  # file of OUT.partial: everything that the result depends on
+
+
+@dataclass(frozen=True)
+class Polished:
+    """The result of `polish`; KL(original || quantized) is in nats per token, on held-out windows."""
+
+    out: str
+    steps: int  # after which the result was best
+    kl_before: float
+    kl_after: float
+    notes: list[str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@fresh_torch_state()
+def polish(
+    model: str | Path,
+    original: str | Path,
+    out: str | Path,
+    config: PolishConfig | None = None,
+    *,
+    calibration: str | Path | Tensor | Iterable[Any] = "c4",
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    observer: Observer | None = None,
+) -> Polished:
+    """Write a quantized checkpoint with scales, norms and biases that bring its predictions closer to the original's.
+
+    Args:
+        model: folder or Hub id of a quantized checkpoint that `gptq.load` reads, of any tool.
+        original: folder or Hub id of the checkpoint that it was made from.
+        out: folder to create. What a stopped run has reached is in OUT.partial, and the same call goes on from there.
+        calibration, device, dtype, allow_pickle: as for `gptq.quantize`; windows are text or numbers of tokens.
+
+    Raises:
+        InputError: anything a user can fix; then nothing is left at `out`. This includes a model whose format has no
+            scales that may change by a little, such as K-quants.
+    """
+    started, out = time.monotonic(), Path(out)
+    config, observer = config or PolishConfig(), observer or Observer()
+    folder, original_folder = resolve(str(model), None), resolve(str(original), None, allow_pickle)
+    state = SourceState.of(folder)
+    opened = open_model(open_source(folder), trust_remote_code)
+    if quantization_of(folder) is None:
+        raise InputError(f"{model} is not a quantized checkpoint: its config.json has no quantization_config")
+    packed = describe_packed(opened)
+    require_causal(opened.network)
+    windows, name, notes = _read_windows(calibration, config, folder, opened, trust_remote_code)
+    where = choose_device(device)
+    compute = choose_dtype(dtype, opened.hf_config, where)
+    for note in notes:
+        observer.note(note)
+    with partial_folder(out) as working, exact_float32(where):
+        _resume(working, _describe(config, opened, original_folder, windows, where, compute))
+        observer.stage(f"reading what {original} predicts")
+        logits = compute_original_logits(original_folder, windows, where, dtype, trust_remote_code)
+        teacher = record_teacher(working.root, logits, len(windows), windows.shape[1] - 1, observer.window_done)
+        network = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        blocks = [network.get_submodule(block.name) for block in find_blocks(opened.network)]
+        with scaled_layers(network) as layers, checkpointed(blocks):
+            if not layers:
+                raise InputError(f"{model} has no scales that may change by a little; its format fixes them")
+            variables = Variables(network, layers, WeightStream(opened.source, opened.names, where, compute))
+            descent = Descent(network, windows.to(where), teacher, variables, config, working.root, observer)
+            reached = descent.run()
+            codes, tensors = variables.stored(packed.stored)
+            after = descent.held_out_divergence()
+        if not after < reached.before:
+            notes.append("no step brought the model closer to the original, so it stays as it was")
+            observer.note(notes[-1])
+            codes, tensors, after = {}, {}, reached.before
+        record = inherit_record(model, folder).model_copy(
+            update={"polish": PolishRecord(
+                original=model_name(original), calibration=public_name(name), config=config.to_dict(),
+                steps=reached.best_step, kl_before=reached.before, kl_after=after,
+            )}
+        )  # fmt: skip
+        working.require_ours()
+        working.clear()
+        rewrite(packed, working.content, codes, tensors, record)
+        state.require_same()
+    return Polished(str(out), reached.best_step, reached.before, after, notes, time.monotonic() - started)
+
+
+def _read_windows(
+    given: Any, config: PolishConfig, folder: Path, opened: OpenModel, trust_remote_code: bool
+) -> tuple[Tensor, str, list[str]]:
+    """Return the calibration windows (windows, tokens), the name of their source, and notes for the user.
+
+    Raises:
+        InputError: the source is no text, or too short.
+    """
+    as_drawn = QuantConfig(num_samples=config.num_samples, seq_len=config.seq_len, seed=config.seed)
+    source = read_calibration(given, as_drawn, folder, None, trust_remote_code)
+    drawn, notes = make_windows(source, config.num_samples, folder, opened.network, as_drawn, trust_remote_code)
+    shapes = {tuple(window["input_ids"].shape) for window in drawn}
+    if len(shapes) > 1 or any(window.keys() != {"input_ids"} for window in drawn):
+        raise InputError(f"{source.name} gives windows of several lengths or of more than text; polishing takes text")
+    if len(drawn) < HELD_OUT_EVERY:
+        raise InputError(f"{len(drawn)} windows leave none to measure on; polishing needs {HELD_OUT_EVERY} or more")
+    return torch.cat([window["input_ids"] for window in drawn]), source.name, notes
+
+
+def _describe(
+    config: PolishConfig, opened: OpenModel, original: Path, windows: Tensor, where: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return everything that the result depends on."""
+    return {
+        "version": __version__,
+        "options": {**config.to_dict(), "dtype": str(dtype).removeprefix("torch."), "device": where.type},
+        "model": {file.name: fingerprint(file) for file in decisive_files(opened.source)},
+        "original": {file.name: fingerprint(file) for file in decisive_files(open_source(original))},
+        "windows": checksum_of_windows([{"input_ids": windows}]),
+    }
+
+
+def _resume(working: PartialFolder, begun: dict[str, Any]) -> None:
+    """Keep what an earlier run of the same kind has reached, or begin anew.
+
+    Raises:
+        InputError: the earlier run was begun with something else.
+    """
+    file, state = working.root / BEGUN, working.root / STATE
+    changed = list_changes(read_json(file), begun) if file.is_file() else [""]
+    if changed and state.is_file():
+        raise InputError(f"{working.root} was begun with {' and '.join(changed)}; give the same, or remove it")
+    if changed:
+        working.clear()
+        write_file(file, json.dumps(begun))
+    working.describe_kept = lambda: (
+        f"{working.root} keeps the steps that were taken, and the same command goes on from there"
+        if state.is_file()
+        else ""
+    )

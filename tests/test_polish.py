@@ -1,0 +1,214 @@
+"""Polishing: gradients of scales, the distance from the original's predictions, and what a run leaves on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gptq import InputError, PolishConfig, QuantConfig, compare, formats, load, polish, quantize
+from gptq.inference.quant_linear import QuantLinear, round_to_int8
+from gptq.output import verify
+from gptq.pipeline.run import Observer
+from gptq.polishing import descent
+from gptq.polishing.scaled_linear import ScaledLinear
+from gptq.polishing.teacher import LOWEST, Teacher, record_teacher
+from tests.conftest import VOCAB, MakeModel
+
+OPTIONS = PolishConfig(steps=20, num_samples=16, seq_len=32)
+
+
+@pytest.fixture
+def tokens(rng: torch.Generator) -> Tensor:
+    return torch.randint(1, VOCAB, (24, 32), generator=rng)
+
+
+def ignore(done: int, total: int) -> None: ...
+
+
+# --- the teacher ------------------------------------------------------------------------------------------------------
+
+
+def test_with_all_tokens_kept_the_divergence_is_that_of_the_whole_distributions(
+    tmp_path: Path, rng: torch.Generator
+) -> None:
+    p, q = (3 * torch.randn(2, 7, 50, generator=rng, dtype=torch.float64) for _ in range(2))
+    teacher = record_teacher(tmp_path, iter(p), 2, 7, ignore)
+    for window in range(2):
+        log_p, log_q = p[window].log_softmax(1), q[window].log_softmax(1)
+        expected = (log_p.exp() * (log_p - log_q)).sum(1).mean()
+        assert float(teacher.divergence(window, q[window].float())) == pytest.approx(float(expected), rel=2e-3)
+    again = record_teacher(tmp_path, iter(()), 2, 7, ignore)  # from the files
+    assert (again.tokens == teacher.tokens).all()
+    assert (again.log_probabilities == teacher.log_probabilities).all()
+
+
+def test_merging_tokens_is_a_lower_bound_with_the_gradient_of_what_was_merged(
+    tmp_path: Path, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptq.polishing.teacher.KEPT", 8)
+    p, q = (3 * torch.randn(1, 5, 40, generator=rng, dtype=torch.float64) for _ in range(2))
+    teacher = record_teacher(tmp_path, iter(p), 1, 5, ignore)
+    logits = q[0].float().requires_grad_()
+    found = teacher.divergence(0, logits)
+    found.backward()
+
+    exact = q[0].clone().requires_grad_()
+    P, Q = p[0].softmax(1), exact.softmax(1)
+    kept = P.topk(8, dim=1).indices
+    merged = [torch.cat([x.gather(1, kept), (x.sum(1) - x.gather(1, kept).sum(1))[:, None]], 1) for x in (P, Q)]
+    expected = (merged[0] * (merged[0].log() - merged[1].log())).sum(1).mean()
+    expected.backward()
+    whole = (P * (P.log() - Q.log())).sum(1).mean()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=2e-3)
+    assert float(expected.detach()) < float(whole.detach())
+    assert logits.grad is not None
+    assert exact.grad is not None
+    assert torch.allclose(logits.grad.double(), exact.grad, atol=2e-4)
+
+
+def test_a_token_that_the_original_rules_out_does_not_make_the_divergence_infinite(tmp_path: Path) -> None:
+    logits = torch.zeros(1, 3, 6)
+    logits[:, :, 2] = -torch.inf
+    teacher: Teacher = record_teacher(tmp_path, iter(logits), 1, 3, ignore)
+    assert float(teacher.log_probabilities.min()) >= LOWEST
+    assert float(teacher.divergence(0, logits[0].clamp(min=-30))) == pytest.approx(0, abs=1e-3)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4}, {"bits": 2, "sym": False}, {"bits": 3, "format": "pack-quantized"}, {"bits": 4, "format": "mlx"},
+        {"bits": 4, "static_groups": False, "desc_act": True, "method": "gptq"},
+        {"format": "int-quantized", "bits": 8, "group_size": -1},
+        {"bits": 4, "format": "pack-quantized-a8", "group_size": 32}, {"bits": 4, "format": "nvfp4-pack-quantized"},
+    ],
+    ids=lambda options: str(options.get("format", "gptq")),
+)  # fmt: skip
+def test_gradients_of_scales_are_those_of_the_dense_formula(
+    options: dict[str, Any], make_model: MakeModel, tmp_path: Path, windows: Tensor, rng: torch.Generator
+) -> None:
+    """By autograd in float64 through s (1 + c) u + offset, with u from the stored weight."""
+    config = QuantConfig.from_dict({"method": "rtn", "group_size": 32, **options} | {"seq_len": 32})
+    if config.format == "nvfp4-pack-quantized":
+        config = QuantConfig(method="rtn", format="nvfp4-pack-quantized")
+    quantize(make_model("llama"), tmp_path / "out", config, calibration=windows)
+    network = load(tmp_path / "out", dtype="float32")
+    packed = network.get_submodule("model.layers.0.mlp.gate_proj")
+    assert isinstance(packed, QuantLinear)
+    tunes = formats.FORMATS[packed.scheme.format].grid(packed.scheme).tunes_scales
+    layer = ScaledLinear(packed)
+    x = torch.randn(5, packed.in_features, generator=rng)
+    assert torch.allclose(layer(x), packed(x), atol=1e-4)
+    assert torch.equal(layer.weight, packed.weight)
+    if not tunes:
+        return
+    codes = layer.codes()
+    W, groups = codes.weight().double(), codes.g_idx.long()
+    offset = torch.zeros_like(W) if codes.offset is None else codes.offset.double()[:, groups]
+    change = (0.1 * torch.randn(codes.scale.shape, generator=rng, dtype=torch.float64)).requires_grad_()
+    target = torch.randn(5, packed.out_features, generator=rng, dtype=torch.float64)
+    rounded = (round_to_int8(x) if packed.rounds_activations else x).double()
+    dense = (W - offset) * (1 + change)[:, groups] + offset
+    (rounded @ dense.T - target).square().sum().backward()
+    with torch.no_grad():
+        layer.change.copy_(change)
+    (layer(x).double() - target).square().sum().backward()
+    assert change.grad is not None
+    assert layer.change.grad is not None
+    assert torch.allclose(
+        layer.change.grad.double(), change.grad, rtol=1e-3, atol=1e-3 * float(change.grad.abs().max())
+    )
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(make_model: MakeModel, tmp_path: Path, tokens: Tensor) -> tuple[Path, Path]:
+    """An original, and the same at 2 bits rounded to nearest."""
+    source = make_model("llama")
+    quantize(source, tmp_path / "q", QuantConfig(method="rtn", bits=2, group_size=32, format="gptq"))
+    return source, tmp_path / "q"
+
+
+def test_it_predicts_more_like_the_original_with_the_same_codes(packed: tuple[Path, Path], tokens: Tensor) -> None:
+    source, folder = packed
+    out = folder.with_name("out")
+    made = polish(folder, source, out, OPTIONS, calibration=tokens)
+    assert made.kl_after < made.kl_before
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name.rpartition(".")[2] for name, x in before.items() if not torch.equal(x, after[name])}
+    assert changed == {"scales", "weight"}  # weights of norms
+    assert all(before[name].dtype == x.dtype for name, x in after.items())
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert verify.verify(out).problems == []
+    again = polish(folder, source, folder.with_name("again"), OPTIONS, calibration=tokens)
+    assert (folder.with_name("again") / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert again.kl_after == made.kl_after
+
+
+class Stop(Observer):
+    """Ends a run after a number of steps, as a kill would."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+
+    def step_done(self, done: int, total: int) -> None:
+        if done == self._after:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    packed: tuple[Path, Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descent, "CHECK_EVERY", 4)
+    source, folder = packed
+    whole, out = folder.with_name("whole"), folder.with_name("out")
+    polish(folder, source, whole, OPTIONS, calibration=tokens)
+    for after in (2, 9):
+        with pytest.raises(KeyboardInterrupt):
+            polish(folder, source, out, OPTIONS, calibration=tokens, observer=Stop(after))
+    assert not out.exists()
+    with pytest.raises(InputError, match="was begun with options"):
+        polish(folder, source, out, PolishConfig(steps=21, num_samples=16, seq_len=32), calibration=tokens)
+    polish(folder, source, out, OPTIONS, calibration=tokens)
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+    assert not out.with_name("out.partial").exists()
+
+
+def test_what_cannot_be_polished_is_refused(make_model: MakeModel, packed: tuple[Path, Path], tokens: Tensor) -> None:
+    source, folder = packed
+    out = folder.with_name("out")
+    with pytest.raises(InputError, match="not a quantized checkpoint"):
+        polish(source, source, out, OPTIONS, calibration=tokens)
+    with pytest.raises(InputError, match="7 windows leave none"):
+        polish(folder, source, out, OPTIONS, calibration=tokens[:7])
+    assert not out.exists()
+    assert not out.with_name("out.partial").exists()
+
+
+def test_what_is_measured_afterwards_is_better_on_text_that_was_not_seen(
+    make_model: MakeModel, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "a.txt").write_text(text[:40_000])
+    (tmp_path / "b.txt").write_text(text[40_000:])
+    source = make_model("llama")
+    quantize(source, tmp_path / "q", QuantConfig(method="rtn", bits=2, group_size=32))
+    options = PolishConfig(steps=20, num_samples=32, seq_len=32)
+    polish(tmp_path / "q", source, tmp_path / "out", options, calibration=str(tmp_path / "a.txt"))
+    found = [compare(tmp_path / f, source, str(tmp_path / "b.txt"), seq_len=32, windows=32).kl for f in ("q", "out")]
+    assert found[1] < found[0]
+
+
+def test_modules_have_their_own_forward_back(make_model: MakeModel) -> None:
+    block = nn.Sequential(nn.Linear(4, 4))
+    with descent.checkpointed([block]):
+        assert "forward" in vars(block)
+    assert "forward" not in vars(block)
