@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 success, 2 bad input or interrupted."""
     args = parser().parse_args(arguments)
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error that it raises
     try:
         command: Callable[[argparse.Namespace], None] = args.command
         command(args)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -67,14 +68,12 @@ def read_results(out: Path) -> Json:
         InputError: the file is missing, does not hold results, or has another version.
     """
     path = out / RESULTS
-    try:
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; run `compare --out {out}` first")
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         results: Json = json.loads(path.read_text(encoding="utf-8"))
         if results["version"] == VERSION:
             return results
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file; run `compare --out {out}` first") from error
-    except (ValueError, KeyError, TypeError):
-        pass
     raise InputError(f"{path} holds no results of this version; run `compare --out {out}` again")
 
 

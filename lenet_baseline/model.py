@@ -138,13 +138,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: the file is missing or not a safetensors file.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             settings = (file.metadata() or {}).get(METADATA_KEY, "{}")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}); delete it and run again") from error
     try:
         return tensors, dict(json.loads(settings))

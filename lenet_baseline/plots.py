@@ -1,5 +1,6 @@
 """Draw the figures of a results.json as PNG; computes nothing but labels and positions."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gptq.errors import InputError
+from lenet_baseline.model import write_atomically
 
 Json = dict[str, Any]
 
@@ -24,17 +26,21 @@ def draw(results: Json, out: Path) -> list[Path]:
     """Draw the four figures of a `results.json` to a folder; return their paths.
 
     Raises:
-        InputError: the results lack a value that a figure shows.
+        InputError: the results lack a value that a figure shows, or have one that cannot be drawn.
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in FIGURES.items():
+        path, drawn = out / f"{name}.png", io.BytesIO()
         try:
-            drawn = figure(results)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputError(f"the results have no {error} for {name}.png; run `compare --out {out}` again") from error
-        paths.append(out / f"{name}.png")
-        drawn.savefig(paths[-1], dpi=130, metadata={"Software": None})
+            figure(results).savefig(drawn, format="png", dpi=130, metadata={"Software": None})
+        except Exception as error:  # matplotlib raises many types, now or while it draws
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{path} cannot be drawn from {out / 'results.json'} ({reason}); run compare again"
+            ) from error
+        write_atomically(path, drawn.getvalue())
+        paths.append(path)
     return paths
 
 

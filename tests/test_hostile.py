@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import shutil
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,8 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gptq import InputError, QuantConfig, cli, convert, load, quantize
@@ -35,13 +35,24 @@ from gptq.output.results import RECORD
 from gptq.output.verify import inspect
 from tests.conftest import MakeModel, load_script
 
+changes, seeds = load_script("fuzz_changes"), load_script("fuzz_seeds")
 fuzz = load_script("fuzz_readers")
+
+
+class Checkpoints(dict[str, Path]):
+    """Small checkpoints, each made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = seeds.make_checkpoint(name, self._folder)
+        return self[name]
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found: dict[str, Path] = fuzz.make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
-    return found
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture
@@ -56,15 +67,13 @@ def change(file: Path, do: Callable[[dict[str, Any]], object]) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
-@settings(
-    max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)  # fmt: skip
-@given(data=st.data())
-def test_whatever_is_changed_the_answer_is_a_sentence(data: st.DataObject, checkpoints: dict[str, Path]) -> None:
+def test_whatever_is_changed_the_answer_is_a_sentence(checkpoints: dict[str, Path]) -> None:
     """A short form of scripts/fuzz_readers.py, the same each time."""
-    changed = data.draw(fuzz.changes(checkpoints))
-    broken = fuzz.broken_law(changed, checkpoints[changed.checkpoint])
-    assert broken is None, (broken, changed)
+    inputs = {f"model/{name}": checkpoints[name] for name in ("plain", "gptq", "pack", "awq", "autogptq", "nvfp4")}
+    campaign = fuzz.Campaign(inputs, random.Random(0), ["read", "original", "records", "inspect", "verify", "load"])
+    for _ in range(60):
+        change = campaign.next()
+        assert fuzz.broken_law(change, inputs) is None, str(change)
 
 
 # --- what lies in the folder ------------------------------------------------------------------------------------------
@@ -75,7 +84,7 @@ def test_whatever_is_changed_the_answer_is_a_sentence(data: st.DataObject, check
 def test_only_plain_files_inside_the_folder_are_opened(name: str, kind: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("{}")
     (folder / name).touch()
-    fuzz._change_kind(folder / name, kind, tmp_path / "secret")
+    changes.change_kind(folder / name, kind, tmp_path / "secret")
     for read in (load, inspect, verify.verify, write_report, lambda f: quantize(f, tmp_path / "out")):
         with pytest.raises(InputError, match=name):
             read(folder)
@@ -133,7 +142,7 @@ def test_a_huge_json_file_is_not_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [*fuzz.RAW, b'{"a": "\\ud800"}', b'{"a": ' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1)]
+    "raw", [*changes.RAW, b'{"a": "\\ud800"}', b'{"a": ' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1)]
 )
 @pytest.mark.parametrize("name", ["config.json", "quantize_config.json", RECORD, "quality.json"])
 def test_what_is_no_json_object_is_refused(name: str, raw: bytes, folder: Path) -> None:
@@ -481,8 +490,9 @@ def test_messages_and_listings_cannot_move_the_cursor(folder: Path, capsys: pyte
 
 def test_arrays_that_would_unpack_to_gigabytes_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "bomb.npz"
-    np.savez_compressed(file, input_ids=np.zeros((300, 2**20), np.uint8))
-    assert file.stat().st_size < 2**20
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("input_ids.npy", "")
+        archive.filelist[0].file_size = 300 * 2**20  # as the list at the end of an archive of zeros says
     with pytest.raises(InputError, match=r"would unpack to 0\.3 GB"):
         read_arrays(str(file), 1, 0)
 
@@ -514,7 +524,7 @@ def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_that_fails_is_a_sentence(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoints["plain"], tmp_path / "model")
     change(folder / "tokenizer_config.json", lambda settings: settings.update(model_max_length={}))
-    (tmp_path / "a.txt").write_text(fuzz.TEXT)
+    (tmp_path / "a.txt").write_text(seeds.TEXT)
     assert cli.main(["eval", str(folder), "--data", str(tmp_path / "a.txt"), "--seq-len", "16"]) == 2
 
 
@@ -591,9 +601,7 @@ def test_a_changed_configuration_is_found_with_the_layers_it_is_about(
     change(folder / "config.json", lambda c: c["quantization_config"]["dynamic"].clear())
     problems = verify.verify(folder).problems
     assert problems[0] == "config.json was changed after it was written"
-    assert [p.split()[0] for p in problems if "was written with 8 bits" in p] == [
-        f"model.layers.{i}.mlp.down_proj" for i in (0, 1)
-    ]
+    assert [p.split()[0] for p in problems if "was written with 8 bits" in p] == ["model.layers.0.mlp.down_proj"]
     for values in ({"bits": 8}, {"group_size": 32}, {"bits": "4"}, {"quant_method": "awq"}):
         (folder / "config.json").write_text(config)
         change(folder / "config.json", lambda c, v=values: c["quantization_config"].update(v))  # type: ignore[misc]

@@ -29,8 +29,9 @@ def _conversations(row: Mapping[str, Any]) -> Any:
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         return turns
     return [
-        {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")} if turn.get("from") else turn
+        {"role": SPEAKERS.get(speaker, speaker), "content": turn.get("value")} if isinstance(speaker, str) else turn
         for turn in turns
+        for speaker in [turn.get("from")]
     ]
 
 
@@ -45,7 +46,8 @@ def _question_and_answer(question: str, answer: str) -> Callable[[Mapping[str, A
 
 
 def _instruction(row: Mapping[str, Any]) -> Any:
-    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    parts = [part for part in (row["instruction"], row.get("input")) if part]
+    asked = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
 
 

@@ -277,7 +277,10 @@ def _open(given: Any, folder: Path | None) -> io.BytesIO:
         raise TypeError(f"a {type(given).__name__} is neither bytes nor a path")
     if "://" in str(given):
         raise ValueError(f"{given} is an address; download it first")
-    return io.BytesIO(((folder or Path()) / given).read_bytes())
+    file = (folder or Path()) / given
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"there is no file {file}")
+    return io.BytesIO(file.read_bytes())
 
 
 def _read_wav(opened: io.BytesIO) -> tuple[np.ndarray, int]:

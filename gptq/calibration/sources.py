@@ -162,10 +162,18 @@ def _local_dataset(source: str, path: Path, split: str) -> "Dataset | list[dict[
 
 
 def load_dataset(*args: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`, imported on first use: the import takes a second and 90 MB."""
+    """`datasets.load_dataset`, imported on first use: the import takes a second and 90 MB.
+
+    What it would log of a damaged file is in the error that it raises, which becomes our sentence.
+    """
     import datasets
 
-    return datasets.load_dataset(*args, **options)
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return datasets.load_dataset(*args, **options)
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 def load_from_hub(name: str, *args: Any, **options: Any) -> Any:
@@ -180,7 +188,7 @@ def load_from_hub(name: str, *args: Any, **options: Any) -> Any:
     if not cached.exists():
         with suppress(huggingface_hub.errors.HfHubHTTPError):  # the Hub has answered; `datasets` says what is wrong
             huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
-    return datasets.load_dataset(name, *args, **options)
+    return load_dataset(name, *args, **options)
 
 
 def _hub_dataset(source: str, default_split: str) -> "Dataset":
