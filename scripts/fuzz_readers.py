@@ -447,7 +447,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Inside, the address space may grow by ADDITIONAL_BYTES; a TimeoutError ends SECONDS of computing or of waiting."""
+    """Inside, ADDITIONAL_BYTES more of address space can be had; a TimeoutError ends SECONDS of work or of waiting."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"it took more than {SECONDS} seconds")
