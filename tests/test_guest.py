@@ -112,38 +112,6 @@ def test_a_mask_of_infinity_is_copied(make_model: MakeModel, tmp_path: Path) -> 
     assert verify.verify(out).problems == []
 
 
-def test_a_cache_of_machine_code_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from numba import config
-    from numba.core.caching import CompileResultCacheImpl, IndexDataCacheFile, NullCache
-
-    from gptq.compute.simd import compiled
-
-    def double(x: int) -> int:
-        return 2 * x
-
-    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
-    assert compiled(double)(4) == 8
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert {file.suffix for file in files} == {".nbi", ".nbc"}
-    for file in files:
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        assert compiled(double)(4) == 8
-        again = compiled(double)
-        assert again(4) == 8
-        assert sum(again.stats.cache_hits.values()) == 1  # what was damaged is whole again
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(IndexDataCacheFile, "save", fail)
-    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "full"))
-    assert compiled(double)(4) == 8
-    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])  # no folder can be written
-    without = compiled(double)
-    assert isinstance(without._cache, NullCache)
-    assert without(4) == 8
-
-
 def test_a_packed_model_becomes_dense_when_asked(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
     quantize(make_model("opt"), tmp_path / "out", QuantConfig(method="rtn", group_size=32, format="gptq"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,27 +172,6 @@ def test_the_default_dtype_is_of_no_concern(default: torch.dtype, rng: torch.Gen
             assert all(torch.equal(again(x), y) for x, y in zip(inputs, expected, strict=True))
         finally:
             torch.set_default_dtype(before)
-
-
-def test_compiled_loops_are_those_of_all_sources(tmp_path: Path) -> None:
-    from gptq.compute import simd
-    from gptq.inference import gemv
-    from gptq.solver import inner_loops_cpu
-
-    for loop in (inner_loops_cpu.choose_columns, gemv.multiply):
-        assert loop._cache._cache_file._source_stamp == simd.SOURCE_DIGEST
-    sources = Path(simd.__file__).parents[1]
-    assert simd.source_digest(sources) == simd.SOURCE_DIGEST
-    changed = [
-        "compute/simd", "inference/gemv_int16", "inference/gemv_float32", "inference/gemv_bfloat16", "inference/gemv",
-        "solver/gram_bf16", "solver/inner_loops_cpu",
-    ]  # fmt: skip
-    for number, name in enumerate(changed):
-        folder = tmp_path / str(number)
-        shutil.copytree(sources, folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
-        with (folder / f"{name}.py").open("a") as file:
-            file.write("# changed\n")
-    assert len({simd.source_digest(folder) for folder in [sources, *tmp_path.iterdir()]}) == 8
 
 
 @pytest.mark.skipif(not has_avx2() or has_avx512_bf16(), reason="this CPU multiplies bfloat16, or has no AVX2")

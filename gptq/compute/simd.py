@@ -1,124 +1,29 @@
-"""SIMD building blocks for numba: functions that emit LLVM vector instructions.
+"""SIMD building blocks of compiled loops: functions that emit LLVM vector instructions.
 
 Loops are vectorized by hand, because LLVM's vectorizer does not vectorize them. A vector has LANES numbers of 32 bits,
 whatever the CPU; LLVM splits it into registers. Three functions need a particular CPU: `dot_bfloat16_pairs` and
-`permute` need AVX-512 with bfloat16, `dot_int16_pairs` needs AVX2 (see `gptq.compute.cpu_features`). Importing this
-module imports numba, which is slow: import modules that need it only when the first product is computed.
+`permute` need AVX-512 with bfloat16, `dot_int16_pairs` needs AVX2 (see `gptq.compute.cpu_features`). Loops are compiled
+by `gptq.compute.machine_code`.
 
 Docstrings state what the emitted code computes, in the manner of numpy. `array` is a pointer to the first element,
-`offset` counts elements, and a[i : i + LANES] is a vector. Names ending in `_intrinsic` are numba's typing functions:
-each returns the signature and the function that emits the code.
+`offset` counts elements, and a[i : i + LANES] is a vector.
 """
 
-import hashlib
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numba
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.core.caching import FunctionCache, NullCache
-from numba.core.ccallback import CFunc
-from numba.core.sigutils import normalize_signature
-from numba.extending import intrinsic
+
+from gptq.compute.machine_code import BYTE, Int, Whole, counting, declare, larger, smaller, variable, whole
 
 LANES = 16  # numbers in a vector
 TILE = 16 * LANES  # outputs in a strip of packed words (see `gptq.inference.layout.Layout`)
 PREFETCH_DISTANCE = 128  # vectors (8 KiB) between the words in use and those being prefetched; tuned by measurement
 TALL, WIDE = 8, 2 * LANES  # rows and columns of the register tile: the sums of a matrix product held in 16 vectors
 INT, SHORT, FLOAT = ir.IntType(32), ir.IntType(16), ir.FloatType()
-INTS, FLOATS, BYTES = (ir.VectorType(number, LANES) for number in (INT, FLOAT, ir.IntType(8)))
+INTS, FLOATS, BYTES = (ir.VectorType(number, LANES) for number in (INT, FLOAT, BYTE))
 SHORTS = ir.VectorType(SHORT, 2 * LANES)
-
-
-def source_digest(folder: Path) -> int:
-    """Return a hash of all files that contain compiled loops or their building blocks."""
-    texts = {file.name: file.read_bytes() for file in sorted(folder.rglob("*.py"))}
-    loops = [text for name, text in texts.items() if name == "simd.py" or b"from gptq.compute.simd import" in text]
-    return int.from_bytes(hashlib.sha256(b"".join(loops)).digest()[:7], "big")
-
-
-SOURCE_DIGEST = source_digest(Path(__file__).parents[1])  # of the whole package: several folders contain loops
-
-
-class _ForgivingCache(FunctionCache):
-    """numba's cache of machine code in files, which only saves time: without it, or if it is damaged, code is compiled.
-
-    A damaged file is forgotten, so that the next process finds what this one has compiled.
-    """
-
-    def load_overload(self, *arguments: Any) -> Any:
-        try:
-            return super().load_overload(*arguments)
-        except Exception:  # of any type: the files are pickles
-            with suppress(Exception):
-                self.flush()
-            return None
-
-    def save_overload(self, *arguments: Any) -> None:
-        with suppress(Exception):  # a full disk, or a folder that became read-only
-            super().save_overload(*arguments)
-
-
-def _cache_of(function: Callable[..., Any]) -> Any:
-    """Return a cache of a function's machine code that is valid until any loop's source changes.
-
-    numba itself invalidates its cache only when the function's own file changes; building blocks are in other files.
-    Without a folder that can be written, nothing is cached.
-    """
-    try:
-        cache = _ForgivingCache(function)
-    except RuntimeError:  # "no locator available"
-        return NullCache()
-    cache._cache_file._source_stamp = SOURCE_DIGEST
-    return cache
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function with numba when it is first called, and cache the machine code."""
-    loop: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
-    if hasattr(loop, "_cache"):  # not if NUMBA_DISABLE_JIT is set
-        loop._cache = _cache_of(function)
-    return loop
-
-
-def compiled_callback(signature: Any, function: Callable[..., Any]) -> Any:
-    """Compile a function that C calls, and cache the machine code; `address` of the result is that of the function."""
-    callback: Any = CFunc(function, normalize_signature(signature), locals={}, options={})
-    callback._cache = _cache_of(function)
-    callback.compile()
-    return callback
-
-
-def _pointer_intrinsic(context, address, like):  # type: ignore[no-untyped-def]
-    """pointer(address, like): the integer address as a pointer to numbers of the type of `like`.
-
-    ctypes.cast(address, POINTER(type(like)))
-    """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(types.int64, like), emit
-
-
-def _fetch_and_increment_intrinsic(context, counter):  # type: ignore[no-untyped-def]
-    """fetch_and_increment(counter): an atomic operation, so that every thread gets another number.
-
-    value = counter[0]; counter[0] += 1; return value
-    """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.CPointer(types.int64)), emit
-
-
-pointer: Any = intrinsic(_pointer_intrinsic)
-fetch_and_increment: Any = intrinsic(_fetch_and_increment_intrinsic)
 
 
 def constant_vector(number: int) -> ir.Constant:
@@ -126,24 +31,24 @@ def constant_vector(number: int) -> ir.Constant:
     return ir.Constant(INTS, [ir.Constant(INT, number)] * LANES)
 
 
-def array_data(context: Any, builder: Any, signature: Any, arguments: Any, i: int) -> Any:
-    """Return a pointer to the first element of the intrinsic's argument i, an array."""
-    return context.make_array(signature.args[i])(context, builder, arguments[i]).data
+def element(builder: Any, array: Any, offset: Whole) -> Any:
+    """&array[offset]."""
+    return builder.gep(array, [whole(builder, offset).value])
 
 
-def load(builder: Any, array: Any, offset: Any, vector: ir.VectorType) -> Any:
+def load(builder: Any, array: Any, offset: Whole, vector: ir.VectorType) -> Any:
     """array[offset : offset + LANES], as a vector of the given type."""
-    loaded = builder.load(builder.bitcast(builder.gep(array, [offset]), vector.as_pointer()))
+    loaded = builder.load(builder.bitcast(element(builder, array, offset), vector.as_pointer()))
     loaded.align = _alignment(vector)
     return loaded
 
 
-def load_bytes(builder: Any, array: Any, offset: Any) -> Any:
+def load_bytes(builder: Any, array: Any, offset: Whole) -> Any:
     """array[offset : offset + LANES].astype(np.float32), of an array of uint8."""
     return builder.uitofp(load(builder, array, offset, BYTES), FLOATS)
 
 
-def load_scales(builder: Any, array: Any, offset: Any) -> Any:
+def load_scales(builder: Any, array: Any, offset: Whole) -> Any:
     """array[offset : offset + LANES].astype(np.float32), of an array of float32 or of float16 viewed as int16."""
     if array.type.pointee == FLOAT:
         return load(builder, array, offset, FLOATS)
@@ -151,9 +56,9 @@ def load_scales(builder: Any, array: Any, offset: Any) -> Any:
     return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
 
 
-def store(builder: Any, value: Any, array: Any, offset: Any) -> None:
+def store(builder: Any, value: Any, array: Any, offset: Whole) -> None:
     """array[offset : offset + LANES] = value."""
-    stored = builder.store(value, builder.bitcast(builder.gep(array, [offset]), value.type.as_pointer()))
+    stored = builder.store(value, builder.bitcast(element(builder, array, offset), value.type.as_pointer()))
     stored.align = _alignment(value.type)
 
 
@@ -162,13 +67,13 @@ def _alignment(vector: ir.VectorType) -> int:
     return {BYTES.element: 1, SHORT: 2}.get(vector.element, 4)
 
 
-def prefetch(builder: Any, array: Any, offset: Any) -> None:
+def prefetch(builder: Any, array: Any, offset: Whole) -> None:
     """Start loading the cache line of array[offset] into the second-level cache; the offset may be out of bounds."""
-    byte = ir.IntType(8).as_pointer()
+    byte = BYTE.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    function = declare(builder, "llvm.prefetch.p0i8", kind)
     read, second, as_data = ir.Constant(INT, 0), ir.Constant(INT, 2), ir.Constant(INT, 1)
-    builder.call(function, [builder.bitcast(builder.gep(array, [offset]), byte), read, second, as_data])
+    builder.call(function, [builder.bitcast(element(builder, array, offset), byte), read, second, as_data])
 
 
 def splat(builder: Any, number: Any) -> Any:
@@ -184,17 +89,17 @@ def shuffle(builder: Any, a: Any, b: Any, places: list[int]) -> Any:
     return builder.shuffle_vector(a, b, mask)
 
 
-def load_unit(builder: Any, words: Any, at: Any, bits: int, prefetch_later: bool = False) -> list[Any]:
+def load_unit(builder: Any, words: Any, at: Int, bits: int, prefetch_later: bool = False) -> list[Any]:
     """Load the words of one unit, 32 codes of each of LANES outputs: a vector per word.
 
         [words[at + j * LANES : at + (j + 1) * LANES] for j in range(bits)]
 
     With `prefetch_later` also prefetch the words that lie PREFETCH_DISTANCE vectors further on.
     """
-    steps = [ir.Constant(at.type, j * LANES) for j in range(bits)]
+    steps = [at + j * LANES for j in range(bits)]
     for step in steps if prefetch_later else ():
-        prefetch(builder, words, builder.add(builder.add(at, step), ir.Constant(at.type, PREFETCH_DISTANCE * LANES)))
-    return [load(builder, words, builder.add(at, step), INTS) for step in steps]
+        prefetch(builder, words, step + PREFETCH_DISTANCE * LANES)
+    return [load(builder, words, step, INTS) for step in steps]
 
 
 def pair_order(bits: int) -> list[int]:
@@ -245,8 +150,7 @@ def reduce_add(builder: Any, numbers: Any) -> Any:
 def _reduce(builder: Any, name: str, numbers: Any) -> Any:
     """Call one of LLVM's horizontal reductions of LANES integers."""
     kind = ir.FunctionType(INT, [INTS])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{name}.v{LANES}i32")
-    return builder.call(function, [numbers])
+    return builder.call(declare(builder, f"llvm.vector.reduce.{name}.v{LANES}i32", kind), [numbers])
 
 
 def _call(builder: Any, name: str, arguments: list[Any]) -> Any:
@@ -254,7 +158,7 @@ def _call(builder: Any, name: str, arguments: list[Any]) -> Any:
     vector = arguments[0].type
     kind = ir.FunctionType(vector, [vector] * len(arguments))
     suffix = f"v{LANES}f{32 if vector.element == FLOAT else 64}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.{suffix}"), arguments)
+    return builder.call(declare(builder, f"llvm.{name}.{suffix}", kind), arguments)
 
 
 def dot_bfloat16_pairs(builder: Any, a: Any, b: Any, total: Any) -> Any:
@@ -265,8 +169,7 @@ def dot_bfloat16_pairs(builder: Any, a: Any, b: Any, total: Any) -> Any:
     Products are exact; subnormal numbers count as zero.
     """
     kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-    return builder.call(function, [total, a, b])
+    return builder.call(declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", kind), [total, a, b])
 
 
 def dot_int16_pairs(builder: Any, a: Any, b: Any) -> Any:
@@ -275,9 +178,7 @@ def dot_int16_pairs(builder: Any, a: Any, b: Any) -> Any:
     a[0::2] * b[0::2] + a[1::2] * b[1::2]     a, b: 2 * LANES int16 viewed as INTS; the result is INTS
     """
     eight, sixteen = ir.VectorType(INT, LANES // 2), ir.VectorType(SHORT, LANES)
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(eight, [sixteen, sixteen]), "llvm.x86.avx2.pmadd.wd"
-    )
+    function = declare(builder, "llvm.x86.avx2.pmadd.wd", ir.FunctionType(eight, [sixteen, sixteen]))
     found = []
     for start in (0, LANES // 2):
         places = [*range(start, start + LANES // 2)]
@@ -287,7 +188,7 @@ def dot_int16_pairs(builder: Any, a: Any, b: Any) -> Any:
     return shuffle(builder, low, high, [*range(LANES)])
 
 
-def sum_register_tile(builder: Any, a: Any, a_step: int, b: Any, depth: Any) -> list[list[Any]]:
+def sum_register_tile(builder: Any, a: Any, a_step: int, b: Any, depth: Int) -> list[list[Any]]:
     """Matrix product of one register tile, a (2 depth, TALL) and b (2 depth, WIDE) in bfloat16, sums in float32.
 
         sums = a.T @ b     (TALL, WIDE)
@@ -300,24 +201,18 @@ def sum_register_tile(builder: Any, a: Any, a_step: int, b: Any, depth: Any) -> 
         stack slots of the sums: for each of the TALL columns of a, the WIDE / LANES vectors.
     """
 
-    def number(value: int) -> Any:
-        return ir.Constant(depth.type, value)
-
     starts = range(0, WIDE, LANES)
-    totals = [[cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None)) for _ in starts] for _ in range(TALL)]
-    with cgutils.for_range(builder, depth, intp=depth.type) as loop:
-        a_line = builder.gep(a, [builder.mul(loop.index, number(a_step))])
-        b_line = builder.gep(b, [builder.mul(loop.index, number(WIDE))])
-        b_pairs = [load(builder, b_line, number(v), INTS) for v in starts]
+    totals = [[variable(builder, ir.Constant(FLOATS, None)) for _ in starts] for _ in range(TALL)]
+    with counting(builder, 0, depth) as line:
+        b_pairs = [load(builder, b, line * WIDE + v, INTS) for v in starts]
         for i, row in enumerate(totals):
-            a_pair = splat(builder, builder.load(builder.gep(a_line, [number(i)])))
+            a_pair = splat(builder, builder.load(element(builder, a, line * a_step + i)))
             for total, b_pair in zip(row, b_pairs, strict=True):
                 builder.store(dot_bfloat16_pairs(builder, a_pair, b_pair, builder.load(total)), total)
     return totals
 
 
-@compiled
-def strip_offset(output: int, unit: int, units: int, outputs: int, size: int) -> int:
+def strip_offset(output: Int, unit: Whole, units: Int, outputs: Int, size: int) -> Int:
     """Offset of an output's numbers of a unit (or group) in a tensor in strips; see `layout.Layout`.
 
     Args:
@@ -327,54 +222,59 @@ def strip_offset(output: int, unit: int, units: int, outputs: int, size: int) ->
         size: numbers per unit and output: `bits` words, or 1 scale or zero.
     """
     strip = output // TILE * TILE
-    return size * (strip * units + unit * min(TILE, outputs - strip) + output - strip)
+    return (strip * units + smaller(outputs - strip, whole(output.builder, TILE)) * unit + output - strip) * size
 
 
-def _add_group_intrinsic(context, total, at, sums, x_sum, scale, zero, place, less):  # type: ignore[no-untyped-def]
-    """add_group(...): apply the scale and zero of a group to its sums and add it to the total, for LANES outputs i.
+@contextmanager
+def parts_of_strips(start: Int, stop: Int) -> Iterator[tuple[Int, Int]]:
+    """for each strip that holds some of the outputs from `start` to `stop`: the first of them, and their number."""
+    builder = start.builder
+    with counting(builder, start // TILE, (stop + (TILE - 1)) // TILE) as strip:
+        low = larger(strip * TILE, start)
+        yield low, smaller(strip * TILE + TILE, stop) - low
+
+
+def fill_with_zeros(builder: Any, array: Any, count: Whole, vector: ir.VectorType) -> None:
+    """array[:count] = 0; `count` is a multiple of LANES."""
+    with counting(builder, 0, count, LANES) as i:
+        store(builder, ir.Constant(vector, None), array, i)
+
+
+def sum_in_order(builder: Any, numbers: Any) -> Any:
+    """The sum of a vector's numbers, added one after the other to zero."""
+    total = ir.Constant(numbers.type.element, 0.0)
+    for i in range(numbers.type.count):
+        total = builder.fadd(total, builder.extract_element(numbers, ir.Constant(INT, i)))
+    return total
+
+
+def add_group(
+    builder: Any, total: Any, at: Int, sums: Any, x_sum: Any, scale: Any, zero: Any, place: Int, less: float
+) -> None:
+    """Apply the scale and zero of a group to its sums and add it to the total, for LANES outputs i.
 
         total[at + i] += scale[place + i] * (sums[at + i] - (zero[place + i] - less) * x_sum)
 
     `less` is what was subtracted from the codes before they were multiplied by x; x_sum is the sum of the group's x.
     """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, _, x_sum, _, _, place, less = arguments
-        total, sums, scale, zero = (array_data(context, builder, signature, arguments, i) for i in (0, 2, 4, 5))
-        z = builder.fsub(load_bytes(builder, zero, place), splat(builder, less))
-        inside = builder.fsub(load(builder, sums, at, FLOATS), builder.fmul(z, splat(builder, x_sum)))
-        before = load(builder, total, at, FLOATS)
-        store(builder, multiply_add(builder, load_scales(builder, scale, place), inside, before), total, at)
-        return context.get_dummy_value()
-
-    intp, number = types.intp, types.float32
-    return types.void(total, intp, sums, number, scale, zero, intp, number), emit
+    z = builder.fsub(load_bytes(builder, zero, place), splat(builder, ir.Constant(FLOAT, less)))
+    inside = builder.fsub(load(builder, sums, at, FLOATS), builder.fmul(z, splat(builder, x_sum)))
+    before = load(builder, total, at, FLOATS)
+    store(builder, multiply_add(builder, load_scales(builder, scale, place), inside, before), total, at)
 
 
-def _store_output_intrinsic(context, total, at, y, y_at):  # type: ignore[no-untyped-def]
-    """store_output(...): y[y_at : y_at + LANES] = total[at : at + LANES].
+def store_output(builder: Any, total: Any, at: Int, y: Any, y_at: Int) -> None:
+    """y[y_at : y_at + LANES] = total[at : at + LANES].
 
     y is float32, or bfloat16 viewed as int16; then the numbers are rounded to nearest, ties to even.
     """
-    as_floats = y.dtype == types.float32
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, _, y_at = arguments
-        total, y = (array_data(context, builder, signature, arguments, i) for i in (0, 2))
-        if as_floats:
-            store(builder, load(builder, total, at, FLOATS), y, y_at)
-            return context.get_dummy_value()
-        bits = load(builder, builder.bitcast(total, INT.as_pointer()), at, INTS)
-        odd = builder.and_(builder.lshr(bits, constant_vector(16)), constant_vector(1))  # makes ties round to even
-        rounded = builder.lshr(builder.add(builder.add(bits, constant_vector(0x7FFF)), odd), constant_vector(16))
-        store(builder, builder.trunc(rounded, ir.VectorType(SHORT, LANES)), y, y_at)
-        return context.get_dummy_value()
-
-    return types.void(total, types.intp, y, types.intp), emit
-
-
-add_group: Any = intrinsic(_add_group_intrinsic)
-store_output: Any = intrinsic(_store_output_intrinsic)
+    if y.type.pointee == FLOAT:
+        store(builder, load(builder, total, at, FLOATS), y, y_at)
+        return
+    bits = load(builder, builder.bitcast(total, INT.as_pointer()), at, INTS)
+    odd = builder.and_(builder.lshr(bits, constant_vector(16)), constant_vector(1))  # makes ties round to even
+    rounded = builder.lshr(builder.add(builder.add(bits, constant_vector(0x7FFF)), odd), constant_vector(16))
+    store(builder, builder.trunc(rounded, ir.VectorType(SHORT, LANES)), y, y_at)
 
 
 def look_up(builder: Any, table: list[int], places: Any) -> Any:
@@ -389,5 +289,4 @@ def look_up(builder: Any, table: list[int], places: Any) -> Any:
 def permute(builder: Any, numbers: Any, places: Any) -> Any:
     """numbers[places % 32], all SHORTS, by Intel's VPERMW of AVX-512."""
     kind = ir.FunctionType(SHORTS, [SHORTS, SHORTS])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.hi.512")
-    return builder.call(function, [numbers, places])
+    return builder.call(declare(builder, "llvm.x86.avx512.permvar.hi.512", kind), [numbers, places])

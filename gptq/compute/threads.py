@@ -2,55 +2,40 @@
 
 import ctypes
 from array import array
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-Shares = Iterable[tuple[int, ...]]
+SHARED = 3  # entries at the begin of a loop's table: the counter of shares taken, the length of a share, the end
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def run_shares(function: Callable[..., None], arguments: tuple[Any, ...], shares: Shares) -> None:
-    """Call function(*arguments, *share) for every share, in parallel; the function must release the GIL.
+def run_loop(address: int, end: int, unit: int, *arguments: int | Tensor) -> None:
+    """Run a compiled loop over range(end) on every thread; each has a share, whose length is a multiple of `unit`.
 
-    Use torch's own OpenMP threads where torch is built with GNU's OpenMP. After every torch operation these threads
-    spin for a while before they sleep, so they start at once; other threads would have to wait for a free core.
+    Args:
+        address: of the function (see `gptq.compute.machine_code.compile_loop`).
+        arguments: its table of whole numbers and of addresses of contiguous tensors on the CPU.
     """
-    left = iter([*shares])
-    failures: list[BaseException] = []
-
-    def work(_: object = None) -> None:
-        try:
-            for share in left:
-                function(*arguments, *share)
-        except BaseException as failure:  # cannot pass through the C frames of OpenMP; it is raised again below
-            failures.append(failure)
-
-    threads, library = torch.get_num_threads(), _openmp()
-    if threads == 1:
-        work()
-    elif library is not None:
-        body = _BODY(work)  # no ctypes.cast, which makes a reference cycle that would keep all arguments alive
-        library.GOMP_parallel(body, None, threads, 0)
-    else:
-        waiting = [_pool(threads).submit(work) for _ in range(threads - 1)]
-        work()
-        for task in waiting:
-            task.result()
-    if failures:
-        raise failures[0]
+    for given in arguments:
+        if isinstance(given, Tensor) and not (given.is_contiguous() and given.device.type == "cpu"):
+            raise ValueError("a compiled loop reads contiguous tensors on the CPU")
+    share = share_of(end, unit)
+    run_compiled(address, (0, share, end, *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)))
 
 
 def run_compiled(address: int, arguments: tuple[int, ...]) -> None:
     """Call a compiled function once on every thread, without entering Python there; for work of microseconds.
 
+    Use torch's own OpenMP threads where torch is built with GNU's OpenMP. After every torch operation these threads
+    spin for a while before they sleep, so they start at once; other threads would have to wait for a free core.
+
     Args:
         address: address of a void(int64 *) function. The function takes shares of the work itself, by incrementing a
-            shared counter (see `gptq.compute.simd.fetch_and_increment`).
+            shared counter, the first entry of the table.
         arguments: the int64 table that every thread gets: addresses and sizes.
     """
     held = array("q", arguments)  # faster to make than a ctypes array
@@ -66,10 +51,9 @@ def run_compiled(address: int, arguments: tuple[int, ...]) -> None:
         task.result()
 
 
-def shares_of(count: int, unit: int) -> Iterator[tuple[int, int]]:
-    """Split range(count) into one (start, stop) per thread; all but the last are multiples of `unit` long."""
-    share = -(-count // (torch.get_num_threads() * unit)) * unit
-    return ((start, min(start + share, count)) for start in range(0, count, share))
+def share_of(count: int, unit: int) -> int:
+    """Return the length of a thread's share of range(count), a multiple of `unit`."""
+    return -(-count // (torch.get_num_threads() * unit)) * unit
 
 
 @cache

@@ -11,26 +11,28 @@ memory. `multiply_many` converts the codes of one group and WIDE outputs once, i
 cache, and multiplies this buffer by all rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
+from gptq.compute.machine_code import BYTE, Arguments, Int, compile_loop, counting, scratch, smaller, variable
 from gptq.compute.simd import (
+    FLOAT,
     FLOATS,
     INT,
     INTS,
     LANES,
+    SHORT,
     SHORTS,
     TALL,
     WIDE,
-    array_data,
-    compiled,
     constant_vector,
     dot_bfloat16_pairs,
+    element,
+    fill_with_zeros,
     load,
     load_bytes,
     load_scales,
@@ -43,11 +45,19 @@ from gptq.compute.simd import (
     store,
     store_output,
     strip_offset,
+    sum_in_order,
     sum_register_tile,
     three_bit_windows,
 )
 
+NUMBER, UNIT_NUMBER = SHORT, INT  # types of the elements of x and y (bfloat16), and of a unit's x (pairs of bfloat16)
+UNIT = 16  # elements of a unit's x
 ONES = 0x3F803F80  # two bfloat16 numbers 1.0 in 32 bits
+
+
+def subtracted(bits: int) -> float:
+    """What `add_unit` subtracts from each code before it multiplies: half the range."""
+    return float(2 ** (bits - 1))
 
 
 def code_order(bits: int) -> list[int]:
@@ -110,157 +120,146 @@ def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
     """
     totals = [total, ir.Constant(FLOATS, None)]  # two independent sums hide the latency of the instruction
     for p, pair in enumerate(_pairs(builder, lines)):
-        factor = builder.load(builder.gep(x, [ir.Constant(INT, p)]))
+        factor = builder.load(element(builder, x, p))
         totals[p % 2] = dot_bfloat16_pairs(builder, pair, splat(builder, factor), totals[p % 2])
     return builder.fadd(*totals)
 
 
-def _order_unit_intrinsic(context, x, at, pairs, pairs_at, sums, bits_tuple):  # type: ignore[no-untyped-def]
-    """_order_unit(...): copy a unit's x in the order of the codes; add this x to LANES partial sums.
+def prepare_row(
+    builder: Any, x: Any, row: Int, inputs: Int, units: Any, x_sums: Any, groups: Int, columns: Int, bits: int
+) -> None:
+    """Write row `row` of x (rows, inputs) in the order of the codes to units (rows, inputs / 2); sum it by groups.
 
-    unit = x[at : at + 32][code_order(bits)]
-    pairs[pairs_at : pairs_at + 16] = unit viewed as pairs;  sums += unit.reshape(16, 2).sum(1)
+    x_sums[row, group] = x[row, inputs of the group].sum()     in LANES partial sums
     """
 
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, _, pairs_at, _, _ = arguments
-        x, pairs, sums = (array_data(context, builder, signature, arguments, i) for i in (0, 2, 4))
-        nowhere, numbers = ir.Constant(at.type, 0), load(builder, x, at, SHORTS)
-        unit = builder.bitcast(shuffle(builder, numbers, numbers, code_order(len(bits_tuple))), INTS)
-        store(builder, unit, pairs, pairs_at)
-        store(
-            builder,
-            dot_bfloat16_pairs(builder, unit, constant_vector(ONES), load(builder, sums, nowhere, FLOATS)),
-            sums,
-            nowhere,
-        )
-        return context.get_dummy_value()
+    def keep(k: Int, unit: Any) -> None:
+        store(builder, unit, units, (row * inputs + k) // 2)
 
-    intp = types.intp
-    return types.void(x, intp, pairs, intp, sums, bits_tuple), emit
+    with counting(builder, 0, groups) as group:
+        total = _order_group(builder, x, row, inputs, group, columns, bits, keep)
+        builder.store(total, element(builder, x_sums, row * groups + group))
 
 
-def _write_unit_intrinsic(context, words, at, weight, weight_at, bits_tuple):  # type: ignore[no-untyped-def]
-    """_write_unit(...): write the converted codes of a unit, for LANES outputs.
+def _order_group(
+    builder: Any, x: Any, row: Int, inputs: Int, group: Int, columns: Int, bits: int, keep: Callable[[Int, Any], None]
+) -> Any:
+    """Call keep(k, unit) with each unit of a group's x, from input k on, in the order of the codes; return their sum.
+
+    unit = x[row, k : k + 32][code_order(bits)] viewed as pairs
+    """
+    sums = variable(builder, ir.Constant(FLOATS, None))
+    builder.store(ir.Constant(FLOATS, None), sums)
+    with counting(builder, group * columns, smaller(group * columns + columns, inputs), 32) as k:
+        numbers = load(builder, x, row * inputs + k, SHORTS)
+        unit = builder.bitcast(shuffle(builder, numbers, numbers, code_order(bits)), INTS)
+        keep(k, unit)
+        builder.store(dot_bfloat16_pairs(builder, unit, constant_vector(ONES), builder.load(sums)), sums)
+    return sum_in_order(builder, builder.load(sums))
+
+
+@cache
+def arrange(bits: int) -> int:
+    """Return the loop that rearranges x for `multiply_many`, by tiles of TALL rows; missing rows are zero.
+
+    Its arguments: x (rows, inputs) bfloat16; tiles (rows / TALL, inputs / 2, TALL) int32 pairs and x_sums (groups, rows
+    rounded up to TALL) float32, which are outputs; rows, inputs, groups, inputs of a group. Shares are tiles.
+    """
+    return compile_loop(f"arrange_{bits}", partial(_arrange, bits=bits))
+
+
+def _arrange(builder: Any, given: Arguments, bits: int) -> None:
+    x, tiles, x_sums = given.array(SHORT), given.array(INT), given.array(FLOAT)
+    rows, inputs, groups, columns = given.integers(4)
+    whole_rows = (rows + TALL - 1) // TALL * TALL
+
+    def keep_at(at: Int) -> Callable[[Int, Any], None]:
+        def keep(k: Int, unit: Any) -> None:
+            for p in range(LANES):
+                pair = builder.extract_element(unit, ir.Constant(INT, p))
+                builder.store(pair, element(builder, tiles, at + (k // 2 + p) * TALL))
+
+        return keep
+
+    with given.shares() as (start, stop), counting(builder, start * TALL, stop * TALL) as row:
+        tile_at = row // TALL * TALL * (inputs // 2) + (row - row // TALL * TALL)
+        with builder.if_else(row.is_below(rows)) as (present, missing):
+            with present, counting(builder, 0, groups) as group:
+                total = _order_group(builder, x, row, inputs, group, columns, bits, keep_at(tile_at))
+                builder.store(total, element(builder, x_sums, group * whole_rows + row))
+            with missing:
+                with counting(builder, 0, groups) as group:
+                    builder.store(ir.Constant(FLOAT, 0.0), element(builder, x_sums, group * whole_rows + row))
+                with counting(builder, 0, inputs // 2) as p:
+                    builder.store(ir.Constant(INT, 0), element(builder, tiles, tile_at + p * TALL))
+
+
+@cache
+def multiply_many(bits: int, halves: bool) -> int:
+    """Return the loop that multiplies many rows, in tiles made by `arrange`.
+
+    Its arguments: words, scale (float16 if `halves`, otherwise float32), zero, as in `layout.Layout`; tiles, x_sums; y
+    (rows, outputs) bfloat16; rows, inputs, outputs, groups, inputs of a group. Shares are multiples of WIDE outputs.
+    """
+    return compile_loop(f"multiply_many_{bits}_{halves}", partial(_multiply_many, bits=bits, halves=halves))
+
+
+def _multiply_many(builder: Any, given: Arguments, bits: int, halves: bool) -> None:
+    words, scale, zero = given.array(INT), given.array(SHORT if halves else FLOAT), given.array(BYTE)
+    tiles, x_sums, y = given.array(INT), given.array(FLOAT), given.array(SHORT)
+    rows, inputs, outputs, groups, columns = given.integers(5)
+    count, half, units = (rows + TALL - 1) // TALL, inputs // 2, inputs // 32
+    with (
+        scratch(builder, INT, columns // 2 * WIDE) as weight,
+        scratch(builder, FLOAT, count * TALL * WIDE) as sums,
+        given.shares() as (start, stop),
+        counting(builder, start, stop, WIDE) as low,
+    ):
+        fill_with_zeros(builder, sums, count * TALL * WIDE, FLOATS)
+        with counting(builder, 0, groups) as group:
+            begin, end = group * columns // 32, smaller((group * columns + columns) // 32, units)
+            with counting(builder, begin, end) as unit:
+                at = strip_offset(low, unit, units, outputs, bits)
+                for v in range(0, WIDE, LANES):
+                    _write_unit(builder, words, at + v * bits, weight, (unit - begin) * 16 * WIDE + v, bits)
+            grids = _load_grids(builder, scale, zero, strip_offset(low, group, groups, outputs, 1), bits)
+            with counting(builder, 0, count) as tile:
+                x = element(builder, tiles, (tile * half + begin * 16) * TALL)
+                own = element(builder, x_sums, (group * count + tile) * TALL)
+                _add_tile(builder, x, weight, (end - begin) * 16, own, grids, sums, tile * TALL * WIDE)
+        with counting(builder, 0, rows) as row:
+            for v in range(0, WIDE, LANES):
+                store_output(builder, sums, row * WIDE + v, y, row * outputs + low + v)
+
+
+def _write_unit(builder: Any, words: Any, at: Int, weight: Any, weight_at: Int, bits: int) -> None:
+    """Write the converted codes of a unit, for LANES outputs.
 
     weight[weight_at + p * WIDE + i] = pair p of output i (see `_pairs`)     p < 16, i < LANES
     """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, _, weight_at, _ = arguments
-        words, weight = (array_data(context, builder, signature, arguments, i) for i in (0, 2))
-        line = builder.gep(weight, [weight_at])
-        for p, pair in enumerate(_pairs(builder, load_unit(builder, words, at, len(bits_tuple)))):
-            store(builder, pair, line, ir.Constant(at.type, p * WIDE))
-        return context.get_dummy_value()
-
-    intp = types.intp
-    return types.void(words, intp, weight, intp, bits_tuple), emit
+    for p, pair in enumerate(_pairs(builder, load_unit(builder, words, at, bits))):
+        store(builder, pair, weight, weight_at + p * WIDE)
 
 
-def _add_tile_intrinsic(context, x, x_at, weight, depth, x_sums, scale, zero, grid_at, less, y, y_at):  # type: ignore[no-untyped-def]
-    """_add_tile(...): add a group's product of TALL rows of x and WIDE outputs to y, over `depth` lines of pairs.
-
-        y[y_at + i * WIDE + j] += scale[j] * ((X @ weight)[i, j] - (zero[j] - less) * x_sums[i])     i < TALL, j < WIDE
-
-    X (TALL, 2 depth) begins at x[x_at]; scale and zero of the outputs begin at grid_at.
-    """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, x_at, _, depth, _, _, _, grid_at, less, _, y_at = arguments
-        x, weight, x_sums, scale, zero, y = (
-            array_data(context, builder, signature, arguments, i) for i in (0, 2, 4, 5, 6, 9)
-        )
-
-        def number(value: int) -> Any:
-            return ir.Constant(y_at.type, value)
-
-        totals = sum_register_tile(builder, builder.gep(x, [x_at]), TALL, weight, depth)
-        grids = []
-        for v in range(0, WIDE, LANES):
-            place = builder.add(grid_at, number(v))
-            z = builder.fsub(load_bytes(builder, zero, place), splat(builder, less))
-            grids.append((load_scales(builder, scale, place), z))
-        for i, row in enumerate(totals):
-            x_sum = splat(builder, builder.load(builder.gep(x_sums, [number(i)])))
-            for v, (total, (s, z)) in enumerate(zip(row, grids, strict=True)):
-                place = builder.add(y_at, number(i * WIDE + v * LANES))
-                inside = builder.fsub(builder.load(total), builder.fmul(z, x_sum))
-                store(builder, multiply_add(builder, s, inside, load(builder, y, place, FLOATS)), y, place)
-        return context.get_dummy_value()
-
-    intp = types.intp
-    return types.void(x, intp, weight, intp, x_sums, scale, zero, intp, types.float32, y, intp), emit
+def _load_grids(builder: Any, scale: Any, zero: Any, at: Int, bits: int) -> list[tuple[Any, Any]]:
+    """Scales, and zeros less what the codes are less, of WIDE outputs."""
+    less = splat(builder, ir.Constant(FLOAT, subtracted(bits)))
+    places = [at + v for v in range(0, WIDE, LANES)]
+    return [
+        (load_scales(builder, scale, place), builder.fsub(load_bytes(builder, zero, place), less)) for place in places
+    ]
 
 
-_order_unit: Any = intrinsic(_order_unit_intrinsic)
-_write_unit: Any = intrinsic(_write_unit_intrinsic)
-_add_tile: Any = intrinsic(_add_tile_intrinsic)
-
-
-@compiled
-def prepare_row(x, row, pairs, to, x_sums, columns, bits_tuple):  # type: ignore[no-untyped-def]
-    """Write row `row` of x in the order of the codes to line `to` of pairs (lines, inputs / 2); sum the row by group.
-
-    x_sums[to, group] = x[row, inputs of the group].sum()
-    """
-    inputs, sums = x.shape[1], np.empty(LANES, np.float32)
-    for group in range(x_sums.shape[1]):
-        sums[:] = np.float32(0)
-        for k in range(group * columns, min((group + 1) * columns, inputs), 32):
-            _order_unit(x, row * inputs + k, pairs, (to * inputs + k) // 2, sums, bits_tuple)
-        x_sums[to, group] = sums.sum()
-
-
-@compiled
-def arrange(x, tiles, x_sums, columns, bits_tuple, start, stop) -> None:  # type: ignore[no-untyped-def]
-    """Rearrange x for `multiply_many`: tiles `start` to `stop` of TALL rows; missing rows are zero.
-
-    Args:
-        x: (rows, inputs) bfloat16 viewed as int16.
-        tiles: (rows / TALL, inputs / 2, TALL) int32 pairs, output.
-        x_sums: (groups, rows rounded up to TALL) float32, output.
-    """
-    rows, inputs = x.shape
-    line, sums = np.empty((1, inputs // 2), np.int32), np.empty((1, len(x_sums)), np.float32)
-    for tile in range(start, stop):
-        for i in range(TALL):
-            row = tile * TALL + i
-            if row < rows:
-                prepare_row(x, row, line, 0, sums, columns, bits_tuple)
-            else:
-                sums[:], line[:] = np.float32(0), 0
-            for group in range(len(x_sums)):  # numba takes seconds to compile an assignment of one slice to another
-                x_sums[group, row] = sums[0, group]
-            for p in range(inputs // 2):
-                tiles[tile, p, i] = line[0, p]
-
-
-@compiled
-def multiply_many(  # type: ignore[no-untyped-def]
-    words, tiles, x_sums, scale, zero, y, columns, bits_tuple, start, stop
+def _add_tile(
+    builder: Any, x: Any, weight: Any, depth: Int, x_sums: Any, grids: list[tuple[Any, Any]], y: Any, y_at: Int
 ) -> None:
-    """`gemv.multiply` for many rows: x in tiles made by `arrange`, y (rows, outputs) bfloat16 viewed as int16.
+    """Add a group's product of TALL rows of x (TALL, 2 depth) and WIDE outputs to y, over `depth` lines of pairs.
 
-    `outputs`, start and stop are multiples of WIDE.
+    y[y_at + i * WIDE + j] += scale[j] * ((x @ weight)[i, j] - zero[j] * x_sums[i])     i < TALL, j < WIDE
     """
-    (rows, outputs), (groups, _), half = y.shape, x_sums.shape, tiles.shape[1]
-    bits, units, less = len(bits_tuple), half // 16, np.float32(2 ** (len(bits_tuple) - 1))
-    weight = np.empty((columns // 2, WIDE), np.int32)
-    sums = np.empty((len(tiles) * TALL, WIDE), np.float32)
-    for low in range(start, stop, WIDE):
-        sums[:] = np.float32(0)
-        for group in range(groups):
-            begin, end = group * columns // 32, min((group + 1) * columns // 32, units)
-            for unit in range(begin, end):
-                at = strip_offset(low, unit, units, outputs, bits)
-                for v in range(0, WIDE, LANES):
-                    _write_unit(words, at + v * bits, weight, (unit - begin) * 16 * WIDE + v, bits_tuple)
-            place = strip_offset(low, group, groups, outputs, 1)
-            for tile in range(len(tiles)):
-                x_at, depth = (tile * half + begin * 16) * TALL, (end - begin) * 16
-                own = x_sums[group, tile * TALL : (tile + 1) * TALL]
-                _add_tile(tiles, x_at, weight, depth, own, scale, zero, place, less, sums, tile * TALL * WIDE)
-        for row in range(rows):
-            for v in range(0, WIDE, LANES):
-                store_output(sums, row * WIDE + v, y, row * outputs + low + v)
+    for i, row in enumerate(sum_register_tile(builder, x, TALL, weight, depth)):
+        x_sum = splat(builder, builder.load(element(builder, x_sums, i)))
+        for v, (total, (scale, zero)) in enumerate(zip(row, grids, strict=True)):
+            place = y_at + (i * WIDE + v * LANES)
+            inside = builder.fsub(builder.load(total), builder.fmul(zero, x_sum))
+            store(builder, multiply_add(builder, scale, inside, load(builder, y, place, FLOATS)), y, place)

@@ -7,22 +7,20 @@ is scaled by 2^-shift beforehand, which is exact. Only codes that straddle two w
 """
 
 from collections.abc import Iterator
+from functools import cache, partial
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from gptq.compute.machine_code import BYTE, Arguments, Int, compile_loop, counting, smaller, variable
 from gptq.compute.simd import (
     FLOAT,
     FLOATS,
     INT,
     LANES,
-    array_data,
-    compiled,
+    SHORT,
     constant_vector,
+    element,
     load,
     load_bytes,
     load_scales,
@@ -31,7 +29,16 @@ from gptq.compute.simd import (
     splat,
     store,
     strip_offset,
+    sum_in_order,
 )
+
+NUMBER = UNIT_NUMBER = FLOAT  # types of the elements of x and y, and of a unit's x
+UNIT = 32  # elements of a unit's x
+
+
+def subtracted(bits: int) -> float:
+    """What `add_unit` subtracts from each code before it multiplies."""
+    return 0.0
 
 
 def stays_in_place(bits: int) -> list[bool]:
@@ -67,94 +74,58 @@ def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
     total + codes @ x     codes: (LANES, 32); x points to 32 numbers, already scaled by `prescale_factors`
     """
     for c, code in enumerate(_codes(builder, lines)):
-        factor = builder.load(builder.gep(x, [ir.Constant(INT, c)]))
+        factor = builder.load(element(builder, x, c))
         total = multiply_add(builder, code, splat(builder, factor), total)
     return total
 
 
-def _write_unit_intrinsic(context, words, at, scale, zero, grid_at, weight, weight_at, bits_tuple):  # type: ignore[no-untyped-def]
-    """_write_unit(...): dequantize a unit for LANES outputs.
+def prepare_row(  # one function for each kind of kernel
+    builder: Any, x: Any, row: Int, inputs: Int, units: Any, x_sums: Any, groups: Int, columns: Int, bits: int
+) -> None:
+    """Write row `row` of x (rows, inputs), scaled, to units (rows, inputs / 32, UNIT); sum the row by groups.
 
-        weight[weight_at + c * stride + i] = scale[grid_at + i] * (codes[i, c] - zero[grid_at + i])
-
-    c < 32, i < LANES; `stride` is the number of columns of weight.
+    units[row, n] = x[row, 32 n : 32 n + 32] * prescale_factors(bits)
+    x_sums[row, group] = x[row, inputs of the group].sum()     in LANES partial sums
     """
+    factors = prescale_factors(bits)
+    total = variable(builder, ir.Constant(FLOATS, None))
+    with counting(builder, 0, groups) as group:
+        builder.store(ir.Constant(FLOATS, None), total)
+        with counting(builder, group * columns, smaller(group * columns + columns, inputs), 32) as k:
+            for i in range(0, 32, LANES):
+                part = load(builder, x, row * inputs + k + i, FLOATS)
+                builder.store(builder.fadd(builder.load(total), part), total)
+                by = ir.Constant(FLOATS, [ir.Constant(FLOAT, factor) for factor in factors[i : i + LANES]])
+                store(builder, builder.fmul(part, by), units, row * inputs + k + i)
+        builder.store(sum_in_order(builder, builder.load(total)), element(builder, x_sums, row * groups + group))
 
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, _, _, grid_at, _, weight_at, _ = arguments
-        words, scale, zero, weight = (array_data(context, builder, signature, arguments, i) for i in (0, 2, 3, 5))
-        line = context.make_array(signature.args[5])(context, builder, arguments[5])
-        weight_stride = cgutils.unpack_tuple(builder, line.shape, 2)[1]
-        s = load_scales(builder, scale, grid_at)
-        z = load_bytes(builder, zero, grid_at)
-        factors = prescale_factors(len(bits_tuple))
-        for c, code in enumerate(_codes(builder, load_unit(builder, words, at, len(bits_tuple)))):
+
+@cache
+def decode(bits: int, halves: bool) -> int:
+    """Return the loop that dequantizes some outputs: weight[:, start:stop] = W^T[:, first + start : first + stop].
+
+    Its arguments: words, scale (float16 if `halves`, otherwise float32), zero, as in `layout.Layout`; weight (inputs,
+    outputs of this call) float32; inputs; outputs of this call; all outputs, padded; inputs of a group; `first`.
+    Shares are multiples of LANES outputs.
+    """
+    return compile_loop(f"decode_{bits}_{halves}", partial(_decode, bits=bits, halves=halves))
+
+
+def _decode(builder: Any, given: Arguments, bits: int, halves: bool) -> None:
+    words, scale, zero = given.array(INT), given.array(SHORT if halves else FLOAT), given.array(BYTE)
+    weight = given.array(FLOAT)
+    inputs, here, outputs, columns, first = given.integers(5)
+    units, groups = inputs // 32, (inputs + columns - 1) // columns
+    factors = prescale_factors(bits)
+    with (
+        given.shares() as (start, stop),
+        counting(builder, start, stop, LANES) as low,
+        counting(builder, 0, units) as n,
+    ):
+        grid_at = strip_offset(first + low, n * 32 // columns, groups, outputs, 1)
+        s, z = load_scales(builder, scale, grid_at), load_bytes(builder, zero, grid_at)
+        lines = load_unit(builder, words, strip_offset(first + low, n, units, outputs, bits), bits)
+        for c, code in enumerate(_codes(builder, lines)):
             factor = splat(builder, ir.Constant(FLOAT, factors[c]))
             difference = builder.fsub(builder.fmul(code, factor), z)
-            store(builder, builder.fmul(s, difference), weight, weight_at)
-            weight_at = builder.add(weight_at, weight_stride)
-        return context.get_dummy_value()
-
-    intp = types.intp
-    return types.void(words, intp, scale, zero, intp, weight, intp, bits_tuple), emit
-
-
-def _scale_unit_intrinsic(context, x, at, units, units_at, sums, bits_tuple):  # type: ignore[no-untyped-def]
-    """_scale_unit(...): write a unit's x, scaled, into `units`; add the unscaled x to LANES partial sums.
-
-    units[units_at : units_at + 32] = x[at : at + 32] * prescale_factors(bits)
-    sums += x[at : at + 32].reshape(-1, LANES).sum(0)
-    """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, _, units_at, _, _ = arguments
-        x, units, sums = (array_data(context, builder, signature, arguments, i) for i in (0, 2, 4))
-        nowhere, factors = ir.Constant(at.type, 0), prescale_factors(len(bits_tuple))
-        total = load(builder, sums, nowhere, FLOATS)
-        for i in range(0, 32, LANES):
-            part, by = load(builder, x, builder.add(at, ir.Constant(at.type, i)), FLOATS), factors[i : i + LANES]
-            total = builder.fadd(total, part)
-            scaled = builder.fmul(part, ir.Constant(FLOATS, [ir.Constant(FLOAT, factor) for factor in by]))
-            store(builder, scaled, units, builder.add(units_at, ir.Constant(at.type, i)))
-        store(builder, total, sums, nowhere)
-        return context.get_dummy_value()
-
-    intp = types.intp
-    return types.void(x, intp, units, intp, sums, bits_tuple), emit
-
-
-_write_unit: Any = intrinsic(_write_unit_intrinsic)
-_scale_unit: Any = intrinsic(_scale_unit_intrinsic)
-
-
-@compiled
-def prepare_row(x, row, units, to, x_sums, columns, bits_tuple):  # type: ignore[no-untyped-def]
-    """Write row `row` of x, scaled, to line `to` of units (lines, inputs / 32, 32) float32; sum the row by groups.
-
-    x_sums[to, group] = x[row, inputs of the group].sum()
-    """
-    inputs, sums = x.shape[1], np.empty(LANES, np.float32)
-    for group in range(x_sums.shape[1]):
-        sums[:] = np.float32(0)
-        for k in range(group * columns, min((group + 1) * columns, inputs), 32):
-            _scale_unit(x, row * inputs + k, units, to * inputs + k, sums, bits_tuple)
-        x_sums[to, group] = sums.sum()
-
-
-@compiled
-def decode(words, scale, zero, weight, outputs, columns, bits_tuple, first, start, stop) -> None:  # type: ignore[no-untyped-def]
-    """Dequantize some outputs: weight[:, start:stop] = W^T[:, first + start : first + stop].
-
-    Args:
-        weight: (inputs, outputs of this call) float32.
-        outputs: number of all outputs, padded.
-        first: the output in weight's first column.
-        words, scale, zero, columns, bits_tuple, start, stop: as for `gemv.multiply`.
-    """
-    bits, here, units = len(bits_tuple), weight.shape[1], weight.shape[0] // 32
-    groups = -(-weight.shape[0] // columns)
-    for low in range(start, stop, LANES):
-        for unit in range(units):
-            at = strip_offset(first + low, unit, units, outputs, bits)
-            grid_at = strip_offset(first + low, unit * 32 // columns, groups, outputs, 1)
-            _write_unit(words, at, scale, zero, grid_at, weight, unit * 32 * here + low, bits_tuple)
+            store(builder, builder.fmul(s, difference), weight, (n * 32 + c) * here + low)

@@ -11,21 +11,19 @@ exact.
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
+from gptq.compute.machine_code import Int, counting, smaller, variable
 from gptq.compute.simd import (
     FLOAT,
     FLOATS,
     INT,
     INTS,
     LANES,
-    array_data,
-    compiled,
+    SHORT,
     constant_vector,
     dot_int16_pairs,
+    element,
     load,
     multiply_add,
     pair_order,
@@ -38,9 +36,15 @@ from gptq.compute.simd import (
     three_bit_windows,
 )
 
+NUMBER, UNIT_NUMBER = FLOAT, SHORT  # types of the elements of x and y, and of a unit's x
 WIDTHS = 2, 3, 4, 8  # bits of the codes that the kernel supports
 SMALLEST_INPUT = 1e-30  # a unit whose largest |x| does not exceed this number is treated as zero
 UNIT = 34  # int16 elements of a unit's x: 32 numbers, and their float32 scale in two elements
+
+
+def subtracted(bits: int) -> float:
+    """What `add_unit` subtracts from each code before it multiplies."""
+    return 0.0
 
 
 def _pairs(builder: Any, lines: list[Any]) -> Iterator[tuple[int, Any]]:
@@ -61,7 +65,7 @@ def _pairs(builder: Any, lines: list[Any]) -> Iterator[tuple[int, Any]]:
 
 
 def _three_bit_pairs(builder: Any, lines: list[Any]) -> Iterator[tuple[int, Any]]:
-    """`_pairs` for 3 bits; codes in low halves are one bit higher than in high halves (see `_round_unit_intrinsic`)."""
+    """`_pairs` for 3 bits; codes in low halves are one bit higher than in high halves (see `_round_unit`)."""
     mask = 7 << 16 | 7 << 1
     for window in three_bit_windows(builder, lines):
         for i in range(5):
@@ -82,7 +86,7 @@ def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
     sums: dict[int, Any] = {}
 
     def of_x(p: int) -> Any:
-        found = builder.load(builder.gep(pairs_of_x, [ir.Constant(INT, p)]))
+        found = builder.load(element(builder, pairs_of_x, p))
         found.align = 2
         return found
 
@@ -99,8 +103,8 @@ def add_unit(builder: Any, lines: list[Any], x: Any, total: Any) -> Any:
     return multiply_add(builder, builder.sitofp(whole, FLOATS), splat(builder, scale), total)
 
 
-def _round_unit_intrinsic(context, x, at, units, units_at, bits_tuple):  # type: ignore[no-untyped-def]
-    """_round_unit(...): round a unit's x to integers with a common scale; return the sum of the rounded numbers.
+def _round_unit(builder: Any, x: Any, at: Int, units: Any, units_at: Int, bits: int) -> Any:
+    """Round a unit's x to integers with a common scale; return the sum of the rounded numbers.
 
         scale = abs(x[at : at + 32]).max() / 32767;  integers = rint(x[at : at + 32] / scale).astype(np.int16)
         units[units_at : units_at + UNIT] = integers[pair_order(bits)], scale;  return scale * integers.sum()
@@ -109,45 +113,34 @@ def _round_unit_intrinsic(context, x, at, units, units_at, bits_tuple):  # type:
     codes in the high half. So at 3 bits integers are limited to 16383, the integers for high halves are doubled, and
     the stored scale is halved.
     """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, at, _, units_at, _ = arguments
-        x, units = (array_data(context, builder, signature, arguments, i) for i in (0, 2))
-        twice, order = len(bits_tuple) == 3, pair_order(len(bits_tuple))
-        parts = [load(builder, x, builder.add(at, ir.Constant(at.type, i)), FLOATS) for i in (0, LANES)]
-        high, other = (builder.and_(builder.bitcast(part, INTS), constant_vector(0x7FFFFFFF)) for part in parts)
-        high = builder.select(builder.icmp_signed(">", high, other), high, other)  # the bits of |x| compare like |x|
-        largest, most = builder.bitcast(reduce_max(builder, high), FLOAT), ir.Constant(FLOAT, 32767 >> twice)
-        seen = builder.fcmp_ordered(">", largest, ir.Constant(FLOAT, SMALLEST_INPUT))
-        inverse = splat(builder, builder.select(seen, builder.fdiv(most, largest), ir.Constant(FLOAT, 0)))
-        step = builder.fdiv(largest, most)
-        first, second = (builder.fptosi(round_half_even(builder, builder.fmul(part, inverse)), INTS) for part in parts)
-        low, high = (
-            builder.and_(shuffle(builder, first, second, order[i::2]), constant_vector(0xFFFF)) for i in (0, 1)
-        )
-        unit = builder.bitcast(builder.gep(units, [units_at]), INT.as_pointer())
-        nowhere = ir.Constant(at.type, 0)
-        store(builder, builder.or_(low, builder.shl(high, constant_vector(16 + twice))), unit, nowhere)
-        scale = builder.fmul(step, ir.Constant(FLOAT, 0.5)) if twice else step
-        builder.store(builder.bitcast(scale, INT), builder.gep(unit, [ir.Constant(at.type, LANES)])).align = 2
-        return builder.fmul(builder.sitofp(reduce_add(builder, builder.add(first, second)), FLOAT), step)
-
-    intp = types.intp
-    return types.float32(x, intp, units, intp, bits_tuple), emit
+    twice, order = bits == 3, pair_order(bits)
+    parts = [load(builder, x, at + i, FLOATS) for i in (0, LANES)]
+    high, other = (builder.and_(builder.bitcast(part, INTS), constant_vector(0x7FFFFFFF)) for part in parts)
+    high = builder.select(builder.icmp_signed(">", high, other), high, other)  # the bits of |x| compare like |x|
+    largest, most = builder.bitcast(reduce_max(builder, high), FLOAT), ir.Constant(FLOAT, 32767 >> twice)
+    seen = builder.fcmp_ordered(">", largest, ir.Constant(FLOAT, SMALLEST_INPUT))
+    inverse = splat(builder, builder.select(seen, builder.fdiv(most, largest), ir.Constant(FLOAT, 0)))
+    step = builder.fdiv(largest, most)
+    first, second = (builder.fptosi(round_half_even(builder, builder.fmul(part, inverse)), INTS) for part in parts)
+    low, high = (builder.and_(shuffle(builder, first, second, order[i::2]), constant_vector(0xFFFF)) for i in (0, 1))
+    unit = builder.bitcast(element(builder, units, units_at), INT.as_pointer())
+    store(builder, builder.or_(low, builder.shl(high, constant_vector(16 + twice))), unit, 0)
+    scale = builder.fmul(step, ir.Constant(FLOAT, 0.5)) if twice else step
+    builder.store(builder.bitcast(scale, INT), element(builder, unit, LANES)).align = 2
+    return builder.fmul(builder.sitofp(reduce_add(builder, builder.add(first, second)), FLOAT), step)
 
 
-_round_unit: Any = intrinsic(_round_unit_intrinsic)
+def prepare_row(
+    builder: Any, x: Any, row: Int, inputs: Int, units: Any, x_sums: Any, groups: Int, columns: Int, bits: int
+) -> None:
+    """Write row `row` of x (rows, inputs), rounded, to units (rows, inputs / 32, UNIT).
 
-
-@compiled
-def prepare_row(x, row, units, to, x_sums, columns, bits_tuple):  # type: ignore[no-untyped-def]
-    """Write row `row` of x (rows, inputs), rounded, to line `to` of units (lines, inputs / 32, UNIT) int16.
-
-    x_sums[to, group] is the sum of the rounded numbers of a group, so that zero points are applied exactly.
+    x_sums[row, group] is the sum of the rounded numbers of a group, so that zero points are applied exactly.
     """
-    inputs = x.shape[1]
-    for group in range(x_sums.shape[1]):
-        total = np.float32(0)
-        for k in range(group * columns, min((group + 1) * columns, inputs), 32):
-            total += _round_unit(x, row * inputs + k, units, (to * inputs + k) // 32 * UNIT, bits_tuple)
-        x_sums[to, group] = total
+    total = variable(builder, ir.Constant(FLOAT, 0.0))
+    with counting(builder, 0, groups) as group:
+        builder.store(ir.Constant(FLOAT, 0.0), total)
+        with counting(builder, group * columns, smaller(group * columns + columns, inputs), 32) as k:
+            part = _round_unit(builder, x, row * inputs + k, units, (row * inputs + k) // 32 * UNIT, bits)
+            builder.store(builder.fadd(builder.load(total), part), total)
+        builder.store(builder.load(total), element(builder, x_sums, row * groups + group))

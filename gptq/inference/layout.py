@@ -94,6 +94,10 @@ class Layout:
     def groups(self) -> int:
         return self.scale.numel() // self.padded_outputs
 
+    @property
+    def has_half_scales(self) -> bool:
+        return self.scale.dtype == torch.int16
+
     def arrange(self, x: Tensor) -> Tensor:
         """x (..., inputs) permuted to the order of the words, padded with zeros, contiguous."""
         if self.perm is not None:

@@ -18,15 +18,15 @@ On a GPU a Triton kernel reads GPTQ's stored tensors as they are; 1 byte a group
 import importlib.util
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gptq import formats
 from gptq.compute.cpu_features import has_amx, has_avx2, has_avx512_bf16, has_native_bfloat16
-from gptq.compute.threads import run_compiled, run_shares, shares_of
-from gptq.inference.layout import Layout, Stored, round_up
+from gptq.compute.threads import run_compiled, run_loop, share_of
+from gptq.inference.layout import Layout, Stored
 from gptq.solver.grids.grid import Form
 
 FEW_ROWS = 4  # up to this many rows, decoding the codes anew for each row is faster than dequantizing the weight
@@ -130,8 +130,7 @@ class FewRows:
 
         held = [tensor.data_ptr() for tensor in (layout.words, layout.scale, layout.zero)]
         given = layout.inputs, layout.padded_outputs, layout.groups, layout.columns, *held
-        worker = gemv.worker(kind, layout.bits, layout.scale.dtype == torch.int16)
-        return cls(kind, worker.address, given)
+        return cls(kind, gemv.multiply(kind, layout.bits, layout.has_half_scales), given)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x W^T (..., padded outputs) for a contiguous x (..., padded inputs), both of the kind's dtype.
@@ -140,8 +139,7 @@ class FewRows:
         """
         inputs, outputs, groups, columns, words, scale, zero = self.given
         y = x.new_empty((*x.shape[:-1], outputs))
-        rows, share = x.numel() // inputs, round_up(-(-outputs // torch.get_num_threads()), SHARE)
-        sizes = 0, share, rows, inputs, outputs, groups, columns
+        sizes = 0, share_of(outputs, SHARE), outputs, x.numel() // inputs, inputs, outputs, groups, columns
         run_compiled(self.address, (*sizes, words, x.data_ptr(), scale, zero, y.data_ptr()))
         return y
 
@@ -156,12 +154,12 @@ def _multiply_float32(layout: Layout, x: Tensor) -> Tensor:
     rows, inputs = x.shape
     y = torch.empty(rows, layout.padded_outputs, dtype=dtype, device="cpu")
     step = max(DECODED // inputs // simd.TILE, 1) * simd.TILE
+    decode = gemv_float32.decode(layout.bits, layout.has_half_scales)
     for first in range(0, layout.padded_outputs, step):
         taken = min(step, layout.padded_outputs - first)
         weight = torch.empty(inputs, taken, dtype=torch.float32, device="cpu")  # a tile of W^T
-        arrays = _arrays(layout.words, layout.scale, layout.zero, weight)
-        given = (*arrays, layout.padded_outputs, layout.columns, (0,) * layout.bits, first)
-        run_shares(gemv_float32.decode, given, shares_of(taken, SHARE))
+        sizes = inputs, taken, layout.padded_outputs, layout.columns, first
+        run_loop(decode, taken, SHARE, layout.words, layout.scale, layout.zero, weight, *sizes)
         torch.mm(x, weight.to(dtype), out=y[:, first : first + taken])
     return y
 
@@ -176,12 +174,11 @@ def _multiply_bfloat16(layout: Layout, x: Tensor) -> Tensor:
     count = -(-rows // simd.TALL)
     tiles = torch.empty(count, inputs // 2, simd.TALL, dtype=torch.int32, device="cpu")
     sums = torch.empty(layout.groups, count * simd.TALL, dtype=torch.float32, device="cpu")
-    group_and_bits = layout.columns, (0,) * layout.bits
-    run_shares(
-        gemv_bfloat16.arrange, (*_arrays(x.view(torch.int16), tiles, sums), *group_and_bits), shares_of(count, 1)
-    )
-    arrays = _arrays(layout.words, tiles, sums, layout.scale, layout.zero, y.view(torch.int16))
-    run_shares(gemv_bfloat16.multiply_many, (*arrays, *group_and_bits), shares_of(layout.padded_outputs, simd.WIDE))
+    run_loop(gemv_bfloat16.arrange(layout.bits), count, 1, x, tiles, sums, rows, inputs, layout.groups, layout.columns)
+    given = layout.words, layout.scale, layout.zero, tiles, sums, y
+    sizes = rows, inputs, layout.padded_outputs, layout.groups, layout.columns
+    multiply_many = gemv_bfloat16.multiply_many(layout.bits, layout.has_half_scales)
+    run_loop(multiply_many, layout.padded_outputs, simd.WIDE, *given, *sizes)
     return y
 
 
@@ -219,10 +216,6 @@ class TritonProduct:
         if order is None:
             raise TypeError("the kernel for GPUs needs g_idx")
         return cls(words, scale, zero, order, sizes[1])
-
-
-def _arrays(*tensors: Tensor) -> list[Any]:
-    return [tensor.contiguous().numpy() for tensor in tensors]
 
 
 # --- the operator of compiled models ----------------------------------------------------------------------------------

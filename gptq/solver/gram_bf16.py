@@ -7,17 +7,29 @@ tokens. Each sum is computed by one thread in the order of the tokens, so the nu
 result.
 """
 
+from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from gptq.compute.simd import FLOATS, LANES, TALL, WIDE, array_data, compiled, load, store, sum_register_tile
-from gptq.compute.threads import run_shares, shares_of
+from gptq.compute.machine_code import LONG, Arguments, Int, compile_loop, counting, larger, smaller
+from gptq.compute.simd import (
+    FLOAT,
+    FLOATS,
+    INT,
+    LANES,
+    SHORT,
+    TALL,
+    WIDE,
+    element,
+    load,
+    shuffle,
+    store,
+    sum_register_tile,
+)
+from gptq.compute.threads import run_loop
 
 CACHED_PAIRS = 2**17  # pairs of the left factor reused from the second-level cache at a time, 512 KiB
 
@@ -30,9 +42,10 @@ def add_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper:
         a, b: (tokens, inputs) as returned by `pair_tokens`.
         upper: the result is only needed right of the diagonal; most of the rest is skipped.
     """
-    own = np.array([n for panel in panels for n in range(panel.start // WIDE, panel.stop // WIDE)])
+    own = torch.tensor([n for panel in panels for n in range(panel.start // WIDE, panel.stop // WIDE)])
     threads = min(torch.get_num_threads(), len(b))
-    run_shares(_add_panels, (sums.numpy(), a.numpy(), b.numpy(), own, upper), [(n, threads) for n in range(threads)])
+    sizes = len(own), b.shape[1], sums.shape[1], len(b), threads, 1 if upper else len(sums)
+    run_loop(_add_panels(), threads, 1, sums, a, b, own, *sizes)
 
 
 def panel_product(a: Tensor, b: Tensor, panel: slice, start: int) -> Tensor:
@@ -55,65 +68,75 @@ def pair_tokens(x: Tensor) -> Tensor:
     """
     tokens, inputs = x.shape
     pairs = torch.empty(inputs // WIDE, -(-tokens // 2), 2 * WIDE, dtype=torch.int16)
-    arrays = x.contiguous().view(torch.int16).numpy(), pairs.numpy()
-    run_shares(_pair_up, arrays, shares_of(len(pairs), 1))
+    run_loop(_pair_up(), len(pairs), 1, x.contiguous(), pairs, tokens, inputs)
     return pairs.view(torch.int32)
 
 
-@compiled
-def _pair_up(x, pairs, start, stop) -> None:  # type: ignore[no-untyped-def]
-    """Write panels start to stop of pairs (panels, tokens / 2, 2 WIDE) int16 from x (tokens, inputs) int16.
+@cache
+def _pair_up() -> int:
+    """Return the loop that writes panels of pairs (panels, tokens / 2, 2 WIDE) int16 from x (tokens, inputs) int16.
 
     pairs[panel, k, 2 j + i] = x[2 k + i, panel * WIDE + j], i = 0 or 1
     """
-    nil = np.int16(0)
-    for panel in range(start, stop):
-        for k in range(pairs.shape[1]):
-            first, line = x[2 * k, panel * WIDE : (panel + 1) * WIDE], pairs[panel, k]
-            if 2 * k + 1 < len(x):
-                second = x[2 * k + 1, panel * WIDE : (panel + 1) * WIDE]
-                for j in range(WIDE):
-                    line[2 * j], line[2 * j + 1] = first[j], second[j]
-            else:
-                for j in range(WIDE):
-                    line[2 * j], line[2 * j + 1] = first[j], nil
+
+    def emit(builder: Any, given: Arguments) -> None:
+        x, pairs = given.array(SHORT), given.array(SHORT)
+        tokens, inputs = given.integers(2)
+        half = (tokens + 1) // 2
+        order = [i * LANES + j for j in range(LANES) for i in range(2)]  # alternately of two vectors
+        line = ir.VectorType(SHORT, LANES)
+        nothing = ir.Constant(line, None)
+        with given.shares() as (start, stop), counting(builder, start, stop) as panel:
+            to = panel * half * (2 * WIDE)
+
+            def write(k: Int, second: Int | None) -> None:
+                for v in range(0, WIDE, LANES):
+                    first = load(builder, x, k * 2 * inputs + panel * WIDE + v, line)
+                    other = nothing if second is None else load(builder, x, second * inputs + panel * WIDE + v, line)
+                    store(builder, shuffle(builder, first, other, order), pairs, to + k * (2 * WIDE) + 2 * v)
+
+            with counting(builder, 0, tokens // 2) as k:
+                write(k, k * 2 + 1)
+            with counting(builder, tokens // 2, half) as k:  # an odd last token
+                write(k, None)
+
+    return compile_loop("pair_up", emit)
 
 
-def _add_tile_intrinsic(context, a, a_at, b, b_at, depth, sums, at, stride):  # type: ignore[no-untyped-def]
-    """_add_tile(...): add the product of one register tile to the sums, over `depth` lines of WIDE pairs.
+@cache
+def _add_panels() -> int:
+    """Return the loop that multiplies the panels `own` of left with every `step`-th panel of right.
 
-        sums[at + i * stride + j] += (A.T @ B)[i, j]     i < TALL, j < WIDE
-
-    A (2 depth, TALL) and B (2 depth, WIDE) are the bfloat16 columns whose pairs begin at a[a_at] and b[b_at].
+    Its arguments: sums (., stride), left and right (panels, depth, WIDE), own (count,) int64; count, depth, stride,
+    panels of right, step, reach. Panels `row` of left and `column` of right are multiplied if row < column + reach.
+    A share is the panels of right that begin at its number.
     """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _, a_at, _, b_at, depth, _, at, stride = arguments
-        a, b, sums = (array_data(context, builder, signature, arguments, i) for i in (0, 2, 5))
-        for row in sum_register_tile(builder, builder.gep(a, [a_at]), WIDE, builder.gep(b, [b_at]), depth):
-            for v, total in enumerate(row):
-                place = builder.add(at, ir.Constant(at.type, v * LANES))
-                store(builder, builder.fadd(load(builder, sums, place, FLOATS), builder.load(total)), sums, place)
-            at = builder.add(at, stride)
-        return context.get_dummy_value()
-
-    intp = types.intp
-    return types.void(a, intp, b, intp, intp, sums, intp, intp), emit
+    return compile_loop("add_panels", _emit_panels)
 
 
-_add_tile: Any = intrinsic(_add_tile_intrinsic)
+def _emit_panels(builder: Any, given: Arguments) -> None:
+    sums, left, right, own = given.array(FLOAT), given.array(INT), given.array(INT), given.array(LONG)
+    count, depth, stride, panels, step, reach = given.integers(6)
+    block = larger(Int(builder, CACHED_PAIRS) // (depth * WIDE), Int(builder, 1))
+    with (
+        given.shares() as (first, _),
+        counting(builder, 0, (count + block - 1) // block) as n,
+        counting(builder, 0, (panels - first + step - 1) // step) as m,
+        counting(builder, n * block, smaller(n * block + block, count)) as i,
+    ):
+        column, row = first + m * step, Int(builder, builder.load(element(builder, own, i)))
+        with builder.if_then(row.is_below(column + reach)), counting(builder, 0, WIDE, TALL) as tall:
+            a, b = element(builder, left, row * depth * WIDE + tall), element(builder, right, column * depth * WIDE)
+            _add_tile(builder, a, b, depth, sums, (row * WIDE + tall) * stride + column * WIDE, stride)
 
 
-@compiled
-def _add_panels(sums, left, right, own, upper, first, step) -> None:  # type: ignore[no-untyped-def]
-    """Multiply the panels `own` of left with every `step`-th panel of right from `first` on: one thread's share."""
-    depth, stride = left.shape[1], sums.shape[1]
-    block = max(CACHED_PAIRS // (depth * WIDE), 1)
-    for low in range(0, len(own), block):
-        for column in range(first, len(right), step):
-            for row in own[low : low + block]:
-                if upper and row > column:
-                    continue
-                for i in range(0, WIDE, TALL):
-                    at = (row * WIDE + i) * stride + column * WIDE
-                    _add_tile(left, row * depth * WIDE + i, right, column * depth * WIDE, depth, sums, at, stride)
+def _add_tile(builder: Any, a: Any, b: Any, depth: Int, sums: Any, at: Int, stride: Int) -> None:
+    """Add the product of one register tile to the sums, over `depth` lines of WIDE pairs.
+
+    sums[at + i * stride + j] += (a.T @ b)[i, j]     i < TALL, j < WIDE; a (2 depth, TALL), b (2 depth, WIDE)
+    """
+    for row in sum_register_tile(builder, a, WIDE, b, depth):
+        for v, total in enumerate(row):
+            place = at + v * LANES
+            store(builder, builder.fadd(load(builder, sums, place, FLOATS), builder.load(total)), sums, place)
+        at = at + stride

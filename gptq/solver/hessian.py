@@ -120,7 +120,7 @@ def _prepare_factors(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor
     if _has_mixed_precision_mm(x):
         return x, original, _add_half_products
     if _has_bf16_kernel(x):
-        from gptq.solver import gram_bf16  # imports numba
+        from gptq.solver import gram_bf16
 
         return (
             gram_bf16.pair_tokens(x),

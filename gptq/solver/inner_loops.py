@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gptq.compute.threads import Shares, run_shares, shares_of
+from gptq.compute.threads import run_loop
 from gptq.solver.grids.grid import Grid
 
 
@@ -41,8 +41,10 @@ def choose_columns(
     by_rows = [_pad_rows(x, padded_rows) for x in (base, reference, scale, shift)]
     codes = torch.empty(len(base), padded_rows, dtype=torch.uint8)
     Q, t = base.new_empty(len(base), padded_rows), base.new_empty(len(base), padded_rows)
-    given = (*by_rows[:2], coupling.T.contiguous(), *by_rows[2:], grid.levels(base), torch.tensor(groups), codes, Q, t)
-    _run_on_all_rows(inner_loops_cpu.choose_columns, given, grid, shares_of(padded_rows, inner_loops_cpu.TILE_ROWS))
+    levels = grid.levels(base)
+    given = (*by_rows[:2], coupling.T.contiguous(), *by_rows[2:], levels, torch.tensor(groups), codes, Q, t)
+    loop = inner_loops_cpu.choose_columns(grid.form, base.dtype == torch.float64)
+    run_loop(loop, padded_rows, inner_loops_cpu.TILE_ROWS, *given, len(base), padded_rows, levels.shape[1], grid.top)
     return codes[:, :rows], Q[:, :rows], t[:, :rows]
 
 
@@ -83,8 +85,11 @@ def best_grids(w: Tensor, importance: Tensor, scales: Tensor, shifts: Tensor, gr
     rows, padded_rows = w.shape[2], max(w.shape[2], inner_loops_cpu.TILE_ROWS)
     best = torch.empty(len(w), padded_rows, dtype=torch.int64)
     by_rows = [_pad_rows(x, padded_rows) for x in (w, scales, shifts)]
-    given = (best, by_rows[0], importance.contiguous(), *by_rows[1:], grid.levels(w))
-    _run_on_all_rows(inner_loops_cpu.best_grids, given, grid, shares_of(padded_rows, inner_loops_cpu.TILE_ROWS))
+    levels = grid.levels(w)
+    given = (best, by_rows[0], importance.contiguous(), *by_rows[1:], levels)
+    sizes = len(w), w.shape[1], padded_rows, len(scales), levels.shape[1], grid.top
+    loop = inner_loops_cpu.best_grids(grid.form, w.dtype == torch.float64)
+    run_loop(loop, padded_rows, inner_loops_cpu.TILE_ROWS, *given, *sizes)
     return best[:, :rows]
 
 
@@ -110,10 +115,3 @@ def _triton_kernels() -> Any:
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
     """Make x contiguous and pad its last dimension to `rows`, the least number that compiled loops take."""
     return x.contiguous() if x.shape[-1] >= rows else pad(x, (0, rows - x.shape[-1]), value=1.0)
-
-
-def _run_on_all_rows(loop: Any, given: tuple[Tensor, ...], grid: Grid, shares: Shares) -> None:
-    """Run a compiled loop on all rows, split among the threads; rows are independent of each other."""
-    top = given[1].new_tensor(grid.top).numpy()[()]
-    form = (0,) * grid.form  # a compiled loop is specialized by the length of this tuple
-    run_shares(loop, (*(x.numpy() for x in given), top, form), shares)

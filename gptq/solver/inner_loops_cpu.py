@@ -3,19 +3,29 @@
 The loops take TILE_ROWS rows of the weight at a time. Rows are vector lanes, so a column of the weight is a contiguous
 line, (columns, rows), and the tile's working set stays in the first-level cache. If the number of rows is not a
 multiple of TILE_ROWS, the last tile overlaps the tile before it and computes the shared rows again, with the same
-result. The form of the grid (`grids.grid.Form`) is the length of the tuple `form`, so that each form is compiled on its
-own.
+result. The form of the grid (`grids.grid.Form`) is compiled on its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from gptq.compute.simd import LANES, array_data, compiled, load, multiply_add, round_half_even, splat, store
+from gptq.compute.machine_code import (
+    BYTE,
+    LONG,
+    Arguments,
+    Int,
+    Whole,
+    compile_loop,
+    counting,
+    scratch,
+    smaller,
+    variable,
+)
+from gptq.compute.simd import LANES, element, load, multiply_add, round_half_even, splat, store
 from gptq.solver.grids.grid import Form
 
 TILE_ROWS = 64  # rows that a loop takes at a time, a multiple of LANES
@@ -28,205 +38,186 @@ def _clamp(builder: Any, x: Any, low: Any, high: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", x, high), high, x)
 
 
-def _look_up(builder: Any, levels: Any, count: Any, x: Any) -> tuple[Any, Any]:
+def _look_up(builder: Any, levels: Any, count: Int, x: Any) -> tuple[Any, Any]:
     """The value of the table that is nearest to x, and its code: the last one whose threshold is below x.
 
     Args:
         levels: pointer to (3, count) values, thresholds and codes, ascending.
     """
-    one = ir.Constant(count.type, 1)
 
-    def entry(row: int, j: Any) -> Any:
-        at = builder.add(builder.mul(ir.Constant(count.type, row), count), j)
-        return splat(builder, builder.load(builder.gep(levels, [at])))
+    def entry(row: int, j: Whole) -> Any:
+        return splat(builder, builder.load(element(builder, levels, count * row + j)))
 
-    first = ir.Constant(count.type, 0)
-    value, code = (cgutils.alloca_once_value(builder, entry(row, first)) for row in (0, 2))
-    with cgutils.for_range(builder, count, start=one, intp=count.type) as loop:
-        above = builder.fcmp_ordered(">", x, entry(1, loop.index))
+    value, code = (variable(builder, entry(row, 0)) for row in (0, 2))
+    with counting(builder, 1, count) as j:
+        above = builder.fcmp_ordered(">", x, entry(1, j))
         for found, row in ((value, 0), (code, 2)):
-            builder.store(builder.select(above, entry(row, loop.index), builder.load(found)), found)
+            builder.store(builder.select(above, entry(row, j), builder.load(found)), found)
     return builder.load(value), builder.load(code)
 
 
-def _columns_of(context: Any, builder: Any, signature: Any, arguments: Any, i: int) -> Any:
-    """The number of columns of the intrinsic's argument i, a matrix."""
-    array = context.make_array(signature.args[i])(context, builder, arguments[i])
-    return cgutils.unpack_tuple(builder, array.shape, 2)[1]
+@cache
+def choose_columns(form: Form, double: bool) -> int:
+    """Return the loop for `inner_loops.choose_columns`, in float64 if `double`, otherwise in float32.
 
-
-def _choose_column_intrinsic(  # type: ignore[no-untyped-def]
-    context, base, reference, coupling, scale, shift, levels, codes, Q, t, change, at, grid_at, k, top, form
-):
-    """_choose_column(...): choose the codes of column k of a block for TILE_ROWS rows.
-
-        t[at + i] = base[at + i] + (coupling[k, :k] @ change[:k])[i]     i < TILE_ROWS
-        codes[at + i], Q[at + i] = the nearest point to t[at + i] of the grid (scale[grid_at + i], shift[grid_at + i])
-        change[k, i] = Q[at + i] - reference[at + i]
-
-    `at` is the offset of the column's line in base, reference, codes, Q and t; grid_at that in scale and shift.
-    """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        base, reference, coupling, scale, shift, levels, codes, Q, t, change = (
-            array_data(context, builder, signature, arguments, i) for i in range(10)
-        )
-        at, grid_at, k, top = arguments[10:14]
-        line, kind = ir.VectorType(top.type, LANES), Form(signature.args[14].count)
-
-        def number(value: int) -> Any:
-            return ir.Constant(k.type, value)
-
-        def part(array: Any, start: Any, v: int) -> Any:
-            return load(builder, array, builder.add(start, number(v)), line)
-
-        totals = [cgutils.alloca_once_value(builder, part(base, at, v)) for v in VECTOR_STARTS]
-        coupling_at = builder.mul(k, _columns_of(context, builder, signature, arguments, 2))
-        with cgutils.for_range(builder, k, intp=k.type) as loop:
-            factor = splat(builder, builder.load(builder.gep(coupling, [builder.add(coupling_at, loop.index)])))
-            change_at = builder.mul(loop.index, number(TILE_ROWS))
-            for v, total in zip(VECTOR_STARTS, totals, strict=True):
-                added = multiply_add(builder, factor, part(change, change_at, v), builder.load(total))
-                builder.store(added, total)
-        nil, highest = ir.Constant(line, [0.0] * LANES), splat(builder, top)
-
-        def nearest(reached: Any, s: Any, z: Any) -> tuple[Any, Any]:
-            """Code and point."""
-            if kind is Form.TABLE:
-                count = _columns_of(context, builder, signature, arguments, 5)
-                value, code = _look_up(builder, levels, count, builder.fdiv(reached, s))
-                return code, builder.fmul(s, value)
-            if kind is Form.AFFINE:
-                code = round_half_even(builder, builder.fdiv(builder.fsub(reached, z), s))
-                code = _clamp(builder, code, nil, highest)
-                return code, builder.fadd(builder.fmul(s, code), z)
-            code = builder.fadd(round_half_even(builder, builder.fdiv(reached, s)), z)
-            code = _clamp(builder, code, nil, highest)
-            return code, builder.fmul(s, builder.fsub(code, z))
-
-        for v, total in zip(VECTOR_STARTS, totals, strict=True):
-            place = builder.add(at, number(v))
-            reached = builder.load(total)
-            code, q = nearest(reached, part(scale, grid_at, v), part(shift, grid_at, v))
-            store(builder, builder.fptoui(code, ir.VectorType(ir.IntType(8), LANES)), codes, place)
-            store(builder, q, Q, place)
-            store(builder, reached, t, place)
-            moved = builder.fsub(q, part(reference, at, v))
-            store(builder, moved, change, builder.add(builder.mul(k, number(TILE_ROWS)), number(v)))
-        return context.get_dummy_value()
-
-    arrays = (base, reference, coupling, scale, shift, levels, codes, Q, t, change)
-    return types.void(*arrays, types.intp, types.intp, types.intp, top, form), emit
-
-
-def _measure_errors_intrinsic(  # type: ignore[no-untyped-def]
-    context, lines, importance, group, columns, scales, shifts, levels, at, top, form, errors
-):
-    """_measure_errors(...): the error of TILE_ROWS rows of a group on one candidate grid each.
-
-    errors[i] = sum_j importance[group, j] * (lines[j, i] - Q) ** 2     i < TILE_ROWS
-    with Q the nearest point to lines[j, i] of the grid (scales[at + i], shifts[at + i])
-    """
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        lines, importance, scales, shifts, levels, errors = (
-            array_data(context, builder, signature, arguments, i) for i in (0, 1, 4, 5, 6, 10)
-        )
-        group, columns, at, top = (arguments[i] for i in (2, 3, 7, 8))
-        line, kind = ir.VectorType(top.type, LANES), Form(signature.args[9].count)
-        nil, one, highest = (
-            ir.Constant(line, [0.0] * LANES), ir.Constant(line, [1.0] * LANES), splat(builder, top)
-        )  # fmt: skip
-
-        def number(value: int) -> Any:
-            return ir.Constant(at.type, value)
-
-        grids = []
-        for v in VECTOR_STARTS:
-            place = builder.add(at, number(v))
-            s, z = load(builder, scales, place, line), load(builder, shifts, place, line)
-            # Of integers, clamp code - zero instead of the code. Multiplying by the inverse instead of dividing can
-            # round differently only next to a tie, where both neighbours have the same error.
-            inverse = builder.fdiv(one, s)
-            low, high = (builder.fneg(z), builder.fsub(highest, z)) if kind is Form.INTEGER else (nil, highest)
-            grids.append((v, builder.fneg(s), inverse, low, high, z, cgutils.alloca_once_value(builder, nil)))
-        importance_at = builder.mul(group, columns)
-        with cgutils.for_range(builder, columns, intp=columns.type) as loop:
-            weight = splat(builder, builder.load(builder.gep(importance, [builder.add(importance_at, loop.index)])))
-            start = builder.mul(loop.index, number(TILE_ROWS))
-            for v, minus_s, inverse, low, high, z, total in grids:
-                w = load(builder, lines, builder.add(start, number(v)), line)
-                if kind is Form.AFFINE:
-                    w = builder.fsub(w, z)
-                exact = builder.fmul(w, inverse)
-                if kind is Form.TABLE:
-                    step, _ = _look_up(builder, levels, _columns_of(context, builder, signature, arguments, 6), exact)
-                else:
-                    step = _clamp(builder, round_half_even(builder, exact), low, high)
-                off = multiply_add(builder, minus_s, step, w)
-                added = multiply_add(builder, builder.fmul(weight, off), off, builder.load(total))
-                builder.store(added, total)
-        for v, *_, total in grids:
-            store(builder, builder.load(total), errors, number(v))
-        return context.get_dummy_value()
-
-    intp = types.intp
-    return types.void(lines, importance, intp, intp, scales, shifts, levels, intp, top, form, errors), emit
-
-
-_choose_column: Any = intrinsic(_choose_column_intrinsic)
-_measure_errors: Any = intrinsic(_measure_errors_intrinsic)
-
-
-@compiled
-def choose_columns(  # type: ignore[no-untyped-def]
-    base, reference, coupling, scale, shift, levels, groups, codes, Q, t, top, form, start, stop
-) -> None:
-    """`inner_loops.choose_columns` for rows from `start` to `stop`; all arrays are contiguous.
-
-    Args:
+    Its arguments, all arrays contiguous:
         base, reference: (columns, rows), at least TILE_ROWS rows.
         coupling: (columns, columns), transposed: line k holds the factors of the changes that column k adds up.
         scale, shift: (groups, rows); column k belongs to groups[k].
         levels: (3, values), see `Grid.levels`.
-        codes, Q, t: (columns, rows), outputs.
-        start, stop: multiples of TILE_ROWS; stop may be the number of rows.
+        groups: (columns,) int64.
+        codes, Q, t: (columns, rows), outputs; codes are uint8.
+        columns, rows, values, the largest code.
+    Shares are multiples of TILE_ROWS rows; the last may be less.
     """
-    rows = base.shape[1]
-    change = np.empty((len(base), TILE_ROWS), base.dtype)
-    for low in range(start, stop, TILE_ROWS):
-        low = min(low, rows - TILE_ROWS)
-        for k in range(len(base)):
-            at, grid_at = k * rows + low, groups[k] * rows + low
-            _choose_column(
-                base, reference, coupling, scale, shift, levels, codes, Q, t, change, at, grid_at, k, top, form
-            )
+    number = ir.DoubleType() if double else ir.FloatType()
+    return compile_loop(f"choose_columns_{form.name}_{number}", partial(_choose_columns, form=form, number=number))
 
 
-@compiled
-def best_grids(  # type: ignore[no-untyped-def]
-    best, w, importance, scales, shifts, levels, top, form, start, stop
-) -> None:
-    """`inner_loops.best_grids` for rows from `start` to `stop`, on contiguous arrays of at least TILE_ROWS rows.
+def _choose_columns(builder: Any, given: Arguments, form: Form, number: Any) -> None:
+    base, reference, coupling, scale, shift, levels = (given.array(number) for _ in range(6))
+    groups, codes, Q, t = given.array(LONG), given.array(BYTE), given.array(number), given.array(number)
+    columns, rows, values, top = given.integers(4)
+    line, highest = ir.VectorType(number, LANES), _as_vector(top, number)
+    with (
+        scratch(builder, number, columns * TILE_ROWS) as change,
+        given.shares() as (start, stop),
+        _tiles(start, stop, rows) as low,
+        counting(builder, 0, columns) as k,
+    ):
+        at = k * rows + low
+        totals = [variable(builder, load(builder, base, at + v, line)) for v in VECTOR_STARTS]
+        with counting(builder, 0, k) as j:
+            factor = splat(builder, builder.load(element(builder, coupling, k * columns + j)))
+            for v, total in zip(VECTOR_STARTS, totals, strict=True):
+                part = load(builder, change, j * TILE_ROWS + v, line)
+                builder.store(multiply_add(builder, factor, part, builder.load(total)), total)
+        grid_at = Int(builder, builder.load(element(builder, groups, k))) * rows + low
+        for v, total in zip(VECTOR_STARTS, totals, strict=True):
+            reached = builder.load(total)
+            s, z = (load(builder, array, grid_at + v, line) for array in (scale, shift))
+            code, q = _nearest(builder, reached, s, z, form, levels, values, highest)
+            store(builder, builder.fptoui(code, ir.VectorType(BYTE, LANES)), codes, at + v)
+            store(builder, q, Q, at + v)
+            store(builder, reached, t, at + v)
+            moved = builder.fsub(q, load(builder, reference, at + v, line))
+            store(builder, moved, change, k * TILE_ROWS + v)
 
-    Args:
-        best: (groups, rows), output.
-        start, stop: multiples of TILE_ROWS; stop may be the number of rows.
+
+def _nearest(
+    builder: Any, x: Any, s: Any, z: Any, form: Form, levels: Any, values: Int, highest: Any
+) -> tuple[Any, Any]:
+    """The code of the grid's point that is nearest to x, and the point; s and z are scale and shift."""
+    if form is Form.TABLE:
+        value, code = _look_up(builder, levels, values, builder.fdiv(x, s))
+        return code, builder.fmul(s, value)
+    nothing = ir.Constant(x.type, None)
+    if form is Form.AFFINE:
+        code = round_half_even(builder, builder.fdiv(builder.fsub(x, z), s))
+        code = _clamp(builder, code, nothing, highest)
+        return code, builder.fadd(builder.fmul(s, code), z)
+    code = builder.fadd(round_half_even(builder, builder.fdiv(x, s)), z)
+    code = _clamp(builder, code, nothing, highest)
+    return code, builder.fmul(s, builder.fsub(code, z))
+
+
+@contextmanager
+def _tiles(start: Int, stop: Int, rows: Int) -> Iterator[Int]:
+    """for each tile of a share: its first row; the last tile is moved back to end with the rows."""
+    with counting(start.builder, start, stop, TILE_ROWS) as low:
+        yield smaller(low, rows - TILE_ROWS)
+
+
+@cache
+def best_grids(form: Form, double: bool) -> int:
+    """Return the loop for `inner_loops.best_grids`, in float64 if `double`, otherwise in float32.
+
+    Its arguments, all arrays contiguous:
+        best: (groups, rows) int64, output; at least TILE_ROWS rows.
+        w: (groups, columns, rows).
+        importance: (groups, columns).
+        scales, shifts: (candidates, groups, rows).
+        levels: (3, values), see `Grid.levels`.
+        groups, columns, rows, candidates, values, the largest code.
+    Shares are multiples of TILE_ROWS rows; the last may be less.
     """
-    groups, columns, rows = w.shape
-    lines, errors, least = (
-        np.empty((columns, TILE_ROWS), w.dtype),
-        np.empty(TILE_ROWS, w.dtype),
-        np.empty(TILE_ROWS, w.dtype),
-    )
-    for group in range(groups):
-        for low in range(start, stop, TILE_ROWS):
-            low = min(low, rows - TILE_ROWS)
-            lines[:] = w[group, :, low : low + TILE_ROWS]
-            for c in range(len(scales)):
-                at = (c * groups + group) * rows + low
-                _measure_errors(lines, importance, group, columns, scales, shifts, levels, at, top, form, errors)
-                for i in range(TILE_ROWS):
-                    if c == 0 or errors[i] < least[i]:
-                        least[i] = errors[i]
-                        best[group, low + i] = c
+    number = ir.DoubleType() if double else ir.FloatType()
+    return compile_loop(f"best_grids_{form.name}_{number}", partial(_best_grids, form=form, number=number))
+
+
+def _best_grids(builder: Any, given: Arguments, form: Form, number: Any) -> None:
+    best = given.array(LONG)
+    w, importance, scales, shifts, levels = (given.array(number) for _ in range(5))
+    groups, columns, rows, candidates, values, top = given.integers(6)
+    line, highest = ir.VectorType(number, LANES), _as_vector(top, number)
+    numbers = ir.VectorType(LONG, LANES)
+    with (
+        scratch(builder, number, columns * TILE_ROWS) as lines,
+        given.shares() as (start, stop),
+        counting(builder, 0, groups) as group,
+        _tiles(start, stop, rows) as low,
+    ):
+        with counting(builder, 0, columns) as j:
+            for v in VECTOR_STARTS:
+                w_line = load(builder, w, (group * columns + j) * rows + low + v, line)
+                store(builder, w_line, lines, j * TILE_ROWS + v)
+        least = [variable(builder, ir.Constant(line, None)) for _ in VECTOR_STARTS]
+        first = [variable(builder, ir.Constant(numbers, None)) for _ in VECTOR_STARTS]
+        with counting(builder, 0, candidates) as c:
+            own = element(builder, importance, group * columns)
+            at = (c * groups + group) * rows + low
+            grids = [tuple(load(builder, array, at + v, line) for array in (scales, shifts)) for v in VECTOR_STARTS]
+            errors = _measure_errors(builder, lines, own, columns, grids, form, levels, values, highest)
+            is_first, all_of_them = c.is_below(1), ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
+            for error, held, found in zip(errors, least, first, strict=True):
+                smaller_ones = builder.fcmp_ordered("<", error, builder.load(held))
+                better = builder.select(is_first, all_of_them, smaller_ones)
+                builder.store(builder.select(better, error, builder.load(held)), held)
+                builder.store(builder.select(better, splat(builder, c.value), builder.load(found)), found)
+        for v, found in zip(VECTOR_STARTS, first, strict=True):
+            store(builder, builder.load(found), best, group * rows + low + v)
+
+
+def _measure_errors(
+    builder: Any,
+    lines: Any,
+    importance: Any,
+    columns: Int,
+    grids: list[tuple[Any, ...]],
+    form: Form,
+    levels: Any,
+    values: Int,
+    highest: Any,
+) -> list[Any]:
+    """The error of TILE_ROWS rows of a group on one candidate grid each, as vectors.
+
+    errors[i] = sum_j importance[j] * (lines[j, i] - Q) ** 2     i < TILE_ROWS
+    with Q the nearest point to lines[j, i] of the grid (scale[i], shift[i]), of which `grids` has the vectors
+    """
+    nothing, one = ir.Constant(highest.type, None), ir.Constant(highest.type, [1.0] * LANES)
+    totals = [variable(builder, nothing) for _ in grids]
+    # Of integers, clamp code - zero instead of the code. Multiplying by the inverse instead of dividing can round
+    # differently only next to a tie, where both neighbours have the same error.
+    inverses = [builder.fdiv(one, s) for s, _ in grids]
+    bounds = [
+        (builder.fneg(z), builder.fsub(highest, z)) if form is Form.INTEGER else (nothing, highest) for _, z in grids
+    ]
+    with counting(builder, 0, columns) as j:
+        weight = splat(builder, builder.load(element(builder, importance, j)))
+        for v, (s, z), inverse, (low, high), total in zip(VECTOR_STARTS, grids, inverses, bounds, totals, strict=True):
+            w = load(builder, lines, j * TILE_ROWS + v, highest.type)
+            if form is Form.AFFINE:
+                w = builder.fsub(w, z)
+            exact = builder.fmul(w, inverse)
+            if form is Form.TABLE:
+                step, _ = _look_up(builder, levels, values, exact)
+            else:
+                step = _clamp(builder, round_half_even(builder, exact), low, high)
+            off = multiply_add(builder, builder.fneg(s), step, w)
+            builder.store(multiply_add(builder, builder.fmul(weight, off), off, builder.load(total)), total)
+    return [builder.load(total) for total in totals]
+
+
+def _as_vector(number: Int, kind: Any) -> Any:
+    """np.full(LANES, number) in float32 or float64."""
+    return splat(number.builder, number.builder.sitofp(number.value, kind))
