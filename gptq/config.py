@@ -28,7 +28,7 @@ GROUP_SIZES: dict[str, int] = {  # of formats that have one size
     "gguf": 32, "gguf-k": 32, "gguf-iq4": 32, "int-quantized": -1, "float-quantized": -1, "fp8": 128,
     "nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32,
 }  # fmt: skip
-TUNE_WINDOWS = 8  # calibration windows per gradient step of block tuning
+TUNE_WINDOWS = 4  # calibration windows per gradient step of block tuning
 T = TypeVar("T")
 
 

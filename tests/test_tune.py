@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 
 from gptq import InputError, QuantConfig, load, quantize, solver
 from gptq.output import verify
+from gptq.pipeline import tune as tune_module
 from gptq.pipeline.tune import BlockToTune, tune
-from gptq.solver import IntegerGrid
+from gptq.solver import Grid, IntegerGrid
+from gptq.solver.grids.affine import AffineGrid
+from gptq.solver.grids.table import IQ4_NL, TableGrid
+from gptq.solver.grids.two_level import K_QUANTS
 from tests.conftest import MakeModel
 
 FOUR = IntegerGrid(4, sym=True)
@@ -61,6 +66,58 @@ def test_what_is_perfect_is_left_alone(rng: torch.Generator) -> None:
         tuned = tune(to_tune, 3, seed=0)
     assert tuned.layers is layers
     assert tuned.parameters == {}
+
+
+GRIDS: dict[str, Grid] = {
+    "integer": IntegerGrid(2, sym=True), "affine": AffineGrid(3), "IQ4_NL": TableGrid(4, IQ4_NL), "Q2_K": K_QUANTS[2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_a_soft_weight_is_the_mean_of_three_values_and_ends_as_one_of_them(grid: Grid, rng: torch.Generator) -> None:
+    """Against the grid's own values in float64, at random logits; at the ends of the grid there are but two."""
+    solved = solver.round_to_nearest(torch.randn(8, 256, generator=rng), grid, getattr(grid, "columns", 32))
+    ranks, top = grid.ranks(solved.codes).long(), grid.top
+    assert int(ranks.min()) == 0
+    assert int(ranks.max()) == top
+    logits, scale = 3 * torch.randn(2, 8, 256, generator=rng), 0.1 * torch.randn(solved.scale.shape, generator=rng)
+    found = tune_module._soft_weight(solved, scale, logits, 0.7, grid)
+
+    changed = replace(solved, scale=solved.scale * (1 + scale))
+    expected, total = (torch.zeros(8, 256, dtype=torch.float64) for _ in range(2))
+    best, chosen = torch.full((8, 256), -torch.inf), torch.zeros(8, 256)
+    for move, logit in ((-1, logits[0]), (0, torch.zeros(8, 256)), (1, logits[1])):
+        there = (ranks + move >= 0) & (ranks + move <= top)
+        value = replace(changed, codes=grid.codes_of((ranks + move).clamp(0, top).float())).weight()
+        probability = (logit.double() / 0.7).exp() * there
+        expected, total = expected + probability * value, total + probability
+        better = there & (logit > best)
+        best, chosen = torch.where(better, logit, best), torch.where(better, value, chosen)
+    assert torch.allclose(found.double(), expected / total, atol=1e-5)
+    cold = tune_module._soft_weight(solved, scale, logits, 1e-7, grid)
+    assert torch.allclose(cold, chosen, atol=1e-5)
+    rounded = tune_module._round_layer(solved, scale, logits, grid)
+    kept = rounded if grid.tunes_scales else replace(changed, codes=rounded.codes)
+    assert torch.allclose(kept.weight(), chosen, atol=2e-3)
+
+
+def test_codes_that_are_wrong_by_one_are_mended(rng: torch.Generator) -> None:
+    """A block of one layer, a twentieth of whose codes are one off: moving them back gives its output exactly."""
+    exact = solver.round_to_nearest(torch.randn(16, 32, generator=rng), FOUR, 32)
+    moved = torch.rand(16, 32, generator=rng) < 0.05
+    codes = torch.where(moved, torch.where(exact.codes > 7, exact.codes - 1, exact.codes + 1), exact.codes)
+    off, linear = replace(exact, codes=codes), nn.Linear(32, 16, bias=False)
+    block = nn.Sequential(linear)
+    inputs = torch.randn(32, 16, 32, generator=rng)
+    with torch.no_grad():
+        wanted = [x @ exact.weight().T for x in inputs]
+        linear.weight.copy_(off.weight())
+        to_tune = BlockToTune(
+            block, calls_of(block, inputs), wanted, [3, 7], {linear: off}, {linear: FOUR}, lambda _, w: w
+        )
+        tuned = tune(to_tune, 100, seed=0)
+    assert int(moved.sum()) > 15
+    assert int((tuned.layers[linear].codes != exact.codes).sum()) < 3
 
 
 @pytest.mark.slow

@@ -2,9 +2,12 @@
 
 The solver minimizes each layer's own output error. What counts is the output of the block, where the errors of its
 layers combine. Here the block is one function of everything that may still change, and Adam minimizes its distance from
-the original model's output on the calibration windows. Scales and small parameters are optimized directly. Codes are
-optimized through an offset that is rounded with a straight-through gradient (AutoRound, arXiv 2309.05516; EfficientQAT,
-arXiv 2407.11062).
+the original model's output on the calibration windows. Scales and small parameters are optimized directly.
+
+A code is relaxed to a mean of itself and its two neighbours on the grid, under a softmax of logits that Adam changes.
+The softmax's temperature falls to nearly 0, so that the means end as codes (the relaxation of GSQ, arXiv 2604.18556,
+without its noise). A gradient then sees where a code is going before it is there; a straight-through gradient
+(AutoRound, arXiv 2309.05516) sees a jump after it was made.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,13 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptq.config import TUNE_WINDOWS
 from gptq.solver import Grid
 from gptq.solver.solve import SolvedLayer
 
 RATE = 5e-3  # learning rate of scales and small parameters, relative to their size
-CODE_TRAVEL = 1.0  # codes that an offset can move in total: a step of Adam is about as long as its learning rate
+CODE_RATE = 0.1  # learning rate of the logits of codes
+FIRST_LOGIT = -2.0  # of a code's neighbours at the start; the code's own logit is 0
+TEMPERATURES = (1.0, 0.05)  # of the softmax, first and last; it falls geometrically
 SMALLEST_POWER = 1e-30  # divisor in place of a mean square of 0
 
 ParameterKey = tuple[nn.Module, str]  # a module, and the name of one of its parameters
@@ -77,19 +83,18 @@ def tune(block: BlockToTune, steps: int, seed: int) -> Tuned:
     """Tune a block with Adam; return it unchanged unless its error on the held-out windows decreases."""
     variables = _Variables(block)
     with torch.no_grad():
-        before = block.error(variables.soft_parameters())
+        before = block.error(variables.hard_parameters(variables.round_layers()))
     _optimize(block, variables, steps, seed)
     with torch.no_grad():
-        layers, small = variables.round_layers(), variables.small_parameters()
-        weights = {(linear, "weight"): block.to_layout(linear, s.weight()) for linear, s in layers.items()}
-        after = block.error(weights | small)
+        layers = variables.round_layers()
+        after = block.error(variables.hard_parameters(layers))
     if not after < before:
         return Tuned(block.layers, {}, before, before)
-    return Tuned(layers, small, before, after)
+    return Tuned(layers, variables.small_parameters(), before, after)
 
 
 class _Variables:
-    """What Adam changes: relative changes of scales and small parameters, and offsets of codes. All start at 0."""
+    """What Adam changes: relative changes of scales and small parameters, which start at 0, and logits of codes."""
 
     def __init__(self, block: BlockToTune) -> None:
         self._block = block
@@ -100,8 +105,9 @@ class _Variables:
         self.scales = {
             linear: torch.zeros_like(s.scale, requires_grad=block.grids[linear].tunes_scales) for linear, s in layers
         }
-        self.offsets = {
-            linear: torch.zeros(s.codes.shape, device=s.codes.device, requires_grad=True) for linear, s in layers
+        self.logits = {  # (2, outputs, inputs): of the next lower and the next higher value of the grid
+            linear: torch.full((2, *s.codes.shape), FIRST_LOGIT, device=s.codes.device, requires_grad=True)
+            for linear, s in layers
         }
         self.changes = {
             key: torch.zeros_like(p, dtype=torch.float32, requires_grad=True) for key, p in self._small.items()
@@ -111,45 +117,66 @@ class _Variables:
         """Return norms and biases with their changes applied."""
         return {key: (p + self._sizes[key] * self.changes[key]).to(p.dtype) for key, p in self._small.items()}
 
-    def soft_parameters(self) -> dict[ParameterKey, Tensor]:
-        """Return all parameters as differentiable functions of the variables."""
+    def soft_parameters(self, temperature: float) -> dict[ParameterKey, Tensor]:
+        """Return all parameters as differentiable functions of the variables.
+
+        What a weight is made of is computed again for the backward pass, layer by layer, instead of being kept.
+        """
         block = self._block
         weights = {
-            (linear, "weight"): block.to_layout(
-                linear, _soft_weight(s, self.scales[linear], self.offsets[linear], block.grids[linear])
+            linear: checkpoint(
+                _soft_weight, s, self.scales[linear], self.logits[linear], temperature, block.grids[linear],
+                use_reentrant=False, preserve_rng_state=False,
             )
             for linear, s in block.layers.items()
-        }
-        return weights | self.small_parameters()
+        }  # fmt: skip
+        return self._as_parameters(weights) | self.small_parameters()
+
+    def hard_parameters(self, layers: dict[nn.Module, SolvedLayer]) -> dict[ParameterKey, Tensor]:
+        """Return all parameters with the weights of `layers`, a result of `round_layers`."""
+        return self._as_parameters({linear: s.weight() for linear, s in layers.items()}) | self.small_parameters()
+
+    def _as_parameters(self, weights: dict[nn.Module, Tensor]) -> dict[ParameterKey, Tensor]:
+        return {(linear, "weight"): self._block.to_layout(linear, W) for linear, W in weights.items()}
 
     def round_layers(self) -> dict[nn.Module, SolvedLayer]:
-        """Return the layers with codes rounded to integers, and scales to their stored dtype."""
+        """Return the layers with each code the most probable of three, and scales in their stored dtype."""
         return {
-            linear: _round_layer(s, self.scales[linear], self.offsets[linear], self._block.grids[linear])
+            linear: _round_layer(s, self.scales[linear], self.logits[linear], self._block.grids[linear])
             for linear, s in self._block.layers.items()
         }
 
 
 def _optimize(block: BlockToTune, variables: _Variables, steps: int, seed: int) -> None:
-    """Take `steps` steps of Adam, each on TUNE_WINDOWS windows drawn with replacement; the rate falls linearly to 0."""
-    draw = torch.Generator().manual_seed(seed)
-    learned = block.learned
+    """Take `steps` steps of Adam, each on TUNE_WINDOWS windows; rates fall linearly to 0."""
     optimizer = torch.optim.Adam(
         [
             {"params": [*filter(_is_free, variables.scales.values()), *variables.changes.values()], "lr": RATE},
-            {"params": list(variables.offsets.values()), "lr": 2 * CODE_TRAVEL / max(steps, 1)},
+            {"params": list(variables.logits.values()), "lr": CODE_RATE},
         ],
         betas=(0.9, 0.95),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    first, last = TEMPERATURES
     with torch.enable_grad():
-        for _ in range(steps):
-            size = (min(TUNE_WINDOWS, len(learned)),)
-            chosen = [learned[i] for i in torch.randint(len(learned), size, generator=draw)]
-            _backpropagate(block, variables.soft_parameters(), chosen)
+        for step, chosen in zip(range(steps), _draw(block.learned, seed), strict=False):
+            temperature = first * (last / first) ** (step / steps)
+            _backpropagate(block, variables.soft_parameters(temperature), chosen)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+
+
+def _draw(windows: list[int], seed: int) -> Iterator[list[int]]:
+    """Yield TUNE_WINDOWS windows at a time, without end: all of them in a random order, then in another one."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(TUNE_WINDOWS, len(windows))
+    left: list[int] = []
+    while True:
+        if len(left) < size:
+            left = [windows[i] for i in torch.randperm(len(windows), generator=generator)]
+        yield left[:size]
+        left = left[size:]
 
 
 def _backpropagate(block: BlockToTune, tensors: dict[ParameterKey, Tensor], windows: list[int]) -> None:
@@ -174,32 +201,39 @@ def is_small(parameter: Tensor) -> bool:
     return parameter.ndim == 1 and parameter.is_floating_point() and not parameter.is_meta
 
 
-def _soft_weight(solved: SolvedLayer, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
-    """Dequantize with scales changed by the fraction `scale` and codes by `offset` places; rounding has gradient 1.
+def _soft_weight(solved: SolvedLayer, scale: Tensor, logits: Tensor, temperature: float, grid: Grid) -> Tensor:
+    """Dequantize with scales changed by the fraction `scale`, and codes as means under a softmax of their logits.
 
     A layer's own offsets, where the grid has them, stay as they are.
     """
     groups = solved.g_idx.long()
     changed = (solved.scale * (1 + scale))[:, groups]
-    real = (grid.ranks(solved.codes) + offset).clamp(0, grid.top)
-    ranks = real + (real.round() - real).detach()
+    ranks = grid.ranks(solved.codes)
+    p: Tensor = (_three_logits(ranks, logits, grid) / temperature).softmax(0)  # (3, outputs, inputs)
+    lower, higher = p[0], p[2]
     if solved.table is not None:
-        return changed * _soft_values(solved.table, ranks, grid)
-    weight = changed * (ranks - solved.zero[:, groups].float())
+        low, value, high = (_value_at(solved.table, ranks + move, grid) for move in (-1, 0, 1))
+        return torch.mul(changed, value + lower * (low - value) + higher * (high - value))
+    weight = changed * (ranks + higher - lower - solved.zero[:, groups].float())
     return weight if solved.offset is None else weight + solved.offset[:, groups]
 
 
-def _soft_values(table: Tensor, ranks: Tensor, grid: Grid) -> Tensor:
-    """The table's values at whole ranks; the gradient is the mean of the steps to both neighbours."""
-    values = table[grid.codes_of(torch.arange(grid.top + 1, device=table.device)).long()]  # ascending
-    low, high = ((ranks.detach() + step).clamp(0, grid.top).long() for step in (-1, 1))
-    slope = (values[high] - values[low]) / (high - low)
-    return values[ranks.detach().long()] + slope * (ranks - ranks.detach())
+def _three_logits(ranks: Tensor, logits: Tensor, grid: Grid) -> Tensor:
+    """Logits (3, outputs, inputs) of the next lower value, the value itself and the next higher one."""
+    lower = logits[0].masked_fill(ranks == 0, -torch.inf)
+    higher = logits[1].masked_fill(ranks == grid.top, -torch.inf)
+    return torch.stack([lower, torch.zeros_like(lower), higher])
 
 
-def _round_layer(solved: SolvedLayer, scale: Tensor, offset: Tensor, grid: Grid) -> SolvedLayer:
-    """Apply the changes to a layer, with integer codes and scales in their stored dtype."""
-    codes = grid.codes_of((grid.ranks(solved.codes) + offset).clamp(0, grid.top).round())
+def _value_at(table: Tensor, ranks: Tensor, grid: Grid) -> Tensor:
+    """The table's values at ranks in ascending order; ranks past an end take the value there."""
+    return table[grid.codes_of(ranks.clamp(0, grid.top)).long()]
+
+
+def _round_layer(solved: SolvedLayer, scale: Tensor, logits: Tensor, grid: Grid) -> SolvedLayer:
+    """Apply the changes to a layer: each code moves to the most probable value, and scales get their stored dtype."""
+    ranks = grid.ranks(solved.codes)
+    codes = grid.codes_of(ranks + _three_logits(ranks, logits, grid).argmax(0) - 1)
     if not grid.tunes_scales:
         return replace(solved, codes=codes)
     return replace(solved, codes=codes, scale=grid.round_scales(solved.scale * (1 + scale)))
