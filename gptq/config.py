@@ -201,7 +201,7 @@ class QuantConfig:
         two_streams: carry the original model's activations beside the quantized model's, and make up in each layer for
             what the layers before it have changed. Twice the forward passes.
         tune_steps: steps of gradient descent on each solved block's scales, codes, norms and biases. Each step takes
-            eight windows forward and back; needs the original's activations, that is two_streams.
+            four windows forward and back; needs the original's activations, that is two_streams.
         static_groups: fit all scales to the original weights before the first column is quantized, so that act-order
             needs no group index at run time; otherwise each group is fitted when its first column is reached, to
             weights that carry the compensation so far, and groups follow the order in which columns are quantized.
@@ -236,7 +236,7 @@ class QuantConfig:
     sym: bool = option(True, "give every group a zero point of its own", flag="asym")
     effort: str = option(
         "balanced",
-        "fast: one forward per window; balanced: two, and lower perplexity; best: blocks tuned as well, some forty "
+        "fast: one forward per window; balanced: two, and lower perplexity; best: blocks tuned as well, some twenty "
         "times as long; the five below follow from it",
         choices=tuple(EFFORTS),
     )
