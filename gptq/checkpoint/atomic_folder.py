@@ -18,6 +18,7 @@ from gptq.errors import InputError
 
 MARKER = ".unfinished"  # file in OUT.partial that shows that we made the folder and may empty it
 CONTENT = "checkpoint"  # subfolder of OUT.partial that is renamed to OUT
+SHARDS = "shards"  # subfolder of OUT.partial with the finished blocks, where CONTENT holds other files made of them
 
 
 @dataclass
@@ -54,6 +55,9 @@ class PartialFolder:
 
     def keep_shards(self) -> None:
         """Keep the shards of an earlier run; remove the other files, so that they do not look like a checkpoint."""
+        if (kept := self.root / SHARDS).is_dir():
+            shutil.rmtree(self.content, ignore_errors=True)
+            kept.rename(self.content)
         self.content.mkdir(exist_ok=True)
         for file in self.content.iterdir():
             if file.is_dir() and not file.is_symlink():
@@ -188,11 +192,20 @@ def require_unused(out: Path) -> None:
         raise InputError(f"{out} is the root of the file system, which cannot be replaced; name a folder inside it")
     partial = where.with_name(where.name + ".partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _remove_finished(partial)
         raise InputError(f"{out} exists and is not empty; choose another name or remove it")
     if out.is_mount():
         raise InputError(f"{out} is a mount point, which cannot be replaced; name a folder inside it")
     if partial.exists() and any(partial.iterdir()) and not (partial / MARKER).is_file():
         raise InputError(f"{partial} is in the way, and no left-over of an earlier run; rename or remove it")
+
+
+def _remove_finished(root: Path) -> None:
+    """Remove a working folder whose content has become the result, if its run was killed right afterwards."""
+    if not (root / MARKER).is_file() or (root / CONTENT).exists():
+        return
+    with suppress(OSError, InputError), _exclusive_lock(root, root):
+        _remove(root)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,8 @@ from pathlib import Path
 
 def write_file(path: Path, content: str) -> None:
     """Write a text in UTF-8 at once: into a file beside `path`, which then takes its name. A link is replaced.
+
+    Such files that killed processes left behind are removed.
 
     Raises:
         OSError: the file cannot be written; `filename` is `path`, and what was there stays.
@@ -22,10 +25,30 @@ def write_file(path: Path, content: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_path(path.parent)
+        _remove_abandoned(path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove files in which processes that live no more were writing `path`."""
+    for file in path.parent.iterdir():
+        found = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)-\d+", file.name)
+        if found and not _is_alive(int(found[1])):
+            with suppress(OSError):
+                file.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def sync_path(path: Path) -> None:

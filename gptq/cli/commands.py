@@ -41,7 +41,7 @@ from gptq.planning import cost, memory
 from gptq.planning.plan import Plan, plan_checkpoint, refuse_other_grids
 from gptq.polishing.polish import polish
 
-BAD_INPUT, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 2, 3, 130, 141  # exit codes; the last two are those of shells
+BAD_INPUT, UNEXPECTED, PIPE_CLOSED = 2, 3, 141  # exit codes; the last is that of shells, 128 and a signal's number
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -54,12 +54,13 @@ def run(args: argparse.Namespace) -> int:
     with _noticing_interrupts() as interrupts:
         try:
             code = COMMANDS[args.command](args)
-            sys.stdout.flush()  # here, where it is seen that nobody reads
+            if sys.stdout is not None:  # as it is where the output is closed
+                sys.stdout.flush()  # here, where it is seen that nobody reads
             return code
         except (Exception, KeyboardInterrupt) as error:
             if interrupts or isinstance(error, KeyboardInterrupt):
                 print(f"gptq: interrupted; {_describe_leftovers(error)}", file=sys.stderr)
-                return INTERRUPTED
+                return 128 + (interrupts or [signal.SIGINT])[0]  # as in a shell
             if sys.flags.dev_mode:
                 raise
             return _explain(error)
@@ -67,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _noticing_interrupts() -> Iterator[list[int]]:
-    """Yield a list that is not empty once Ctrl-C was pressed, which some libraries turn into errors of their own."""
+    """Yield a list of the signals that asked this process to end: Ctrl-C's, and SIGTERM, which job schedulers send.
+
+    Both become a KeyboardInterrupt, which some libraries turn into errors of their own.
+    """
     seen: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
@@ -75,14 +79,15 @@ def _noticing_interrupts() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield seen
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    watched = [number for number, handler in usual.items() if in_main_thread and signal.getsignal(number) is handler]
+    for number in watched:
+        signal.signal(number, interrupt)
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in watched:
+            signal.signal(number, usual[number])
 
 
 def _explain(error: Exception) -> int:

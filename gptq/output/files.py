@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from gptq.checkpoint.assembled import INDEX_FILE, TensorIndex, open_source
+from gptq.checkpoint.atomic_folder import SHARDS
 from gptq.checkpoint.companions import copy_companions
 from gptq.checkpoint.reader import headers_of
 from gptq.checkpoint.small_files import exclusive, write_file
@@ -139,18 +140,24 @@ def _files_below(out: Path, tensors: list[Path]) -> list[Path]:
 
 
 def _assemble(folder: Path, chosen: Format) -> TensorIndex | None:
-    """Replace the folder's safetensors files by those that the format's engine reads; None if it reads these."""
+    """Replace the folder's safetensors files by those that the format's engine reads; None if it reads these.
+
+    The replaced files stay in a folder beside it until the result is complete, because a stopped run goes on from them.
+    """
     made = folder.with_name(ASSEMBLED)  # beside `folder` in the partial folder, which a later run empties
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     index = FORMATS[chosen].assemble(folder, made)
-    if index is not None:
-        for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
-            file.unlink()
-        for file in made.iterdir():
-            file.replace(folder / file.name)
-        write_json(folder / INDEX_FILE, index.to_dict())
-    made.rmdir()
+    if index is None:
+        made.rmdir()
+        return None
+    replaced = {*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")}
+    for file in folder.iterdir():
+        if file not in replaced:
+            file.rename(made / file.name)
+    folder.rename(folder.with_name(SHARDS))
+    made.rename(folder)
+    write_json(folder / INDEX_FILE, index.to_dict())
     return index
 
 
@@ -177,7 +184,16 @@ def add_perplexity(folder: Path, measured: PerplexityRecord, chosen: Format, lay
         if record.config is not None:
             QuantConfig.from_dict(record.config)  # the card lists its options
         measurements = [*(record.perplexity or []), measured]
+        without = record.model_copy(update={"files": {name: sha for name, sha in record.files.items() if name != CARD}})
         record = record.model_copy(update={"perplexity": measurements})
-        write_file(folder / CARD, render_model_card(chosen, layers, record, model_type_of(folder)))
-        files = {**record.files, CARD: sha256_file(folder / CARD)}
+        card = render_model_card(chosen, layers, record, model_type_of(folder))
+        # A kill between two of these steps leaves a card that the record is silent about, not one that contradicts it.
+        write_json(folder / RECORD, without.to_dict())
+        write_file(folder / CARD, card)
+        files = _in_order({**record.files, CARD: sha256_file(folder / CARD)})
         write_json(folder / RECORD, record.model_copy(update={"files": files}).to_dict())
+
+
+def _in_order(files: dict[str, str]) -> dict[str, str]:
+    """Sort names of files: those at the top come first."""
+    return dict(sorted(files.items(), key=lambda item: ("/" in item[0], Path(item[0]))))
