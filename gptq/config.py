@@ -29,6 +29,8 @@ GROUP_SIZES: dict[str, int] = {  # of formats that have one size
     "nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32,
 }  # fmt: skip
 TUNE_WINDOWS = 4  # calibration windows per gradient step of block tuning
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of forward passes
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 T = TypeVar("T")
 
 
@@ -72,7 +74,7 @@ def option(
             the field's default, or int if that is None.
     """
     if parse is None and (metavar or choices):
-        parse = {int: int, float: float}.get(type(default), int if default is None else str)
+        parse = {int: parse_integer, float: parse_number, type(None): parse_integer}.get(type(default), str)
     made: T = field(default=default, metadata={"flag": Flag(flag, help, metavar, choices, parse)})
     return made
 
@@ -97,7 +99,41 @@ def parse_size(text: str) -> int:
     if not found:
         raise InputError(f"{text!r} is not a size such as 3.5GB or 900MiB")
     power = "kMGT".find(found[2].replace("K", "k")) + 1 if found[2] else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    _require(size > 0, f"{text!r} is no room at all; give a size such as 3.5GB or 900MiB")
+    return size
+
+
+def parse_integer(text: str) -> int:
+    """A whole number; raises InputError."""
+    _require(bool(re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text)), f"{text!r} is not a whole number")
+    return int(text)
+
+
+def parse_number(text: str) -> float:
+    """A number; raises InputError."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"{text!r} is not a number") from error
+
+
+def parse_positive(text: str) -> int:
+    """A whole number from 1 on; raises InputError."""
+    number = parse_integer(text)
+    _require(number >= 1, f"{text} is less than 1")
+    return number
+
+
+def require_device(device: str) -> None:
+    """Raises InputError if `device` is no name of a device that is computed on."""
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device)
+    _require(bool(known), f"the device is {device!r}; it is auto, cpu, cuda, or cuda:N")
+
+
+def require_dtype(dtype: str) -> None:
+    """Raises InputError if `dtype` is no name of a dtype of forward passes."""
+    _require(dtype in DTYPES, f"dtype is {dtype!r}; it is {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -127,7 +163,7 @@ class Override:
         for name, kind in (("bits", int), ("group_size", int), ("sym", bool), ("skip", bool)):
             value = getattr(self, name)
             right = value is None or type(value) is kind
-            _require(right, f"override {self.pattern!r}: {name} is {value!r}; it has to be of type {kind.__name__}")
+            _require(right, f"override {self.pattern!r}: {name} is {value!r}; it is {KINDS.get(kind, kind.__name__)}")
         _require(bool(self.options()), f"override {self.pattern!r} changes nothing; give bits, group_size, sym or skip")
         _check_grid(self.bits, self.group_size, f"override {self.pattern!r}: ")
 
@@ -268,7 +304,9 @@ class QuantConfig:
         "OUT/FORMAT; they need the same grid",
         choices=("auto", *FORMATS),
     )
-    target_bits: float | None = option(None, "mixed widths: bits per weight on the average", metavar="X", parse=float)
+    target_bits: float | None = option(
+        None, "mixed widths: bits per weight on the average", metavar="X", parse=parse_number
+    )
     target_size: int | None = option(
         None, "mixed widths: of the files, such as 3.5GB", metavar="SIZE", parse=parse_size
     )
@@ -299,7 +337,7 @@ class QuantConfig:
                 continue
             value, kind = getattr(self, one.name), type(levels.get(one.name, one.default))
             number = kind is float and type(value) is int
-            _require(type(value) is kind or number, f"{one.name} is {value!r}; it has to be of type {kind.__name__}")
+            _require(type(value) is kind or number, f"{one.name} is {value!r}; it is {KINDS.get(kind, kind.__name__)}")
         _check_grid(self.bits, self.group_size)
         _require(self.method in ("gptq", "rtn"), f"method is {self.method!r}; it is 'gptq' or 'rtn'")
         _require(

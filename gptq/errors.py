@@ -19,4 +19,8 @@ def printable(text: str) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of a library's error message, or of the message of its cause; at most 200 characters."""
     cause = error.__cause__ or error  # datasets wraps the actual error in one without information
+    if isinstance(cause, KeyError):
+        return f"it lacks {cause}"
+    if isinstance(cause, UnicodeDecodeError):
+        return f"it is not text in UTF-8, from byte {cause.start} on"
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]

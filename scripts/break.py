@@ -852,7 +852,9 @@ def two_ranks(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
     trial = Trial(stage, QUANTIZE[draw.choice(names)], place, draw)
     number, victim = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), draw.randrange(2)
     watch = Watch(act=lambda: os.kill(os.getpid(), number), step=draw.randint(1, trial.usual.steps))
-    watches = [None, None] if draw.random() < 0.2 else [watch, None] if victim == 0 else [None, watch]
+    watches: list[Watch | None] = (
+        [None, None] if draw.random() < 0.2 else [watch, None] if victim == 0 else [None, watch]
+    )
     children = start_ranks(trial, 2, watches)
     ends = [end(children[victim], place)]
     dead = ends[0].code or ends[0].signal
@@ -961,7 +963,7 @@ def lost_output(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
     def lose() -> None:
         if how == "closed":  # then Python has no stdout either
             os.close(1)
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
         elif how == "pipe":
             reading, writing = os.pipe()
             os.close(reading)

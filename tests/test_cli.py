@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from gptq import cli
 from gptq.__main__ import main as run_main
+from gptq.cli.progress import Progress
 from gptq.output import record
 from tests.conftest import MakeModel
 
@@ -39,8 +41,7 @@ def test_quantize_eval_inspect_verify_in_json(
     assert {"name", "bits", "group_size", "error", "damp", "seconds"} <= made["layers"][0].keys()
     assert made["bytes_before"] == (source / "model.safetensors").stat().st_size
     assert made["bytes_after"] == (out / "model.safetensors").stat().st_size
-    assert re.search(r"block 1 of 2, \d+ s\n", progress)  # nothing is done yet to estimate the rest from
-    assert re.search(r"block 2 of 2, \d+ s, about \d+ s left\n", progress)
+    assert re.search(r"block 1 of 2, \d+ s\nblock 2 of 2, \d+ s\n", progress)  # nothing yet to estimate the rest from
 
     for model in (source, out):
         code, printed, _ = run(capsys, "eval", model, "--data", text_file, "--seq-len", "32", "--windows", 3, "--json")
@@ -106,7 +107,7 @@ def test_eval_against_the_original_says_how_sure_it_is_and_keeps_it(
     assert "one window gives no interval" in printed
     assert run(capsys, "verify", out)[0] == 0
     code, _, errors = run(capsys, "eval", "nobody/nothing", "--data", text_file, "--save")
-    assert (code, "nobody/nothing is not a folder" in errors) == (2, True)
+    assert (code, "nobody/nothing: no such folder" in errors) == (2, True)
 
 
 def test_a_models_limit_shortens_windows_and_says_so(
@@ -131,7 +132,6 @@ def test_a_models_limit_shortens_windows_and_says_so(
         (["--device", "cuda:99"], "the device 'cuda:99' cannot be used"),
         (["--dtype", "int3"], "dtype is 'int3'"),
         (["--device", "meta"], "the device is 'meta'"),
-        (["--batch-size", "0"], "batch_size is 0"),
     ],
 )
 def test_bad_options_are_a_sentence_and_exit_code_2(
@@ -176,39 +176,76 @@ def test_bad_models_are_a_sentence_and_exit_code_2(
 
 
 WITHOUT_TORCH = """
-import sys
+import contextlib, io, json, sys
 from gptq import cli
-code = cli.main(sys.argv[1:])
-assert "torch" not in sys.modules and "transformers" not in sys.modules
-raise SystemExit(code)
+found = []
+for arguments in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            code = cli.main(arguments)
+        except SystemExit as ended:  # argparse
+            code = ended.code
+    found.append([code, said.getvalue(), "torch" in sys.modules or "transformers" in sys.modules])
+print(json.dumps(found))
 """
+MISTAKES = {
+    "quantize model out --samples 0": "num_samples is 0; at least one window is needed",
+    "quantize model out --samples many": "'many' is neither a number nor 'auto'",
+    "quantize model out --bits four": "argument --bits: 'four' is not a whole number",
+    "quantize model out --damp-percent little": "argument --damp-percent: 'little' is not a number",
+    "quantize model out --batch-size 0": "argument --batch-size: 0 is less than 1",
+    "quantize model out --memory-limit 0": "argument --memory-limit: '0' is no room at all",
+    "quantize model out --device gpu": "the device is 'gpu'; it is auto, cpu, cuda, or cuda:N",
+    "quantize model out --dtype int8": "dtype is 'int8'; it is auto, float32, bfloat16 or float16",
+    "quantize model out --override up_proj:skip=maybe": "override 'up_proj': skip is 'maybe'; it is true or false",
+    "quantize model out --format mlx --format mlx": "--format is given twice with the same format",
+    "quantize model out --calibration {missing}/book.txt": "book.txt: no such file or folder",
+    "quantize model out --calibration rows.csv": "rows.csv: no such file or folder",
+    "quantize model out --calibration empty.txt": "empty.txt is empty",
+    "quantize model full": "full exists and is not empty; choose another name or remove it",
+    "quantize model empty.txt/out": "empty.txt/out cannot be made, because {here}/empty.txt is a file",
+    "quantize ./missing out": "missing: no such folder",
+    "quantize empty.txt out": "empty.txt is a file; give the folder that holds config.json",
+    "quantize full out": "full has no config.json; is it a model folder?",
+    "quantize broken out": "broken/config.json is not JSON: ",
+    "quantize list out": "list/config.json holds no JSON object, which begins with {{",
+    "plan hollow": "hollow/config.json is empty",
+    "plan nested": "nested/config.json is no plain file",
+    "convert model full --format gptq_v2": "full exists and is not empty; choose another name or remove it",
+    "eval model --data {missing}/book.txt": "book.txt: no such file or folder",
+    "eval model --data text.txt --against {missing}": "missing: no such folder",
+    "eval model --data text.txt --seq-len 1": "--seq-len is 1; a window has at least 2 tokens",
+    "eval model --data text.txt --windows 0": "argument --windows: 0 is less than 1",
+    "eval nobody/nothing --data text.txt --save": "nobody/nothing: no such folder; --save needs a folder",
+    "eval model --data text.txt --card": "--card writes into the model card of a result of gptq, and model has no",
+    "inspect nobody/nothing": "nobody/nothing: no such folder; inspect needs a folder on this machine",
+    "verify empty.txt": "empty.txt is a file; give the folder that holds config.json",
+    "report missing": "missing: no such folder; report needs a folder",
+}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("quantize {model} {out} --samples 0", "num_samples is 0; at least one window is needed"),
-        ("quantize {model} {out} --calibration {missing}/book.txt", "book.txt: no such file or folder"),
-        ("quantize {model} {out} --calibration rows.csv", "rows.csv: no such file or folder"),
-        ("quantize {model} {full}", "full exists and is not empty; choose another name or remove it"),
-        ("convert {model} {full} --format gptq_v2", "full exists and is not empty; choose another name or remove it"),
-        ("quantize {missing} {out}", "missing: no such folder"),
-        ("eval {model} --data {missing}/book.txt", "book.txt: no such file or folder"),
-        ("eval {model} --data {text} --against {missing}", "missing: no such folder"),
-    ],
-)
-def test_a_mistake_that_needs_no_library_is_found_before_torch_is_imported(
-    arguments: str, message: str, text_file: str, tmp_path: Path
-) -> None:
+def test_a_mistake_that_needs_no_library_is_found_before_torch_is_imported(tmp_path: Path) -> None:
+    for name, content in (("model", "{}"), ("broken", "{\n"), ("list", "[]"), ("hollow", ""), ("nested", None)):
+        (tmp_path / name / "config.json").mkdir(parents=True) if content is None else (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "config.json").write_text(content)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    (tmp_path / "model").mkdir()
-    paths = {name: tmp_path / name for name in ("model", "out", "missing", "full")} | {"text": text_file}
-    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments.format(**paths).split()]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"gptq: {ended.stderr.removeprefix('gptq: ').strip()}\n"  # one line
-    assert message in ended.stderr
+    for name in ("full/file", "empty.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "text.txt").write_text("text")
+    paths = {"missing": tmp_path / "missing", "here": tmp_path}
+    commands = [arguments.format(**paths).split() for arguments in MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
+    )
+    for (code, said, imported), (arguments, message) in zip(json.loads(done.stdout), MISTAKES.items(), strict=True):
+        assert (code, imported) == (2, False), arguments
+        assert message.format(**paths) in said, arguments
+        assert re.search(r"^gptq( \w+)?: [^\n]*\n\Z", said, re.MULTILINE), said  # the last line, after a usage
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model", "broken", "list", "hollow", "nested", "full", "empty.txt", "text.txt",
+    }  # fmt: skip
 
 
 def test_a_reader_that_leaves_early_is_no_bad_input(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
@@ -221,6 +258,16 @@ def test_a_reader_that_leaves_early_is_no_bad_input(make_model: MakeModel, text_
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_a_closed_output_is_no_fault(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize = ["quantize", str(make_model("llama")), str(tmp_path / "out"), "--group-size", "32", "--method", "rtn"]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", None)  # as Python has it after `>&-`
+        assert cli.main(quantize) == 0
+    assert run(capsys, "verify", tmp_path / "out")[0] == 0
 
 
 def test_remote_code_is_not_run_unless_asked_for(
@@ -296,6 +343,23 @@ def test_ctrl_c_during_start_up_is_a_sentence_too() -> None:
     assert "Traceback" not in errors
 
 
+def test_the_time_left_is_that_of_blocks_after_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of four took 50 s, most of them for compiling; the others take 2 s each."""
+    clock = iter([0.0, 0.0, 0.0, 0.0, 50.0, 50.0, 52.0, 52.0, 54.0, 54.0])
+    monkeypatch.setattr("gptq.cli.progress.time.monotonic", lambda: next(clock))
+    progress = Progress()
+    progress.started(4, 400)
+    for block in range(4):
+        progress.layer_done(block, "layer", 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "block 1 of 4, 0 s", "block 2 of 4, 50 s", "block 3 of 4, 52 s, about 4 s left",
+        "block 4 of 4, 54 s, about 2 s left",
+    ]  # fmt: skip
+
+
 def test_a_bar_is_drawn_on_a_terminal(
     make_model: MakeModel,
     text_file: str,
@@ -335,9 +399,9 @@ def test_arguments_are_read_before_the_libraries(arguments: list[str], code: int
     assert done.stdout.splitlines()[-1] == f"False {code}"
 
 
-def interrupt_inside_a_library(*_: object) -> None:
+def interrupt_inside_a_library(number: int, *_: object) -> None:
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         time.sleep(5)
     except KeyboardInterrupt as error:
         raise ValueError("a library's own words") from error
@@ -350,18 +414,21 @@ def raise_key_error(*_: object) -> None:
 @pytest.mark.parametrize(
     ("does", "code", "said"),
     [
-        (interrupt_inside_a_library, 130, "interrupted; nothing half-written was left behind"),
+        (partial(interrupt_inside_a_library, signal.SIGINT), 130, "interrupted; nothing half-written was left behind"),
+        (partial(interrupt_inside_a_library, signal.SIGTERM), 143, "interrupted; nothing half-written was left behind"),
         (raise_key_error, 3, "KeyError in commands.py, line .*'weight'; this is a fault of gptq or of a library"),
     ],
 )
 def test_what_a_library_raises_is_a_sentence_and_no_difference(
-    does: Any, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    does: Any, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setattr("gptq.cli.commands.verify.verify", does)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert cli.main(["verify", "folder"]) == code
+        assert cli.main(["verify", str(tmp_path)]) == code
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
     assert re.search(said, capsys.readouterr().err)

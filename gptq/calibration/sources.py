@@ -73,8 +73,11 @@ def require_file(source: str) -> None:
     """
     name, *rest = source.split(":")
     local = len(rest) > 2 or name.startswith((".", "/", "~")) or name.endswith(FILES) or name.count("/") > 1
-    if local and _local_path(source)[0] is None:
+    path = _local_path(source)[0]
+    if local and path is None:
         raise InputError(f"{source}: no such file or folder")
+    if path is not None and path.is_file() and not path.stat().st_size:
+        raise InputError(f"{source} is empty")
 
 
 def table_of(given: Iterable[Any], default_split: str) -> Table | None:
@@ -203,9 +206,11 @@ def _hub_dataset(source: str, default_split: str) -> "Dataset":
         else:
             loaded = load_from_hub(name, config or None)
     except Exception as error:  # offline, unknown name, gated, broken: many types, one remedy
+        from gptq.checkpoint.hub import explain
+
         raise InputError(
-            f"the data set {name!r} is neither a local path nor could it be fetched from the Hub "
-            f"({first_line(error)}). Pass a local .txt, .jsonl, .csv or .parquet file or a folder of those instead"
+            f"{name!r} is neither a file or folder here nor a data set that the Hub could give: {explain(error)}. Name "
+            "a local .txt, .jsonl, .csv or .parquet file, or a folder of those, with --calibration (eval: --data)"
         ) from error
     return _choose_split(loaded, split or default_split, f"{name}:{config}" if config else name)
 

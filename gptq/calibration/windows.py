@@ -117,6 +117,9 @@ def _check_columns(table: Table) -> None:
         )
 
 
+TOKENS = ("input_ids", "decoder_input_ids")
+
+
 def make_windows(
     given: Calibration,
     num_samples: int,
@@ -134,6 +137,8 @@ def make_windows(
     if given.inputs is not None:
         accepted = [accepted_inputs(window, network) for window in given.inputs]
         dropped = [name for name in given.inputs[0] if name not in accepted[0]]
+        for name, x in ((name, x) for window in accepted for name, x in window.items() if name in TOKENS):
+            check_tokens(x, network, f"{name} in {given.name}")
         return accepted, notes + [f"{type(network).__name__} takes no {name}, which is left out" for name in dropped]
     if given.tokens is not None:
         drawn = list(given.tokens)

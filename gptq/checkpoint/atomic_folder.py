@@ -194,6 +194,11 @@ def require_unused(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _remove_finished(partial)
         raise InputError(f"{out} exists and is not empty; choose another name or remove it")
+    parent = next(path for path in where.parents if path.exists())
+    if not parent.is_dir():
+        raise InputError(f"{out} cannot be made, because {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be made: writing to {parent} is not allowed")
     if out.is_mount():
         raise InputError(f"{out} is a mount point, which cannot be replaced; name a folder inside it")
     if partial.exists() and any(partial.iterdir()) and not (partial / MARKER).is_file():

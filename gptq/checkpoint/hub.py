@@ -2,8 +2,17 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils._validators import validate_repo_id
 
 from gptq.checkpoint.assembled import INDEX_FILE
@@ -11,7 +20,7 @@ from gptq.checkpoint.atomic_folder import MARKER
 from gptq.checkpoint.pickled import PICKLES_ON_HUB, convert_pickles, is_only_pickled
 from gptq.checkpoint.reader import CONVERT_HINT
 from gptq.checkpoint.untrusted import check_folder, local_folder
-from gptq.errors import InputError
+from gptq.errors import InputError, first_line
 
 ASSEMBLED = "model.gguf"  # not all *.gguf: repositories of others hold a model in twenty widths
 LOG_IN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
@@ -59,6 +68,21 @@ def _reason(error: Exception) -> str:
     return " ".join((str(error).strip() or type(error).__name__).split())[:300]
 
 
+def explain(error: Exception) -> str:
+    """Say in a few words why the Hub did not give a repository."""
+    for kind, reason in (
+        (GatedRepoError, f"access has to be asked for on its page there; then {LOG_IN_HINT}"),
+        (RepositoryNotFoundError, f"it has none of that name, or a private one; then {LOG_IN_HINT}"),
+        (RevisionNotFoundError, "it has no such revision"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and the cache has no copy"),
+        (LocalEntryNotFoundError, "it cannot be reached, and the cache has no copy"),
+    ):
+        if isinstance(error, kind):
+            is_offline = kind is LocalEntryNotFoundError and constants.is_offline_mode()
+            return "HF_HUB_OFFLINE is set, and the cache has no copy" if is_offline else reason
+    return first_line(error)
+
+
 def resolve(model: str, revision: str | None, allow_pickle: bool = False) -> Path:
     """Return a local checkpoint folder, or a local copy of a Hub repository (safetensors, configuration and tokenizer).
 
@@ -68,7 +92,6 @@ def resolve(model: str, revision: str | None, allow_pickle: bool = False) -> Pat
         InputError: there is no such folder and no such repository, or the folder fails `check_folder`.
     """
     from huggingface_hub import snapshot_download  # slow to import; a local folder does not need it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     folder = local_folder(model)
     if folder is not None:
@@ -83,9 +106,10 @@ def resolve(model: str, revision: str | None, allow_pickle: bool = False) -> Pat
         if allow_pickle and not has_weights:
             copy = Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns, PICKLES_ON_HUB]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         which = f"{model} at {revision}" if revision else model
-        raise InputError(f"{which} is neither a folder nor a model that the Hub could give ({reason})") from error
+        raise InputError(
+            f"{which} is neither a folder nor a model that the Hub could give: {explain(error)}"
+        ) from error
     check_folder(copy)
     if has_weights:
         return copy

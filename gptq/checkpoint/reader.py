@@ -19,6 +19,7 @@ from gptq.errors import InputError
 
 EVERY = slice(None)  # all rows of a tensor
 CHUNK_BYTES = 2**24  # bytes of a tensor that are read and converted at a time
+LFS_POINTER = b"version https://git-lfs"  # begins a small text that stands for a file in a clone without LFS
 CONVERT_HINT = (
     "--allow-pickle (allow_pickle=True) converts such weights to safetensors first, in a confined process of its own"
 )
@@ -248,7 +249,17 @@ def _open(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError, ValueError) as error:
+        if _is_pointer(file):
+            raise InputError(
+                f"{file} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
+            ) from error
         raise InputError(f"{file} is damaged or cut short ({error}); download it again") from error
+
+
+def _is_pointer(file: Path) -> bool:
+    with suppress(OSError), file.open("rb") as opened:
+        return opened.read(len(LFS_POINTER)) == LFS_POINTER
+    return False
 
 
 def _dtype(code: str, name: str, file: Path) -> torch.dtype:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq.checkpoint.companions import companions
-from gptq.errors import InputError
+from gptq.errors import InputError, first_line
 
 MAX_JSON_BYTES = 2**28  # limit of a JSON file; the largest known JSON file, a tokenizer of 260,000 tokens, has 33 MB
 MAX_DEPTH = 64  # levels of nested JSON; much deeper nesting overflows the stack of recursive readers
@@ -82,14 +82,20 @@ def read_json(file: Path) -> dict[str, Any]:
         InputError: the file cannot be read, is not JSON in UTF-8, is nested too deeply, or does not hold an object.
     """
     try:
-        if not file.is_file() or file.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{file} is missing, no plain file, or larger than any JSON file of a checkpoint")
+        if not file.is_file():
+            raise InputError(f"{file} is {'no plain file' if file.exists() or file.is_symlink() else 'missing'}")
+        if not (size := file.stat().st_size):
+            raise InputError(f"{file} is empty")
+        if size > MAX_JSON_BYTES:
+            raise InputError(f"{file} has {size / 1e6:,.0f} MB, which no JSON file of a checkpoint has")
         content = json.loads(file.read_text(encoding="utf-8"))
         _check_values(content)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} could not be read: {error}") from error
+        raise InputError(f"{file} could not be read: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} holds {type(content).__name__}, not an object")
+        raise InputError(f"{file} holds no JSON object, which begins with {{")
     return content
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq.cli.early import check
-from gptq.config import FORMATS, Flag, PolishConfig, QuantConfig, flags, parse_size
+from gptq.config import FORMATS, Flag, PolishConfig, QuantConfig, flags, parse_integer, parse_positive, parse_size
 from gptq.errors import InputError, printable
 from gptq.version import __version__
 
@@ -85,8 +85,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="MODEL", help="folder or Hub id, quantized or not")
     p.add_argument("--data", required=True, metavar="SRC", help=source_help)
-    p.add_argument("--seq-len", type=int, default=2048, metavar="N", help="tokens per window")
-    p.add_argument("--windows", type=int, metavar="N", help="measure only the first N windows")
+    p.add_argument("--seq-len", type=_argument_type(parse_integer), default=2048, metavar="N", help="tokens per window")
+    p.add_argument(
+        "--windows", type=_argument_type(parse_positive), metavar="N", help="measure only the first N windows"
+    )
     p.add_argument("--card", action="store_true", help="write the result into the model card of MODEL, a folder")
     p.add_argument(
         "--against", metavar="ORIGINAL",
@@ -146,7 +148,7 @@ def _add_quantization_flags(parser: argparse.ArgumentParser, source_help: str) -
         "input_features, input_ids and attention_mask ...",
     )  # fmt: skip
     parser.add_argument(
-        "--batch-size", type=int, metavar="N",
+        "--batch-size", type=_argument_type(parse_positive), metavar="N",
         help="calibration windows in mid-block at once: fewer than all saves memory and repeats forwards; same bytes",
     )  # fmt: skip
     parser.add_argument(

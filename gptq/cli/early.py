@@ -6,8 +6,9 @@ from pathlib import Path
 
 from gptq.calibration.sources import require_file
 from gptq.checkpoint.atomic_folder import require_unused
-from gptq.checkpoint.untrusted import local_folder
-from gptq.config import PolishConfig, QuantConfig
+from gptq.checkpoint.companions import RECORD
+from gptq.checkpoint.untrusted import check_folder, local_folder, read_json
+from gptq.config import PolishConfig, QuantConfig, require_device, require_dtype
 from gptq.errors import InputError
 
 
@@ -44,14 +45,16 @@ def check(args: argparse.Namespace) -> None:
         InputError: the command cannot succeed.
     """
     config = read_config(args) if args.command in ("quantize", "plan") else None
+    if "device" in args:
+        require_device(args.device)
+        require_dtype(args.dtype)
     for model in (getattr(args, "model", None), getattr(args, "against", None)):
         if model is not None:
-            local_folder(model)
+            _check_model(model)
     if args.command in ("quantize", "convert"):
-        for folder in _results(args):
-            require_unused(folder)
-        if len(_results(args)) > 1 and args.push:
-            raise InputError(f"--push uploads one folder, and there is one for each format; upload {args.out}/FORMAT")
+        _check_results(args)
+    if args.command in ("inspect", "verify", "report"):
+        _require_folder(args.out, args.command)
     if config is not None and config.method == "gptq":
         require_file(args.calibration)
     if args.command == "polish":
@@ -59,4 +62,42 @@ def check(args: argparse.Namespace) -> None:
         require_unused(polished_folder(args))
         require_file(args.calibration)
     if args.command == "eval":
-        require_file(args.data)
+        _check_measurement(args)
+
+
+def _check_model(model: str) -> None:
+    """Check what can be seen of a model without a library: for a folder, that config.json is JSON."""
+    folder = local_folder(model)
+    if folder is None:
+        return
+    check_folder(folder)
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} has no config.json; is it a model folder?")
+    read_json(folder / "config.json")
+
+
+def _check_results(args: argparse.Namespace) -> None:
+    results = _results(args)
+    for folder in results:
+        require_unused(folder)
+    if len(set(results)) < len(results):
+        raise InputError("--format is given twice with the same format; once is enough")
+    if len(results) > 1 and args.push:
+        raise InputError(f"--push uploads one folder, and there is one for each format; upload {args.out}/FORMAT")
+
+
+def _check_measurement(args: argparse.Namespace) -> None:
+    require_file(args.data)
+    if args.seq_len < 2:
+        raise InputError(f"--seq-len is {args.seq_len}; a window has at least 2 tokens")
+    if args.save or args.card:
+        _require_folder(Path(args.model), "--save" if args.save else "--card")
+    if args.card and not (Path(args.model) / RECORD).exists():
+        raise InputError(f"--card writes into the model card of a result of gptq, and {args.model} has no {RECORD}")
+
+
+def _require_folder(folder: Path, wanted_by: str) -> None:
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder; {wanted_by} needs a folder on this machine")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; give the folder that holds config.json and the safetensors files")

@@ -17,6 +17,7 @@ class Progress(Observer):
         self._began = time.monotonic()
         self._blocks = self._weights = self._done = self._before = 0
         self._block = -1
+        self._pace: tuple[float, int] | None = None  # time and weights done when the first block of this run was done
 
     def __enter__(self) -> "Progress":
         return self
@@ -35,7 +36,7 @@ class Progress(Observer):
 
     def started(self, num_blocks: int, weights: int) -> None:
         self._blocks, self._weights, self._began = num_blocks, weights, time.monotonic()
-        self._done, self._before, self._block = 0, 0, -1
+        self._done, self._before, self._block, self._pace = 0, 0, -1, None
         self._open_bar(weights)
 
     def resumed(self, blocks: int, weights: int) -> None:
@@ -50,9 +51,17 @@ class Progress(Observer):
             self._bar.set_description(f"block {block + 1}/{self._blocks} {name.rpartition('.')[2]}")
             self._bar.update(weights)
         elif block != self._block:
-            share = (before - self._before) / (self._weights - self._before)  # of whole blocks
-            self._print_line(f"block {block + 1} of {self._blocks}", share)
+            self._print_line(f"block {block + 1} of {self._blocks}", self._seconds_left(before))
             self._block = block
+
+    def _seconds_left(self, done: int) -> float | None:
+        """Estimate the time left from the blocks after the first, in which code is compiled; None before the third."""
+        now = time.monotonic()
+        if self._pace is None:
+            self._pace = (now, done) if done > self._before else None
+            return None
+        since, earlier = self._pace
+        return (now - since) * (self._weights - done) / (done - earlier)
 
     def window_done(self, done: int, total: int) -> None:
         self._show_count("window", done, total)
@@ -71,7 +80,8 @@ class Progress(Observer):
             self._bar.set_description(f"{what} {done}/{total}")
             self._bar.update(done - self._done)
         elif done == total or done * 10 // total != self._done * 10 // total:
-            self._print_line(f"{what} {done} of {total}", done / total)
+            elapsed = time.monotonic() - self._began  # since the first was done
+            self._print_line(f"{what} {done} of {total}", elapsed * (total - done) / (done - 1) if done > 1 else None)
         self._done = done
 
     def finished(self) -> None:
@@ -84,11 +94,10 @@ class Progress(Observer):
             form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
             self._bar = tqdm(total=total, bar_format=form, dynamic_ncols=True, file=sys.stderr)
 
-    def _print_line(self, text: str, fraction: float) -> None:
-        """Print a line with the time left, unless nothing is done yet from which to estimate it."""
-        elapsed = time.monotonic() - self._began
-        left = f", about {elapsed * (1 - fraction) / fraction:.0f} s left" if fraction else ""
-        _print_above_bar(f"{text}, {elapsed:.0f} s{left}")
+    def _print_line(self, text: str, left: float | None) -> None:
+        """Print a line with the time so far and the time left, if that is known."""
+        about = f", about {left:.0f} s left" if left is not None and left >= 0.5 else ""
+        _print_above_bar(f"{text}, {time.monotonic() - self._began:.0f} s{about}")
 
 
 def _print_above_bar(text: str) -> None:

@@ -114,6 +114,7 @@ def _load_plain(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except torch.OutOfMemoryError:
         raise
@@ -121,9 +122,11 @@ def _load_plain(
         raise InputError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     network = loaded[0]
     found: dict[str, set[Any]] = loaded[1]
-    wanting = sorted(str(name) for name in [*found["missing_keys"], *found["mismatched_keys"]])
-    if wanting:  # transformers would continue with random weights
-        raise InputError(f"{folder} lacks {wanting[0]}, or holds it in another shape than its config.json describes")
+    if lacking := sorted(map(str, found["missing_keys"])):  # transformers would continue with random weights
+        raise InputError(f"{folder} lacks {lacking[0]}, which the model that its config.json describes needs")
+    for name, stored, described in sorted(found["mismatched_keys"]):
+        shapes = f"the shape {tuple(stored)}, but its config.json describes a model where it is {tuple(described)}"
+        raise InputError(f"{name} in {folder} has {shapes}")
     network.to(where)  # type: ignore[arg-type]
     return network
 

@@ -156,14 +156,16 @@ def run_to_end(function: Callable[[], Any]) -> Any:
     return forward.result
 
 
-def check_tokens(windows: Tensor, network: PreTrainedModel) -> None:
-    """Check that every token has an embedding.
+def check_tokens(windows: Tensor, network: PreTrainedModel, where: str = "") -> None:
+    """Check that every token has an embedding; `where` names an array of tokens that no tokenizer made.
 
     Raises:
         InputError: a token has no embedding; the tokenizer probably belongs to another model.
     """
     vocabulary = int(network.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     low, high = int(windows.min()), int(windows.max())
+    if where and (low < 0 or high >= vocabulary):
+        raise InputError(f"{where} holds the token {low if low < 0 else high}, but the model has {vocabulary}")
     if low < 0 or high >= vocabulary:
         raise InputError(
             f"tokens run from {low} to {high}, but the model has {vocabulary}; is the tokenizer another model's?"

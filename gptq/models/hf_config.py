@@ -2,17 +2,37 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from gptq.checkpoint.json_objects import Options, read_options
 from gptq.checkpoint.untrusted import read_json
-from gptq.errors import InputError
+from gptq.config import DTYPES, require_device, require_dtype
+from gptq.errors import InputError, first_line
 
 COUNT_KEY = re.compile(r"(^|_)(layers?|blocks?|labels?|experts?|heads?|stages?|depths?|codebooks?)($|_)")
 MAX_COUNT = 2**20  # largest count accepted from config.json, because transformers builds that many modules at once
+
+
+def _require_dtype(name: str | None) -> str | None:
+    if name is not None and not isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype):
+        raise ValueError(name)
+    return name
+
+
+DtypeName = Annotated[str | None, AfterValidator(_require_dtype)]
+
+
+class _ModelConfig(Options):
+    """What transformers takes from config.json without a look."""
+
+    architectures: list[str] | None = Field(None, description="it is a list of names of classes")
+    dtype: DtypeName = Field(None, description="it is the name of a dtype, such as bfloat16")
+    torch_dtype: DtypeName = Field(None, description="it is the name of a dtype, such as bfloat16")
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
@@ -23,7 +43,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; is it a model folder?")
-    _check_config(folder / "config.json", read_json(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    _check_config(folder / "config.json", values)
+    read_options(_ModelConfig, values, str(folder / "config.json"))
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # any type, depending on what the file holds
@@ -55,8 +77,7 @@ def choose_device(device: str) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
-        raise InputError(f"the device is {device!r}; it is auto, cpu, cuda, or cuda:N")
+    require_device(device)
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -69,11 +90,10 @@ def choose_dtype(dtype: str, hf_config: PreTrainedConfig, device: torch.device) 
     Raises:
         InputError: `dtype` is none of these choices.
     """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    require_dtype(dtype)
+    known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES[1:]}
     if dtype in known:
         return known[dtype]
-    if dtype != "auto":
-        raise InputError(f"dtype is {dtype!r}; it is auto, float32, bfloat16 or float16")
     stored = getattr(hf_config, "dtype", None) or torch.float32
     native = device.type != "cpu" or (stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
     return stored if native and stored in known.values() else torch.float32
@@ -88,7 +108,7 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # any type, depending on what the files hold
-        raise InputError(f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
     return tokenizer
 
 
@@ -123,8 +143,7 @@ def read_processor(folder: Path, trust_remote_code: bool) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # any type, depending on what the files hold
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder} has no usable processor: {reason}") from error
+        raise InputError(f"{folder} has no usable processor: {first_line(error)}") from error
     if isinstance(processor, PreTrainedTokenizerBase):
         raise InputError(
             f"{folder} has a tokenizer and no processor for images or sound; preprocessor_config.json of the original "
