@@ -164,7 +164,7 @@ class Start:
     prepare: Action = lambda: None  # called in the child before the command
     watch: Watch | None = None
     names: dict[str, str] = field(default_factory=dict)  # of the environment
-    output: str = ""  # where stdout leads, if not to a file of its own
+    output: str = ""  # where stdout leads, if not to a file of its own: a path, "a pipe" that nobody reads, "nowhere"
 
 
 def start(arguments: str | list[str], folder: Path, how: Start | None = None) -> int:
@@ -182,11 +182,14 @@ def _live(arguments: list[str], folder: Path, how: Start) -> None:
     try:
         os.chdir(folder)
         log = folder.with_name(f"{folder.name}.{os.getpid()}")
-        for number, path in ((1, how.output or f"{log}.1"), (2, f"{log}.2")):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(_open_output(how.output or f"{log}.1"), 1)
+        os.dup2(_open_output(f"{log}.2"), 2)
         encoding = how.names.get("PYTHONIOENCODING", "utf-8")
         sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb"), encoding, "strict", line_buffering=n == 2)
                                   for n in (1, 2))  # fmt: skip
+        if how.output == "nowhere":  # then Python has no stdout either
+            os.close(1)
+            sys.stdout = None
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update({"TMPDIR": str(folder / "tmp"), **how.names})
         tempfile.tempdir = None
@@ -204,6 +207,14 @@ def _live(arguments: list[str], folder: Path, how: Start) -> None:
         with suppress(Exception):
             sys.stdout.flush()
         os._exit(code)
+
+
+def _open_output(where: str) -> int:
+    if where == "a pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+        return writing
+    return os.open("/dev/null" if where == "nowhere" else where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
 
 def _main(watch: Watch | None) -> int:
@@ -958,21 +969,14 @@ def odd_names(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
 def lost_output(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
     """Let the output lead to a full device, to a pipe that nobody reads, or nowhere."""
     trial = Trial(stage, any_task(draw), place, draw)
-    how, arguments = draw.choice(("full", "closed", "pipe")), trial.task.arguments + draw.choice(("", " --json"))
-
-    def lose() -> None:
-        if how == "closed":  # then Python has no stdout either
-            os.close(1)
-            sys.stdout = None
-        elif how == "pipe":
-            reading, writing = os.pipe()
-            os.close(reading)
-            os.dup2(writing, 1)
-
-    ended = run(arguments, place, Start(lose, output="/dev/full" if how == "full" else ""))
+    how, arguments = (
+        draw.choice(("/dev/full", "a pipe", "nowhere")),
+        trial.task.arguments + draw.choice(("", " --json")),
+    )
+    ended = run(arguments, place, Start(output=how))
     if wrong := complaint(ended):
         yield f"{how}: {wrong}"
-    if how == "pipe" and ended.code not in (0, 141):
+    if how == "a pipe" and ended.code not in (0, 141):
         yield f"{how}: exit code {ended.code}: {ended.said[-300:]!r}"
     if wrong := difference(tree(place), trial.expected):
         yield f"{how}: {wrong}"
