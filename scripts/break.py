@@ -321,7 +321,6 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "text.txt").write_text(TEXT)
-        self.cold = ColdServer(folder)  # before anything is compiled
         small_model(folder / "plain", "llama", "5GB")
         small_model(folder / "shards", "llama", "30KB", tie_word_embeddings=True)
         small_model(folder / "mixtral", "mixtral", "5GB", num_local_experts=2, num_experts_per_tok=1)
@@ -379,32 +378,6 @@ class Stage:
             self._expected[task.arguments] = tree(place), ended, time.monotonic() - began
             shutil.rmtree(place)
         return self._expected[task.arguments]
-
-
-class ColdServer:
-    """A process that was forked before anything was compiled; its children read numba's cache from files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.cache = folder / "numba"
-        ours, self._file = socket.socketpair()
-        if not os.fork():
-            self._file.close()
-            with suppress(BaseException):
-                self._serve(ours)
-            os._exit(0)
-        ours.close()
-
-    def _serve(self, ours: socket.socket) -> None:
-        while asked := ours.recv(10**5):
-            arguments, folder, names = json.loads(asked)
-            limit = names.pop("limit", None)
-            prepare = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)) if limit else lambda: None
-            ended = run(arguments, Path(folder), Start(prepare, names=names))
-            ours.send(json.dumps(vars(ended)).encode())
-
-    def run(self, arguments: str, folder: Path, **names: Any) -> Ended:
-        self._file.send(json.dumps([arguments, str(folder), names]).encode())
-        return Ended(**json.loads(self._file.recv(10**6)))
 
 
 # --- laws -------------------------------------------------------------------------------------------------------------
@@ -913,29 +886,6 @@ def read_only(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
     yield from (f"{where}: {wrong}" for wrong in trial.once_more())
 
 
-def compiled_code(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
-    """Damage numba's cache, or let it be full or in no place; nothing but time may depend on it."""
-    trial = Trial(stage, TASKS[draw.choice(("gptq", "save"))], place, draw)
-    shutil.copytree(stage.cold.cache, cache := place.with_name("cache"))
-    files = [path for path in sorted(cache.rglob("*")) if path.is_file()]
-    how, names = draw.choice((*DAMAGE, "full", "no folder", "nowhere")), {}
-    if how == "full":
-        names["limit"] = 10**4
-        remove(cache, draw)
-        cache.mkdir()
-    elif how in ("no folder", "nowhere"):
-        remove(cache, draw)
-        cache = place / "text.txt" if how == "no folder" else Path("/proc/cache")
-    for file in draw.sample(files, 3) if how in DAMAGE else ():
-        DAMAGE[how](file, draw)
-    ended = stage.cold.run(trial.task.arguments, place, NUMBA_CACHE_DIR=str(cache), **names)
-    limited = how == "full" and ended.code == 2
-    if wrong := complaint(ended):
-        yield f"{how}: {wrong}"
-    elif not limited and (wrong := difference(tree(place), trial.expected)):
-        yield f"{how}: exit code {ended.code}: {ended.said[-200:]!r}: {wrong}"
-
-
 NAMES = (
     b"caf\xe9", b"\xff\xfe", b"a b", b"a\nb", b"x" * 200, b"'\"`$(x)", b"%s{0}", b"a:b", b"#?*", b"-dash", b"a.partial",
     *(text.encode() for text in ("\u00fcber", "\u202eabc", "\ud55c\uad6d")),
@@ -995,7 +945,6 @@ KINDS: dict[str, Callable[[Stage, Path, Random], Iterator[str]]] = {
     "together": together,
     "two ranks": two_ranks,
     "read-only": read_only,
-    "compiled code": compiled_code,
     "odd names": odd_names,
     "lost output": lost_output,
 }
@@ -1026,7 +975,7 @@ def surroundings() -> Iterator[Path]:
         folder = Path(name)
         folder.chmod(0o755)
         os.environ |= {
-            "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hf", "NUMBA_CACHE_DIR": f"{folder}/numba",
+            "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hf", 
             "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
         import torch
