@@ -975,7 +975,7 @@ def surroundings() -> Iterator[Path]:
         folder = Path(name)
         folder.chmod(0o755)
         os.environ |= {
-            "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hf", 
+            "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hf",
             "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
         import torch
