@@ -4,17 +4,20 @@
     python scripts/sweep_architectures.py mamba qwen3_moe
     python scripts/sweep_architectures.py --group image-text --minutes 20
     python scripts/sweep_architectures.py --format gptq pack-quantized
+    python scripts/sweep_architectures.py --group encoder --format use
 
-Each model is built from a configuration with small sizes, saved, quantized to 8 bits (in a format that has no 8 bits to
-4), verified, loaded and run; then loaded by its own class's `from_pretrained` and saved again. The script prints a line
-for each model and format, and counts the outcomes:
+Each model is built from a configuration with small sizes, with random numbers in every buffer and bias, and saved. Then
+the use of its tensors is checked (see `use_problems`), and it is quantized to 8 bits (in a format that has no 8 bits to
+4), verified, loaded and run; then loaded by its own class's `from_pretrained` and saved again. The format `use` stands
+for the check of the tensors' use alone. The script prints a line for each model and format, and counts the outcomes:
 
     fine      outputs differ from the original's by less than a tenth (at 4 bits by less than a half), from_pretrained
               gives the same outputs, and what it saves holds the same tensors
     differs   outputs differ by more from the original's (possibly because a random router was close to a tie)
     other     the format cannot hold such layers, which is said before any work
     refused   with another error message of ours, which is printed
-    failed    with any other exception, or a tensor that is not quantized has changed, or from_pretrained differs
+    failed    with any other exception, or a tensor that is not quantized has changed, or from_pretrained differs, or
+              the use of a tensor is not as it is said to be
     unbuilt   transformers cannot build it with these sizes, run it or load it again, or it is too large; not counted
 
 Models that read images are given some if they say how many tokens these take; the line then says `images`.
@@ -22,6 +25,7 @@ Models that read images are given some if they say how many tokens these take; t
 
 import argparse
 import inspect
+import shutil
 import tempfile
 import time
 import warnings
@@ -33,6 +37,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -40,7 +45,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from gptq import InputError, QuantConfig, formats, load, quantize
 from gptq.checkpoint.assembled import open_source
 from gptq.config import FORMATS, GROUP_SIZES, Format
+from gptq.evaluation.original_logits import run_by_block
+from gptq.formats.original import open_original
+from gptq.models.build import open_model
 from gptq.output import verify
+from gptq.planning.plan import Plan, plan_checkpoint
 
 GROUPS = {  # name: the tables of transformers that list its architectures, and the Auto class that builds them
     "causal": (["CAUSAL_LM"], "AutoModelForCausalLM"),
@@ -56,6 +65,7 @@ TOKENS = 200  # token ids in inputs are below this
 WINDOWS = 8
 GROUPS_OF = {"mlx": 32}  # sizes of groups, of formats that have no groups of 16
 FOUR_BITS = ("pack-quantized-a8", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "gguf-k", "gguf-iq4")
+USE = "use"  # in the place of a format: what is checked before anything is quantized
 LONGEST_SEARCH = 30  # seconds of this process to find inputs that a model runs on
 FRAMES = (24, 48, 64, 96, 128, 200, 3000)  # lengths of spectrograms, of which one may be what a model takes
 MELS = (16, 80, 128, 160)  # their heights
@@ -142,6 +152,10 @@ def small_model(kind: str, auto: str, axes: bool = False) -> tuple[PreTrainedMod
         values = parameter.detach()
         if not bool(torch.isfinite(values).all()) or float(values.abs().max()) > 1e3 or not bool(values.any()):
             values.normal_(0, 0.02)
+    for module in model.modules():  # zeros would hide that one is not read
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and key not in module._non_persistent_buffers_set:
+                buffer.uniform_(0.5, 1.5)  # variances are positive
     return model, find_inputs(model)
 
 
@@ -271,9 +285,12 @@ def other_window(inputs: dict[str, torch.Tensor], seed: int) -> dict[str, torch.
 
 
 def outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits, or the last hidden states of a model without a head."""
     with torch.no_grad():
-        made = model(**inputs)
+        return main_output(model(**inputs))
+
+
+def main_output(made: Any) -> torch.Tensor:
+    """Logits, or the last hidden states of a model without a head."""
     found = next((made[name] for name in ("logits", "last_hidden_state") if name in made), None)
     return next(x for x in made.values() if isinstance(x, torch.Tensor)) if found is None else found
 
@@ -298,6 +315,70 @@ def build_and_save(kind: str, auto: str, folder: Path) -> Built | str:
     except Exception as error:  # of any type: the architecture is not tested
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return model, inputs
+
+
+def use_problems(built: Built, source: Path) -> tuple[list[str], int]:
+    """Compare what the plan says of each tensor's use with what the two readers of a checkpoint do.
+
+    The block-by-block reader has to give what transformers' own `from_pretrained` gives, and to read every tensor that
+    the plan does not call unused. Other numbers in all unused tensors must not change what transformers gives.
+
+    Returns the problems, and how many tensors are unused.
+    """
+    model, inputs = built
+    plan = plan_checkpoint(str(source), QuantConfig(bits=8, group_size=16), None, False, sample=inputs)
+    problems = [note for note in plan.notes if "is not known" in note]
+    theirs = type(model).from_pretrained(source, dtype=torch.float32).eval()
+    for tensor in theirs.parameters():
+        tensor.data = tensor.data.clone()
+    expected = outputs(theirs, inputs)
+    opened, read = open_model(open_original(source), False), set[str]()
+    for name in ("read", "read_unchecked"):
+        setattr(opened.source, name, recording(getattr(opened.source, name), read))
+    (made,) = run_by_block(opened, [inputs], torch.device("cpu"), torch.float32)
+    off = float((main_output(made) - expected).norm() / expected.norm())
+    if not off < 1e-5:  # products of other shapes round in another order
+        problems.append(f"the model read block by block is off by {off:.2g}")
+    problems += [f"{name} is not read" for name in sorted(plan.source.tensors.keys() - plan.unused - read)]
+    change_tensors(source, plan, source.with_name("changed"))
+    again = outputs(type(model).from_pretrained(source.with_name("changed"), dtype=torch.float32).eval(), inputs)
+    off = float((again - expected).norm() / expected.norm())
+    if not off < 1e-5:
+        problems.append(f"other numbers in the {len(plan.unused)} unused tensors change the outputs by {off:.2g}")
+    return problems, len(plan.unused)
+
+
+def use_outcome(built: Built, source: Path) -> tuple[str, str]:
+    """Check the use of an architecture's tensors; return the outcome and a description."""
+    try:
+        problems, unused = use_problems(built, source)
+    except InputError as error:
+        return "refused", str(error)
+    except Exception as error:  # of any type: a bug of ours
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ("failed", problems[0]) if problems else ("fine", f"{unused} tensors unused")
+
+
+def recording(read: Any, names: set[str]) -> Any:
+    """A method that reads a tensor, which adds the tensor's name to `names`."""
+
+    def read_and_record(name: str, *args: Any, **kwargs: Any) -> Any:
+        names.add(name)
+        return read(name, *args, **kwargs)
+
+    return read_and_record
+
+
+def change_tensors(source: Path, plan: Plan, out: Path) -> None:
+    """Save a checkpoint with other numbers in the tensors that the plan calls unused."""
+    shutil.copytree(source, out)
+    unused = {stored for name in plan.unused for stored in plan.source.stored_names(name)}
+    for file in out.glob("*.safetensors"):
+        tensors, draw = load_file(file), torch.Generator().manual_seed(4)
+        for name in sorted(unused & tensors.keys()):
+            if (old := tensors[name]).is_floating_point():
+                tensors[name] = torch.rand(old.shape, generator=draw).to(old.dtype) + 0.5
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def outcome(built: Built, source: Path, out: Path, chosen: Format) -> tuple[str, str]:
@@ -371,14 +452,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types; all of the group if none is given")
     parser.add_argument("--group", choices=[*GROUPS], default="causal", help="default: %(default)s")
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["gptq"], help="default: gptq")
+    parser.add_argument("--format", nargs="+", choices=[USE, *FORMATS], default=["gptq"], help="default: gptq")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the models are tiny
-    counts: Counter[tuple[str, Format | None]] = Counter()
+    counts: Counter[tuple[str, str | None]] = Counter()
     kinds, began = args.kinds or kinds_of(args.group), time.monotonic()
     for tried, kind in enumerate(kinds):
         if time.monotonic() - began > 60 * args.minutes:
@@ -393,7 +474,7 @@ def main() -> None:
     print(f"{unbuilt} unbuilt")
 
 
-def try_formats(kind: str, auto: str, chosen: list[Format]) -> Iterator[tuple[str, Format | None]]:
+def try_formats(kind: str, auto: str, chosen: list[Any]) -> Iterator[tuple[str, str | None]]:
     """Try an architecture in each format, and print and yield the outcomes."""
     with tempfile.TemporaryDirectory() as folder:
         built = build_and_save(kind, auto, Path(folder) / "model")
@@ -401,10 +482,20 @@ def try_formats(kind: str, auto: str, chosen: list[Format]) -> Iterator[tuple[st
             print(f"{kind:26} unbuilt {'':16} {built}", flush=True)
             yield "unbuilt", None
             return
+        became, words = use_outcome(built, Path(folder) / "model")
+        if became != "fine":
+            print(f"{kind:26} {became:7} {USE:16} {words}", flush=True)
+            yield from ((became, one) for one in chosen)
+            return
+        unused = f", {words}"
         for one in chosen:
+            if one == USE:
+                print(f"{kind:26} {became:7} {USE:16} {words}", flush=True)
+                yield became, one
+                continue
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 became, words = outcome(built, Path(folder) / "model", Path(own) / "out", one)
-            print(f"{kind:26} {became:7} {one:16} {words}", flush=True)
+            print(f"{kind:26} {became:7} {one:16} {words}{unused}", flush=True)
             yield became, one
 
 

@@ -26,7 +26,8 @@ from gptq.config import Format
 from gptq.models.blocks import Block, find_blocks
 from gptq.models.experts import Experts, StaysFusedError, unfuse_experts
 from gptq.models.placeholders import UnsolvedWeight
-from gptq.models.uncalled_layers import find_uncalled_layers
+from gptq.models.reached_layers import find_uncalled_layers
+from gptq.models.trial_forward import run_trial
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.results import RECORD
@@ -77,7 +78,7 @@ def test_every_other_architecture_from_file_to_file(
     assert len(result.layers) == LAYERS[kind]
     for layer in result.layers:
         assert layer.error < layer.rtn_error, layer.name
-    assert not [note for note in result.notes if "rounded to nearest" in note or "not use" in note or "stay" in note]
+    assert not [note for note in result.notes if "rounded to nearest" in note or "copied" in note or "stay" in note]
     assert verify.verify(out).problems == []
 
     stored, original = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
@@ -181,7 +182,7 @@ def test_blocks_of_other_kinds(kind: str, make_model: MakeModel, rng: torch.Gene
     names = [layer.name.rpartition(".")[2] for layer in result.layers]
     assert {name: names.count(name) for name in names} == QUANTIZED[kind]
     assert all(layer.error < layer.rtn_error < 0.01 for layer in result.layers)
-    assert not [note for note in result.notes if "rounded to nearest" in note or "not use" in note]
+    assert not [note for note in result.notes if "rounded to nearest" in note or "copied" in note]
     assert verify.verify(out).problems == []
     with torch.no_grad():
         found, expected = (load(folder, dtype="float32")(input_ids=ids).logits for folder in (out, source))
@@ -222,7 +223,8 @@ def test_weights_that_are_computed_with_in_lists_and_transposed() -> None:
     }
     blocks, inputs = [Block("", network, linears)], {"input": torch.zeros(2, 4)}
     own = ["q_proj", "k_proj", "v_proj", "last"]  # engines fuse the first three
-    assert find_uncalled_layers(network, blocks, inputs) == [f"{i}.{name}" for i in (0, 1) for name in own]
+    found = find_uncalled_layers(network, blocks, run_trial(network, inputs))
+    assert found == [f"{i}.{name}" for i in (0, 1) for name in own]
     network[0].q_proj._parameters["weight"] = UnsolvedWeight.of(linears["0.q_proj"], "0.q_proj", torch.device("cpu"))
     with pytest.raises(InputError, match=r"weight of 0\.q_proj without calling"):
         network(torch.zeros(2, 4, device="meta"))
@@ -232,7 +234,9 @@ def test_weights_that_are_computed_with_in_lists_and_transposed() -> None:
             look()
     assert (unread.shape, unread.device.type, unread.stride()) == ((4, 4), "cpu", (4, 1))
     network[0].lock = threading.Lock()  # of which there is no copy
-    assert find_uncalled_layers(network, blocks, inputs) == []
+    trial = run_trial(network, inputs)
+    assert "cannot be copied" in trial.failure
+    assert find_uncalled_layers(network, blocks, trial) == []
 
 
 @pytest.mark.parametrize("options", [{}, {"two_streams": False}, {"tune_steps": 2}])
@@ -342,6 +346,8 @@ def test_parts_that_the_calibration_cannot_reach_stay_as_they_are(
     assert len(result.layers) == 14
     assert all("language_model" in layer.name for layer in result.layers)
     assert any("vision_tower" in note and "stays as it is" in note for note in result.notes)
+    named = [note.partition(" ")[0] for note in result.notes if "does not compute with it" in note]
+    assert sorted(named) == ["multi_modal_projector", "vision_tower"]
     assert load(tmp_path / "out")(input_ids=ids[:1]).logits.shape == (1, 16, VOCAB)
 
 

@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from gptq import InputError, QuantConfig, load, quantize
 from gptq.calibration.windows import read_calibration
-from gptq.models.reached_layers import ZeroWeight
+from gptq.models.trial_forward import ZeroWeight
 from gptq.output import verify
 from tests.conftest import LLAMA_LIKE, OTHERS, VOCAB
 

@@ -1,25 +1,28 @@
 """The logits of an original model: by transformers where all of it fits into memory, else one block at a time."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gptq.calibration.arrays import Inputs
 from gptq.errors import InputError
 from gptq.formats.original import open_original
 from gptq.inference.load import load
 from gptq.models.blocks import find_blocks
-from gptq.models.build import open_model
+from gptq.models.build import OpenModel, open_model
 from gptq.models.forward import check_tokens, run_forward
 from gptq.models.hf_config import choose_dtype, read_config
 from gptq.models.reached_layers import find_unreached_layers
 from gptq.models.tensor_names import check_tensors
+from gptq.models.trial_forward import run_trial
 from gptq.models.weights import WeightStream
 from gptq.pipeline.block_walk import BlockWalk
-from gptq.pipeline.layer_walk import set_original_weights
 from gptq.planning.memory import available_bytes
 from gptq.planning.plan import without_blocks_of
 
@@ -79,17 +82,31 @@ def compute_logits_by_block(
     All windows run through a block before the next one is read. The output head runs window by window at the end.
     """
     opened = open_model(open_original(folder), trust_remote_code)
+    require_causal(opened.network)
+    check_tokens(tokens, opened.network)
+    compute = choose_dtype(dtype, opened.hf_config, device)
+    for output in run_by_block(opened, [{"input_ids": window[None]} for window in tokens], device, compute, progress):
+        yield output.logits[0, :-1]
+
+
+@torch.no_grad()
+def run_by_block(
+    opened: OpenModel,
+    windows: Sequence[Inputs],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Any]:
+    """Yield a model's output on each window of inputs, with one block in memory at a time."""
     network = opened.network
-    require_causal(network)
     check_tensors(network, opened.names, opened.source.tensors)
-    check_tokens(tokens, network)
-    weights = WeightStream(opened.source, opened.names, device, choose_dtype(dtype, opened.hf_config, device))
+    weights = WeightStream(opened.source, opened.names, device, dtype)
     every_block = find_blocks(network)
-    blocks = without_blocks_of(find_unreached_layers(network, every_block, {"input_ids": tokens[:1]}), every_block)
-    done, total = 0, 2 * len(tokens) * len(blocks)  # the caller runs its own model as each window is yielded
-    with BlockWalk(network, blocks, [{"input_ids": window[None]} for window in tokens], 1, weights) as walk:
-        for block, (calls,) in walk:
-            set_original_weights(block, weights)
+    unreached = find_unreached_layers(network, every_block, windows[0], run_trial(network, windows[0]))
+    blocks = [replace(block, linears={}) for block in without_blocks_of(unreached, every_block)]  # none is held back
+    done, total = 0, 2 * len(windows) * len(blocks)  # the caller runs its own model as each window is yielded
+    with BlockWalk(network, blocks, windows, 1, weights) as walk:
+        for _, (calls,) in walk:
             outputs = []
             for call in calls:
                 outputs.append(call())
@@ -97,6 +114,6 @@ def compute_logits_by_block(
                 progress(done, total)
             walk.resume_with([outputs])
         for _, output in walk.outputs():
-            yield output.logits[0, :-1]
+            yield output
             done += len(blocks)
             progress(done, total)

@@ -27,6 +27,7 @@ from gptq.models.blocks import shape_of
 from gptq.models.build import OpenModel, build_empty_model, find_model_class, open_model
 from gptq.models.hf_config import choose_device, choose_dtype, read_config
 from gptq.models.tensor_names import Names
+from gptq.models.tensor_use import MOST_KINDS, describe_kinds
 from gptq.models.weights import WeightStream
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _fill(opened: OpenModel, quantization: Quantization | None, device: torch.de
 
 def warn_of_unused(source: Source, packed: PackedModel) -> None:
     if packed.left_over:
-        some = ", ".join(sorted(packed.left_over)[:3])
+        some = ", ".join(describe_kinds(sorted(packed.left_over), source.tensors)[:MOST_KINDS])
         logger.warning("%s holds %s, which the model does not use", source.folder, some)
 
 

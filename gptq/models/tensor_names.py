@@ -502,10 +502,3 @@ def _fused_shape(part: ExpertSlice, tensors: dict[str, TensorInfo]) -> tuple[int
 
 def _empty_slice(tensors: dict[str, TensorInfo], stored: str, number: int) -> Tensor:
     return torch.empty(tensors[stored].shape, device="meta")[number]
-
-
-def note_on_unused(extra: list[str]) -> list[str]:
-    """Return a note for the user on the tensors left over by `check_tensors`, if any."""
-    if not extra:
-        return []
-    return [f"{len(extra)} tensors that the model does not use ({extra[0]} ...) are copied as they are"]

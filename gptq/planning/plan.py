@@ -23,11 +23,12 @@ from gptq.errors import InputError
 from gptq.formats.original import open_original
 from gptq.formats.scheme import Layers, Scheme
 from gptq.models.blocks import Block, find_blocks, find_gates, find_head, group_fused_siblings, is_transposed, shape_of
-from gptq.models.build import check_untied, open_model
+from gptq.models.build import OpenModel, check_untied, open_model
 from gptq.models.forward import accepted_inputs
-from gptq.models.reached_layers import find_unreached_layers
-from gptq.models.tensor_names import Names, check_tensors, note_on_unused
-from gptq.models.uncalled_layers import find_uncalled_layers
+from gptq.models.reached_layers import find_uncalled_layers, find_unreached_layers
+from gptq.models.tensor_names import Names, check_tensors
+from gptq.models.tensor_use import find_used_tensors, notes_on_unused
+from gptq.models.trial_forward import Trial, run_trial
 from gptq.solver import Grid
 
 PROBE_TOKENS = 8  # tokens of the window that is run on the meta device to find out which layers are called
@@ -97,6 +98,7 @@ class Plan:
     state: SourceState  # the folder's files before the first was read
     masks: frozenset[str]  # source tensors that may hold infinity: buffers, and those that the model does not use
     notes: list[str]  # for the user
+    unused: frozenset[str] = frozenset()  # source tensors that no forward reads; notes name them
     rounded: frozenset[str] = frozenset()  # layers that no calibration input reaches, and an override asks for
 
     @property
@@ -175,8 +177,9 @@ def plan_checkpoint(
     left_over = check_tensors(network, names, source.tensors)
     inputs = _probe_inputs(sample, network, config)
     every_block = find_blocks(network)
-    unreached = find_unreached_layers(network, every_block, inputs)
-    uncalled = find_uncalled_layers(network, without_blocks_of(unreached, every_block), inputs or {})
+    trial = Trial() if inputs is None else run_trial(network, inputs)
+    unreached = set() if inputs is None else find_unreached_layers(network, every_block, inputs, trial)
+    uncalled = find_uncalled_layers(network, without_blocks_of(unreached, every_block), trial)
     unreached -= set(uncalled)
     left_out = unreached - _asked_for(config.overrides, every_block, unreached)
     if config.lm_head:
@@ -188,7 +191,10 @@ def plan_checkpoint(
     changes = changes if untied in layers else {}
     notes = [*source.notes, *opened.notes, *_notes_on_unreached(every_block, unreached, layers)]
     notes += [*_note_on_uncalled(uncalled), *extended, *_note_on_group_size(config, layers)]
-    notes += [*notes_on_shapes(layers.values(), config), *note_on_unused(left_over)]
+    notes += notes_on_shapes(layers.values(), config)
+    unused = set() if inputs is None else _find_unused(opened, every_block, layers, trial) - {*left_over}
+    notes += notes_on_unused(left_over, unused, source.tensors)
+    notes += [f"which tensors the model computes with is not known: {trial.failure}"] if trial.failure else []
     notes += note_on_left_out(folder, {file.name for file in source.files})
     tensors, slices = list_result_tensors(source, layers, names)
     refuse_model(model, folder, tensors, next(iter(layers.values())).format)
@@ -209,8 +215,17 @@ def plan_checkpoint(
         state,
         masks,
         notes,
+        frozenset(unused.union(left_over)),
         rounded,
     )
+
+
+def _find_unused(opened: OpenModel, blocks: list[Block], layers: Mapping[str, LayerPlan], trial: Trial) -> set[str]:
+    """Return the tensors of the checkpoint that are neither packed nor computed with in the trial's forward."""
+    if trial.failure:
+        return set()
+    packed = {stored for name in layers for stored in opened.names.find_all(f"{name}.weight")}
+    return {*opened.source.tensors} - packed - find_used_tensors(opened.network, opened.names, blocks, trial)
 
 
 def refuse_model(model: str | Path, folder: Path, tensors: Collection[str], chosen: Format) -> None:
