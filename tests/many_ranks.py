@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from gptq import InputError, QuantConfig, quantize
-from gptq.pipeline import row_tiles
+from gptq.compute import device_profile
 from gptq.pipeline.run import Observer
-from gptq.solver import hessian
 
 torch.set_num_threads(1)
 # Small enough that the processes share the work on tiny layers; panels are a multiple of simd.WIDE.
-hessian.PANEL_ROWS, row_tiles.TILE_ROWS = 32, 20  # type: ignore[attr-defined]
+SMALL = replace(device_profile.CPU, hessian_rows=32, solve_rows=20)
+device_profile.PROFILES["cpu"] = SMALL, SMALL
 
 
 class Leaves(Observer):

@@ -174,7 +174,7 @@ def test_compiled_loops_compute_what_whole_tensor_operations_do(name: str, dtype
     columns = min(24, group_size)
     base, reference = W.T[:columns].contiguous(), W.T[:columns].flip(0).contiguous()
     coupling = torch.randn(columns, columns, generator=draw, dtype=dtype) / 8
-    arguments = (base, reference, coupling, scale, shift, [0] * columns, grid)
+    arguments = (base, reference, coupling, scale, shift, torch.zeros(columns, dtype=torch.int64), grid)
     for compiled, whole in zip(
         inner_loops.choose_columns(*arguments), inner_loops.choose_columns_reference(*arguments), strict=True
     ):
@@ -197,7 +197,7 @@ def test_triton_kernels_compute_the_same(name: str) -> None:
     W, _ = problem(7, rows=9, dtype=torch.float32)
     scale, shift = (x.T.contiguous() for x in solver.fit_groups(W, grid, group_size))
     base = W.T[:6].contiguous()
-    arguments = (base, base, torch.full((6, 6), 0.1), scale, shift, [0] * 6, grid)
+    arguments = (base, base, torch.full((6, 6), 0.1), scale, shift, torch.zeros(6, dtype=torch.int64), grid)
     triton, plain = (f(*arguments) for f in (inner_loops_triton.choose_columns, inner_loops.choose_columns_reference))
     assert torch.equal(triton[0], plain[0])
     torch.testing.assert_close(triton[1], plain[1], rtol=0, atol=1e-6)

@@ -1,10 +1,13 @@
 """The figures of a solved layer, against their definitions in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from gptq import solver
+from gptq.compute import device_profile
 from gptq.compute.cpu_features import has_amx, has_avx512_bf16
 from gptq.config import QuantConfig
 from gptq.pipeline import row_tiles
@@ -40,7 +43,8 @@ def solved(
 def test_errors_are_those_of_the_definition(
     rows: tuple[int, ...], tolerance: float, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_tiles, "TILE_ROWS", 512)
+    low = replace(device_profile.CPU, solve_rows=512)
+    monkeypatch.setitem(device_profile.PROFILES, "cpu", (low, low))
     strength = torch.exp(torch.randn(INPUTS, generator=rng))
     seen, unseen = (torch.randn(TOKENS, INPUTS, generator=rng) * strength for _ in range(2))
     weights = [torch.randn(n, INPUTS, generator=rng) for n in rows]

@@ -126,7 +126,7 @@ def test_compiled_loops_compute_what_whole_tensor_operations_do(
     coupling = torch.randn(33, 33, generator=rng, dtype=dtype) / 8
     scale = torch.rand(2, rows, generator=rng, dtype=dtype) + 0.1
     zero = torch.full((2, rows), 4.0, dtype=dtype)
-    groups, three = [0] * 20 + [1] * 13, IntegerGrid(3, sym=False)
+    groups, three = torch.tensor([0] * 20 + [1] * 13), IntegerGrid(3, sym=False)
     codes, Q, t = inner_loops.choose_columns(base, reference, coupling, scale, zero, groups, three)
     plain = inner_loops.choose_columns_reference(base, reference, coupling, scale, zero, groups, three)
     for compiled, whole in zip((codes, Q, t), plain, strict=True):

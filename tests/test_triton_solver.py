@@ -35,7 +35,7 @@ def test_columns_are_chosen_as_in_whole_tensor_operations(
     coupling = 0.3 * normal(columns, columns, seed=2)
     half = columns // 2
     scale, zero = solver.fit_groups(reference.T.contiguous(), IntegerGrid(bits, sym), half)
-    groups = [min(k // half, scale.shape[1] - 1) for k in range(columns)]
+    groups = torch.tensor([min(k // half, scale.shape[1] - 1) for k in range(columns)])
     arguments = (base, reference, coupling, scale.T.contiguous(), zero.T.contiguous(), groups, IntegerGrid(bits, sym))
     codes, Q, t = inner_loops_triton.choose_columns(*arguments)
     expected = inner_loops.choose_columns_reference(*arguments)
@@ -48,7 +48,9 @@ def test_ties_round_to_even_and_codes_stay_within_their_bits(inner_loops_triton:
     base = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9, 3.49999]])
     scale, zero = torch.ones(1, 8), torch.full((1, 8), 8.0)
     four = IntegerGrid(4, sym=True)
-    codes, Q, _ = inner_loops_triton.choose_columns(base, base, torch.zeros(1, 1), scale, zero, [0], four)
+    codes, Q, _ = inner_loops_triton.choose_columns(
+        base, base, torch.zeros(1, 1), scale, zero, torch.zeros(1, dtype=torch.int64), four
+    )
     assert codes.tolist() == [[8, 10, 10, 8, 6, 15, 0, 11]]
     assert Q.tolist() == [[0, 2, 2, 0, -2, 7, -8, 3]]
 
@@ -85,7 +87,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gptq.solver import inner_loops_triton as t
-types = {"codes": "*u8", "groups": "*i32", "best": "*i64"}
+types = {"codes": "*u8", "groups": "*i64", "best": "*i64"}
 types |= dict.fromkeys(("rows", "columns", "candidates", "top"), "i32")
 kernels = (t._choose_columns_kernel, {"COLUMNS": 128}), (t._best_grids_kernel, {"CHUNK_COLUMNS": t.CHUNK_COLUMNS})
 for (kernel, own), form in product(kernels, (1, 2, 3)):

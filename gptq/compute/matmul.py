@@ -124,21 +124,24 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
     TF32, bfloat16 modes and autocast round the factors to 11 or 8 significant bits, too few for H and the solve.
     """
+    cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch before 2.9 has one setting for all backends
+    products: list[Any] = [] if cpu is None else [torch.backends.cuda.matmul, cpu]
     with torch.autocast(device.type, enabled=False):
-        if not hasattr(torch.backends.mkldnn, "matmul"):  # torch before 2.9 has one setting for all backends
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
-            return
-        products: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-        settings = [product.fp32_precision for product in products]
+        settings, before = [product.fp32_precision for product in products], _float32_precision()
+        torch.set_float32_matmul_precision("highest")  # the older setting too: `allow_tf32` raises if they differ
         for product in products:
             product.fp32_precision = "ieee"
         try:
             yield
         finally:
+            torch.set_float32_matmul_precision(before)
             for product, setting in zip(products, settings, strict=True):
                 product.fp32_precision = setting
+
+
+def _float32_precision() -> str:
+    """Return the older setting of float32 products; the default where the process has used the newer settings."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "highest"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gptq.checkpoint.companions import RECORD, REPORT
+from gptq.compute.device_profile import profile_of
 
 __all__ = [
     "CARD", "CODE_BINS", "QUALITY", "RECORD", "REPORT", "WEIGHT_BINS", "BlockError", "Coverage", "LayerResult",
@@ -74,7 +75,7 @@ def weight_histogram(W: Tensor) -> dict[str, Any]:
     largest = max(abs(float(end)) for end in W.aminmax())
     half = WEIGHT_BINS / 2
     counts = torch.zeros(WEIGHT_BINS, dtype=torch.int64, device=W.device)
-    for part in W.split(512):  # bounds the memory of the copies
+    for part in W.split(profile_of(W.device).copied_rows):
         bin_of = (part * (half / (largest or 1.0)) + half).clamp_(0, WEIGHT_BINS - 1).to(torch.uint8)  # rounds down
         counts += torch.bincount(bin_of.flatten(), minlength=WEIGHT_BINS)
     return {"weight_range": largest, "weight_histogram": counts.tolist()}

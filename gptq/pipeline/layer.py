@@ -179,7 +179,7 @@ def _solve_with_input(
     shared: SharedInput, weights: list[Tensor], names: list[str], grid: solver.Grid, state: BlockState
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:
     run, plan = state.run, state.run.layers[names[0]]
-    rows = StackedRows.of(weights)
+    rows = StackedRows.of(weights, run.ranks)
     shared.prepare_drift(len(rows.W))
     corrections = find_corrections(rows, shared.inputs, run.config, run.ranks)
     if len(names) == 1 and _is_last_on_input(names[0], state):

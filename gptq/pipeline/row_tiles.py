@@ -1,7 +1,7 @@
 """Solve the rows of one or more layers that share an input, tile by tile.
 
 Rows are independent of each other once the Hessian is factorized. The rows of layers that share an input and a scheme
-are therefore stacked into one matrix and solved in tiles of TILE_ROWS rows, which processes take in turns.
+are therefore stacked into one matrix and solved in tiles, which processes take in turns.
 """
 
 from dataclasses import astuple, dataclass
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq import solver
+from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.config import QuantConfig
 from gptq.pipeline.layer_inputs import HeldOutBlend, LayerInputs
@@ -18,7 +19,7 @@ from gptq.planning.plan import LayerPlan
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.error_propagation import best_correction_share
 from gptq.solver.hessian import mean_output_power
-from gptq.solver.solve import SMALLEST_POWER, TILE_ROWS
+from gptq.solver.solve import SMALLEST_POWER
 
 SAMPLED_ROWS = 256  # rows per layer, approximately, that estimate the error of RTN and the held-out error
 DEFAULT_SHARE = 0.5  # fraction of the correction applied when no held-out window can choose it (as in QEP)
@@ -35,10 +36,11 @@ class StackedRows:
     tiles: tuple[slice, ...]  # rows of each tile
 
     @classmethod
-    def of(cls, weights: list[Tensor]) -> "StackedRows":
-        """Stack weights (outputs, inputs)."""
+    def of(cls, weights: list[Tensor], ranks: Ranks = ALONE) -> "StackedRows":
+        """Stack weights (outputs, inputs), in tiles of the size that suits their device."""
         W = torch.cat(weights) if len(weights) > 1 else weights[0]
-        tiles = tuple(slice(start, min(start + TILE_ROWS, len(W))) for start in range(0, len(W), TILE_ROWS))
+        step = profile_of(W.device, ranks.size).solve_rows
+        tiles = tuple(slice(start, min(start + step, len(W))) for start in range(0, len(W), step))
         bounds = [0, *accumulate(map(len, weights))]
         return cls(W, tuple(slice(start, stop) for start, stop in pairwise(bounds)), tiles)
 

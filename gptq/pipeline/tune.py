@@ -49,8 +49,10 @@ class BlockToTune:
     @cached_property
     def power(self) -> float:
         """Mean square of the original output, at least SMALLEST_POWER."""
-        mean_square = sum(float(target.double().square().mean()) for target in self.targets) / len(self.targets)
-        return max(mean_square, SMALLEST_POWER)
+        total = torch.zeros((), dtype=torch.float64, device=self.targets[0].device)
+        for target in self.targets:
+            total += target.double().square().mean()
+        return max(float(total) / len(self.targets), SMALLEST_POWER)
 
     @property
     def learned(self) -> list[int]:
@@ -65,8 +67,10 @@ class BlockToTune:
         """Return the mean squared difference relative to `power`, with these parameters, on the held-out windows."""
         judges = self.held_out or range(len(self.forwards))
         with substituted(tensors):
-            total = sum(float(self.distance(i)) for i in judges)
-        return total / len(judges) / self.power
+            total = torch.zeros((), dtype=torch.float64, device=self.targets[0].device)
+            for i in judges:
+                total += self.distance(i)
+        return float(total) / len(judges) / self.power
 
 
 @dataclass(frozen=True)

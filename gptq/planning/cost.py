@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gptq import solver
+from gptq.compute.device_profile import profile_of
 from gptq.compute.matmul import exact_float32, product
 from gptq.config import TUNE_WINDOWS, QuantConfig
 from gptq.models.blocks import group_fused_siblings
@@ -28,7 +29,6 @@ from gptq.planning.memory import Tokens
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
 
-SAMPLE_SHAPE = (512, 1024)  # rows and columns of the small layer that is timed
 OVERHEAD_FACTOR = 2.0  # ratio of real to counted time, measured by scripts/bench_memory.py
 
 
@@ -94,24 +94,22 @@ def measure_rates(config: QuantConfig, device: torch.device, dtype: torch.dtype,
     with torch.no_grad(), exact_float32(device):
         solver_rate = measure_product_rate(device, torch.float32, seconds / 4)
         forward_rate = solver_rate if dtype == torch.float32 else measure_product_rate(device, dtype, seconds / 4)
-        rows, columns = SAMPLE_SHAPE
+        rows, columns = profile_of(device).sample_shape
         grid = solver.IntegerGrid(config.bits, config.sym)
         draw = torch.Generator().manual_seed(0)
         W = torch.randn(rows, columns, generator=draw).to(device)
         X = torch.randn(2 * columns, columns, generator=draw).to(device)
         factor = solver.factorize(X.T @ X / len(X), torch.arange(columns, device=device))
-        best = float("inf")
-        began = time.perf_counter()
-        warm = False
-        while not warm or time.perf_counter() - began < seconds / 4:
-            start = time.perf_counter()
-            size = min(config.group_size % 2**31, columns)
+        size = min(config.group_size % 2**31, columns)
+
+        def quantize_sample() -> None:
             solver.round_to_nearest(W, grid, size)
             solved = solver.solve(W, factor, grid, size, search=bool(config.search))
             if config.sweeps:
                 solved = refine(W, solved, factor, grid, config.sweeps)
-            float(solved.weight().sum())
-            best, warm = min(best, time.perf_counter() - start), True
+            float(solved.weight().sum())  # waits for the device
+
+        best = _best_time(quantize_sample, seconds / 4)
     products = rows * columns**2 * (1 + 2 * (config.sweeps or 0)) / solver_rate
     return Rates(forward_rate, solver_rate, max(best - products, 0.0) / W.numel())
 
@@ -122,9 +120,15 @@ def measure_product_rate(
     """Return floating-point operations per second of a matrix product: the best of all repetitions within `seconds`."""
     n = 1536 if device.type == "cpu" else 8192
     A, B = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    return 2 * n**3 / _best_time(lambda: float(multiply(A, B)[0, 0]), seconds)  # reading a number waits for the device
+
+
+def _best_time(work: Callable[[], object], seconds: float) -> float:
+    """Return the least time that `work` takes, repeated for `seconds`. A first time is not counted: it compiles."""
+    work()
     best, began = float("inf"), time.perf_counter()
     while best == float("inf") or time.perf_counter() - began < seconds:
         start = time.perf_counter()
-        float(multiply(A, B)[0, 0])  # waits for the device
+        work()
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return best

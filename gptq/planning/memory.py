@@ -25,14 +25,12 @@ import torch
 
 from gptq import solver
 from gptq.compute.allocator import return_freed_memory
+from gptq.compute.device_profile import CPU, DeviceProfile, profile_of
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
-from gptq.solver.error_propagation import CHUNK_ROWS
-from gptq.solver.hessian import CHUNK_TOKENS
-from gptq.solver.solve import TILE_ROWS
 
 MARGIN = 0.05  # fraction of a limit kept free for what the estimate leaves out
 DEFAULT_LIMIT = 0.8  # without a given limit, a run may use this fraction of the free memory
@@ -106,7 +104,7 @@ def available_bytes(root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/
 
 def find_memory_plan(
     plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.dtype, batch_size: int | None, limit: int,
-    base: int, where: str = "memory", files: bool = True,
+    base: int, where: str = "memory", files: bool = True, profile: DeviceProfile = CPU,
 ) -> MemoryPlan:  # fmt: skip
     """Return the fastest memory plan that stays within `limit` bytes.
 
@@ -126,7 +124,8 @@ def find_memory_plan(
     candidates += [(min(count, tokens.windows), files) for count in counts]
     least: MemoryPlan | None = None
     for in_flight, on_disk in candidates:
-        found = MemoryPlan(in_flight, on_disk, estimate_peak(plan, config, tokens, dtype, in_flight, on_disk, base))
+        peak = estimate_peak(plan, config, tokens, dtype, in_flight, on_disk, base, profile)
+        found = MemoryPlan(in_flight, on_disk, peak)
         if found.peak <= limit * (1 - MARGIN):
             return found
         least = found if least is None or found.peak < least.peak else least
@@ -153,10 +152,10 @@ def format_mib(count: int) -> str:
 
 
 def estimate_peak(plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.dtype, in_flight: int, on_disk: bool,
-                  base: int) -> int:  # fmt: skip
+                  base: int, profile: DeviceProfile = CPU) -> int:  # fmt: skip
     """Return the estimated peak memory of a run in bytes."""
     moments = [_outside_blocks(plan, config, dtype)]
-    moments += (max(_moments(block, plan, config, tokens, dtype, in_flight, on_disk)) for block in plan.blocks)
+    moments += (max(_moments(block, plan, config, tokens, dtype, in_flight, on_disk, profile)) for block in plan.blocks)
     return base + OVERHEAD + max(moments)
 
 
@@ -169,7 +168,7 @@ def _outside_blocks(plan: Plan, config: QuantConfig, dtype: torch.dtype) -> int:
 
 
 def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.dtype, in_flight: int,
-             on_disk: bool) -> Iterator[int]:  # fmt: skip
+             on_disk: bool, profile: DeviceProfile) -> Iterator[int]:  # fmt: skip
     """Yield the bytes that each moment of a block needs, apart from the process itself."""
     layers = [plan.layers[name] for name in block.linears]
     streams = config.streams
@@ -186,7 +185,7 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
             own = 0 if on_disk else in_flight * window * first.inputs
             standing = between + own + in_flight * window * (2 * hidden + _kept_outputs(first, layers))
             always = codes + weights + standing
-            yield from (always + moment for moment in _solving_moments(group, config, tokens, dtype))
+            yield from (always + moment for moment in _solving_moments(group, config, tokens, dtype, profile))
             back = in_flight * window * (hidden + first.inputs) if on_disk else 0  # paged in from the files
             largest = max(layer.outputs * layer.inputs for layer in group)
             weight = dtype.itemsize * (streams + 1) * largest  # once per stream, and one copy in oneDNN's layout
@@ -216,18 +215,22 @@ def _layer_inputs(layer: LayerPlan, tokens: Tokens, config: QuantConfig, dtype: 
     return 8 * n * n + (dtype.itemsize * held_out if held_out <= n else 4 * n) * config.streams * n
 
 
-def _solving_moments(group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtype: torch.dtype) -> Iterator[int]:
+def _solving_moments(
+    group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtype: torch.dtype, profile: DeviceProfile
+) -> Iterator[int]:
     """Yield the bytes of gathering, correcting and solving the layers of one group of siblings."""
     n, rows = group[0].inputs, sum(layer.outputs for layer in group)
     C = 4 * n * n if config.two_streams else 0
     known, size = _layer_inputs(group[0], tokens, config, dtype), 4 * rows * n
-    gathered = 2 * config.streams * dtype.itemsize * CHUNK_TOKENS * n  # a chunk of inputs, and its transpose
+    gathered = 2 * config.streams * dtype.itemsize * profile.hessian_tokens * n  # a chunk of inputs, and its transpose
     yield known + C + gathered  # factorizing needs less
     copies = 2 if len(group) > 1 else 1  # the weights separately, and stacked
     targets = size if config.two_streams else 0
-    yield known + C + copies * (size + targets) + 20 * CHUNK_ROWS * n
+    yield known + C + copies * (size + targets) + 20 * min(profile.correction_rows, max(rows, n)) * n
     drops_C = len(group) == 1 and n > rows  # see `layer._is_last_on_input`
-    tile = 24 * min(rows, TILE_ROWS) * n  # target, the solver's copy, errors, and temporaries to permute and dequantize
+    tile = (
+        24 * min(rows, profile.solve_rows) * n
+    )  # target, the solver's copy, errors, and temporaries to permute and dequantize
     yield known + (0 if drops_C else C) + copies * size + targets + tile + rows * n * 2
 
 
@@ -268,7 +271,7 @@ def decide_memory(
     Raises:
         InputError: no plan stays within a given limit.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu, profile = device.type == "cuda", profile_of(device)
     if on_gpu:
         given, most, base = gpu_limit, gpu_limit or int(DEFAULT_LIMIT * torch.cuda.mem_get_info(device)[0]), 0
     else:
@@ -276,13 +279,15 @@ def decide_memory(
         given, most = limit, limit or base + int(DEFAULT_LIMIT * available_bytes())
     where, files = ("GPU memory", False) if on_gpu else ("memory", CAN_OFFLOAD)
     try:
-        chosen = find_memory_plan(plan, config, tokens, dtype, batch_size, most, base, where, files)
+        chosen = find_memory_plan(plan, config, tokens, dtype, batch_size, most, base, where, files, profile)
     except InputError:
         if given:
             raise
-        chosen = find_memory_plan(plan, config, tokens, dtype, batch_size, sys.maxsize, base, where, files)
+        chosen = find_memory_plan(plan, config, tokens, dtype, batch_size, sys.maxsize, base, where, files, profile)
         chosen = replace(chosen, in_flight=batch_size or 1, on_disk=files)
-        chosen = replace(chosen, peak=estimate_peak(plan, config, tokens, dtype, chosen.in_flight, files, base))
+        chosen = replace(
+            chosen, peak=estimate_peak(plan, config, tokens, dtype, chosen.in_flight, files, base, profile)
+        )
     if on_gpu and tokens.windows:
         copies = 2 * max(_stored_bytes(block, plan) for block in plan.blocks)  # see `prefetch.CopyAhead`
         if chosen.peak + copies <= most * (1 - MARGIN):

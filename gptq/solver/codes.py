@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gptq.compute.device_profile import profile_of
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -33,7 +35,7 @@ class Codes:
         runs = torch.arange(groups, device=g_idx.device).repeat_interleave(columns // groups)
         is_contiguous = torch.equal(g_idx, runs)
         Q = torch.empty(rows, columns, device=g_idx.device)
-        for chunk in row_chunks(rows):
+        for chunk in row_chunks(rows, profile_of(Q.device).copied_rows):
             codes = self.codes[chunk]
             if is_contiguous:
                 grouped = codes.reshape(len(codes), groups, columns // groups)
@@ -51,6 +53,6 @@ class Codes:
         return scaled if self.offset is None else scaled + spread(self.offset[rows].float())
 
 
-def row_chunks(rows: int, size: int = 512) -> list[slice]:
+def row_chunks(rows: int, size: int) -> list[slice]:
     """Slices of at most `size` rows, for steps that would otherwise make several copies of a whole layer."""
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -150,8 +150,9 @@ def _descend(
     """
     Q = W - E
     curvature = H.diagonal()[:, None]  # (columns, 1)
+    groups_of_columns = torch.full((len(W),), group, device=W.device)
     codes, chosen, best = inner_loops.choose_columns(
-        Q + G[: len(W)] / curvature, Q, -H / curvature.T, groups.scale, groups.shift, [group] * len(W), grid
+        Q + G[: len(W)] / curvature, Q, -H / curvature.T, groups.scale, groups.shift, groups_of_columns, grid
     )
     gain = ((best - Q).square_() - (best - chosen).square_()).mul_(curvature).sum(0, dtype=torch.float64)
     return codes, W - chosen, gain

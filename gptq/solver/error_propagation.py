@@ -11,15 +11,15 @@ fixes the share at 1/2. C is a mean over few tokens, and a full share would fit 
 minimize the error on held-out windows, which enter neither C nor H.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from gptq.compute.device_profile import profile_of
 from gptq.compute.matmul import product
 from gptq.solver.codes import row_chunks
 from gptq.solver.solve import Factor
-
-BLOCK_COLUMNS = 256  # size of the triangular diagonal blocks of U that are inverted
-CHUNK_ROWS = 1024  # rows of A that `divide_by_hessian` transforms at a time; bounds the memory
 
 
 def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
@@ -37,20 +37,41 @@ def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
 def divide_by_hessian(A: Tensor, factor: Factor) -> Tensor:
     """Replace A (rows, columns) by A H^-1 in place, with the damped Hessian H, by two triangular solves.
 
-    H = U D U^T, so A H^-1 = (U^-T D^-1 U^-1 A^T)^T. Solve by blocks: most of the work is matrix products. Inverting
-    the triangular blocks on the diagonal loses no accuracy at a few hundred columns.
+    H = U D U^T, so A H^-1 = (U^-T D^-1 U^-1 A^T)^T. On a CPU solve by blocks: most of the work is matrix products.
+    Inverting the triangular blocks on the diagonal loses no accuracy at a few hundred columns.
     """
-    U, n = factor.U, len(factor.U)
-    blocks = [slice(start, min(start + BLOCK_COLUMNS, n)) for start in range(0, n, BLOCK_COLUMNS)]
-    one = torch.eye(min(BLOCK_COLUMNS, n), dtype=U.dtype, device=U.device)
+    profile, back = profile_of(A.device), torch.argsort(factor.perm)
+    divide = _solver_of_all_columns(factor) if profile.triangle_columns is None else _solver_by_blocks(factor)
+    for rows in row_chunks(len(A), profile.correction_rows):
+        Y = A[rows].T[factor.perm]  # (columns, rows) in solving order
+        A[rows] = divide(Y)[back].T
+    return A
+
+
+def _solver_of_all_columns(factor: Factor) -> Callable[[Tensor], Tensor]:
+    """Return the function that replaces Y (columns, rows), in solving order, by H^-1 Y; two solves with all of U."""
+
+    def divide(Y: Tensor) -> Tensor:
+        Y = torch.linalg.solve_triangular(factor.U, Y, upper=True, unitriangular=True)
+        Y.div_(factor.D[:, None])
+        solved: Tensor = torch.linalg.solve_triangular(factor.U.T, Y, upper=False, unitriangular=True)
+        return solved
+
+    return divide
+
+
+def _solver_by_blocks(factor: Factor) -> Callable[[Tensor], Tensor]:
+    """`_solver_of_all_columns`, by products with the inverses of blocks on the diagonal of U."""
+    U, n, most = factor.U, len(factor.U), profile_of(factor.U.device).triangle_columns or len(factor.U)
+    blocks = [slice(start, min(start + most, n)) for start in range(0, n, most)]
+    one = torch.eye(min(most, n), dtype=U.dtype, device=U.device)
     inverses = []  # inverses of the diagonal blocks of U, (block, block)
     for block in blocks:
         size = block.stop - block.start
         identity = one[:size, :size]
         inverses.append(torch.linalg.solve_triangular(U[block, block], identity, upper=True, unitriangular=True))
-    back = torch.argsort(factor.perm)
-    for rows in row_chunks(len(A), CHUNK_ROWS):
-        Y = A[rows].T[factor.perm]  # (columns, rows) in solving order
+
+    def divide(Y: Tensor) -> Tensor:
         for block, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
             if block.stop < n:
                 Y[block] -= product(U[block, block.stop :], Y[block.stop :])
@@ -60,8 +81,9 @@ def divide_by_hessian(A: Tensor, factor: Factor) -> Tensor:
             if block.start:
                 Y[block] -= product(U[: block.start, block].T, Y[: block.start])
             Y[block] = product(inverse.T, Y[block])
-        A[rows] = Y[back].T
-    return A
+        return Y
+
+    return divide
 
 
 def best_correction_share(power: float, agreement: float) -> float:

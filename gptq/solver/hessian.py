@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from gptq.compute.cpu_features import has_amx, has_avx512_bf16
+from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.compute.matmul import allow_bfloat16_matmul, product
-
-PANEL_ROWS = 256  # rows of H per matrix product, from the diagonal to the right; a multiple of simd.WIDE
-CHUNK_TOKENS = 1024  # tokens per pass over H; fewer tokens cost more passes, more tokens cost memory
 
 
 class HessianAccumulator:
@@ -23,14 +21,16 @@ class HessianAccumulator:
 
     A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. If x~, the same input in
     the original model, is passed beside x, x~ x^T is summed as well. Every call adds one whole window, so the result
-    depends on the windows and their order alone. Windows are kept until they have CHUNK_TOKENS tokens together; the
-    caller must not modify them.
+    depends on the windows and their order alone. Windows are kept until they have
+    `hessian_tokens` tokens together (see `DeviceProfile`); the caller must not modify them.
     """
 
     def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
         """With several `ranks`, each process sums its own panels; all must make the same calls on the same windows."""
         self._sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # valid right of diagonal
         self._ranks = ranks
+        self._profile = profile_of(device, ranks.size)
+        self._differs = torch.zeros((), dtype=torch.bool, device=device)  # whether x~ ever differed from x
         self._original_sum: Tensor | None = None  # x~ x^T, once x~ differs from x
         self._waiting: list[tuple[Tensor, Tensor | None]] = []  # (x, x~) of windows to add; x~ in all or in none
         self.num_tokens = 0
@@ -41,30 +41,33 @@ class HessianAccumulator:
         An `original` of another shape than x is ignored, because it belongs to other tokens: in the original model the
         router may have sent other tokens to an expert.
         """
-        x, original = flatten_tokens(x, original)
+        x, original = flatten_tokens(x, original, self._profile.compares_windows)
+        if original is not None and not self._profile.compares_windows:
+            self._differs |= (original != x).any()
         if self._waiting and (self._waiting[0][1] is None) != (original is None):
             self._add_waiting()
         self._waiting.append((x, original))
         self.num_tokens += len(x)
-        if sum(len(rows) for rows, _ in self._waiting) >= CHUNK_TOKENS:
+        if sum(len(rows) for rows, _ in self._waiting) >= self._profile.hessian_tokens:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
-        """Add the tokens of all waiting windows, CHUNK_TOKENS at a time."""
+        """Add the tokens of all waiting windows, `hessian_tokens` at a time."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
         x, originals = torch.cat([rows for rows, _ in waiting]), [rows for _, rows in waiting if rows is not None]
         original = torch.cat(originals) if originals else None
         if original is not None and self._original_sum is None:
-            self._original_sum = _symmetrize(self._sum.clone())  # x~ was x until now
-        for start in range(0, len(x), CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+            self._original_sum = _symmetrize(self._sum.clone(), self._panel_rows)  # x~ was x until now
+        step = self._profile.hessian_tokens
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
             self._add(x[rows], None if original is None else original[rows])
 
     def _add(self, x: Tensor, original: Tensor | None) -> None:
         """Add the products of (tokens, num_inputs) to this process's panels."""
-        panels = [slice(start, min(start + PANEL_ROWS, x.shape[1])) for start in range(0, x.shape[1], PANEL_ROWS)]
+        panels = _panels(x.shape[1], self._panel_rows)
         own = [panel for number, panel in enumerate(panels) if self._ranks.owns(number)]
         x, original, add_products = _prepare_factors(x, original)
         add_products(self._sum, x, x, own, upper=True)
@@ -74,38 +77,58 @@ class HessianAccumulator:
     def mean(self) -> Tensor:
         """Return H, (num_inputs, num_inputs) float32; zero without tokens."""
         self._add_waiting()
-        return _symmetrize(self._complete(self._sum) / max(self.num_tokens, 1))
+        return _symmetrize(self._complete(self._sum) / max(self.num_tokens, 1), self._panel_rows)
 
     def drift_mean(self) -> Tensor | None:
         """Return C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None if x~ never differed from x."""
         self._add_waiting()
+        self._drop_equal()
         if self._original_sum is None:
             return None
-        drift = self._complete(self._original_sum) - _symmetrize(self._complete(self._sum))
+        drift = self._complete(self._original_sum) - _symmetrize(self._complete(self._sum), self._panel_rows)
         return drift.div_(max(self.num_tokens, 1))
 
     def take(self) -> tuple[Tensor, Tensor | None]:
         """Return (`mean`, `drift_mean`), computed in place in the sums; the accumulator cannot be used afterwards."""
         self._add_waiting()
-        H, C, tokens = _symmetrize(self._complete(self._sum)), self._original_sum, max(self.num_tokens, 1)
+        self._drop_equal()
+        H = _symmetrize(self._complete(self._sum), self._panel_rows)
+        C, tokens = self._original_sum, max(self.num_tokens, 1)
         if C is not None:
             C = self._complete(C).sub_(H).div_(tokens)
         return H.div_(tokens), C
 
+    def _drop_equal(self) -> None:
+        """Drop the products with x~ if it was x in all windows, where these were not compared one by one."""
+        if self._original_sum is not None and not self._profile.compares_windows and not bool(self._differs):
+            self._original_sum = None
+
+    @property
+    def _panel_rows(self) -> int:
+        return self._profile.hessian_rows
+
     def _complete(self, sums: Tensor) -> Tensor:
         """Fill in the panels that other processes have summed."""
-        for number, start in enumerate(range(0, len(sums), PANEL_ROWS)) if self._ranks.size > 1 else ():
-            panel = sums[start : start + PANEL_ROWS]
+        for number, rows in enumerate(_panels(len(sums), self._panel_rows)) if self._ranks.size > 1 else ():
+            panel = sums[rows]
             found = self._ranks.broadcast_piece(panel if self._ranks.owns(number) else None, number)
             if found is not None and found.data_ptr() != panel.data_ptr():
                 panel.copy_(found)
         return sums
 
 
-def flatten_tokens(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Reshape x and original to (tokens, num_inputs). original becomes None if it equals x or has another shape."""
+def _panels(inputs: int, rows: int) -> list[slice]:
+    """Return slices of at most `rows` of H's rows."""
+    return [slice(start, min(start + rows, inputs)) for start in range(0, inputs, rows)]
+
+
+def flatten_tokens(x: Tensor, original: Tensor | None, compare: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Reshape x and original to (tokens, num_inputs).
+
+    original becomes None if it has another shape, or equals x; `compare` says whether to look for the latter.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    if original is None or original.shape != x.shape or torch.equal(original, x):
+    if original is None or original.shape != x.shape or (compare and torch.equal(original, x)):
         return rows, None
     return rows, original.reshape(-1, x.shape[-1])
 
@@ -162,12 +185,11 @@ def _add_float_products(
             sums[panel, right].addmm_(a[:, panel].T, b[:, right])
 
 
-def _symmetrize(H: Tensor) -> Tensor:
+def _symmetrize(H: Tensor, panel_rows: int) -> Tensor:
     """Copy the part of H right of the diagonal to the left of it, in place."""
-    for start in range(0, len(H), PANEL_ROWS):
-        stop = min(start + PANEL_ROWS, len(H))
-        H[stop:, start:stop] = H[start:stop, stop:].T
-        square = H[start:stop, start:stop]
+    for panel in _panels(len(H), panel_rows):
+        H[panel.stop :, panel] = H[panel, panel.stop :].T
+        square = H[panel, panel]
         square.copy_(square.triu() + square.triu(1).T)
     return H
 
@@ -189,7 +211,7 @@ class HeldOut:
         """Add the input of one window, as HessianAccumulator.add does; only allowed before the first measurement."""
         if self._means is not None:
             raise RuntimeError("inputs come after what they measure")
-        self._rows.append(flatten_tokens(x, original))
+        self._rows.append(flatten_tokens(x, original, profile_of(self._device).compares_windows))
         self.num_tokens += len(self._rows[-1][0])
         if self.num_tokens > self._num_inputs:
             self._sums = self._sums or HessianAccumulator(self._num_inputs, self._device)
@@ -201,8 +223,10 @@ class HeldOut:
         """Return the mean squared output: ||A x||^2 of a weight A (outputs, inputs), averaged over the inputs x."""
         if means := self._known_means():
             return mean_output_power(A, means[0])
-        found = sum(float(_layer_outputs(A, x).square_().sum(dtype=torch.float64)) for x, _ in self._rows)
-        return found / max(self.num_tokens, 1)
+        found = torch.zeros((), dtype=torch.float64, device=A.device)
+        for x, _ in self._rows:
+            found += _layer_outputs(A, x).square_().sum(dtype=torch.float64)
+        return float(found) / max(self.num_tokens, 1)
 
     def agreement(self, W: Tensor, A: Tensor) -> float | None:
         """Return the mean over tokens of (W d) . (A x), d = x~ - x; None if x~ never differs from x.
@@ -217,11 +241,11 @@ class HeldOut:
         known = [(x, original) for x, original in self._rows if original is not None]
         if not known:
             return None
-        found = 0.0
+        found = torch.zeros((), dtype=torch.float64, device=A.device)
         for x, original in known:
             drift = (original.float() - x.float()).to(x.dtype)
-            found += float(_layer_outputs(W, drift).mul_(_layer_outputs(A, x)).sum(dtype=torch.float64))
-        return found / max(self.num_tokens, 1)
+            found += _layer_outputs(W, drift).mul_(_layer_outputs(A, x)).sum(dtype=torch.float64)
+        return float(found) / max(self.num_tokens, 1)
 
     def _known_means(self) -> tuple[Tensor, Tensor | None] | None:
         if self._sums is not None:
@@ -246,24 +270,27 @@ def mean_output_power(A: Tensor, H: Tensor) -> float:
     Computed as <A^T A, H>, for which half of A^T A suffices. Where the machine multiplies bfloat16 much faster, A is
     rounded to bfloat16: over n^2 terms the roundings cancel, which leaves three correct digits or more.
     """
-    found = 0.0
-    for start, sums in _gram_panels(A, A, upper=True):
-        weighed = sums.mul_(H[start : start + PANEL_ROWS, start:])  # (panel, n - start)
-        found += float(2 * weighed.sum(dtype=torch.float64) - weighed[:, :PANEL_ROWS].sum(dtype=torch.float64))
-    return found
+    found = torch.zeros((), dtype=torch.float64, device=A.device)
+    for panel, sums in _gram_panels(A, A, upper=True):
+        weighed = sums.mul_(H[panel, panel.start :])  # (panel, n - start)
+        square = weighed[:, : panel.stop - panel.start]
+        found += 2 * weighed.sum(dtype=torch.float64) - square.sum(dtype=torch.float64)
+    return float(found)
 
 
 def _gram_dot(A: Tensor, B: Tensor, C: Tensor) -> float:
     """Return the inner product <A^T B, C> of A, B (rows, n) and C (n, n), as precise as `mean_output_power`."""
-    panels = _gram_panels(A, B, upper=False)
-    return sum(float(sums.mul_(C[start : start + PANEL_ROWS]).sum(dtype=torch.float64)) for start, sums in panels)
+    found = torch.zeros((), dtype=torch.float64, device=A.device)
+    for panel, sums in _gram_panels(A, B, upper=False):
+        found += sums.mul_(C[panel]).sum(dtype=torch.float64)
+    return float(found)
 
 
-def _gram_panels(A: Tensor, B: Tensor, upper: bool) -> Iterator[tuple[int, Tensor]]:
-    """Yield A^T B (n, n) of A, B (rows, n) as (first row, PANEL_ROWS rows); with `upper` from the diagonal on."""
-    n, multiply = A.shape[1], _gram_panel_function(A, B)
-    for start in range(0, n, PANEL_ROWS):
-        yield start, multiply(slice(start, min(start + PANEL_ROWS, n)), start if upper else 0)
+def _gram_panels(A: Tensor, B: Tensor, upper: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Yield A^T B (n, n) of A, B (rows, n) panel by panel, as (rows, these); with `upper` from the diagonal on."""
+    multiply = _gram_panel_function(A, B)
+    for panel in _panels(A.shape[1], profile_of(A.device).hessian_rows):
+        yield panel, multiply(panel, panel.start if upper else 0)
 
 
 def _gram_panel_function(A: Tensor, B: Tensor) -> Callable[[slice, int], Tensor]:

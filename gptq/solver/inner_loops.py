@@ -6,6 +6,7 @@ a GPU the Triton kernels if Triton is installed; otherwise the reference itself.
 Weights are transposed here, (columns, rows): a column of W is contiguous.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +19,7 @@ from gptq.solver.grids.grid import Grid
 
 
 def choose_columns(
-    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, shift: Tensor, groups: list[int], grid: Grid
+    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, shift: Tensor, groups: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round columns one after another, each moved by the changes of the columns before it.
 
@@ -27,7 +28,8 @@ def choose_columns(
     Args:
         base, reference: (columns, rows).
         coupling: (columns, columns), read above the diagonal.
-        scale, shift: (groups, rows), see `Groups`; column k belongs to groups[k].
+        scale, shift: (groups, rows), see `Groups`.
+        groups: (columns,) int64, the group of each column; on the device, so that nothing waits for it.
     Returns:
         codes (columns, rows) uint8, Q and t (columns, rows).
     """
@@ -42,24 +44,24 @@ def choose_columns(
     codes = torch.empty(len(base), padded_rows, dtype=torch.uint8)
     Q, t = base.new_empty(len(base), padded_rows), base.new_empty(len(base), padded_rows)
     levels = grid.levels(base)
-    given = (*by_rows[:2], coupling.T.contiguous(), *by_rows[2:], levels, torch.tensor(groups), codes, Q, t)
+    given = (*by_rows[:2], coupling.T.contiguous(), *by_rows[2:], levels, groups.contiguous(), codes, Q, t)
     loop = inner_loops_cpu.choose_columns(grid.form, base.dtype == torch.float64)
     run_loop(loop, padded_rows, inner_loops_cpu.TILE_ROWS, *given, len(base), padded_rows, levels.shape[1], grid.top)
     return codes[:, :rows], Q[:, :rows], t[:, :rows]
 
 
 def choose_columns_reference(
-    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, shift: Tensor, groups: list[int], grid: Grid
+    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, shift: Tensor, groups: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The readable reference, for any device: the compiled and the Triton loop compute this."""
-    t = base.clone()
+    t, scales, shifts = base.clone(), scale[groups], shift[groups]  # (columns, rows) each
     codes = torch.empty(base.shape, dtype=torch.uint8, device=base.device)
     Q, change = torch.empty_like(base), torch.empty_like(base)
-    for k, group in enumerate(groups):
+    for k in range(len(base)):
         t[k] += coupling[:k, k] @ change[:k]
-        code = grid.quantize(t[k], scale[group], shift[group])
+        code = grid.quantize(t[k], scales[k], shifts[k])
         codes[k] = code
-        Q[k] = grid.dequantize(code, scale[group], shift[group])
+        Q[k] = grid.dequantize(code, scales[k], shifts[k])
         change[k] = Q[k] - reference[k]
     return codes, Q, t
 
@@ -103,7 +105,12 @@ def best_grid_reference(w: Tensor, importance: Tensor, scales: Tensor, shifts: T
 
 
 def _has_triton_kernel(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype == torch.float32 and find_spec("triton") is not None
+    return x.device.type == "cuda" and x.dtype == torch.float32 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _triton_kernels() -> Any:

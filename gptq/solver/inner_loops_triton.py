@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptq.compute.device_profile import current_device
 from gptq.solver.grids.grid import Grid
 
 PROGRAM_ROWS = 16  # rows per program: with 128 columns they take 64 registers of each thread of a warp
@@ -21,18 +22,18 @@ CHUNK_COLUMNS = 64  # columns of a group that the grid search loads at a time; a
 
 
 def choose_columns(
-    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, shift: Tensor, groups: list[int], grid: Grid
+    base: Tensor, reference: Tensor, coupling: Tensor, scale: Tensor, shift: Tensor, groups: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gptq.solver.inner_loops.choose_columns` for tensors on a GPU."""
     columns, rows = base.shape
     t, Q = torch.empty_like(base), torch.empty_like(base)
     codes = torch.empty(base.shape, dtype=torch.uint8, device=base.device)
-    group_of = torch.tensor(groups, dtype=torch.int32, device=base.device)  # (columns,)
-    inputs = [x.contiguous() for x in (base, reference, coupling.T, scale, shift, grid.levels(base))]
-    _choose_columns_kernel[triton.cdiv(rows, PROGRAM_ROWS),](
-        *inputs, group_of, codes, Q, t, rows, columns, grid.top,
-        FORM=int(grid.form), COLUMNS=triton.next_power_of_2(columns), PROGRAM_ROWS=PROGRAM_ROWS, **LAUNCH_OPTIONS,
-    )  # fmt: skip
+    inputs = [x.contiguous() for x in (base, reference, coupling.T, scale, shift, grid.levels(base), groups)]
+    with current_device(base):
+        _choose_columns_kernel[triton.cdiv(rows, PROGRAM_ROWS),](
+            *inputs, codes, Q, t, rows, columns, grid.top,
+            FORM=int(grid.form), COLUMNS=triton.next_power_of_2(columns), PROGRAM_ROWS=PROGRAM_ROWS, **LAUNCH_OPTIONS,
+        )  # fmt: skip
     return codes, Q, t
 
 
@@ -41,18 +42,11 @@ def best_grids(w: Tensor, importance: Tensor, scales: Tensor, shifts: Tensor, gr
     groups, columns, rows = w.shape
     best = torch.empty(groups, rows, dtype=torch.int64, device=w.device)
     inputs = [x.contiguous() for x in (w, importance, scales, shifts, grid.levels(w))]
-    _best_grids_kernel[groups, triton.cdiv(rows, PROGRAM_ROWS)](
-        *inputs,
-        best,
-        rows,
-        columns,
-        len(scales),
-        grid.top,
-        FORM=int(grid.form),
-        CHUNK_COLUMNS=CHUNK_COLUMNS,
-        PROGRAM_ROWS=PROGRAM_ROWS,
-        **LAUNCH_OPTIONS,
-    )
+    with current_device(w):
+        _best_grids_kernel[groups, triton.cdiv(rows, PROGRAM_ROWS)](
+            *inputs, best, rows, columns, len(scales), grid.top,
+            FORM=int(grid.form), CHUNK_COLUMNS=CHUNK_COLUMNS, PROGRAM_ROWS=PROGRAM_ROWS, **LAUNCH_OPTIONS,
+        )  # fmt: skip
     return best
 
 

@@ -14,16 +14,17 @@ W = (0.4, 0.3): the first column rounds to 0 and leaves 0.4, so the second is ro
 """
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from gptq.compute.device_profile import profile_of
 from gptq.compute.matmul import product
 from gptq.solver import inner_loops
 from gptq.solver.codes import Codes
 from gptq.solver.grids.grid import Form, Grid, Groups, fit
 
-TILE_ROWS = 2048  # rows that are solved at a time, from one or several weights; bounds the memory
 OF_ALL_ROWS = ("g_idx", "table")  # fields of a solved layer that do not belong to single rows
 SMALLEST_POWER = 1e-30  # lower bound of a layer's output power, so that a relative error never divides by zero
 
@@ -163,19 +164,19 @@ def solve(
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
     E = torch.zeros_like(Wt)  # (columns, rows) W - Q of the columns solved so far
     errors = torch.zeros(rows, dtype=torch.float64, device=W.device)
-    groups = group_of.tolist()
     for start, stop in _column_blocks(columns, block_size, columns if static_groups else group_size):
         if not static_groups and start % group_size == 0:
             group = slice(start, min(start + group_size, columns))
             weighting = None if importance is None else importance[perm[group]]
             reached = _compensate_group(Wt, E, U, group)
             one = fit(grid, reached, len(reached), weighting)
-            fitted.scale[groups[start]], fitted.shift[groups[start]] = one.scale[0], one.shift[0]
+            number = start // group_size
+            fitted.scale[number], fitted.shift[number] = one.scale[0], one.shift[0]
         base = Wt[start:stop]
         if start:  # (block, rows) w' with the errors of all earlier blocks
             base = base + product(U[:start, start:stop].T, E[:start])
         codes[start:stop], Q, reached = inner_loops.choose_columns(
-            base, Wt[start:stop], -U[start:stop, start:stop], fitted.scale, fitted.shift, groups[start:stop], grid
+            base, Wt[start:stop], -U[start:stop, start:stop], fitted.scale, fitted.shift, group_of[start:stop], grid
         )
         E[start:stop] = Wt[start:stop] - Q
         residual = reached.sub_(Q).square_()  # (block, rows) (w'_k - Q_k)^2
@@ -246,9 +247,14 @@ def round_to_nearest(W: Tensor, grid: Grid, group_size: int) -> SolvedLayer:
     g_idx = torch.arange(W.shape[1], device=W.device) // group_size
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     errors = torch.zeros(len(W), dtype=torch.float64, device=W.device)
-    for group, w in enumerate(W.split(group_size, dim=1)):
-        s, z = scale[:, group, None], shift[:, group, None]
+    columns, step = W.shape[1], group_size * profile_of(W.device).nearest_groups
+    whole = columns // group_size * group_size
+    bounds = [*range(0, whole, step), *([whole] if whole < columns else []), columns]  # the last group may be short
+    for start, stop in pairwise(bounds):
+        w = W[:, start:stop].unflatten(1, (-1, min(group_size, stop - start)))  # (rows, groups, columns of a group)
+        groups = slice(start // group_size, start // group_size + w.shape[1])
+        s, z = scale[:, groups, None], shift[:, groups, None]
         rounded = grid.quantize(w, s, z)
-        codes[:, group * group_size : group * group_size + w.shape[1]] = rounded
-        errors += (w - grid.dequantize(rounded, s, z)).square().sum(1, dtype=torch.float64)
+        codes[:, start:stop] = rounded.flatten(1)
+        errors += (w - grid.dequantize(rounded, s, z)).square().sum((1, 2), dtype=torch.float64)
     return SolvedLayer(codes=codes, g_idx=g_idx.to(torch.int32), row_errors=errors, **stored_groups(grid, fitted))

@@ -42,7 +42,7 @@ class AffineGrid(Grid):
         return Groups(*search(self, w, importance))
 
     def snap(self, scale: Tensor, shift: Tensor, groups: Groups, group: int) -> tuple[Tensor, Tensor]:
-        return self.scales.round(scale), self.scales.round_offset(shift)
+        return self.scales.nearest(scale), self.scales.nearest_offset(shift)
 
     @property
     def tunes_scales(self) -> bool:

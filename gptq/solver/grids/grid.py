@@ -85,8 +85,7 @@ class Grid(ABC):
     def snap(self, scale: Tensor, shift: Tensor, groups: Groups, group: int) -> tuple[Tensor, Tensor]:
         """Round the scale and the shift (rows,) of one group to values that a file can hold beside all others.
 
-        Raises:
-            ValueError: a value does not fit its stored dtype; `fits` tells before.
+        The values have to be within what the file can hold, which `fits` tells; here nothing is checked.
         """
         raise NotImplementedError
 

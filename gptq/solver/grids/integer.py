@@ -38,7 +38,7 @@ class IntegerGrid(Grid):
         return Groups(scales.gather(0, best)[0], zeros.gather(0, best)[0])
 
     def snap(self, scale: Tensor, shift: Tensor, groups: Groups, group: int) -> tuple[Tensor, Tensor]:
-        return self.scales.round(scale), shift
+        return self.scales.nearest(scale), shift
 
     @property
     def tunes_scales(self) -> bool:

@@ -34,6 +34,9 @@ class Scales(Protocol):
             ValueError: a scale is too large.
         """
 
+    def nearest(self, scale: Tensor) -> Tensor:
+        """`round` for scales that are not too large; nothing is checked, so that nothing waits for a GPU."""
+
     def plain(self, largest: Tensor, top: float) -> Tensor:
         """Return the stored scales of a plain quantizer, which puts `largest` on about `top`, the largest value."""
 
@@ -54,6 +57,9 @@ class FloatScales:
 
     def round(self, scale: Tensor) -> Tensor:
         self.check(scale, "a scale")
+        return self.nearest(scale)
+
+    def nearest(self, scale: Tensor) -> Tensor:
         size = scale.abs().where(scale != 0, 1).clamp(min=SMALLEST[self.dtype]).to(self.dtype).to(scale.dtype)
         return size.where(scale >= 0, -size)
 
@@ -63,6 +69,10 @@ class FloatScales:
     def round_offset(self, offset: Tensor) -> Tensor:
         """Round offsets, which may be 0; raises ValueError if one does not fit the dtype."""
         self.check(offset, "an offset")
+        return self.nearest_offset(offset)
+
+    def nearest_offset(self, offset: Tensor) -> Tensor:
+        """`round_offset` for offsets that fit the dtype."""
         return offset.to(self.dtype).to(offset.dtype)
 
     def check(self, values: Tensor, what: str) -> None:
@@ -88,6 +98,9 @@ class PowersOfTwo:
         mantissa, exponent = torch.frexp(scale.where(scale > 0, 2.0**-126).double())  # mantissa from 1/2 to 1
         up = (mantissa > 0.75).to(exponent.dtype)
         return torch.ldexp(torch.ones_like(mantissa), (exponent - 1 + up).clamp(-126, 127)).to(scale.dtype)
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        return self.round(scale)
 
     def plain(self, largest: Tensor, top: float) -> Tensor:
         """Let a weight reach the middle between `top` and the next power of two: the rule of compressed-tensors."""
@@ -116,6 +129,9 @@ class Float8Scales:
     def round(self, scale: Tensor) -> Tensor:
         """The quotient is computed in float32, as readers do."""
         return (self.stored(scale).float() / self.divisor).to(scale.dtype)
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        return self.round(scale)
 
     def plain(self, largest: Tensor, top: float) -> Tensor:
         return self.round(largest / top)

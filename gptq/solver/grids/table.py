@@ -107,7 +107,7 @@ class TableGrid(Grid):
 
     def snap(self, scale: Tensor, shift: Tensor, groups: Groups, group: int) -> tuple[Tensor, Tensor]:
         """Scales that rows share stay as they are."""
-        return (groups.scale[group] if self.block_rows > 1 else self.scales.round(scale)), shift
+        return (groups.scale[group] if self.block_rows > 1 else self.scales.nearest(scale)), shift
 
     @property
     def tunes_scales(self) -> bool:
