@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptq import solver
 from gptq.compute import device_profile
 from gptq.compute.matmul import exact_float32
+from gptq.compute.torch_state import same_gradients
 from gptq.output.results import weight_histogram
 from gptq.pipeline.tune import BlockToTune
 from gptq.solver import Grid, IntegerGrid, inner_loops
@@ -191,3 +192,16 @@ def test_products_are_exact_and_tf32_can_be_asked_for_whatever_the_process_has_s
         assert torch.backends.cuda.matmul.allow_tf32 == allowed
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_gradients_on_a_gpu_are_computed_deterministically() -> None:
+    with same_gradients(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    with same_gradients(CPU):
+        assert not torch.are_deterministic_algorithms_enabled()

@@ -1,11 +1,7 @@
 """Every kernel against the float64 product with the decoded weight, and what a layer that has run still is."""
 
 import copy
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -371,29 +367,3 @@ def test_what_leaves_the_process_or_wants_gradients_is_unpacked() -> None:
     compiled(x).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x))
-
-
-TRITON = """
-import torch
-from gptq import formats
-from gptq.inference import products
-from gptq.inference.layout import Stored
-from gptq.formats import Scheme
-from tests.test_products import check, random_layer
-rng = torch.Generator().manual_seed(0)
-for bits in (2, 3, 4, 8):
-    for outputs, inputs, group_size, sym, scattered in ((40, 100, 24, False, True), (64, 128, 32, True, False)):
-        for dtype, rows in ((torch.float32, 1), (torch.float32, 18), (torch.bfloat16, 3), (torch.float16, 2)):
-            layer = random_layer(rng, Scheme(bits, group_size, sym, "gptq_v2", scattered), outputs, inputs)
-            x = torch.randn(rows, inputs, generator=rng).to(dtype)
-            stored = Stored(layer.packed(), layer.scheme, outputs, inputs)
-            check(layer, x, products.TritonProduct.of(stored).multiply(x))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_triton_kernel_in_its_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

@@ -61,8 +61,8 @@ class ReadAhead:
 class CopyAhead:
     """Reads tensors in a background thread and copies them to a GPU on its own CUDA stream, in their stored dtype.
 
-    The tensors of the last two calls of `start` are held until they are taken, because the tensors of the earlier call
-    may still be needed when the later call starts.
+    The tensors of the last two calls of `start` are held, because the tensors of the earlier call are needed when the
+    later call starts; and some twice, because the original model runs beside the quantized one.
     """
 
     def __init__(self, source: Source, device: torch.device) -> None:
@@ -83,12 +83,12 @@ class CopyAhead:
         self._last, self._next = self._next, {name: self._thread.submit(self._fetch, name) for name in names}
 
     def take(self, name: str) -> Tensor | None:
-        """Return a tensor on the GPU, owned by the caller; None if it was not prefetched, or GPU memory was short.
+        """Return a tensor on the GPU, not to be changed; None if it was not prefetched, or GPU memory was short.
 
         Raises:
             InputError: the tensor holds NaN or infinity.
         """
-        coming = self._last.pop(name, None) or self._next.pop(name, None)
+        coming = self._last.get(name) or self._next.get(name)
         if coming is None:
             return None
         began = time.perf_counter()

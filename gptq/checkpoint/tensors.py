@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptq.compute.background import to_host
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # In the order in which safetensors lays out a file: wide types first, so that every tensor is aligned.
@@ -39,7 +41,7 @@ class TensorInfo:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes as safetensors stores them: row-major, little-endian."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = to_host(tensor.detach().contiguous()).reshape(-1)
     if flat.numel() == 1:  # whose stride may be anything
         flat = flat.clone(memory_format=torch.contiguous_format)
     flat = flat.view(torch.uint8)

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _lock = threading.Lock()
+_ATTENTION = SDPBackend.MATH  # the fused kernels' backward adds in an order that changes from run to run
 _users = [0]  # callers inside `_float32_as_default`, of all threads
 _before = [torch.float32]  # the default dtype when the first of them came
 
@@ -28,6 +30,25 @@ def fresh_torch_state() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(_float32_as_default())
         yield
+
+
+@contextmanager
+def same_gradients(device: torch.device) -> Iterator[None]:
+    """Inside, backward passes on a GPU give the same numbers at every run, where torch can.
+
+    Attention is made of products, and other operations take their deterministic form. An operation without one runs as
+    it is, and torch warns. On a CPU every run gives the same numbers anyway.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel(_ATTENTION):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextmanager

@@ -42,6 +42,7 @@ class FileFormat(ABC):
     zero_offset: int = 0  # number that is subtracted from a zero point before it is stored
     has_g_idx: bool  # whether readers take groups that are not runs of columns
     inputs_first: bool  # words and scales are matrices of (inputs, outputs), not (outputs, inputs)
+    transposed_words: bool = False  # the words are those of GPTQ's qweight, transposed
     needs_whole_words: bool  # some readers do not take a layer whose codes leave a part of a word empty
     keeps_scale_dtype: bool  # readers compute with the scales as they are stored, whatever their dtype
     widths: tuple[int, ...] = (2, 3, 4, 8)  # bits per weight that are tried to meet a target size

@@ -39,6 +39,7 @@ class PackQuantized(CompressedTensors):
     stored_as = "pack-quantized"
     codes_key, scale_key, zero_key, g_idx_key = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
     other_keys = ("weight_shape",)
+    transposed_words = True
     joins_experts = True
 
     def layout(

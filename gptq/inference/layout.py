@@ -63,9 +63,8 @@ class Layout:
         scheme, inputs, outputs = stored.scheme, stored.inputs, stored.outputs
         perm = None
         if scheme.scattered:
-            g_idx = formats.decode_groups(stored.packed, scheme, inputs)
-            perm = torch.argsort(g_idx, stable=True)
-            if not torch.equal(g_idx[perm], formats.contiguous_groups(scheme, inputs)):
+            perm = order_of_groups(stored)
+            if perm is None:
                 return None
         padded_outputs, padded_inputs = round_up(outputs, simd.WIDE), round_up(inputs, 32)
         whole = (
@@ -119,6 +118,17 @@ class Layout:
             begin = low * len(found) * self.bits
             strip.copy_(self.words[begin : begin + strip.numel()].view(strip.shape))
         return found.flatten(0, 1)
+
+
+def order_of_groups(stored: Stored) -> Tensor | None:
+    """Return the order (inputs,) of a layer's inputs that makes its groups runs of equal length but the last
+
+    None if there is no such order.
+    """
+    g_idx = formats.decode_groups(stored.packed, stored.scheme, stored.inputs)
+    order = torch.argsort(g_idx, stable=True)
+    runs = formats.contiguous_groups(stored.scheme, stored.inputs).to(g_idx.device)
+    return order if torch.equal(g_idx[order], runs) else None
 
 
 def _as_float16_bits(scale: Tensor) -> Tensor:

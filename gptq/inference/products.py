@@ -12,7 +12,9 @@ an additional copy for pack-quantized files, for act-order, and for shapes that 
     int16     few rows at 2, 3, 4 and 8 bits on CPUs with AVX2 but without AVX-512 BF16: x is rounded to 16-bit integers
     float32   anything else; many rows multiply a weight that is dequantized tile by tile
 
-On a GPU a Triton kernel reads GPTQ's stored tensors as they are; 1 byte a group for the zero.
+On a GPU Triton kernels (`triton_gemm`) read GPTQ's words as they are stored, with 1 byte a group for the zero. The
+words of pack-quantized files are replaced by their transpose, which is the same; for act-order and other files the
+kernels' words are an additional copy.
 """
 
 import importlib.util
@@ -26,7 +28,8 @@ from torch import Tensor
 from gptq import formats
 from gptq.compute.cpu_features import has_amx, has_avx2, has_avx512_bf16, has_native_bfloat16
 from gptq.compute.threads import run_compiled, run_loop, share_of
-from gptq.inference.layout import Layout, Stored
+from gptq.formats.packing import pack
+from gptq.inference.layout import Layout, Stored, order_of_groups
 from gptq.solver.grids.grid import Form
 
 FEW_ROWS = 4  # up to this many rows, decoding the codes anew for each row is faster than dequantizing the weight
@@ -40,6 +43,12 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, list[int]]  # words, sca
 class Product(Protocol):
     """The product of one layer, on one device."""
 
+    @property
+    def replaces(self) -> str | None:
+        """The key of the stored words that need not be kept, because `stored_words` restores them."""
+
+    def stored_words(self) -> Tensor: ...
+
     def multiply(self, x: Tensor) -> Tensor: ...  # (..., inputs) -> (..., outputs), both in x's dtype
 
     def operands(self) -> Operands:
@@ -51,7 +60,7 @@ def prepare(stored: Stored) -> Product | None:
     if formats.FORMATS[stored.scheme.format].grid(stored.scheme).form is not Form.INTEGER:
         return None  # the kernels know integer zero points
     if stored.device.type == "cuda":
-        return TritonProduct.of(stored) if formats.FORMATS[stored.scheme.format].inputs_first and has_triton() else None
+        return TritonProduct.of(stored) if has_triton() else None
     if stored.device.type != "cpu" or not (stored.columns == stored.inputs or stored.columns % 32 == 0):
         return None
     layout = Layout.of(stored)
@@ -71,6 +80,13 @@ class CpuProduct:
     _few: dict[str, "FewRows"] = field(
         default_factory=dict, compare=False, repr=False
     )  # the GEMVs used so far, by kind
+
+    @property
+    def replaces(self) -> str | None:
+        return "qweight" if self.layout.whole else None
+
+    def stored_words(self) -> Tensor:
+        return self.layout.stored_words()
 
     def multiply(self, x: Tensor) -> Tensor:
         layout, kind = self.layout, self.kind(x)
@@ -184,38 +200,62 @@ def _multiply_bfloat16(layout: Layout, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TritonProduct:
-    """The kernel of `triton_gemm`, on GPTQ's stored tensors as they are; any g_idx."""
+    """The kernels of `triton_gemm`, on words in the order of GPTQ's `qweight`, groups being runs of inputs."""
 
     words: Tensor  # (words, outputs) int32
     scale: Tensor  # (groups, outputs)
     zero: Tensor  # (groups, outputs) uint8
-    g_idx: Tensor  # (inputs,) int32
+    order: Tensor | None  # (inputs,) order of the inputs that makes groups runs of inputs; None: they are already
+    inputs: int
     bits: int
+    columns: int  # inputs in a group
+    replaces: str | None = None  # the stored words, of which `words` is a transposed copy
 
     @classmethod
-    def of(cls, stored: Stored) -> "TritonProduct":
-        packed = stored.packed
-        zero = formats.decode_zeros(packed, stored.scheme, stored.outputs).T.contiguous()
-        g_idx = formats.decode_groups(packed, stored.scheme, stored.inputs)
-        return cls(packed["qweight"], packed["scales"], zero, g_idx, stored.scheme.bits)
+    def of(cls, stored: Stored) -> "TritonProduct | None":
+        """Make the product of a layer; None if the kernels do not take its groups."""
+        scheme, inputs, columns = stored.scheme, stored.inputs, stored.columns
+        if not (columns == inputs or columns % 32 == 0):
+            return None
+        form, order, replaces = formats.FORMATS[scheme.format], None, None
+        if scheme.scattered:
+            order = order_of_groups(stored)
+            if order is None:
+                return None
+        zero = formats.decode_zeros(stored.packed, scheme, stored.outputs).T.contiguous()
+        if order is None and form.inputs_first:
+            return cls(
+                stored.packed[form.codes_key], stored.packed[form.scale_key], zero, None, inputs, scheme.bits, columns
+            )
+        if order is None and form.transposed_words:
+            words, replaces = stored.packed[form.codes_key].T.contiguous(), form.codes_key
+        else:
+            codes = stored.codes().codes
+            words = pack((codes if order is None else codes[:, order]).T, scheme.bits)
+        scale = stored.codes().scale.T.contiguous()
+        return cls(words, scale, zero, order, inputs, scheme.bits, columns, replaces)
+
+    def stored_words(self) -> Tensor:
+        return self.words.T.contiguous()
 
     def multiply(self, x: Tensor) -> Tensor:
         from gptq.inference import triton_gemm
 
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = triton_gemm.multiply(rows, self.words, self.scale, self.zero, self.g_idx, self.bits)
+        rows = x.reshape(-1, x.shape[-1])
+        rows = (rows if self.order is None else rows.index_select(1, self.order)).contiguous()
+        y = triton_gemm.multiply(rows, self.words, self.scale, self.zero, self.bits, self.columns)
         return y.view(*x.shape[:-1], -1)
 
     def operands(self) -> Operands:
-        return self.words, self.scale, self.zero, self.g_idx, [self.words.shape[1], self.bits]
+        sizes = [self.words.shape[1], self.inputs, self.bits, self.columns]
+        return self.words, self.scale, self.zero, self.order, sizes
 
     @classmethod
     def of_operands(
         cls, words: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None, sizes: list[int]
     ) -> "TritonProduct":
-        if order is None:
-            raise TypeError("the kernel for GPUs needs g_idx")
-        return cls(words, scale, zero, order, sizes[1])
+        _, inputs, bits, columns = sizes
+        return cls(words, scale, zero, order, inputs, bits, columns)
 
 
 # --- the operator of compiled models ----------------------------------------------------------------------------------

@@ -51,10 +51,12 @@ class QuantLinear(nn.Module):
         stored = Stored(self.packed(), self.scheme, self.out_features, self.in_features)
         self._product = product = products.prepare(stored)
         self._operands = None if product is None else product.operands()
-        if not (isinstance(product, products.CpuProduct) and product.layout.whole):
+        replaced = None if product is None else product.replaces
+        if replaced is None:
             return 0
-        self._buffers["qweight"] = None
-        return product.layout.words.nbytes
+        nbytes = self._stored(replaced).nbytes
+        self._buffers[replaced] = None
+        return nbytes
 
     def _restore(self) -> None:
         """Undo `prepare`: hold the stored tensors alone."""
@@ -67,8 +69,8 @@ class QuantLinear(nn.Module):
 
     def _stored(self, suffix: str) -> Tensor:
         held = self._buffers[suffix]
-        if held is None and isinstance(self._product, products.CpuProduct):
-            return self._product.layout.stored_words()
+        if held is None and self._product is not None:
+            return self._product.stored_words()
         if held is None:
             raise RuntimeError(f"this layer has lost its {suffix}")
         return held

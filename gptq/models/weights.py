@@ -90,6 +90,10 @@ class WeightStream:
         W = self.read(f"{name}.weight", torch.float32)
         return W.T.contiguous() if is_transposed(linear) else W
 
+    def original_parameter(self, name: str) -> nn.Parameter:
+        """Read the weight of a linear layer as the layer holds it, in the forward's dtype."""
+        return nn.Parameter(self.read(f"{name}.weight").contiguous(), requires_grad=False)
+
     def set_weight(self, linear: nn.Module, W: Tensor) -> None:
         """Make W (outputs, inputs) the weight of a linear layer, in the forward's dtype."""
         linear.weight = nn.Parameter(self.to_forward_layout(linear, W), requires_grad=False)

@@ -1,7 +1,7 @@
 """Quantize one decoder block: solve its layers, tune them together if asked to, and pack them."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from gptq import formats
 from gptq.calibration.windows import is_held_out
 from gptq.checkpoint.tensors import sha256
 from gptq.compute.allocator import return_freed_memory
+from gptq.compute.background import Background
 from gptq.models.blocks import Block
 from gptq.models.forward import run_to_end
 from gptq.models.weights import drop_parameters
@@ -22,26 +23,27 @@ from gptq.pipeline.layer_walk import solve_block
 from gptq.pipeline.run import Run
 from gptq.pipeline.tune import BlockToTune, hidden_states, tune
 
+Pack = Callable[[Background], BlockResult]  # packs a block, on its threads
 
-def quantize_block(block: Block, calls: Calls, in_flight: int, run: Run) -> tuple[Outputs, BlockResult]:
-    """Solve a block's layers, tune them together if tune_steps is set, and pack them."""
+
+def quantize_block(block: Block, calls: Calls, in_flight: int, run: Run) -> tuple[Outputs, Pack]:
+    """Solve a block's layers, tune them together if tune_steps is set; return outputs, and what packs the layers."""
     state = BlockState(block, run)
     outputs = solve_block(calls, in_flight, state, quantize_layer)
     if run.config.tune_steps and not block.is_head():
         tuned, error = _tune_block(calls[0], outputs, state)
-        return outputs, _pack_block(state, tuned, (error,))
-    return outputs, _pack_block(state)
+        return outputs, partial(_pack_block, state, tuned, (error,))
+    return outputs, partial(_pack_block, state, {}, ())
 
 
-def round_block(block: Block, run: Run) -> BlockResult:
+def round_block(block: Block, run: Run) -> Pack:
     """Round the layers of a block that has no calibration inputs to nearest."""
     state = BlockState(block, run)
     for name in block.linears:
         quantize_layer(name, None, state)
-    result = _pack_block(state)
     drop_parameters(block.module)
     return_freed_memory()
-    return result
+    return partial(_pack_block, state, {}, ())
 
 
 def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) -> tuple[dict[str, Tensor], BlockError]:
@@ -75,25 +77,36 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
     return parameters, error
 
 
+@dataclass(frozen=True)
+class _PackedLayer:
+    tensors: dict[str, Tensor]  # by stored name
+    histogram: dict[str, Any]
+    checksum: str  # of the dequantized weight
+
+
+def _pack_layer(state: BlockState, name: str) -> _PackedLayer:
+    solution, plan = state.solutions.pop(name), state.run.layers[name]
+    encoded = formats.encode(solution.solved, plan.scheme, plan.scale_dtype)
+    return _PackedLayer(
+        {f"{plan.stored}.{key}": tensor for key, tensor in encoded.items()},
+        solution.histogram | code_histogram(solution.solved.codes, plan.bits),
+        sha256(solution.solved.weight()),
+    )
+
+
 def _pack_block(
-    state: BlockState, tuned: Mapping[str, Tensor] | None = None, errors: tuple[BlockError, ...] = ()
+    state: BlockState, tuned: Mapping[str, Tensor], errors: tuple[BlockError, ...], background: Background
 ) -> BlockResult:
     """Pack a block's layers, and collect everything that quantizing it yielded."""
-    run = state.run
-    tensors: dict[str, Tensor] = {}
-    histograms, checksums = {}, {}
-    for name in state.block.linears:
-        solution, plan = state.solutions.pop(name), run.layers[name]
-        encoded = formats.encode(solution.solved, plan.scheme, plan.scale_dtype)
-        tensors |= {f"{plan.stored}.{key}": tensor for key, tensor in encoded.items()}
-        histograms[name] = solution.histogram | code_histogram(solution.solved.codes, plan.bits)
-        checksums[name] = sha256(solution.solved.weight())
-    stored = {name: run.weights.to_stored(name, tensor) for name, tensor in (tuned or {}).items()}
+    run, names = state.run, [*state.block.linears]
+    packed = dict(zip(names, background.map(partial(_pack_layer, state), names), strict=True))
+    tensors = {key: tensor for layer in packed.values() for key, tensor in layer.tensors.items()}
+    stored = {name: run.weights.to_stored(name, tensor) for name, tensor in tuned.items()}
     return BlockResult(
         name=state.block.name,
         layers=tuple(state.results),
-        weight_checksums=checksums,
-        histograms=histograms,
+        weight_checksums={name: layer.checksum for name, layer in packed.items()},
+        histograms={name: layer.histogram for name, layer in packed.items()},
         tuned={name: own for name, (own, _) in stored.items()},
         errors=errors,
         coverage=tuple(state.coverage),

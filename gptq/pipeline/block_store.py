@@ -1,29 +1,48 @@
 """Store finished blocks on disk: tensors in the output shards, everything else in the journal."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from gptq import formats
 from gptq.checkpoint.writer import ShardWriter
+from gptq.compute.background import Background
 from gptq.pipeline.block_result import BlockResult
 from gptq.pipeline.journal import Journal
 from gptq.planning.plan import LayerPlan
 
 
 class BlockStore:
-    """Stores the result of each finished block, so that a stopped run can resume after it."""
+    """Stores the result of each finished block, so that a stopped run can resume after it.
 
-    def __init__(self, writer: ShardWriter, journal: Journal, check: Callable[[], None]) -> None:
+    On a GPU a block is packed and stored while the next one is solved.
+    """
+
+    def __init__(
+        self, writer: ShardWriter, journal: Journal, check: Callable[[], None], background: Background
+    ) -> None:
         """`check` is called before a block is stored; it raises an error if the block may not be trusted."""
         self.finished: dict[str, BlockResult] = {}  # by block name, in the order in which they finished
         self._writer = writer
         self._journal = journal
         self._check = check
+        self.background = background
 
-    def commit(self, result: BlockResult) -> None:
-        """Write a block's tensors to disk, and then its entry in the journal."""
+    def commit(self, pack: Callable[[Background], BlockResult]) -> None:
+        """Pack a block, write its tensors to disk, and then its entry in the journal.
+
+        Errors of a block that is stored behind the caller are raised by the next call, or by `wait`.
+        """
+        self.background.start(partial(self._store, pack))
+
+    def wait(self) -> None:
+        """Wait until all blocks are stored."""
+        self.background.wait()
+
+    def _store(self, pack: Callable[[Background], BlockResult]) -> None:
         self._check()
+        result = pack(self.background)
         for name, tensor in result.tensors.items():
             self._writer.write(name, tensor)
         self._writer.sync()

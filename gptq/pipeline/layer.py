@@ -190,11 +190,7 @@ def _solve_with_input(
 def read_original_weights(stop: nn.Module, state: BlockState) -> dict[nn.Module, nn.Parameter | None]:
     """Read the original weights of the quantized layers inside the module `stop`, in the forward's dtype."""
     weights, names = state.run.weights, {linear: name for name, linear in state.block.linears.items()}
-    return {
-        linear: nn.Parameter(weights.to_forward_layout(linear, state.weight(names[linear])), False)
-        for linear in stop.modules()
-        if linear in names
-    }
+    return {linear: weights.original_parameter(names[linear]) for linear in stop.modules() if linear in names}
 
 
 def held_out_excess(results: Iterable[LayerResult]) -> float:

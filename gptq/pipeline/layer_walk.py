@@ -88,7 +88,7 @@ def run_original(block: Block, calls: list[partial[Any]], run: Run) -> Outputs:
 def set_original_weights(block: Block, weights: WeightStream) -> None:
     """Read the weights of a block's layers from the checkpoint."""
     for name, linear in block.linears.items():
-        weights.set_weight(linear, weights.weight(linear, name))
+        linear.weight = weights.original_parameter(name)
 
 
 def free_weights(stop: nn.Module, block: Block, device: torch.device) -> None:

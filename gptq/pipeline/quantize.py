@@ -20,6 +20,8 @@ from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder, partial
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.allocator import malloc_policy
+from gptq.compute.background import Background
+from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import Ranks, current_ranks
 from gptq.compute.matmul import exact_float32
 from gptq.compute.torch_state import fresh_torch_state
@@ -173,12 +175,16 @@ def quantize(
             observer.note(note)
         observer.started(len(plan.blocks), sum(layer.outputs * layer.inputs for layer in plan.layers.values()))
         writer = _open_writer(working, plan.tensors, ranks)
-        store = BlockStore(writer, journal, partial(state.require_same, decisive_files(plan.source)))
+        background = Background(where, profile_of(where).packing_threads)
+        store = BlockStore(writer, journal, partial(state.require_same, decisive_files(plan.source)), background)
         try:
+            if background.is_behind:
+                background.start(partial(_copy_outside_blocks, plan, writer, ranks))
             notes += _quantize_checkpoint(request, prepared, store, working.root, ranks)
             _copy_unquantized(plan, prepared.weights, writer, ranks, observer)
         finally:
             prepared.weights.prefetcher.join(cancel=True)
+            background.close()
             writer.abandon()
         record, after = _make_record(request, prepared, store), plan.file_bytes
         if ranks.rank == 0:
@@ -291,6 +297,7 @@ def _quantize_checkpoint(
             if block.name not in store.finished:
                 _refuse_unreached(block, plan, windows)
                 store.commit(round_block(block, run))
+        store.wait()
     return notes + [note for result in store.finished.values() for note in result.notes]
 
 
@@ -317,9 +324,9 @@ def _quantize_reached(plan: Plan, windows: list[Inputs], in_flight: int, store: 
                 run.observer.stage(f"{block.name} is finished; taking the windows through it")
                 outputs = run_finished_block(block, calls, store, run)
             else:
-                outputs, result = quantize_block(block, calls, in_flight, run)
-                store.commit(result)
-                del result  # free its tensors
+                outputs, pack = quantize_block(block, calls, in_flight, run)
+                store.commit(pack)
+                del pack  # free what it holds
             walk.resume_with(outputs)
     return walk.unreached
 
@@ -373,13 +380,27 @@ def _copy_unquantized(plan: Plan, weights: WeightStream, writer: ShardWriter, ra
     """
     observer.stage("copying what is not quantized")
     if ranks.rank == 0:
-        for name in {plan.source.undivided(name)[0]: None for name in plan.source.tensors} | plan.source.tensors:
-            if name in plan.tensors and not writer.checksums[name]:
-                read = plan.source.read_unchecked if name in plan.masks else plan.source.read
-                writer.write(name, read(name))
+        _copy(
+            plan, writer, {plan.source.undivided(name)[0]: None for name in plan.source.tensors} | plan.source.tensors
+        )
         for stored, parameter in plan.slices.items():
             writer.write(stored, weights.read(parameter, plan.tensors[stored].dtype).cpu())
         writer.close()
+
+
+def _copy_outside_blocks(plan: Plan, writer: ShardWriter, ranks: Ranks) -> None:
+    """Copy the tensors outside the blocks, the embedding and the head above all; tuning does not change them."""
+    prefixes = tuple(f"{block.name}." for block in plan.all_blocks)
+    if ranks.rank == 0:
+        _copy(plan, writer, [name for name in plan.source.tensors if not any(prefix in name for prefix in prefixes)])
+
+
+def _copy(plan: Plan, writer: ShardWriter, names: Iterable[str]) -> None:
+    """Copy those of these tensors that the output holds as they are, and that are not written yet."""
+    for name in names:
+        if name in plan.tensors and not writer.checksums[name]:
+            read = plan.source.read_unchecked if name in plan.masks else plan.source.read
+            writer.write(name, read(name))
 
 
 def _make_record(request: Request, prepared: Prepared, store: BlockStore) -> Record:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptq.compute.torch_state import same_gradients
 from gptq.config import TUNE_WINDOWS
 from gptq.solver import Grid
 from gptq.solver.solve import SolvedLayer
@@ -88,7 +89,8 @@ def tune(block: BlockToTune, steps: int, seed: int) -> Tuned:
     variables = _Variables(block)
     with torch.no_grad():
         before = block.error(variables.hard_parameters(variables.round_layers()))
-    _optimize(block, variables, steps, seed)
+    with same_gradients(block.targets[0].device):
+        _optimize(block, variables, steps, seed)
     with torch.no_grad():
         layers = variables.round_layers()
         after = block.error(variables.hard_parameters(layers))
