@@ -36,7 +36,7 @@ KINDS: dict[str, Any] = {"bfloat16": gemv_bfloat16, "int16": gemv_int16, "float3
 
 
 @cache
-def multiply(kind: str, bits: int, halves: bool) -> int:
+def multiply(kind: str, bits: int, halves: bool, single: bool) -> int:
     """Return the loop for y = x W^T, W = scale (codes - zero), summed in float32.
 
         y_o = sum_g scale_go (sum_{k in g} code_ok x_k - zero_go sum_{k in g} x_k)
@@ -44,14 +44,18 @@ def multiply(kind: str, bits: int, halves: bool) -> int:
     Its arguments: rows, inputs, outputs, groups, inputs of a group; words, x (rows, inputs), scale, zero, y (rows,
     outputs). x and y are bfloat16 for the kind bfloat16, otherwise float32. Scales are float16 if `halves`, otherwise
     float32; words, scale and zero are in the strips of `layout.Layout`. Shares are multiples of LANES outputs.
+
+    The loop for several rows keeps a unit's converted codes for all of them; for the one row of `single` it would only
+    write them to the stack and read them again.
     """
-    return compile_loop(
-        f"multiply_{kind}_{bits}_{halves}", partial(_multiply, kind=KINDS[kind], bits=bits, halves=halves)
-    )
+    emit = partial(_multiply, kind=KINDS[kind], bits=bits, halves=halves, single=single)
+    return compile_loop(f"multiply_{kind}_{bits}_{halves}_{single}", emit)
 
 
-def _multiply(builder: Any, given: Arguments, kind: Any, bits: int, halves: bool) -> None:
+def _multiply(builder: Any, given: Arguments, kind: Any, bits: int, halves: bool, single: bool) -> None:
     rows, inputs, outputs, groups, columns = given.integers(5)
+    if single:
+        rows = Int(builder, 1)
     words, x, scale = given.array(INT), given.array(kind.NUMBER), given.array(SHORT if halves else FLOAT)
     zero, y = given.array(BYTE), given.array(kind.NUMBER)
     units = inputs // 32

@@ -18,8 +18,9 @@ kernels' words are an additional copy.
 """
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -136,9 +137,8 @@ class CpuProduct:
 class FewRows:
     """The compiled GEMV (`gptq.inference.gemv`) on a layout; its kind is "bfloat16", "int16" or "float32"."""
 
-    kind: str
-    address: int  # of the compiled worker
-    given: tuple[int, ...]  # the worker's constant arguments: sizes, and the addresses of words, scale and zero
+    loop: Callable[[bool], int]  # its address, for a single row or for several
+    given: tuple[int, ...]  # the loop's constant arguments: sizes, and the addresses of words, scale and zero
 
     @classmethod
     def of(cls, layout: Layout, kind: str) -> "FewRows":
@@ -146,7 +146,7 @@ class FewRows:
 
         held = [tensor.data_ptr() for tensor in (layout.words, layout.scale, layout.zero)]
         given = layout.inputs, layout.padded_outputs, layout.groups, layout.columns, *held
-        return cls(kind, gemv.multiply(kind, layout.bits, layout.has_half_scales), given)
+        return cls(partial(gemv.multiply, kind, layout.bits, layout.has_half_scales), given)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x W^T (..., padded outputs) for a contiguous x (..., padded inputs), both of the kind's dtype.
@@ -155,8 +155,9 @@ class FewRows:
         """
         inputs, outputs, groups, columns, words, scale, zero = self.given
         y = x.new_empty((*x.shape[:-1], outputs))
-        sizes = 0, share_of(outputs, SHARE), outputs, x.numel() // inputs, inputs, outputs, groups, columns
-        run_compiled(self.address, (*sizes, words, x.data_ptr(), scale, zero, y.data_ptr()))
+        rows = x.numel() // inputs
+        sizes = 0, share_of(outputs, SHARE), outputs, rows, inputs, outputs, groups, columns
+        run_compiled(self.loop(rows == 1), (*sizes, words, x.data_ptr(), scale, zero, y.data_ptr()))
         return y
 
 
