@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from gptq import InputError, QuantConfig, cli, convert, load, quantize
 from gptq.calibration.arrays import read_arrays
+from gptq.calibration.chats import tokenized_chats
+from gptq.calibration.processed import read_image
+from gptq.calibration.sources import Table, open_table
 from gptq.calibration.text import documents
 from gptq.checkpoint.reader import Source, read_index
 from gptq.checkpoint.untrusted import MAX_DEPTH, check_folder, read_json
@@ -521,11 +525,70 @@ def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
             documents(str(tmp_path / name), "train")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        *({"conversations": turns} for turns in (
+            [{"from": ["human"], "value": "a"}], [{"from": {}, "value": "a"}], [{"from": "human", "value": [1]}])),
+        *({"instruction": asked, "input": more, "output": "a"} for asked, more in (
+            (["a"], "b"), ({"a": "b"}, "c"), ("a", [1.5]), (5, None))),
+        {"messages": [{"role": ["user"], "content": "a"}]}, {"messages": [[]]}, {"messages": {"role": "user"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rows_that_are_no_chats_are_told_of_by_their_number(row: dict[str, Any]) -> None:
+    table = Table("a.jsonl", tuple(row), [row])
+    with pytest.raises(InputError, match=r"a\.jsonl, row 0"):
+        list(tokenized_chats(table, SimpleNamespace(chat_template="x"), 0))  # type: ignore[arg-type]
+
+
+def test_what_datasets_would_say_of_a_damaged_file_is_said_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "chats.jsonl"
+    row = {"messages": [{"role": "user", "content": "abc"}]}
+    file.write_bytes(json.dumps(row).encode().replace(b"abc", b"a\xffc") + b"\n")
+    table = open_table(str(file), "train")
+    with pytest.raises(InputError, match=r"chats\.jsonl, row 0 cannot be read"):
+        table.row(0)
+    file.write_text('{"text": ')
+    with pytest.raises(InputError, match=r"chats\.jsonl could not be read"):
+        open_table(str(file), "train")
+    assert "Failed" not in capfd.readouterr().err
+    assert caplog.records == []
+
+
+def test_a_pipe_among_images_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"there is no file .*a\.png"):
+        read_image("a.png", tmp_path, "row 0")
+
+
 def test_a_tokenizer_that_fails_is_a_sentence(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoints["plain"], tmp_path / "model")
     change(folder / "tokenizer_config.json", lambda settings: settings.update(model_max_length={}))
     (tmp_path / "a.txt").write_text(seeds.TEXT)
     assert cli.main(["eval", str(folder), "--data", str(tmp_path / "a.txt"), "--seq-len", "16"]) == 2
+
+
+# --- LeNet's files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "5", "null", '{"version": 2}', '{"version": 1}', '{"version": 1, "distributions": []}',
+     '{"version": 1, "distributions": {"weights": {"a": 5}}}', "[" * 100_000],
+    ids=lambda content: content[:60],
+)  # fmt: skip
+def test_results_that_cannot_be_drawn_are_a_sentence(content: str, tmp_path: Path) -> None:
+    plots, compare, model = (pytest.importorskip(f"lenet_baseline.{name}") for name in ("plots", "compare", "model"))
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(InputError, match=r"results\.json"):
+        plots.draw(compare.read_results(tmp_path), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json"}
+    os.mkfifo(tmp_path / "float.safetensors")
+    with pytest.raises(InputError, match="no such file"):
+        model.load(tmp_path / "float.safetensors")
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------
@@ -608,6 +671,23 @@ def test_a_changed_configuration_is_found_with_the_layers_it_is_about(
         assert "config.json was changed after it was written" in verify.verify(folder).problems
     (folder / "config.json").unlink()
     assert "config.json is missing" in verify.verify(folder).problems
+
+
+@pytest.mark.parametrize("relabelled", [False, True])
+def test_damage_is_not_converted_into_a_folder_that_verify_approves(
+    relabelled: bool, folder: Path, tmp_path: Path
+) -> None:
+    file, name = folder / "model.safetensors", "model.norm.weight"
+    if relabelled:  # the same bytes, said to be others
+        change(folder / RECORD, lambda record: record["layout"].update({name: "torch.bfloat16 (64,)"}))
+    else:
+        tensors = load_file(file)
+        tensors[name][3] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert verify.verify(folder).problems
+    with pytest.raises(InputError, match=r"model\.norm\.weight in .* was changed after it was written"):
+        convert(folder, tmp_path / "out", "gptq_v2")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", "pack"])

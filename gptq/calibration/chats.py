@@ -125,7 +125,7 @@ def tokenized_chats(table: Table, tokenizer: PreTrainedTokenizerBase, seed: int)
         )
     for row in torch.randperm(len(table.rows), generator=torch.Generator().manual_seed(seed)).tolist():
         where = table.where(row)
-        messages = [_plain_text(message, where) for message in read_messages(table.rows[row], read, where)]
+        messages = [_plain_text(message, where) for message in read_messages(table.row(row), read, where)]
         found = apply_template(tokenizer, messages, where, tokenize=True, return_dict=True)
         yield torch.tensor(found["input_ids"], dtype=torch.int64)
 

@@ -31,7 +31,7 @@ def needs_processor(table: Table) -> bool:
     """Whether the rows of a table hold images or sound, in columns of their own or in the messages of the first row."""
     if any(column in table.columns for column in MEDIA):
         return True
-    messages = table.rows[0].get("messages") if "messages" in table.columns else None
+    messages = table.row(0).get("messages") if "messages" in table.columns else None
     return isinstance(messages, list) and bool(_media_in(messages, "image") + _media_in(messages, "audio"))
 
 
@@ -96,7 +96,7 @@ class _Rows:
 
     def process(self, number: int) -> dict[str, Any] | None:
         """Return the inputs of a row; None if it has neither an image nor sound."""
-        row, where = self._table.rows[number], self._table.where(number)
+        row, where = self._table.row(number), self._table.where(number)
         chat = row.get("messages")
         messages: list[Any] = chat if isinstance(chat, list) else []
         given = [row.get("image"), *(row.get("images") or _media_in(messages, "image"))]

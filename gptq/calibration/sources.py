@@ -46,6 +46,13 @@ class Table:
         """Return how error messages name a row, counted from 0."""
         return f"{self.name}, row {row}"
 
+    def row(self, number: int) -> Mapping[str, Any]:
+        """Return a row by column; raises InputError if it cannot be read, because a text is not UTF-8 for example."""
+        try:
+            return self.rows[number]
+        except ValueError as error:
+            raise InputError(f"{self.where(number)} cannot be read: {first_line(error)}") from error
+
 
 def open_table(source: str, default_split: str) -> Table:
     """Open the rows of a source.

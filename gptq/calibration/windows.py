@@ -135,7 +135,10 @@ def make_windows(
     """
     notes = [*given.notes]
     if given.inputs is not None:
-        accepted = [accepted_inputs(window, network) for window in given.inputs]
+        try:
+            accepted = [accepted_inputs(window, network) for window in given.inputs]
+        except InputError as error:
+            raise InputError(f"{given.name}: {error}") from error
         dropped = [name for name in given.inputs[0] if name not in accepted[0]]
         for name, x in ((name, x) for window in accepted for name, x in window.items() if name in TOKENS):
             check_tokens(x, network, f"{name} in {given.name}")

@@ -93,7 +93,8 @@ def build_empty_model(
         raise
     except Exception as error:  # any type, depending on what config.json says
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"no model could be made for model_type {config.model_type!r}: {reason}") from error
+        where = f"{source.folder / 'config.json'}: " if source else ""
+        raise InputError(f"{where}no model could be made for model_type {config.model_type!r}: {reason}") from error
     model.eval()
     return model
 

@@ -26,7 +26,7 @@ from gptq.models.blocks import find_blocks, is_transposed
 from gptq.models.build import open_model
 from gptq.models.tensor_names import check_tensors
 from gptq.output.files import quantization_config, unquantized_linears, write_files
-from gptq.output.record import LayerRecord, OriginRecord, Record, model_name, read_record
+from gptq.output.record import LayerRecord, OriginRecord, Record, WrittenRecord, model_name, read_record
 from gptq.output.results import RECORD
 from gptq.planning.plan import refuse_model
 
@@ -100,6 +100,7 @@ class _Conversion:
     layers: LayerPlans
     linears: Linears
     record: Record
+    written: WrittenRecord | None  # the folder's own record
     is_restored: bool  # the file was converted from this format before, and gets its old bytes and config back
 
 
@@ -131,7 +132,9 @@ def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remo
     if formats.FORMATS[chosen].zero_offset and not is_restored:
         _refuse_zero_points_of_0(source, plans)
     linears = replace(linears, layers={own: (scheme, packed[own].inputs) for own, (_, scheme) in plans.items()})
-    return _Conversion(source, {own: name for name, own in stored.items()}, plans, linears, record, is_restored)
+    model_names = {own: name for name, own in stored.items()}
+    written = read_record(folder) if (folder / RECORD).is_file() else None
+    return _Conversion(source, model_names, plans, linears, record, written, is_restored)
 
 
 def _plan_layers(packed: dict[str, PackedLayer], wanted: dict[str, Scheme], config: dict[str, Any]) -> LayerPlans:
@@ -252,7 +255,18 @@ def _write_tensors(plan: _Conversion, writer: ShardWriter, progress: Callable[[i
     for name in source.tensors:
         if name in writer.checksums and not writer.checksums[name]:
             writer.write(name, source.read(name))
+            _require_as_recorded(plan, name, writer.checksums[name])
     return checksums
+
+
+def _require_as_recorded(plan: _Conversion, name: str, checksum: str) -> None:
+    """Raises InputError if a tensor that is copied is not the one that was written with the record."""
+    if plan.written is None or name not in plan.written.tensors:
+        return
+    now = str(plan.source.tensors[name])
+    if (plan.written.tensors[name], (plan.written.layout or {}).get(name, now)) != (checksum, now):
+        where = plan.source.file_of(name)
+        raise InputError(f"{name} in {where} was changed after it was written; see `gptq verify`")
 
 
 def _layer_records(plan: _Conversion, checksums: dict[str, str]) -> list[LayerRecord]:
