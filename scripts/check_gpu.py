@@ -189,7 +189,11 @@ def kernels(args: argparse.Namespace, report: Report) -> None:
         size, groups = min(columns, 64), torch.zeros(min(columns, 64), dtype=torch.int64, device=args.device)
         given = w[:size], w[-size:], change[:size, :size].to(args.device), scale, shift, groups, grid
         got, expected = inner_loops.choose_columns(*given), inner_loops.choose_columns_reference(*given)
-        report.check(f"columns, {grid}: codes that differ", float((got[0] != expected[0]).float().mean()), 1e-3)
+        report.check(
+            f"columns, {type(grid).__name__} of {grid.bits} bits: codes that differ",
+            float((got[0] != expected[0]).float().mean()),
+            1e-3,
+        )
     X, W = torch.randn(3 * columns, columns, generator=rng), torch.randn(rows, columns, generator=rng)
     solved, errors, divided = [], [], []
     for device in ("cpu", args.device):
@@ -198,7 +202,7 @@ def kernels(args: argparse.Namespace, report: Report) -> None:
         found = solver.solve(W.to(device), factor, IntegerGrid(4, True), 32, search=True)
         solved.append(found.codes.cpu())
         errors.append(found.error)
-        divided.append(divide_by_hessian(W.to(device), factor).cpu())
+        divided.append(divide_by_hessian(W.clone().to(device), factor).cpu())
     report.check("solve: codes that differ from the CPU's", float((solved[0] != solved[1]).float().mean()), 0.03)
     report.check("solve: error above the CPU's", errors[1] / errors[0] - 1, 1e-2)
     off = (divided[1] - divided[0]).norm() / divided[0].norm()
