@@ -34,6 +34,7 @@ import json, os, sys, time
 os.cpu_count = lambda: max(16, len(os.sched_getaffinity(0)))  # GPTQModel's thread pool fails on machines with few cores
 import torch
 from importlib.metadata import version
+from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokens, out, options = *sys.argv[1:4], json.loads(sys.argv[4])
@@ -49,6 +50,7 @@ begun = time.perf_counter(), time.process_time()
 """
 TELL = """
 took = time.perf_counter() - begun[0], time.process_time() - begun[1]
+written = str(next(Path(out).rglob("*.safetensors")).parent)  # AutoRound makes a folder named after the scheme inside
 if "check" in given:
     with torch.no_grad():
         save_file({"logits": own_logits(given["check"]).float().contiguous()}, out + ".logits")
@@ -76,7 +78,7 @@ loaded.save_pretrained(out, save_compressed=True)
 """,
         """
 def own_logits(windows):
-    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(windows).logits
+    return AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)(windows).logits
 """,
     ),
     "gptqmodel": (
@@ -92,7 +94,7 @@ loaded.save(out)
 """,
         """
 def own_logits(windows):
-    read = GPTQModel.load(out, device="cpu", dtype=torch.float32, backend=BACKEND.TORCH)
+    read = GPTQModel.load(written, device="cpu", dtype=torch.float32, backend=BACKEND.TORCH)
     return read.model(input_ids=windows).logits
 """,
     ),
@@ -105,12 +107,12 @@ package = "auto-round"
 data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
 rounder = AutoRound(load_plain(), AutoTokenizer.from_pretrained(model), bits=bits, group_size=group_size, sym=sym,
                     iters=options["iters"], dataset=data, seqlen=ids.shape[1], nsamples=len(ids), device_map="cpu",
-                    seed=seed)
+                    seed=seed, enable_torch_compile=False)  # compiling takes longer than a small model's rounding
 rounder.quantize_and_save(out, format="auto_round")
 """,
         """
 def own_logits(windows):
-    read = AutoModelForCausalLM.from_pretrained(out, device_map="cpu", dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(written, device_map="cpu", dtype=torch.float32)
     return read(windows).logits
 """,
     ),
@@ -210,8 +212,8 @@ def _run_tool(
     lines = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
     if done.returncode or not lines:
         raise RuntimeError(f"{peer.tool} failed:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-    if not any(out.glob("*.safetensors")):  # AutoRound makes a folder named after the scheme inside
-        made = next(out.rglob("*.safetensors")).parent
+    made = next(out.rglob("*.safetensors")).parent
+    if made != out:
         made.rename(out.with_name("inner"))
         shutil.rmtree(out)
         out.with_name("inner").rename(out)

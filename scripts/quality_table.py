@@ -22,7 +22,7 @@ calibration:
 Other tools (`--peers`) get the same tokens, each in an environment of its own below --environments, made on first use.
 Their files are read by this package and measured as ours are; see quality_peers.py. Tools that refuse groups which do
 not divide a layer's inputs take a model with `--pad-inner`. Each result is saved to the JSON file at once; a second run
-computes only what is missing. A peer that fails leaves its line out, and is named below the table.
+computes only what is missing. A peer that fails is told of at once, and named below the table.
 """
 
 import argparse
@@ -255,8 +255,10 @@ def _fill(folder: Path, args: argparse.Namespace) -> None:
             except RuntimeError as error:
                 if method not in PEERS:
                     raise
-                failed.append(f"{method}, {config.bits} bits, group {config.group_size}, seed {config.seed}: {error}")
-    print("\n\n".join([markdown(table, wanted), *failed]))
+                what = f"{method}, {config.bits} bits, group {config.group_size}, seed {config.seed}"
+                print(f"{what} failed: {error}", file=sys.stderr, flush=True)
+                failed.append(f"{what}: failed")
+    print("\n".join([markdown(table, wanted), "", *failed]))
 
 
 def main() -> int:
