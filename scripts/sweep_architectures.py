@@ -482,20 +482,16 @@ def try_formats(kind: str, auto: str, chosen: list[Any]) -> Iterator[tuple[str, 
             print(f"{kind:26} unbuilt {'':16} {built}", flush=True)
             yield "unbuilt", None
             return
-        became, words = use_outcome(built, Path(folder) / "model")
-        if became != "fine":
-            print(f"{kind:26} {became:7} {USE:16} {words}", flush=True)
-            yield from ((became, one) for one in chosen)
-            return
-        unused = f", {words}"
+        used, unused = use_outcome(built, Path(folder) / "model")
+        if used != "fine" or USE in chosen:
+            print(f"{kind:26} {used:7} {USE:16} {unused}", flush=True)
         for one in chosen:
-            if one == USE:
-                print(f"{kind:26} {became:7} {USE:16} {words}", flush=True)
-                yield became, one
+            if one == USE or used == "failed":
+                yield used, one
                 continue
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 became, words = outcome(built, Path(folder) / "model", Path(own) / "out", one)
-            print(f"{kind:26} {became:7} {one:16} {words}{unused}", flush=True)
+            print(f"{kind:26} {became:7} {one:16} {words}, {unused}", flush=True)
             yield became, one
 
 

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq import InputError, QuantConfig, quantize
+from gptq import InputError, QuantConfig, cli, quantize
 from gptq.checkpoint.atomic_folder import partial_folder
 from gptq.checkpoint.small_files import write_file
+from gptq.config import Format
 from gptq.evaluation.quality import Measurement, add_measurement, read_measurements
 from gptq.output import verify
 from gptq.output.convert import convert
-from gptq.output.record import PerplexityRecord, read_record
+from gptq.output.record import PerplexityRecord, digest_of, read_record, write_json, write_record
 from gptq.output.results import RECORD
 from gptq.pipeline.run import Observer
 from tests.conftest import MakeModel
@@ -211,3 +213,66 @@ def test_several_that_measure_lose_nothing(make_model: MakeModel, tmp_path: Path
     assert {one.perplexity for one in read_record(out).perplexity or []} == {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
     assert len(read_measurements(out)) == 6
     assert verify.verify(out).problems == []
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def written_once(kept: Path, make_model: MakeModel, windows: Tensor) -> Path:
+    """A result that all tests read, and none changes."""
+    if not (kept / "out").exists():
+        quantize(make_model(), kept / "out", CONFIG, calibration=windows)
+    return kept / "out"
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "change"),
+    [("layers", "error", 0.5), ("layers", "tokens", 7), ("layers", "bits", 3), ("layers", "group_size", 16),
+     ("layers", "outputs", 1), ("layers", "inputs", 1), ("layers", "damp", 1.0), ("sizes", "bits_per_weight", 1.0),
+     ("sizes", "quantized_bytes_after", 1), ("sizes", "file_bytes_after", 1), ("sizes", "file_bytes_before", 1),
+     ("config", "seed", 9)],
+)  # fmt: skip
+def test_no_number_of_a_record_changes_unseen(
+    part: str, key: str, change: float, written_once: Path, tmp_path: Path
+) -> None:
+    """A changed record is found by its digest; what the files say, by the files too, whoever wrote the digest."""
+    folder = shutil.copytree(written_once, tmp_path / "model")
+    values = json.loads((folder / RECORD).read_text())
+    assert values["digest"] == digest_of(values)
+    (values[part][0] if part == "layers" else values[part])[key] = change
+    (folder / RECORD).write_text(json.dumps(values))
+    changed = f"{RECORD} was changed after it was written"
+    assert changed in verify.verify(folder).problems
+    assert cli.main(["verify", str(folder)]) == 1
+    write_record(folder, values)
+    found, of_the_files = verify.verify(folder).problems, {"bits", "group_size", "outputs", "inputs", "bits_per_weight"}
+    assert changed not in found
+    assert bool(found) == (key in of_the_files | {"quantized_bytes_after", "file_bytes_after"}), found
+    del values["digest"]
+    write_json(folder / RECORD, values)
+    assert verify.verify(folder).notes == [verify.NO_DIGEST]
+
+
+def test_verify_says_what_was_checked_for_each_engine(
+    written_once: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promised = {engine.name for engine in verify.inspect(written_once).engines if engine.takes}
+    found = verify.verify(written_once)
+    assert found.checked.keys() == promised
+    assert len(promised) > 2
+    assert cli.main(["verify", str(written_once)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in f"\n{printed}" for name in promised)
+    network = transformers.AutoModelForCausalLM.from_pretrained(written_once)
+    network.save_pretrained(tmp_path / "again")
+    assert cli.main(["verify", str(tmp_path / "again")]) == 0
+    assert "there is no record to compare it with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chosen", ["gptq_v2", "pack-quantized"])
+def test_a_converted_folder_has_its_own_sizes(chosen: Format, written_once: Path, tmp_path: Path) -> None:
+    convert(written_once, tmp_path / "out", chosen)
+    assert verify.verify(tmp_path / "out").problems == []

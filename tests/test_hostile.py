@@ -691,10 +691,14 @@ def test_damage_is_not_converted_into_a_folder_that_verify_approves(
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", "pack"])
-def test_a_removed_record_is_missed(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_removed_record_is_told_of(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoints[name], tmp_path / "model")
     (folder / RECORD).unlink()
-    assert verify.verify(folder).problems == [
-        f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it"
-    ]
-    assert cli.main(["verify", str(folder)]) == 1
+    for name in ("adapter_config.json", "modeling.py", "sub/other.safetensors", ".hidden.py", "notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    found = verify.verify(folder)
+    assert found.problems == []
+    assert found.notes[0] == verify.NO_RECORD
+    assert "about it: adapter_config.json, modeling.py, sub/other.safetensors; transformers adds" in found.notes[1]
+    assert cli.main(["verify", str(folder)]) == 0

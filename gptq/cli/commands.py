@@ -409,7 +409,11 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         for problem in found.problems:
             print(printable(problem))
-        fine = "as it was written" if found.recorded else "consistent (another tool wrote it, so there is no record)"
+        for note in found.notes:
+            print(f"note: {printable(note)}")
+        for engine, what in found.checked.items():
+            print(f"{engine:13} {what}")
+        fine = "as it was written" if found.recorded else "consistent; there is no record to compare it with"
         verdict = f"{len(found.problems)} differences" if found.problems else fine
         print(f"{args.out}: {found.layers} layers, {found.tensors} tensors, {found.files} other files: {verdict}")
     return 1 if found.problems else 0

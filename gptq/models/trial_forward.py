@@ -5,7 +5,7 @@ Which modules run depends on the inputs, not on the weights: a text does not rea
 """
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +76,7 @@ class _StubExperts(Experts):
 class Trial:
     """What a forward has done; all names are the model's."""
 
-    called: set[str] = field(default_factory=set)  # modules
+    called: Counter[str] = field(default_factory=Counter)  # modules, and how often
     used: set[str] = field(default_factory=set)  # parameters and buffers that it computed with; no experts'
     direct: set[str] = field(default_factory=set)  # linear layers whose weight it computed with outside their call
     failure: str = ""  # why it did not come to its end
@@ -95,7 +95,7 @@ class _Recorder(TorchFunctionMode):
         for name, tensor in tensors:
             self._names[id(tensor)].append(name)
         for name, module in network.named_modules():
-            module.register_forward_pre_hook(lambda _, __, name=name: trial.called.add(name))
+            module.register_forward_pre_hook(lambda _, __, name=name: trial.called.update([name]))
             if is_linear(module):
                 weight = id(module.weight)
                 self._weights[weight] = name

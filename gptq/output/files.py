@@ -10,7 +10,7 @@ from torch import nn
 from gptq.checkpoint.assembled import INDEX_FILE, TensorIndex, open_source
 from gptq.checkpoint.atomic_folder import SHARDS
 from gptq.checkpoint.companions import copy_companions
-from gptq.checkpoint.reader import headers_of
+from gptq.checkpoint.reader import Source, headers_of
 from gptq.checkpoint.small_files import exclusive, write_file
 from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import read_json
@@ -21,7 +21,7 @@ from gptq.formats.scheme import Layers, Linears
 from gptq.models.blocks import LINEAR, Block
 from gptq.models.tensor_names import Names
 from gptq.output.model_card import read_card_metadata, render_model_card
-from gptq.output.record import PerplexityRecord, Record, read_record, write_json
+from gptq.output.record import PerplexityRecord, Record, read_record, write_json, write_record
 from gptq.output.results import CARD, QUALITY, RECORD
 from gptq.planning.plan import Plan
 from gptq.version import __version__
@@ -117,7 +117,7 @@ def write_files(
     metadata = read_card_metadata(source / CARD)
     described = record.model_copy(update={"card_metadata": metadata}) if metadata else record
     if described.sizes is not None:
-        sizes = described.sizes.model_copy(update={"file_bytes_after": written_tensors.file_bytes})
+        sizes = described.sizes.model_copy(update=_sizes(written_tensors, linears.layers, record))
         described = described.model_copy(update={"sizes": sizes})
     card = render_model_card(chosen, linears.layers, described, str(hf_config.get("model_type", "")))
     write_file(out / CARD, card)
@@ -129,8 +129,22 @@ def write_files(
         "headers": headers_of(written_tensors),
         "files": {p.relative_to(out).as_posix(): sha256_file(p) for p in _files_below(out, written_tensors.files)},
     }
-    write_json(out / RECORD, whole)
+    write_record(out, whole)
     return written_tensors.file_bytes
+
+
+def _sizes(written: Source, layers: Layers, record: Record) -> dict[str, float]:
+    """Return those sizes of a record that depend on the format."""
+    nbytes = sum(
+        written.tensors[name].nbytes
+        for layer, (scheme, _) in layers.items()
+        for key in FORMATS[scheme.format].layout(scheme, 32, 32)  # of any shape, for the names
+        if (name := f"{layer}.{key}") in written.tensors
+    )
+    sizes: dict[str, float] = {"quantized_bytes_after": nbytes, "file_bytes_after": written.file_bytes}
+    if weights := sum((layer.outputs or 0) * (layer.inputs or 0) for layer in record.layers):
+        sizes["bits_per_weight"] = 8 * nbytes / weights
+    return sizes
 
 
 def _files_below(out: Path, tensors: list[Path]) -> list[Path]:
@@ -188,10 +202,10 @@ def add_perplexity(folder: Path, measured: PerplexityRecord, chosen: Format, lay
         record = record.model_copy(update={"perplexity": measurements})
         card = render_model_card(chosen, layers, record, model_type_of(folder))
         # A kill between two of these steps leaves a card that the record is silent about, not one that contradicts it.
-        write_json(folder / RECORD, without.to_dict())
+        write_record(folder, without.to_dict())
         write_file(folder / CARD, card)
         files = _in_order({**record.files, CARD: sha256_file(folder / CARD)})
-        write_json(folder / RECORD, record.model_copy(update={"files": files}).to_dict())
+        write_record(folder, record.model_copy(update={"files": files}).to_dict())
 
 
 def _in_order(files: dict[str, str]) -> dict[str, str]:

@@ -3,8 +3,10 @@
 The record holds no time and no path, so that the same run writes the same bytes.
 """
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -38,7 +40,7 @@ Bytes = Annotated[float, Field(ge=0, le=2**60, allow_inf_nan=False)]
 FileName = Annotated[Printable, AfterValidator(_require_path_inside)]
 
 
-OF_THE_FILES = ("quantizer", "tensors", "layout", "headers", "files")  # fields of `WrittenRecord`
+OF_THE_FILES = ("quantizer", "tensors", "layout", "headers", "files", "digest")  # fields of `WrittenRecord`
 
 
 class LayerRecord(JsonObject):
@@ -148,6 +150,7 @@ class WrittenRecord(Record):
     layout: IfPresent[dict[Printable, Printable]] = None  # dtype and shape of each tensor; older records lack it
     headers: IfPresent[dict[FileName, str]] = None  # of what lies before the tensors in each file
     files: dict[FileName, str]
+    digest: IfPresent[str] = None  # of all other fields, see `digest_of`; older records lack it
 
     def without_checksums(self) -> Record:
         """Return the record of how the checkpoint was quantized, without checksums of tensors and files."""
@@ -191,6 +194,17 @@ def read_record(folder: Path) -> WrittenRecord:
     if len({layer.stored for layer in record.layers}) < max(len(record.layers), 1):
         raise InputError(f"{file} is damaged: it has no layers, or two entries for one")
     return record
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a record's values but for their digest, in an order that does not depend on the file's."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write a folder's record, with the digest of `values`."""
+    write_json(folder / RECORD, {**values, "digest": digest_of(values)})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """List what a quantized checkpoint holds, and compare it with what was recorded when it was written."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,30 @@ import torch
 
 from gptq import formats
 from gptq.checkpoint.assembled import open_source
+from gptq.checkpoint.companions import WEIGHTS
 from gptq.checkpoint.reader import Source, headers_of, readable_tensors
-from gptq.checkpoint.tensors import sha256, sha256_file
-from gptq.checkpoint.untrusted import check_files, check_folder
+from gptq.checkpoint.tensors import INDEX, sha256, sha256_file
+from gptq.checkpoint.untrusted import check_files, check_folder, read_json
 from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import Format
 from gptq.errors import InputError
 from gptq.formats.compatibility import Engine, engines
-from gptq.formats.gptq import QUANTIZE_CONFIG
 from gptq.formats.name_rules import Quantization
 from gptq.formats.packed_layers import PackedLayer, is_variant, match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.models.build import open_model
 from gptq.models.tensor_names import check_tensors
 from gptq.output.files import add_perplexity, model_type_of
-from gptq.output.record import LayerRecord, PerplexityRecord, WrittenRecord, mentions_record, read_record
-from gptq.output.results import RECORD
+from gptq.output.record import LayerRecord, PerplexityRecord, WrittenRecord, digest_of, mentions_record, read_record
+from gptq.output.results import QUALITY, RECORD, REPORT
+
+ADAPTER = "adapter_config.json"
+MOST_FILES = 8  # that a note names
+NO_RECORD = (
+    f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it. There is nothing to "
+    "compare the weights with"
+)
+NO_DIGEST = f"{RECORD} is an older one without a digest; its errors and counts of tokens are not checked"
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class Verification:
 
     If there is no record, because another tool wrote the file, `recorded` is false. Then every tensor was read, every
     layer unpacked, and all of them compared with the model that config.json describes.
+
+    `notes` say what was not looked into, and `checked`, for each engine that `inspect` promises, what was.
     """
 
     recorded: bool
@@ -73,6 +83,8 @@ class Verification:
     tensors: int
     files: int
     problems: list[str]
+    notes: list[str] = field(default_factory=list)
+    checked: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"ok": not self.problems, **asdict(self)}
@@ -167,16 +179,16 @@ def verify(folder: str | Path) -> Verification:
         source, quantization = _open_checkpoint(folder)
         packed = packed_layers(source, quantization)
         problems = [*_find_inconsistencies(folder, source, packed)]
-        if mentions_record(folder):
-            lost = f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it"
-            problems = [lost, *problems]
-        return Verification(False, len(packed), len(source.tensors), 0, problems)
+        notes = [NO_RECORD] if mentions_record(folder) else []
+        notes += _note_on_others(folder, source, None)
+        checked = _checks_by_engine(folder, packed, "the model that config.json describes")
+        return Verification(False, len(packed), len(source.tensors), 0, problems, notes, checked)
     check_folder(folder)
     record = read_record(folder)
     check_files(folder, (name for name in record.files if (folder / name).exists()))
-    problems = [*_find_changed_files(folder, record.files)]
-    if any(problem.startswith(("config.json", QUANTIZE_CONFIG)) for problem in problems):
-        problems += _find_changed_schemes(folder, record.layers)
+    problems = [*_find_changed_record(folder, record), *_find_changed_files(folder, record.files)]
+    problems += _find_changed_schemes(folder, record.layers)
+    notes, checked = [] if record.digest else [NO_DIGEST], {}
     try:
         source, quantization = _open_checkpoint(folder)
         packed = packed_layers(source, quantization)
@@ -186,7 +198,41 @@ def verify(folder: str | Path) -> Verification:
         problems += [*(changed := [*_find_changed_tensors(source, record)])]
         problems += [] if changed else [*_find_changed_headers(source, record.headers or {})]
         problems += _find_changed_weights(source, packed, record.layers)
-    return Verification(True, len(record.layers), len(record.tensors), len(record.files), problems)
+        problems += [] if changed else [*_find_wrong_numbers(source, packed, record)]
+        notes += _note_on_others(folder, source, record.files)
+        checked = _checks_by_engine(folder, packed, "the record")
+    return Verification(True, len(record.layers), len(record.tensors), len(record.files), problems, notes, checked)
+
+
+def _checks_by_engine(folder: Path, packed: dict[str, PackedLayer], against: str) -> dict[str, str]:
+    """Return, for each engine that takes the file, what is checked of what it reads."""
+    own, *others = engines(
+        {name: (layer.scheme, layer.inputs) for name, layer in packed.items()},
+        model_type_of(folder),
+        is_variant(quantization_of(folder) or {}, packed),
+    )
+    rule = "names, bits, groups and shapes are such as its source reads; it was not run"
+    every = f"every layer unpacked, and every tensor compared with {against}"
+    return {own.name: every, **{engine.name: rule for engine in others if engine.takes}}
+
+
+def _note_on_others(folder: Path, source: Source, recorded: Collection[str] | None) -> list[str]:
+    """Return a note on files of the folder that nothing here is about: of code and weights, if there is no record."""
+    known = {*(recorded or ()), *(file.name for file in source.files), RECORD, QUALITY, INDEX}
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    others = [
+        file.as_posix()
+        for file in files
+        if file.as_posix() not in known
+        and file.parts[0] != REPORT
+        and not any(part.startswith(".") for part in file.parts)
+        and (recorded is not None or file.name == ADAPTER or file.name.lower().endswith((".py", *WEIGHTS)))
+    ]
+    if not others:
+        return []
+    more = f" and {len(others) - MOST_FILES} more" if len(others) > MOST_FILES else ""
+    adapter = f"; transformers adds the adapter of {ADAPTER} to the model" if ADAPTER in others else ""
+    return [f"not looked into, because no record is about it: {', '.join(others[:MOST_FILES])}{more}{adapter}"]
 
 
 def _find_inconsistencies(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
@@ -218,6 +264,34 @@ def _catch_complaint(read: Callable[[], object]) -> Iterator[str]:
         read()
     except (InputError, ValueError) as error:
         yield str(error)
+
+
+def _find_changed_record(folder: Path, record: WrittenRecord) -> Iterator[str]:
+    if record.digest and record.digest != digest_of(read_json(folder / RECORD)):
+        yield f"{RECORD} was changed after it was written"
+
+
+def _find_wrong_numbers(source: Source, packed: dict[str, PackedLayer], record: WrittenRecord) -> Iterator[str]:
+    """Find numbers of the record that are not those of the files; errors, tokens and sizes before are not in these."""
+    for one in record.layers:
+        layer = packed.get(one.stored)
+        if layer is None:
+            continue  # reported already
+        for name, said, found in (("outputs", one.outputs, layer.outputs), ("inputs", one.inputs, layer.inputs)):
+            if said not in (None, found):
+                yield f"{RECORD} says that {one.stored} has {said} {name}, but it has {found}"
+    if record.sizes is None:
+        return
+    nbytes = sum(layer.nbytes for layer in packed.values())
+    sizes = {
+        "bits_per_weight": 8 * nbytes / sum(layer.outputs * layer.inputs for layer in packed.values()),
+        "quantized_bytes_after": nbytes,
+    }
+    if headers_of(source) == record.headers:  # else the tensors may have been put into other files
+        sizes["file_bytes_after"] = source.file_bytes
+    for name, size in sizes.items():
+        if (said := getattr(record.sizes, name)) != size:
+            yield f"{RECORD} says {name} {said}, but it is {size}"
 
 
 def _find_changed_files(folder: Path, recorded: dict[str, str]) -> Iterator[str]:

@@ -124,9 +124,16 @@ class BlockWalk:
             self._drop_others()
 
     def outputs(self) -> Iterator[tuple[int, Any]]:
-        """After the last block, yield each window's number and the model's output, computed one window at a time."""
+        """After the last block, yield each window's number and the model's output, computed one window at a time.
+
+        Raises:
+            InputError: a forward fails, or runs a block again (ALBERT's layers share one).
+        """
         for i, forward in enumerate(self._streams[0]):
-            _advance(forward, self._outputs[0][i])
+            again = _advance(forward, self._outputs[0][i])
+            if again is not None:
+                name = next(b.name for b in self._blocks if b.module is again.module)
+                raise InputError(f"{name} is run more than once per forward, and cannot be read block by block")
             self._outputs[0][i] = None
             yield i, forward.result
             forward.result = None

@@ -194,6 +194,7 @@ def plan_checkpoint(
     notes += notes_on_shapes(layers.values(), config)
     unused = set() if inputs is None else _find_unused(opened, every_block, layers, trial) - {*left_over}
     notes += notes_on_unused(left_over, unused, source.tensors)
+    notes += _notes_on_repeats(blocks, trial)
     notes += [f"which tensors the model computes with is not known: {trial.failure}"] if trial.failure else []
     notes += note_on_left_out(folder, {file.name for file in source.files})
     tensors, slices = list_result_tensors(source, layers, names)
@@ -218,6 +219,13 @@ def plan_checkpoint(
         frozenset(unused.union(left_over)),
         rounded,
     )
+
+
+def _notes_on_repeats(blocks: Iterable[Block], trial: Trial) -> list[str]:
+    """Return a note for the user on blocks that a forward runs several times, as ALBERT does; one for all."""
+    several = [(block.name, times) for block in blocks if (times := trial.called[block.name]) > 1]
+    remark = "times in a forward, and is calibrated on what reaches it the first time"
+    return [f"{name} runs {times} {remark}" for name, times in several[:1]]
 
 
 def _find_unused(opened: OpenModel, blocks: list[Block], layers: Mapping[str, LayerPlan], trial: Trial) -> set[str]:
