@@ -243,7 +243,7 @@ def _unpickle(case: Case) -> None:
         for file in pickled.find_pickles(case.folder):
             with (case.place / "made.safetensors").open("wb") as out:
                 unpickle.convert(file, out, drop_tied=case.draw.random() < 0.5)
-    except unpickle.UnreadableError as error:
+    except (unpickle.UnreadableError, MemoryError) as error:  # of which `unpickle.main` makes sentences
         raise InputError(f"{file} {error}") from error
 
 

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from gptq import InputError, QuantConfig, cli, convert, load, quantize
 from gptq.calibration.arrays import read_arrays
 from gptq.calibration.chats import tokenized_chats
-from gptq.calibration.processed import read_image
+from gptq.calibration.processed import process_rows, read_image
 from gptq.calibration.sources import Table, open_table
 from gptq.calibration.text import documents
+from gptq.checkpoint import unpickle
 from gptq.checkpoint.reader import Source, read_index
 from gptq.checkpoint.untrusted import MAX_DEPTH, check_folder, read_json
 from gptq.evaluation.quality import read_measurements
@@ -37,6 +38,7 @@ from gptq.output import verify
 from gptq.output.record import read_record
 from gptq.output.results import RECORD
 from gptq.output.verify import inspect
+from gptq.pipeline.journal import JOURNAL, Journal
 from tests.conftest import MakeModel, load_script
 
 changes, seeds = load_script("fuzz_changes"), load_script("fuzz_seeds")
@@ -452,6 +454,19 @@ def test_a_quality_file_is_held_against_what_they_are(measured: Any, folder: Pat
     assert cli.main(["report", str(folder)]) == 2
 
 
+def test_a_journal_nested_deeply_is_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_text("[" * 100_000 + "\n")
+    assert Journal(tmp_path).damaged
+    assert Journal(tmp_path).entries == []
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02R.", b"\x80\x02.", b"\x80\x02K\x01.", b"(", b""])
+def test_opcodes_without_what_they_work_on_are_a_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(unpickle.UnreadableError), (tmp_path / "out").open("wb") as out:
+        unpickle.convert(tmp_path / "pytorch_model.bin", out, drop_tied=True)
+
+
 def test_names_reach_the_report_and_the_card_as_text(
     folder: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -562,6 +577,19 @@ def test_a_pipe_among_images_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"there is no file .*a\.png"):
         read_image("a.png", tmp_path, "row 0")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [({"text": 5}, "text is int"), ({"text": ["a"]}, "text is list"), ({"images": 5}, "images is int"),
+     ({"images": {"a": 1}}, "images is dict"), ({"image": 5}, "the image cannot be read"),
+     ({"audio": {"array": "x"}}, "the sound cannot be read")],
+    ids=str,
+)  # fmt: skip
+def test_media_rows_of_other_types_are_told_of_by_their_number(row: dict[str, Any], said: str) -> None:
+    processor: Any = SimpleNamespace()
+    with pytest.raises(InputError, match=rf"a\.jsonl, row 0: {said}"):
+        process_rows(Table("a.jsonl", tuple(row), [row]), processor, processor, 1, 16, 0)
 
 
 def test_a_tokenizer_that_fails_is_a_sentence(checkpoints: dict[str, Path], tmp_path: Path) -> None:

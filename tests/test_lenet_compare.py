@@ -213,7 +213,12 @@ def test_train_and_quantize_use_the_same_model(compared: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("{", "no results of this version"), ("[]", "no results"), ('{"version": 1}', "cannot be drawn")],
+    [
+        (None, "no such file"),
+        ("{", "no results of this version"),
+        ("[]", "no results"),
+        ('{"version": 1}', "cannot be drawn"),
+    ],
 )
 def test_plot_without_results_ends_with_a_sentence(
     content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

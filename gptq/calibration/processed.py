@@ -97,6 +97,9 @@ class _Rows:
     def process(self, number: int) -> dict[str, Any] | None:
         """Return the inputs of a row; None if it has neither an image nor sound."""
         row, where = self._table.row(number), self._table.where(number)
+        for column, kinds in (("text", (str,)), ("images", (list, tuple))):
+            if row.get(column) is not None and not isinstance(row[column], kinds):
+                raise InputError(f"{where}: {column} is {type(row[column]).__name__}, not {kinds[0].__name__}")
         chat = row.get("messages")
         messages: list[Any] = chat if isinstance(chat, list) else []
         given = [row.get("image"), *(row.get("images") or _media_in(messages, "image"))]
@@ -240,10 +243,10 @@ def read_sound(given: Any, folder: Path | None, where: str) -> tuple[np.ndarray,
     Raises:
         InputError: it cannot be read.
     """
-    if isinstance(given, Mapping) and given.get("array") is not None:
-        return np.asarray(given["array"], dtype=np.float32), int(given.get("sampling_rate") or 0)
 
     def read() -> tuple[np.ndarray, int]:
+        if isinstance(given, Mapping) and given.get("array") is not None:
+            return np.asarray(given["array"], dtype=np.float32), int(given.get("sampling_rate") or 0)
         opened = _open(given, folder)
         try:
             return _read_wav(opened)

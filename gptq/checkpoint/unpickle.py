@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import pickle
 import resource
 import sys
 import tempfile
@@ -108,7 +107,9 @@ def convert(file: Path, out: io.BufferedWriter, drop_tied: bool) -> list[str]:
     """
     try:
         loaded = _load(file)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # of any type: torch interprets the pickle's opcodes as they come
         reason = _reason(error)
         raise UnreadableError(
             f"is damaged, or holds something else than tensors, which was not run: {reason}"

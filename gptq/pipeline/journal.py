@@ -157,7 +157,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _read_line(line: bytes) -> Entry | None:
     """Parse a line; None if it is torn or damaged."""
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = json.loads(line)
         if line.endswith(b"\n") and whole["sha256"] == _checksum(whole["entry"]):
             ((kind, content),) = whole["entry"].items()
