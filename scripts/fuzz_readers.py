@@ -243,7 +243,7 @@ def _unpickle(case: Case) -> None:
         for file in pickled.find_pickles(case.folder):
             with (case.place / "made.safetensors").open("wb") as out:
                 unpickle.convert(file, out, drop_tied=case.draw.random() < 0.5)
-    except (unpickle.UnreadableError, MemoryError) as error:  # of which `unpickle.main` makes sentences
+    except (unpickle.UnreadableError, MemoryError, OSError) as error:  # of which `unpickle.main` makes sentences
         raise InputError(f"{file} {error}") from error
 
 
@@ -310,17 +310,6 @@ def _command(*arguments: str) -> Callable[[Case], int]:
 
 def _load(case: Case) -> None:
     load(case.folder, device="cpu")
-
-
-def _from_pretrained(case: Case) -> None:
-    """transformers' own reading with our layers: its errors are its own, but it has to end."""
-    check_folder(case.folder)
-    try:
-        transformers.AutoModelForCausalLM.from_pretrained(case.folder)
-    except (InputError, MemoryError, TimeoutError):
-        raise
-    except Exception as error:  # of transformers
-        raise InputError(f"{case.folder}: {type(error).__name__}") from error
 
 
 def _convert(case: Case) -> int:
@@ -418,7 +407,6 @@ TARGETS: dict[str, Target] = {
     "convert": Target(_convert, ("model",), 20, _judge_conversion),
     "report": Target(_command("report", "{model}"), ("model",), 14, writes=True),
     "plan": Target(_command("plan", "{model}", "--group-size", "16", "--override", "up_proj:bits=8"), ("model",), 12),
-    "from_pretrained": Target(_from_pretrained, ("model",), 5),
     "eval": Target(_command(*MEASURED), ("model",), 6),
     "card": Target(_command(*MEASURED, "--card", "--save"), ("model",), 4, writes=True),
     "against": Target(_command(*MEASURED, "--against", "{plain}"), ("model",), 2),

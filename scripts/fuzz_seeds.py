@@ -83,11 +83,19 @@ PLAIN: dict[str, dict[str, Any]] = {  # not quantized: what their models are
     "plain": {"kind": "llama"},
     "shards": {"kind": "llama", "max_shard_size": "30KB", "tie_word_embeddings": True},
     "experts": {"kind": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1},
+    "gpt-oss": {
+        "kind": "gpt_oss",
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 32,
+        "head_dim": 16,
+    },
 }
 OF_EXPERTS: dict[str, dict[str, Any]] = {
     "quantized-experts": {},
     "stacked-experts": {"group_size": 32, "format": "mlx", "overrides": [["down_proj", {"skip": True}]]},
 }
+BLOCKS = "gpt-oss-mxfp4"
 MEASURED = {"perplexity": 300.5, "original_perplexity": 290.1, "data": "a.txt", "windows": 3, "seq_len": 16, "kl": 0.1,
             "intervals": {"kl": [0.05, 0.2]}}  # fmt: skip
 
@@ -101,6 +109,8 @@ def make_checkpoint(name: str, folder: Path) -> Path:
         return _model(made, **PLAIN[name])
     if name in LAYOUTS:
         return _make_layout(name, folder)
+    if name == BLOCKS:
+        return _make_blocks(name, folder)
     if name in RENAMED:
         return _make_renamed(name, folder)
     source, recipe = ("experts", OF_EXPERTS[name]) if name in OF_EXPERTS else ("plain", RECIPES[name])
@@ -112,7 +122,7 @@ def make_checkpoint(name: str, folder: Path) -> Path:
 
 def all_checkpoints() -> list[str]:
     """Return the names of the checkpoints that can be made here."""
-    names = [*PLAIN, *RECIPES, *OF_EXPERTS, *LAYOUTS, *RENAMED]
+    names = [*PLAIN, *RECIPES, *OF_EXPERTS, *LAYOUTS, BLOCKS, *RENAMED]
     return [name for name in names if name != "gguf" or not explain_missing()]
 
 
@@ -148,6 +158,11 @@ def _bytes(shape: tuple[int, ...], highest: int = 256) -> Tensor:
 def _fp8_blocks(rows: int, columns: int) -> dict[str, Tensor]:
     scales = torch.rand(-(-rows // 16), -(-columns // 16))
     return {"weight": _bytes((rows, columns), 120).view(torch.float8_e4m3fn), "weight_scale_inv": scales}
+
+
+def _fp8_tensor(rows: int, columns: int) -> dict[str, Tensor]:
+    codes = _bytes((rows, columns), 120).view(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": torch.rand(()), "input_scale": torch.rand(())}
 
 
 def _fp8_channel(rows: int, columns: int) -> dict[str, Tensor]:
@@ -196,6 +211,7 @@ AUTO_ROUND = {
 }  # fmt: skip
 LAYOUTS: dict[str, tuple[Callable[[int, int], dict[str, Tensor]], dict[str, Any]]] = {
     "fp8-block": (_fp8_blocks, {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}),
+    "fp8-tensor": (_fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "fp8-channel": (_fp8_channel, _float_weights("float-quantized", strategy="channel")),
     "nvfp4-source": (
         _nvfp4, _float_weights("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16)),
@@ -227,6 +243,17 @@ def _make_layout(name: str, folder: Path) -> Path:
         said = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}}
         (made / "hf_quant_config.json").write_text(json.dumps(said))
     return made
+
+
+def _make_blocks(name: str, folder: Path) -> Path:
+    """Make a checkpoint of gpt-oss's kind, whose experts are blocks of MXFP4."""
+    plain = make_checkpoint("gpt-oss", folder)
+    tensors = load_file(plain / "model.safetensors")
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(key).shape
+        tensors[f"{key}_blocks"] = _bytes((experts, rows, columns // 32, 16))
+        tensors[f"{key}_scales"] = _bytes((experts, rows, columns // 32), 140)
+    return _foreign(plain, folder / name, tensors, {"quant_method": "mxfp4"})
 
 
 def _make_renamed(name: str, folder: Path) -> Path:
