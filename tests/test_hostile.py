@@ -316,7 +316,7 @@ def test_an_adapter_is_not_followed_to_another_model(checkpoints: dict[str, Path
 
 
 def test_a_forward_that_fails_is_a_sentence(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", input_ids=np.full((2, 8), 10**6))
+    np.savez(tmp_path / "a.npz", input_ids=np.ones((2, 8), np.int64), position_ids=np.ones((2, 5), np.int64))
     with pytest.raises(InputError, match="a forward pass of LlamaForCausalLM failed"):
         quantize(checkpoints["plain"], tmp_path / "out", QuantConfig(num_samples=2), calibration=tmp_path / "a.npz")
     assert not list(tmp_path.glob("out*"))
