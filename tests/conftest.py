@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,27 +164,33 @@ def load_script(name: str) -> Any:
 MakeModel = Callable[..., Path]
 
 
+def write_model(
+    parent: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **options: Any,
+) -> Path:
+    """Write a tiny random model of an architecture; return its folder in `parent`. Options go to its configuration."""
+    name, own = OTHERS.get(kind) or ("", ARCHITECTURES.get(kind) or EXPERTS.get(kind) or MIXED[kind])
+    settings = {**own, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **options}
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, name)(config) if name else AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # as large as trained ones, so that layers matter; biases too
+            torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else parameter.data.normal_(1, 0.1)
+    folder = parent / f"{kind}-{len(list(parent.iterdir()))}"
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def make_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> MakeModel:
     """Writes a tiny random model of an architecture and returns its folder; options go to its configuration."""
-
-    def make(
-        kind: str = "llama", dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **options: Any
-    ) -> Path:
-        name, own = OTHERS.get(kind) or ("", ARCHITECTURES.get(kind) or EXPERTS.get(kind) or MIXED[kind])
-        settings = {**own, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **options}
-        config = transformers.AutoConfig.for_model(kind, **settings)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = getattr(transformers, name)(config) if name else AutoModelForCausalLM.from_config(config)
-            for parameter in model.parameters():  # as large as trained ones, so that layers matter; biases too
-                torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else parameter.data.normal_(1, 0.1)
-        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
-        model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
+    return partial(write_model, tmp_path, tokenizer)
 
 
 @pytest.fixture

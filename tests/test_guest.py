@@ -1,8 +1,18 @@
-"""The package in a process that others have set up: torch's modes are ignored, and are as they were afterwards."""
+"""The package in a process that others have set up: torch's modes are ignored, and are as they were afterwards.
 
+Tests take a small packed model of each format, which is made once.
+"""
+
+import copy
+import io
+import multiprocessing
+import os
+import pickle
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +20,217 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gptq import QuantConfig, load, quantize
+from gptq.compute import threads as compute_threads
 from gptq.compute.torch_state import fresh_torch_state
+from gptq.config import GROUP_SIZES
+from gptq.formats import FORMATS
+from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
-from tests.conftest import MakeModel
+from tests.conftest import MakeModel, threads, write_model
 
 CONFIG = QuantConfig(bits=4, group_size=32, effort="best", tune_steps=1, format="gptq")
+IDS = torch.arange(1, 33).view(2, 16)
+PACKED = [name for name in FORMATS if name != "gguf-k"]  # whose blocks are wider than this model
+
+
+# --- a packed model of each format ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A folder, its model in float32, and the logits of IDS."""
+
+    format: str
+    folder: Path
+    model: Any
+    logits: Tensor
+
+    def layer(self) -> QuantLinear:
+        found = self.model.model.layers[0].mlp.down_proj
+        assert isinstance(found, QuantLinear)
+        return found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    return write_model(tmp_path_factory.mktemp("source"), tokenizer, "llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module", params=PACKED)
+def packed(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    folder = make_packed(request.param, source, tmp_path_factory.mktemp("packed"))
+    model = load(folder, dtype="float32")
+    return Packed(request.param, folder, model, logits(model))
+
+
+def make_packed(chosen: Any, source: Path, parent: Path) -> Path:
+    if chosen.startswith("gguf"):
+        pytest.importorskip("gguf")
+    quantize(source, parent / chosen, QuantConfig(method="rtn", format=chosen, **options_of(chosen)))
+    return parent / chosen
+
+
+def options_of(chosen: Any) -> dict[str, Any]:
+    """Asymmetric where a format holds that; formats of one grid decide on width and groups themselves."""
+    if chosen in GROUP_SIZES:
+        return {}
+    return {"bits": 4, "group_size": 32, "sym": chosen not in ("gptq_v2", "pack-quantized", "mlx", "gguf")}
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS, use_cache=False).logits
+        return found
+
+
+def test_a_copy_computes_the_same(packed: Packed) -> None:
+    saved = io.BytesIO()
+    torch.save(packed.model, saved)
+    saved.seek(0)
+    copies = {
+        "deepcopy": copy.deepcopy(packed.model),
+        "pickle": pickle.loads(pickle.dumps(packed.model)),  # noqa: S301
+        "torch.save": torch.load(saved, weights_only=False),
+    }
+    copies["state dict"] = copy.deepcopy(packed.model)
+    copies["state dict"].load_state_dict(packed.model.state_dict())
+    for name, again in copies.items():
+        assert torch.equal(logits(again), packed.logits), name
+
+
+def test_a_cast_changes_activations_and_nothing_that_is_stored(packed: Packed) -> None:
+    stored = {name: tensor.clone() for name, tensor in packed.layer().packed().items()}
+    ways = (nn.Module.half, nn.Module.bfloat16, nn.Module.float, lambda one: nn.Module.to(one, torch.bfloat16))
+    for number, cast in enumerate(ways):
+        model = cast(copy.deepcopy(packed.model))  # transformers' own .half() refuses
+        cast_logits = logits(model)
+        dtype = (torch.float16, torch.bfloat16, torch.float32, torch.bfloat16)[number]
+        assert cast_logits.dtype == model.model.norm.weight.dtype == dtype
+        assert (cast_logits.float() - packed.logits).norm() < 0.05 * packed.logits.norm()
+        held = model.model.layers[0].mlp.down_proj.packed()
+        for name, tensor in stored.items():
+            assert held[name].dtype == tensor.dtype, name
+            assert torch.equal(held[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_a_layer_goes_to_the_meta_device_and_comes_back(packed: Packed) -> None:
+    layer, x = packed.layer(), torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    away = copy.deepcopy(layer).to("meta")
+    for name, tensor in layer.packed().items():
+        assert away.packed()[name].is_meta
+        assert (away.packed()[name].shape, away.packed()[name].dtype) == (tensor.shape, tensor.dtype)
+    assert away(x.to("meta")).shape == (3, 64)
+    back = away.to_empty(device="cpu")
+    back.load_state_dict(layer.state_dict())
+    assert torch.equal(back(x), layer(x))
+
+
+@contextmanager
+def all_modes() -> Iterator[None]:
+    with ExitStack() as stack:
+        for state in (torch.inference_mode, DefaultDtype, deterministic):
+            stack.enter_context(state())
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_modes_of_the_caller_change_no_logit(packed: Packed) -> None:
+    with all_modes(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        loaded = load(packed.folder, dtype="float32")
+    assert torch.equal(logits(loaded), packed.logits)
+    with all_modes():
+        assert torch.equal(packed.model(input_ids=IDS, use_cache=False).logits, packed.logits)
+    layer, x = packed.layer(), torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (layer(x).float() - layer(x.float())).norm() < 0.02 * layer(x).norm()
+        assert (packed.model(input_ids=IDS).logits - packed.logits).norm() < 0.05 * packed.logits.norm()
+
+
+def test_several_threads_use_one_model(packed: Packed) -> None:
+    fresh = copy.deepcopy(packed.model)  # whose kernels have not been looked up yet
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(logits, [fresh] * 8):
+            assert torch.equal(found, packed.logits)
+
+
+class Logits(Dataset[Tensor]):
+    """Rows that a data loader's worker computes with packed models."""
+
+    def __init__(self, models: list[Any]) -> None:
+        self.models = models
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return logits(self.models[row])
+
+
+def from_workers(models: list[Any], method: str) -> list[Tensor]:
+    rows: Any = DataLoader(Logits(models), batch_size=None, num_workers=1, multiprocessing_context=method, timeout=120)
+    return list(rows)
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_worker_computes_the_same(packed: Packed) -> None:
+    with threads(2):
+        expected = logits(packed.model)
+        (found,) = from_workers([packed.model], "fork")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # a worker of a data loader has one thread
+
+
+@pytest.mark.slow
+def test_a_spawned_worker_computes_the_same(source: Path, tmp_path: Path) -> None:
+    models = [load(make_packed(chosen, source, tmp_path), dtype="float32") for chosen in PACKED]
+    for model, found in zip(models, from_workers(models, "spawn"), strict=True):
+        assert torch.equal(found, logits(model))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_threads_of_compiled_loops_are_started_anew_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch is built without GNU's OpenMP: a forked process has none of the threads of its parent."""
+    monkeypatch.setattr(compute_threads, "_openmp", lambda: None)
+    done: list[int] = []
+    with threads(2):
+        compute_threads.run_shares(done.append, (), [(1,), (2,)])
+        assert sorted(done) == [1, 2]
+        child = multiprocessing.get_context("fork").Process(
+            target=compute_threads.run_shares, args=(abs, (), [(1,)] * 4)
+        )
+        child.start()
+        child.join(60)
+        ended = child.exitcode
+        child.kill()
+    assert ended == 0
+
+
+def test_a_packed_layer_is_one_graph_for_a_compiler(packed: Packed) -> None:
+    layer, x = packed.layer(), torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_layer_is_exported_without_this_package(packed: Packed) -> None:
+    layer, x = packed.layer(), torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,))
+        assert not any("gptq" in str(node.target) for node in exported.graph.nodes)
+        saved = io.BytesIO()
+        torch.export.save(exported, saved)
+        saved.seek(0)
+        torch.testing.assert_close(torch.export.load(saved).module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+# --- the caller's modes -----------------------------------------------------------------------------------------------
 
 
 class DefaultDtype(AbstractContextManager[None]):

@@ -113,7 +113,7 @@ def _split(raw: Tensor, bits: int, span: int) -> Tensor:
     So byte j of a run holds the codes j, j + span, j + 2 span, ... of the run; returns (blocks, bytes * 8 / bits).
     """
     runs = raw.unflatten(1, (-1, 1, span))  # (blocks, runs, 1, span)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(1, 1, -1, 1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=raw.device).view(1, 1, -1, 1)
     fields: Tensor = (runs >> shifts) & (2**bits - 1)  # (blocks, runs, fields, span)
     return fields.flatten(1)
 
@@ -121,18 +121,18 @@ def _split(raw: Tensor, bits: int, span: int) -> Tensor:
 def _join(codes: Tensor, bits: int, span: int) -> Tensor:
     """Undo `_split`."""
     fields = codes.unflatten(1, (-1, 8 // bits, span))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(1, 1, -1, 1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(1, 1, -1, 1)
     return _sum_bytes(fields << shifts, 2).flatten(1)
 
 
 def _bits32(raw: Tensor) -> Tensor:
     """Return the 32 bits of four bytes, lowest first: (blocks, 32)."""
-    bits: Tensor = (raw[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits: Tensor = (raw[..., None] >> torch.arange(8, dtype=torch.uint8, device=raw.device)) & 1
     return bits.flatten(1)
 
 
 def _from_bits32(bits: Tensor) -> Tensor:
-    return _sum_bytes(bits.unflatten(1, (4, 8)) << torch.arange(8, dtype=torch.uint8), 2)
+    return _sum_bytes(bits.unflatten(1, (4, 8)) << torch.arange(8, dtype=torch.uint8, device=bits.device), 2)
 
 
 def _sum_bytes(parts: Tensor, dim: int) -> Tensor:

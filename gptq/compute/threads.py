@@ -1,6 +1,7 @@
 """Run compiled loops on the threads of this process, on as many as torch uses."""
 
 import ctypes
+import os
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -71,3 +72,7 @@ def _openmp() -> ctypes.CDLL | None:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="gptq")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of these threads, and would wait for them for ever
+    os.register_at_fork(after_in_child=_pool.cache_clear)

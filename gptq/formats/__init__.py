@@ -20,7 +20,7 @@ from gptq.solver import Codes
 
 __all__ = [
     "FORMATS", "GPTQ_BITS", "SCALE_DTYPE", "Codes", "FileFormat", "Scheme", "contiguous_groups", "decode",
-    "decode_groups", "decode_zeros", "encode", "layout", "refusal",
+    "decode_groups", "decode_shaped", "decode_zeros", "encode", "layout", "refusal",
 ]  # fmt: skip
 
 FORMATS: dict[Format, FileFormat] = {
@@ -47,6 +47,10 @@ def encode(
 
 def decode(packed: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     return FORMATS[scheme.format].decode(packed, scheme)
+
+
+def decode_shaped(packed: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Codes:
+    return FORMATS[scheme.format].decode_shaped(packed, scheme, shape)
 
 
 def decode_groups(packed: Mapping[str, Tensor], scheme: Scheme, inputs: int) -> Tensor:

@@ -126,6 +126,13 @@ class FileFormat(ABC):
             ValueError: the shapes do not fit each other.
         """
 
+    def decode_shaped(self, packed: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Codes:
+        """Do as `decode` does for a layer whose shape (outputs, inputs) is known.
+
+        No number is read out of a tensor, which torch.export could not follow and the meta device does not have.
+        """
+        return self.decode(packed, scheme)
+
     @abstractmethod
     def decode_groups(self, packed: Mapping[str, Tensor], scheme: Scheme, inputs: int) -> Tensor:
         """The group of each input, (inputs,) int32."""

@@ -105,7 +105,9 @@ class Nvfp4(Fp4):
         whole = packed["weight_global_scale"].float()
         scale = packed["weight_scale"].float() / whole
         each = whole.expand(len(scale), 1)
-        return self.to_codes(unpack_pairs(packed["weight_packed"]), scale, torch.tensor(E2M1), scheme, each)
+        return self.to_codes(
+            unpack_pairs(packed["weight_packed"]), scale, torch.tensor(E2M1, dtype=torch.float32), scheme, each
+        )
 
     def find_wrong_value(self, packed: Mapping[str, Tensor]) -> tuple[str, str] | None:
         whole = float(packed["weight_global_scale"])
@@ -128,7 +130,7 @@ class Mxfp4(Fp4):
     def decode(self, packed: Mapping[str, Tensor], scheme: Scheme) -> Codes:
         exponents = packed["weight_scale"]
         codes = unpack_pairs(packed["weight_packed"])
-        return self.to_codes(codes, powers_of_two(exponents), torch.tensor(E2M1), scheme)
+        return self.to_codes(codes, powers_of_two(exponents), torch.tensor(E2M1, dtype=torch.float32), scheme)
 
     def find_wrong_value(self, packed: Mapping[str, Tensor]) -> tuple[str, str] | None:
         wrong = bool((packed["weight_scale"] == NAN_EXPONENT).any())

@@ -73,7 +73,9 @@ class FloatQuantized(TableFormat, CompressedTensors):
         return {"weight": layer.codes.view(FLOAT8), "weight_scale": layer.scale.to(scale_dtype).contiguous()}
 
     def decode(self, packed: Mapping[str, Tensor], scheme: Scheme) -> Codes:
-        return self.to_codes(packed["weight"].view(torch.uint8), packed["weight_scale"], torch.tensor(E4M3), scheme)
+        return self.to_codes(
+            packed["weight"].view(torch.uint8), packed["weight_scale"], torch.tensor(E4M3, dtype=torch.float32), scheme
+        )
 
     def describe_weights(self, scheme: Scheme) -> dict[str, Any]:
         return describe_floats(BITS, "channel", None)
@@ -125,7 +127,7 @@ class Fp8Blocks(TableFormat):
     def decode(self, packed: Mapping[str, Tensor], scheme: Scheme) -> Codes:
         codes = packed["weight"].view(torch.uint8)
         scale = _of_rows(packed["weight_scale_inv"], len(codes))
-        return self.to_codes(codes, scale, torch.tensor(E4M3), scheme)
+        return self.to_codes(codes, scale, torch.tensor(E4M3, dtype=torch.float32), scheme)
 
     # --- quantization_config ---
 

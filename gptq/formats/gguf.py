@@ -65,7 +65,10 @@ class Ggml(FileFormat):
 
     @abstractmethod
     def to_codes(self, blocks: Blocks, scheme: Scheme) -> Codes:
-        """Undo `to_blocks`; raises ValueError if the blocks hold what `to_blocks` never returns."""
+        """Undo `to_blocks`."""
+
+    def check_blocks(self, blocks: Blocks, scheme: Scheme) -> None:
+        """Raise ValueError if blocks hold what `to_blocks` never returns."""
 
     def type_of(self, scheme: Scheme) -> BlockType:
         """Return the type that stores layers with a scheme that `refusal` has accepted.
@@ -103,6 +106,11 @@ class Ggml(FileFormat):
         return {gguf_file.KEY: self.type_of(scheme).pack(self.to_blocks(layer, scheme))}
 
     def decode(self, packed: Mapping[str, Tensor], scheme: Scheme) -> Codes:
+        blocks = self.type_of(scheme).unpack(packed[gguf_file.KEY])
+        self.check_blocks(blocks, scheme)
+        return self.to_codes(blocks, scheme)
+
+    def decode_shaped(self, packed: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Codes:
         return self.to_codes(self.type_of(scheme).unpack(packed[gguf_file.KEY]), scheme)
 
     def decode_groups(self, packed: Mapping[str, Tensor], scheme: Scheme, inputs: int) -> Tensor:
@@ -217,16 +225,29 @@ class Gguf(Ggml):
 
     def to_codes(self, blocks: Blocks, scheme: Scheme) -> Codes:
         inputs, groups = blocks.codes.shape[1], scheme.groups(blocks.codes.shape[1])
-        middle = 2 ** (scheme.bits - 1) if scheme.sym else 0
-        codes = blocks.codes.to(torch.int16) - (self.type_of(scheme).offset - middle if scheme.sym else 0)
-        low, high = codes.aminmax()
+        scale = _first_of_each(blocks.d, groups)
+        offset = None if blocks.m is None else _first_of_each(blocks.m, groups)
+        zero = torch.full_like(scale, self._middle(scheme), dtype=torch.uint8)
+        g_idx = contiguous_groups(scheme, inputs).to(scale.device)
+        return Codes(self._shifted(blocks, scheme).to(torch.uint8), scale, zero, g_idx, offset=offset)
+
+    def check_blocks(self, blocks: Blocks, scheme: Scheme) -> None:
+        low, high = self._shifted(blocks, scheme).aminmax()
         if low < 0 or high >= 2**scheme.bits:
-            worst = int(low if low < 0 else high) - middle
+            worst = int(low if low < 0 else high) - self._middle(scheme)
             raise ValueError(f"a code is {worst}, which {scheme.bits} bits do not hold")
-        scale = _take_repeated(blocks.d, groups)
-        offset = None if blocks.m is None else _take_repeated(blocks.m, groups)
-        zero = torch.full_like(scale, middle, dtype=torch.uint8)
-        return Codes(codes.to(torch.uint8), scale, zero, contiguous_groups(scheme, inputs), offset=offset)
+        for numbers in (blocks.d, blocks.m):
+            if numbers is not None:
+                _require_repeated(numbers, scheme.groups(blocks.codes.shape[1]))
+
+    @staticmethod
+    def _middle(scheme: Scheme) -> int:
+        """The code that stands for 0; asymmetric layers have an offset instead."""
+        return int(2 ** (scheme.bits - 1)) if scheme.sym else 0
+
+    def _shifted(self, blocks: Blocks, scheme: Scheme) -> Tensor:
+        """Codes (outputs, inputs) int16 of this width, from those of ggml's type, which may be wider."""
+        return blocks.codes.to(torch.int16) - (self.type_of(scheme).offset - self._middle(scheme) if scheme.sym else 0)
 
 
 class GgufK(Ggml):
@@ -266,7 +287,7 @@ class GgufK(Ggml):
             raise ValueError(f"blocks of {kind.name} have scales")
         scale = d.repeat_interleave(groups, 1) * (scales.float() - kind.bias)
         zero = torch.full_like(scale, kind.offset, dtype=torch.uint8)
-        g_idx = contiguous_groups(scheme, blocks.codes.shape[1])
+        g_idx = contiguous_groups(scheme, blocks.codes.shape[1]).to(scale.device)
         if blocks.m is None or blocks.mins is None:
             return Codes(blocks.codes, scale, zero, g_idx, super_scale=d)
         m = blocks.m.float()
@@ -293,9 +314,14 @@ class GgufIq4(Ggml):
 
     def to_codes(self, blocks: Blocks, scheme: Scheme) -> Codes:
         inputs = blocks.codes.shape[1]
-        scale, table = _take_repeated(blocks.d, scheme.groups(inputs)), torch.tensor(IQ4_NL, dtype=torch.float32)
+        scale = _first_of_each(blocks.d, scheme.groups(inputs))
+        table = torch.tensor(IQ4_NL, dtype=torch.float32, device=scale.device)
         zero = torch.zeros_like(scale, dtype=torch.uint8)
-        return Codes(blocks.codes, scale, zero, contiguous_groups(scheme, inputs), table=table)
+        g_idx = contiguous_groups(scheme, inputs).to(scale.device)
+        return Codes(blocks.codes, scale, zero, g_idx, table=table)
+
+    def check_blocks(self, blocks: Blocks, scheme: Scheme) -> None:
+        _require_repeated(blocks.d, scheme.groups(blocks.codes.shape[1]))
 
 
 def _to_float16(numbers: Tensor, what: str) -> Tensor:
@@ -306,13 +332,17 @@ def _to_float16(numbers: Tensor, what: str) -> Tensor:
     return halves
 
 
-def _take_repeated(numbers: Tensor, groups: int) -> Tensor:
-    """Return the number (outputs, groups) that all blocks of a group have; raises ValueError if they differ."""
+def _first_of_each(numbers: Tensor, groups: int) -> Tensor:
+    """Return the number (outputs, groups) that all blocks of a group have, from (outputs, blocks)."""
+    first: Tensor = numbers.unflatten(1, (groups, -1))[..., 0]
+    return first.contiguous()
+
+
+def _require_repeated(numbers: Tensor, groups: int) -> None:
+    """Raise ValueError if the blocks of a group have different numbers."""
     each = numbers.unflatten(1, (groups, -1))  # (outputs, groups, blocks of a group)
     if bool((each.view(torch.int16) != each[..., :1].view(torch.int16)).any()):
         raise ValueError("the blocks of a group have different scales")
-    first: Tensor = each[..., 0]
-    return first.contiguous()
 
 
 # --- quantization_config ----------------------------------------------------------------------------------------------

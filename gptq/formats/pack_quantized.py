@@ -69,6 +69,10 @@ class PackQuantized(CompressedTensors):
 
     def decode(self, packed: Mapping[str, Tensor], scheme: Scheme) -> Codes:
         outputs, inputs = (int(n) for n in packed["weight_shape"])
+        return self.decode_shaped(packed, scheme, (outputs, inputs))
+
+    def decode_shaped(self, packed: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Codes:
+        outputs, inputs = shape
         codes = unpack(packed["weight_packed"].T, scheme.bits, inputs).T
         zero, g_idx = self.decode_zeros(packed, scheme, outputs), self.decode_groups(packed, scheme, inputs)
         return Codes(codes, packed["weight_scale"], zero, g_idx)

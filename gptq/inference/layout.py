@@ -28,7 +28,7 @@ class Stored:
         return self.scheme.columns(self.inputs)
 
     def codes(self) -> formats.Codes:
-        return formats.decode(self.packed, self.scheme)
+        return formats.decode_shaped(self.packed, self.scheme, (self.outputs, self.inputs))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from gptq.inference.layout import Stored
 
 TRIM_EVERY = 2**24  # bytes of freed packed words, after which the heap's free pages are returned to the system
 INT8_MAX = 127
+NOT_PICKLED = frozenset((torch.uint32, torch.float8_e4m3fn))  # stored dtypes that Python's pickle of tensors lacks
 SMALLEST = 1e-30  # a token of zeros has a scale too, and stays zero
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
 
@@ -22,8 +23,9 @@ class QuantLinear(nn.Module):
     """y = x W^T + bias with a packed W (outputs, inputs); buffers are the stored tensors under their names on disk.
 
     Until it is prepared, a layer dequantizes its weight in every forward. `prepare` converts the packed words to the
-    layout that the kernels of its device read. If that layout replaces the words, their buffer is None; state dicts,
-    copies and pickles still hold the stored tensors. A prepared layer that is moved or loaded again is prepared again.
+    layout that the kernels of its device read. If that layout replaces the words, their buffer is None; state dicts
+    hold the stored tensors, and copies and pickles give them back. A prepared layer that is moved or loaded again is
+    prepared again.
     """
 
     bias: Tensor | None
@@ -84,7 +86,11 @@ class QuantLinear(nn.Module):
         stored = self._buffers.get("weight")
         if stored is not None and any(tensor.is_meta for tensor in self.packed().values()):
             return stored  # transformers is filling the layer, one tensor after the other, and asks for it by its name
-        return formats.decode(self.packed(), self.scheme).weight()
+        return self._decoded()
+
+    def _decoded(self) -> Tensor:
+        """The dequantized weight (outputs, inputs) in float32."""
+        return formats.decode_shaped(self.packed(), self.scheme, (self.out_features, self.in_features)).weight()
 
     def __getattr__(self, name: str) -> Any:
         """Return the stored tensor for a buffer that a kernel's layout replaces."""
@@ -109,7 +115,7 @@ class QuantLinear(nn.Module):
         """x W^T + bias."""
         product, bias = self._product, self._buffers["bias"]  # `self.bias` takes microseconds longer if it is None
         if product is None or x.dtype not in products.DTYPES or not x.numel() or self._needs_traceable_ops(x):
-            return nn.functional.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return nn.functional.linear(x, self._decoded().to(x.dtype), None if bias is None else bias.to(x.dtype))
         if torch.compiler.is_compiling() and self._operands is not None:
             y: Tensor = torch.ops.gptq.multiply(x, *self._operands)
         else:
@@ -149,10 +155,19 @@ class QuantLinear(nn.Module):
                 destination[prefix + suffix] = self._stored(suffix)
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
-        stored = {**self._buffers, **self.packed()}
-        return {**self.__dict__, "_buffers": stored, "_product": None, "_operands": None}
+        """Return what the layer holds: a tensor made here is gone before another process has mapped its memory."""
+        layout = self._product.layout if isinstance(self._product, products.CpuProduct) else None
+        held = dict(self._buffers)
+        as_bytes = {name: t.dtype for name, t in held.items() if t is not None and t.dtype in NOT_PICKLED}
+        held.update({name: held[name].view(torch.uint8) for name in as_bytes})
+        state = {**self.__dict__, "_buffers": held, "_product": None, "_operands": None}
+        return {**state, "_as_bytes": as_bytes, "_layout": layout if layout and layout.whole else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        layout, as_bytes, held = state.pop("_layout"), state.pop("_as_bytes"), state["_buffers"]
+        held.update({name: held[name].view(dtype) for name, dtype in as_bytes.items()})
+        if layout is not None:
+            held["qweight"] = layout.stored_words()
         super().__setstate__(state)
         if self.is_prepared:
             self.prepare()

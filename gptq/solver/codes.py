@@ -34,7 +34,7 @@ class Codes:
             return self._dequantize(slice(None), self.codes, lambda x: x[:, g_idx])
         runs = torch.arange(groups, device=g_idx.device).repeat_interleave(columns // groups)
         is_contiguous = torch.equal(g_idx, runs)
-        Q = torch.empty(rows, columns, device=g_idx.device)
+        Q = torch.empty(rows, columns, dtype=torch.float32, device=g_idx.device)
         for chunk in row_chunks(rows, profile_of(Q.device).copied_rows):
             codes = self.codes[chunk]
             if is_contiguous:
