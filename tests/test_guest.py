@@ -6,8 +6,9 @@ Tests take a small packed model of each format, which is made once.
 import copy
 import io
 import multiprocessing
-import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,19 +19,23 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import gptq
 from gptq import QuantConfig, load, quantize
-from gptq.compute import threads as compute_threads
+from gptq.compute.threads import _pool
 from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import GROUP_SIZES
 from gptq.formats import FORMATS
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
+from gptq.planning.plan import plan_checkpoint
 from tests.conftest import MakeModel, threads, write_model
+from tests.process_state import changes, snapshot
 
 CONFIG = QuantConfig(bits=4, group_size=32, effort="best", tune_steps=1, format="gptq")
 IDS = torch.arange(1, 33).view(2, 16)
@@ -71,7 +76,8 @@ def make_packed(chosen: Any, source: Path, parent: Path) -> Path:
     if chosen.startswith("gguf"):
         pytest.importorskip("gguf")
     quantize(source, parent / chosen, QuantConfig(method="rtn", format=chosen, **options_of(chosen)))
-    return parent / chosen
+    folder: Path = parent / chosen
+    return folder
 
 
 def options_of(chosen: Any) -> dict[str, Any]:
@@ -192,23 +198,18 @@ def test_a_spawned_worker_computes_the_same(source: Path, tmp_path: Path) -> Non
         assert torch.equal(found, logits(model))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def add_in_thread() -> None:
+    assert _pool(2).submit(sum, [1, 2]).result(20) == 3
+
+
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_threads_of_compiled_loops_are_started_anew_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch is built without GNU's OpenMP: a forked process has none of the threads of its parent."""
-    monkeypatch.setattr(compute_threads, "_openmp", lambda: None)
-    done: list[int] = []
-    with threads(2):
-        compute_threads.run_shares(done.append, (), [(1,), (2,)])
-        assert sorted(done) == [1, 2]
-        child = multiprocessing.get_context("fork").Process(
-            target=compute_threads.run_shares, args=(abs, (), [(1,)] * 4)
-        )
-        child.start()
-        child.join(60)
-        ended = child.exitcode
-        child.kill()
-    assert ended == 0
+def test_threads_of_compiled_loops_are_started_anew_after_a_fork() -> None:
+    """Those that are used where torch is built without GNU's OpenMP: a forked process has none of its parent's."""
+    add_in_thread()
+    child = multiprocessing.get_context("fork").Process(target=add_in_thread)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def test_a_packed_layer_is_one_graph_for_a_compiler(packed: Packed) -> None:
@@ -228,6 +229,57 @@ def test_a_packed_layer_is_exported_without_this_package(packed: Packed) -> None
         torch.export.save(exported, saved)
         saved.seek(0)
         torch.testing.assert_close(torch.export.load(saved).module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+# --- the caller's process ----------------------------------------------------------------------------------------------
+
+
+def calls(source: Path, out: Path, text_file: str) -> dict[str, Callable[[], object]]:
+    """What a library user calls, on a small model; `best` goes through every stage of a run."""
+    windows = IDS.repeat(4, 1)
+    short: dict[str, Any] = {"seq_len": 16, "windows": 2}
+    return {
+        "quantize": lambda: quantize(source, out, CONFIG, calibration=windows),
+        "plan": lambda: plan_checkpoint(str(source), CONFIG, None, False),
+        "load": lambda: load(out),
+        "from_pretrained": lambda: AutoModelForCausalLM.from_pretrained(out),
+        "forward": lambda: logits(load(out)),
+        "inspect": lambda: verify.inspect(out),
+        "verify": lambda: verify.verify(out),
+        "perplexity": lambda: gptq.perplexity(out, text_file, **short),
+        "compare": lambda: gptq.compare(out, source, text_file, **short),
+        "convert": lambda: gptq.convert(out, out.with_name("converted"), "gptq_v2"),
+    }
+
+
+def test_calls_leave_the_process_as_it_was_and_print_nothing(
+    source: Path, text_file: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    transformers.logging.disable_progress_bar()
+    try:
+        for name, call in calls(source, tmp_path / "out", text_file).items():
+            before = snapshot()
+            call()
+            assert changes(before, snapshot()) == [], name
+            assert capfd.readouterr() == ("", ""), name
+    finally:
+        transformers.logging.enable_progress_bar()
+
+
+IMPORTING = """
+import torch, transformers
+from tests.process_state import changes, snapshot
+before = snapshot()
+import gptq
+gptq.quantize, gptq.load, gptq.compare, gptq.convert
+print({*changes(before, snapshot())} - {"warnings"})  # scipy and sympy have filters of their own
+"""
+
+
+@pytest.mark.slow
+def test_importing_the_package_leaves_the_process_as_it_was() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 # --- the caller's modes -----------------------------------------------------------------------------------------------

@@ -158,8 +158,9 @@ class QuantLinear(nn.Module):
         """Return what the layer holds: a tensor made here is gone before another process has mapped its memory."""
         layout = self._product.layout if isinstance(self._product, products.CpuProduct) else None
         held = dict(self._buffers)
-        as_bytes = {name: t.dtype for name, t in held.items() if t is not None and t.dtype in NOT_PICKLED}
-        held.update({name: held[name].view(torch.uint8) for name in as_bytes})
+        odd = {name: tensor for name, tensor in held.items() if tensor is not None and tensor.dtype in NOT_PICKLED}
+        as_bytes = {name: tensor.dtype for name, tensor in odd.items()}
+        held.update({name: tensor.view(torch.uint8) for name, tensor in odd.items()})
         state = {**self.__dict__, "_buffers": held, "_product": None, "_operands": None}
         return {**state, "_as_bytes": as_bytes, "_layout": layout if layout and layout.whole else None}
 
