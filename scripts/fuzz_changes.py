@@ -138,11 +138,18 @@ def _grow(content: bytes, draw: random.Random) -> bytes:
     )
 
 
+def _splice(content: bytes, draw: random.Random) -> bytes:
+    """Copy a few bytes over others nearby, such as one name of a header over another."""
+    start, size = draw.randrange(len(content) + 1), draw.choice([4, 8, 24, 64])
+    to = max(start + draw.randint(-400, 400), 0)
+    return content[:to] + content[start : start + size] + content[to + size :]
+
+
 def _raw(content: bytes, draw: random.Random) -> bytes:
     return draw.choice(RAW)
 
 
-ANY: tuple[Editor, ...] = (_bytes, _bit, _cut, _grow, _raw)
+ANY: tuple[Editor, ...] = (_bytes, _bit, _cut, _grow, _splice, _raw)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

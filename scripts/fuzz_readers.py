@@ -35,7 +35,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -672,7 +672,10 @@ class Campaign:
 
 
 RECORDS = [RECORD, RECORD, "quality.json"]
-OFTEN = ("config.json", "model.safetensors", "model.gguf", "tensor_index.json", "journal.jsonl", "metadata.jsonl")
+OFTEN = {
+    "config.json", "model.safetensors", "model.safetensors.index.json", "model.gguf", "tensor_index.json",
+    "journal.jsonl", "metadata.jsonl",
+}  # fmt: skip
 
 
 def _weighted_files(folder: Path) -> list[str]:
@@ -683,6 +686,8 @@ def _weighted_files(folder: Path) -> list[str]:
 
 def work(connection: Connection, seeds: dict[str, Path], coverage: Coverage) -> None:
     """Run the changes that come through the connection, and answer each; in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     name_rules.PATIENCE = 1.0  # seconds for regular expressions; a minute in earnest
     transformers.logging.disable_progress_bar()
@@ -796,6 +801,37 @@ def _prepare(folder: Path) -> dict[str, Path]:
     return dict(seeds)
 
 
+def run_changes(
+    changes: Iterable[Change], worker: Worker, keep: Callable[[Change], None], whole: bool
+) -> tuple[Counter[str], dict[str, Change]]:
+    """Run changes until they end or an interrupt comes; return the count by target, and a change for each violation.
+
+    Args:
+        keep: called with a change that reached something new.
+        whole: leave nothing out of a change that is printed.
+    """
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: stopped.append(received))
+    counts: Counter[str] = Counter()
+    found: dict[str, Change] = {}
+    began = time.monotonic()
+    for change in changes:
+        if stopped:
+            break
+        wrong, fresh = worker.run(change)
+        counts[change.target] += 1
+        if fresh and not wrong:
+            keep(change)
+        if wrong and kind_of(wrong) not in found:
+            found[kind_of(wrong)] = change if whole else smallest(change, kind_of(wrong), worker)
+            print(f"FOUND {wrong}\n      --again '{found[kind_of(wrong)]}'", flush=True)
+        if counts.total() % 1000 == 0:
+            passed = time.monotonic() - began
+            print(f"{counts.total()} changes, {passed:.0f} s, {len(worker.branches)} branches", flush=True)
+    return counts, found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", type=int, default=2000, metavar="N")
@@ -804,30 +840,16 @@ def main() -> int:
     parser.add_argument("--again", action="append", metavar="CHANGE", help="run one change, as it was printed")
     parser.add_argument("--reached", action="store_true", help="list lines of the readers that no change reached")
     args = parser.parse_args()
-    found: dict[str, Change] = {}
-    counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as place:
         seeds = _prepare(Path(place))
         worker = Worker(seeds)
         campaign = Campaign(seeds, random.Random(args.seed), args.only or list(TARGETS))
-        began = time.monotonic()
-        todo = [Change.parse(text) for text in args.again or ()]
-        for number in range(len(todo) or args.changes):
-            change = todo[number] if todo else campaign.next()
-            wrong, fresh = worker.run(change)
-            counts[change.target] += 1
-            if fresh and not wrong:
-                campaign.keep(change)
-            if wrong and kind_of(wrong) not in found:
-                change = change if todo else smallest(change, kind_of(wrong), worker)
-                found[kind_of(wrong)] = change
-                print(f"FOUND {wrong}\n      --again '{change}'", flush=True)
-            if number % 1000 == 999:
-                passed, kept = time.monotonic() - began, sum(map(len, campaign.corpus.values()))
-                print(f"{number + 1} changes, {passed:.0f} s, {len(worker.branches)} branches, {kept} kept", flush=True)
+        given = [Change.parse(text) for text in args.again or ()]
+        changes = given or (campaign.next() for _ in range(args.changes))
+        counts, found = run_changes(changes, worker, campaign.keep, whole=bool(given))
         worker.stop()
     print(*(f"{name}: {counts[name]}" for name in TARGETS if counts[name]), sep=", ")
-    print(f"{sum(counts.values())} changes, seed {args.seed}, {len(worker.branches)} branches, {len(found)} findings")
+    print(f"{counts.total()} changes, seed {args.seed}, {len(worker.branches)} branches, {len(found)} findings")
     if args.reached:
         print(*unreached(worker.lines, ("checkpoint", "formats", "calibration", "output")), sep="\n")
     return 1 if found else 0

@@ -134,6 +134,10 @@ def _model(folder: Path, kind: str, max_shard_size: str = "5GB", **options: Any)
     config = transformers.AutoConfig.for_model(kind, **small | options, bos_token_id=0, eos_token_id=0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=max_shard_size)
     _tokenizer().save_pretrained(folder)
+    if max_shard_size != "5GB":  # and what a folder may hold besides
+        for name in ("additional_chat_templates/a.jinja", "1_Pooling/config.json", "extra.txt"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("{}")
     return folder
 
 
@@ -225,7 +229,16 @@ RENAMED: dict[
     str, tuple[str, dict[str, Any], bool]
 ] = {  # our file without g_idx: which, what is said, and in config.json
     "autogptq": ("gptq", {"bits": 4, "group_size": 16, "sym": True, "desc_act": False}, False),
-    "auto-round": ("gptq_v2", {**AUTO_ROUND, "bits": 3, "packing_format": "auto_round"}, True),
+    "auto-round": (
+        "gptq_v2",
+        {
+            **AUTO_ROUND,
+            "bits": 3,
+            "packing_format": "auto_round",
+            "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 3}, ".*down_proj.*": {"group_size": 16}},
+        },
+        True,
+    ),
 }
 
 
@@ -348,6 +361,7 @@ def make_gguf(folder: Path) -> dict[str, Path]:
     folder = folder / "types"
     folder.mkdir(parents=True)
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_custom_alignment(32)
     writer.add_uint32("a.u32", 7)
     writer.add_float32("a.f32", 0.5)
     writer.add_bool("a.bool", True)

@@ -127,7 +127,7 @@ def test_architectures_come_back_as_they_were(kind: str, make_model: MakeModel, 
     assert all_bytes(tmp_path / "c") == all_bytes(tmp_path / "a")
     header = read_gguf_header(tmp_path / "b" / "model.gguf")
     arch = ARCHITECTURES[json.loads((source / "config.json").read_text())["model_type"]].name
-    assert header.architecture == arch
+    assert header.values["general.architecture"] == arch
     assert header.values[f"{arch}.block_count"] == 2
     stacked = [s.info.shape[0] for n, s in header.tensors.items() if n.endswith("_exps.weight")]
     assert stacked == ([4] * 6 if kind in ("mixtral", "qwen3_moe") else [])

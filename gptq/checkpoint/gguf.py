@@ -59,10 +59,6 @@ class GgufHeader:
     lengths: dict[str, int]  # of arrays, by key
     tensors: dict[str, StoredTensor]
 
-    @property
-    def architecture(self) -> str:
-        return str(self.values.get("general.architecture", "unknown"))
-
 
 def read_gguf_header(file: Path) -> GgufHeader:
     """Read and check the header of a GGUF file.
