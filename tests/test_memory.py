@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from gptq.checkpoint.prefetch import CopyAhead
 from gptq.checkpoint.reader import Source
@@ -26,6 +28,7 @@ from gptq.models.hf_config import choose_dtype
 from gptq.pipeline.offload import MIN_BYTES, ActivationOffload
 from gptq.pipeline.quantize import quantize
 from gptq.pipeline.run import Observer
+from gptq.pipeline.tune import tune
 from gptq.planning import cost, memory
 from gptq.planning.plan import Plan, plan_checkpoint
 from tests.conftest import MakeModel, threads
@@ -391,3 +394,28 @@ def test_work_is_counted_as_the_formulas_say(make_model: MakeModel) -> None:
     assert tuned.forward == pytest.approx(drifted.forward + 5 * 7 * 10 * 6 * work.weights)  # seven windows learn
     assert cost.count_work(plan, QuantConfig(group_size=32, method="rtn"), tokens).total == 0
     assert work.seconds(cost.Rates(1e9, 1e9, 0.0)) < work.seconds(cost.Rates(1e9, 5e8, 0.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tuning_holds_what_the_model_says(
+    dtype: torch.dtype, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peak of allocations while a block is tuned, by torch's profiler, is below the model and not far below."""
+    source = make_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    measured, own = [], tune
+
+    def profiled(*args: Any) -> Any:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            found = own(*args)
+        events = recorded.profiler.kineto_results.events()
+        measured.append(max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")))
+        return found
+
+    monkeypatch.setattr("gptq.pipeline.block.tune", profiled)
+    config = QuantConfig(group_size=32, effort="best", tune_steps=2)
+    calibration = torch.randint(1, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    quantize(source, tmp_path / "out", config, calibration=calibration, dtype=str(dtype).removeprefix("torch."))
+    plan = planned(source)
+    model = memory._tuning(list(plan.layers.values()), memory.Tokens(4, 32, 0), dtype, device_profile.CPU)
+    assert measured[0] < model < 1.6 * measured[0]

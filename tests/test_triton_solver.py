@@ -1,9 +1,5 @@
 """The Triton kernels, run by Triton's interpreter on a CPU, against the same arithmetic in whole-tensor operations."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,31 +75,3 @@ def test_a_solve_made_of_them_has_the_error_of_the_plain_one(
     assert torch.equal(made.scale, plain.scale)
     assert (made.codes != plain.codes).float().mean() < 0.01  # those within rounding of a tie, and what follows them
     assert made.error == pytest.approx(plain.error, rel=1e-3)
-
-
-COMPILE = """
-from itertools import product
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from gptq.solver import inner_loops_triton as t
-types = {"codes": "*u8", "groups": "*i64", "best": "*i64"}
-types |= dict.fromkeys(("rows", "columns", "candidates", "top"), "i32")
-kernels = (t._choose_columns_kernel, {"COLUMNS": 128}), (t._best_grids_kernel, {"CHUNK_COLUMNS": t.CHUNK_COLUMNS})
-for (kernel, own), form in product(kernels, (1, 2, 3)):
-    sizes = own | {"PROGRAM_ROWS": t.PROGRAM_ROWS, "FORM": form}
-    signature = {name: "constexpr" if name in sizes else types.get(name, "*fp32") for name in kernel.arg_names}
-    for capability in (80, 90):
-        source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=t.LAUNCH_OPTIONS)
-        print(len(made.asm["cubin"]) > 0, ".local" in made.asm["ptx"], "div.rn.f32" in made.asm["ptx"])
-"""
-
-
-@pytest.mark.slow
-def test_the_kernels_compile_for_gpus_without_one(tmp_path: Path) -> None:
-    """To machine code whose division is exactly rounded and whose registers are not kept in memory."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert done.stdout.split("\n") == [*["True False True"] * 12, ""], done.stderr

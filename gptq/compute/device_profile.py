@@ -25,16 +25,19 @@ class DeviceProfile:
     nearest_groups: int  # groups of a row that are rounded to nearest at a time
     compares_windows: bool  # whether both streams' inputs of a window are compared at once, or after all windows
     sample_shape: tuple[int, int]  # rows and columns of the layer that is timed to estimate a run
+    score_bytes: int  # bytes that tuning holds for an attention score; 0 where the fused kernel's gradients repeat
     packing_threads: int  # threads that pack, hash and write a block while the next one is solved; 0: nobody does
 
 
 CPU = DeviceProfile(
     solve_rows=2048, hessian_rows=256, hessian_tokens=1024, correction_rows=1024, triangle_columns=256,
-    copied_rows=512, nearest_groups=1, compares_windows=True, sample_shape=(512, 1024), packing_threads=0,
+    copied_rows=512, nearest_groups=1, compares_windows=True, sample_shape=(512, 1024), score_bytes=0,
+    packing_threads=0,
 )  # fmt: skip
 GPU = DeviceProfile(
     solve_rows=2**15, hessian_rows=2048, hessian_tokens=8192, correction_rows=2**15, triangle_columns=None,
-    copied_rows=2**13, nearest_groups=2**10, compares_windows=False, sample_shape=(4096, 4096), packing_threads=4,
+    copied_rows=2**13, nearest_groups=2**10, compares_windows=False, sample_shape=(4096, 4096), score_bytes=12,
+    packing_threads=2,
 )  # fmt: skip
 SHARED_GPU = replace(GPU, solve_rows=2048, hessian_rows=512)  # tiles for several processes to share
 PROFILES = {"cpu": (CPU, CPU), "cuda": (GPU, SHARED_GPU)}  # for one process, and for several

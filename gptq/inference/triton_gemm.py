@@ -20,7 +20,7 @@ from gptq.compute.device_profile import current_device
 
 FEW_ROWS = 64  # up to this many rows, unpacking W for the product beats dequantizing it
 PROGRAMS = 512  # programs that the inputs are split for; fixed, so that sums do not depend on the GPU
-FEW_OUTPUTS = {16: 64, 32: 64, 64: 128}  # outputs of a program, by its rows
+FEW_OUTPUTS = 64  # outputs of a program that multiplies
 TILE_OUTPUTS = 128  # outputs of a program that dequantizes
 LARGEST_CHUNK = 128  # inputs that are unpacked at a time
 
@@ -115,8 +115,8 @@ def multiply(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bits: int, c
         return x @ dequantize(words, scale, zero, x.shape[1], bits, columns, x.dtype)
     (rows, inputs), outputs = x.shape, words.shape[1]
     block_rows = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    block_outputs, chunk = FEW_OUTPUTS[block_rows], chunk_of(columns, inputs)
-    tiles = triton.cdiv(outputs, block_outputs)
+    chunk = min(chunk_of(columns, inputs), 64 if block_rows == 64 else LARGEST_CHUNK)  # more would spill registers
+    tiles = triton.cdiv(outputs, FEW_OUTPUTS)
     chunks = triton.cdiv(inputs, chunk)
     each = triton.cdiv(chunks, max(min(chunks, PROGRAMS // tiles), 1))
     splits = triton.cdiv(chunks, each)
@@ -125,7 +125,7 @@ def multiply(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bits: int, c
         launch: Any = _multiply_few[(1, tiles, splits)]
         launch(
             x, words, scale, zero, sums, rows, inputs, outputs, len(words), each, triton.cdiv(columns, chunk),
-            BITS=bits, CHUNK=chunk, ROWS=block_rows, OUT=block_outputs,
+            BITS=bits, CHUNK=chunk, ROWS=block_rows, OUT=FEW_OUTPUTS,
         )  # fmt: skip
     return sums.sum(0).to(x.dtype) if splits > 1 else sums[0]
 

@@ -7,6 +7,7 @@ and r outputs; an element takes 4 bytes unless said otherwise.
     factorizing   H, C, U
     solving       H, U, and for the layer: the weight, its target, the solver's copy, the errors, the codes
     forward       the weight in the forward's dtype, once per stream
+    tuning        the logits of all codes of the block with gradients and Adam's moments, the activations of a window
     writing       the codes of the whole block, and the weight of one layer
 
 At every moment there are also the process itself, the codes of the block's layers so far, the activations of windows
@@ -37,6 +38,7 @@ DEFAULT_LIMIT = 0.8  # without a given limit, a run may use this fraction of the
 RETURN_ABOVE = 0.5  # a run whose peak exceeds this fraction of its limit returns freed memory after every layer
 FRAGMENTATION = 0.2  # without returning freed memory, the heap grows by this fraction of the run's own memory
 CAN_OFFLOAD = sys.platform == "linux"  # on other systems resident pages of a mapped file cannot be released and counted
+HEAD_WIDTH = 64  # of attention, where its scores are counted; most models have wider heads and fewer scores
 OVERHEAD = 60_000_000  # bytes for temporary slices of tensors, packed words and the allocator's bookkeeping
 CGROUPS = (  # limit and current use of a container's memory, cgroup v2 and v1
     ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -197,8 +199,25 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
             yield codes + 10 * size
         codes += size
         weights += dtype.itemsize * size * (streams if waits else 1) if keeps else 0
+    if config.tune_steps and config.method == "gptq":
+        yield codes + weights + 2 * between + _tuning(layers, tokens, dtype, profile)
     widest = max((layer.outputs * layer.inputs for layer in layers), default=0)
     yield 2 * codes + weights + 2 * between + 6 * widest
+
+
+def _tuning(layers: Sequence[LayerPlan], tokens: Tokens, dtype: torch.dtype, profile: DeviceProfile) -> int:
+    """Return the bytes that a step of tuning holds beside the solved block.
+
+    Of each weight: two logits, with gradient, two moments of Adam and the temporary of an update; the weight that they
+    stand for, in the forward's dtype, and its gradient. Of one layer: what its weight is made of. Of one window: the
+    inputs and outputs of all layers, and attention scores where gradients have to repeat.
+    """
+    sizes = [layer.outputs * layer.inputs for layer in layers]
+    features = sum(layer.outputs + layer.inputs for layer in layers)
+    of_window = tokens.per_window * (3 * dtype.itemsize * features + 4 * max(layer.outputs for layer in layers))
+    heads = layers[0].inputs // HEAD_WIDTH
+    scores = profile.score_bytes * heads * tokens.per_window**2
+    return sum(sizes) * (2 * 4 * 5 + 2 * dtype.itemsize) + 40 * max(sizes) + of_window + scores
 
 
 def _kept_outputs(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
