@@ -1,5 +1,8 @@
 """The Triton kernels of packed products, in Triton's interpreter on a CPU, against products in float64."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -107,8 +110,9 @@ def test_a_layer_gives_back_the_words_that_its_product_replaces(monkeypatch: pyt
     layer = QuantLinear(dict(stored.packed), None, stored.scheme, (32, 64))
     assert layer.prepare() == stored.packed["weight_packed"].nbytes
     assert layer._buffers["weight_packed"] is None
-    for key, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, stored.packed[key])
+    for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301
+        for key, tensor in one.state_dict().items():
+            assert torch.equal(tensor, stored.packed[key])
     torch.testing.assert_close(layer.weight.double(), weight)
     x = torch.randn(2, 64)
     torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=1e-5, atol=1e-5)

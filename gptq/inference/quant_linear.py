@@ -158,6 +158,8 @@ class QuantLinear(nn.Module):
         """Return what the layer holds: a tensor made here is gone before another process has mapped its memory."""
         layout = self._product.layout if isinstance(self._product, products.CpuProduct) else None
         held = dict(self._buffers)
+        if self._product is not None and self._product.replaces is not None and layout is None:
+            held[self._product.replaces] = self._product.stored_words()
         odd = {name: tensor for name, tensor in held.items() if tensor is not None and tensor.dtype in NOT_PICKLED}
         as_bytes = {name: tensor.dtype for name, tensor in odd.items()}
         held.update({name: tensor.view(torch.uint8) for name, tensor in odd.items()})
