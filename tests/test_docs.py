@@ -300,3 +300,45 @@ def test_every_number_that_a_page_asks_for_is_there() -> None:
             for part in name.split("."):
                 assert part in value, f"{page.name} asks for {name}"
                 value = value[part]
+
+
+# --- promises ---------------------------------------------------------------------------------------------------------
+
+PROMISES = DOCS / "reference" / "promises.md"
+
+
+def promises() -> list[tuple[str, str, list[str]]]:
+    """(page, sentence, tests) of every row."""
+    found = []
+    for section in PROMISES.read_text(encoding="utf-8").split("\n## ")[1:]:
+        page, _, rest = section.partition("\n")
+        rows = [cells(line) for line in rest.splitlines() if line.startswith("| ")][1:]
+        found += [(page, sentence, re.findall(r"`([^`]+)`", named)) for sentence, named in rows if sentence != "---"]
+    return found
+
+
+def test_what_a_promise_quotes_stands_in_its_page() -> None:
+    assert len(promises()) > 100
+    for page, sentence, _ in promises():
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert sentence in text, f"{page} no longer says: {sentence}"
+
+
+def test_behind_every_promise_stands_a_test_that_is_run() -> None:
+    defined = {}
+    for file in (ROOT / "tests").glob("test_*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        defined[file.name] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    named = [test for _, _, tests in promises() for test in tests]
+    broken = re.findall(r"`(test_\w+\.py::\w+)`", PROMISES.read_text(encoding="utf-8"))
+    for test in (*named, *broken):
+        file, _, function = test.partition("::")
+        assert function.startswith("test_"), test
+        assert function in defined.get(file, set()), f"{test} is promised and does not exist"
+    assert all(tests for _, _, tests in promises())
+
+
+def test_the_reference_names_what_is_public() -> None:
+    page = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"auto(?:function|class|exception):: gptq\.(\w+)", page))
+    assert documented == {*gptq.__all__} - {"__version__"}

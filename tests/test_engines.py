@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from gptq import QuantConfig, cli, formats, quantize
+from gptq import InputError, QuantConfig, cli, formats, quantize
 from gptq.config import FORMATS, Format
 from gptq.formats import Scheme
 from gptq.formats.compatibility import engines
 from gptq.inference.hf_quantization_config import BY_METHOD
 from gptq.models.blocks import FUSED
 from gptq.output import verify
+from gptq.planning.plan import plan_checkpoint
 from tests.conftest import MakeModel
 
 RTN = {"method": "rtn", "group_size": 32}
@@ -202,6 +203,18 @@ def test_siblings_stored_apart_are_told() -> None:
     vllm = next(engine for engine in engines(layers) if engine.name == "vLLM")
     assert not vllm.takes
     assert "model.layers.0.mlp.gate_proj and model.layers.0.mlp.up_proj are stored differently" in vllm.why
+
+
+def test_a_plan_reads_no_weights(make_model: MakeModel) -> None:
+    """Numbers that any reading refuses change nothing of it."""
+    source, config = make_model(), QuantConfig(bits=4, group_size=32)
+    before = plan_checkpoint(str(source), config, None, False)
+    damaged = {name: torch.full_like(t, torch.nan) for name, t in load_file(source / "model.safetensors").items()}
+    save_file(damaged, source / "model.safetensors", {"format": "pt"})
+    after = plan_checkpoint(str(source), config, None, False)
+    assert (after.layers, after.tensors, after.notes) == (before.layers, before.tensors, before.notes)
+    with pytest.raises(InputError, match="NaN"):
+        quantize(source, source.with_name("out"), QuantConfig(method="rtn", group_size=32))
 
 
 @pytest.mark.slow

@@ -231,7 +231,7 @@ def test_a_packed_layer_is_exported_without_this_package(packed: Packed) -> None
         torch.testing.assert_close(torch.export.load(saved).module()(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
-# --- the caller's process ----------------------------------------------------------------------------------------------
+# --- the caller's process --------------------------------------------------------------------------------------------
 
 
 def calls(source: Path, out: Path, text_file: str) -> dict[str, Callable[[], object]]:

@@ -315,6 +315,16 @@ def test_an_adapter_is_not_followed_to_another_model(checkpoints: dict[str, Path
         load(folder)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_kernels_of_the_hub_are_refused(key: str, make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model(num_hidden_layers=1)
+    described = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**described, key: "someone/flash-attention"}))
+    for use in (load, lambda folder: quantize(folder, tmp_path / "out", QuantConfig(method="rtn", group_size=32))):
+        with pytest.raises(InputError, match=f"{key} 'someone/flash-attention'.* code from the Hub"):
+            use(source)
+
+
 def test_a_forward_that_fails_is_a_sentence(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", input_ids=np.ones((2, 8), np.int64), position_ids=np.ones((2, 5), np.int64))
     with pytest.raises(InputError, match="a forward pass of LlamaForCausalLM failed"):
