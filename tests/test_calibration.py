@@ -245,6 +245,10 @@ IDS = torch.ones(1, 6, dtype=torch.int64)
     [
         ({"input_ids": IDS, "attention_mask": torch.ones(1, 5)}, "attention_mask in .*0 is 5 long, and masks 6 tokens"),
         ({"input_ids": IDS, "attention_mask": torch.zeros(1, 6)}, "attention_mask in calibration input 0 masks every"),
+        (
+            {"input_ids": IDS.expand(3, 6), "attention_mask": torch.tensor([[1] * 6, [0] * 6, [1] * 6])},
+            "attention_mask in calibration input 0, row 1 masks every position",
+        ),
         ({"input_values": torch.ones(1, 9), "attention_mask": torch.ones(1, 5)}, "5 long, which no other array"),
         ({"input_ids": IDS[None]}, r"input_ids in calibration input 0 is \(1, 1, 6\)"),
         ({"input_ids": IDS.float()}, r"torch.float32; it is \(windows, tokens\) integers"),

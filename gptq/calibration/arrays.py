@@ -82,11 +82,14 @@ def as_inputs(batches: Iterable[Mapping[str, Any]], names: Sequence[str] = ()) -
     first: Iterable[str] = ()
     for number, batch in enumerate(batches):
         where = names[number] if number < len(names) else f"calibration input {number}"
+        rows: list[Inputs] = []
         for arrays in _read_batch(batch, where):
             first = first or list(arrays)
             if arrays.keys() != set(first):
                 raise InputError(f"calibration inputs are {list(first)} first and {list(arrays)} later, in {where}")
-            windows += [without_masked(window, where) for window in _split(arrays, where)]
+            rows += _split(arrays, where)
+        places = [f"{where}, row {row}" for row in range(len(rows))] if len(rows) > 1 else [where]
+        windows += [without_masked(window, place) for window, place in zip(rows, places, strict=True)]
     if not windows:
         raise InputError("there is not one calibration input")
     return windows
