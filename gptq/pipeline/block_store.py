@@ -65,10 +65,12 @@ class BlockStore:
 
     def weight(self, plan: LayerPlan) -> Tensor:
         """Read the dequantized weight (outputs, inputs) of a finished layer."""
+        self.wait()  # the files have one position for reading and writing
         layout = formats.layout(plan.scheme, plan.outputs, plan.inputs)
         packed = {suffix: self._writer.read(f"{plan.stored}.{suffix}") for suffix in layout}
         return formats.decode(packed, plan.scheme).weight()
 
     def read(self, stored: str) -> Tensor:
         """Read a tensor of the output, by its name in the checkpoint."""
+        self.wait()
         return self._writer.read(stored)

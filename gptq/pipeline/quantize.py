@@ -178,9 +178,7 @@ def quantize(
         background = Background(where, profile_of(where).packing_threads)
         store = BlockStore(writer, journal, partial(state.require_same, decisive_files(plan.source)), background)
         try:
-            if background.is_behind:
-                background.start(partial(_copy_outside_blocks, plan, writer, ranks))
-            notes += _quantize_checkpoint(request, prepared, store, working.root, ranks)
+            notes += _quantize_checkpoint(request, prepared, store, writer, working.root, ranks)
             _copy_unquantized(plan, prepared.weights, writer, ranks, observer)
         finally:
             prepared.weights.prefetcher.join(cancel=True)
@@ -271,7 +269,7 @@ def _open_writer(working: PartialFolder, tensors: dict[str, TensorInfo], ranks: 
 
 
 def _quantize_checkpoint(
-    request: Request, prepared: Prepared, store: BlockStore, folder: Path, ranks: Ranks
+    request: Request, prepared: Prepared, store: BlockStore, writer: ShardWriter, folder: Path, ranks: Ranks
 ) -> list[str]:
     """Quantize the blocks that an earlier run has not finished; return the notes on all blocks."""
     plan, observer, config = prepared.plan, request.observer, request.config
@@ -289,6 +287,8 @@ def _quantize_checkpoint(
     )
     notes = _restore(plan, store, observer)
     ranks.barrier()  # no process may write while another still reads the shards
+    if store.background.is_behind:
+        store.background.start(partial(_copy_outside_blocks, plan, writer, ranks))
     with malloc_policy(memory_plan.returns_memory), torch.no_grad(), exact_float32(run.weights.device):
         unreached = plan.blocks
         if windows is not None and len(store.finished) < len(plan.blocks):

@@ -38,6 +38,7 @@ DEFAULT_LIMIT = 0.8  # without a given limit, a run may use this fraction of the
 RETURN_ABOVE = 0.5  # a run whose peak exceeds this fraction of its limit returns freed memory after every layer
 FRAGMENTATION = 0.2  # without returning freed memory, the heap grows by this fraction of the run's own memory
 CAN_OFFLOAD = sys.platform == "linux"  # on other systems resident pages of a mapped file cannot be released and counted
+PACKING_BYTES = 16  # per weight of a layer that is packed: codes as int32, words, and the dequantized weight
 HEAD_WIDTH = 64  # of attention, where its scores are counted; most models have wider heads and fewer scores
 OVERHEAD = 60_000_000  # bytes for temporary slices of tensors, packed words and the allocator's bookkeeping
 CGROUPS = (  # limit and current use of a container's memory, cgroup v2 and v1
@@ -158,7 +159,16 @@ def estimate_peak(plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.
     """Return the estimated peak memory of a run in bytes."""
     moments = [_outside_blocks(plan, config, dtype)]
     moments += (max(_moments(block, plan, config, tokens, dtype, in_flight, on_disk, profile)) for block in plan.blocks)
-    return base + OVERHEAD + max(moments)
+    return base + OVERHEAD + max(moments) + _behind(plan, profile)
+
+
+def _behind(plan: Plan, profile: DeviceProfile) -> int:
+    """Return the bytes of a block that is packed while the next one is solved: its codes, and each thread's layer."""
+    if not profile.packing_threads:
+        return 0
+    sizes = [[plan.layers[name].outputs * plan.layers[name].inputs for name in block.linears] for block in plan.blocks]
+    widest = max((max(own, default=0) for own in sizes), default=0)
+    return max(map(sum, sizes), default=0) + PACKING_BYTES * profile.packing_threads * widest
 
 
 def _outside_blocks(plan: Plan, config: QuantConfig, dtype: torch.dtype) -> int:
