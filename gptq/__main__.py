@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
 
 # torch reads this when it is imported, and then allocates large tensors in transparent huge pages. A run returns freed
@@ -28,6 +29,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("gptq: interrupted; nothing half-written was left behind", file=sys.stderr)
         return 130  # as in a shell: 128 and the number of the signal
+    except OSError as error:  # of printing, for example, on a full disk; by itself Python would exit with verify's 1
+        with suppress(OSError):
+            print(f"gptq: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from typing import Any
 
 PACKAGE = str(Path(__file__).parents[1] / "gptq")
 PATIENCE = 300  # seconds until a command counts as hung
+IN_STEPS = "quantization_record.json"  # is written twice, with the card in between
 NOT_COVERED = ("quality.json", "report/")  # what `verify` does not look at: measurements, and drawings of the record
 Action = Callable[[], None]
 Tree = dict[str, str]  # path below a folder: checksum of the file
@@ -136,6 +137,7 @@ class Watch:
     call: int = -1
     step: int = -1
     act: Action = lambda: None
+    of: str = ""  # name of the steps that count, if not all
     calls: int = 0
     steps: int = 0
     last: str = ""  # name of the last step
@@ -154,7 +156,9 @@ class Watch:
 
     def _is_step(self, called: Any) -> bool:
         owner, self.last = getattr(called, "__self__", None), getattr(called, "__name__", "")
-        return self.last in STEPS and owner not in (sys.stdout, sys.stderr) and not isinstance(owner, IN_MEMORY)
+        if owner in (sys.stdout, sys.stderr) or isinstance(owner, IN_MEMORY):
+            return False
+        return self.last == self.of if self.of else self.last in STEPS
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class Start:
 def start(arguments: str | list[str], folder: Path, how: Start | None = None) -> int:
     """Start a command in a forked child, in `folder`; return the child's number."""
     sys.stdout.flush()
+    LOGS.mkdir(exist_ok=True)
     child = os.fork()
     if not child:
         _live(arguments.split() if isinstance(arguments, str) else arguments, folder, how or Start())
@@ -181,7 +186,7 @@ def _live(arguments: list[str], folder: Path, how: Start) -> None:
     code = 99
     try:
         os.chdir(folder)
-        log = folder.with_name(f"{folder.name}.{os.getpid()}")
+        log = LOGS / f"{os.getpid()}"
         os.dup2(_open_output(how.output or f"{log}.1"), 1)
         os.dup2(_open_output(f"{log}.2"), 2)
         encoding = how.names.get("PYTHONIOENCODING", "utf-8")
@@ -244,7 +249,7 @@ def end(child: int, folder: Path, later: tuple[float, Action] | None = None) -> 
             hung = True
             os.kill(child, signal.SIGKILL)
         time.sleep(0.01 if later else 0.03)
-    log = f"{folder}.{child}"
+    log = LOGS / f"{child}"
     printed, said, counts = (_take(Path(f"{log}.{name}")) for name in ("1", "2", "calls"))
     said += f"gptq: Traceback, hung for {PATIENCE} s\n" if hung else ""
     calls, steps = (int(part) for part in (counts or "0 0").split())
@@ -257,6 +262,9 @@ def _take(file: Path) -> str:
     text = file.read_text(encoding="utf-8", errors="backslashreplace")
     file.unlink()
     return text
+
+
+LOGS = Path(tempfile.gettempdir(), f"break-{os.getpid()}")  # on no disk that gets full
 
 
 def run(arguments: str | list[str], folder: Path, how: Start | None = None) -> Ended:
@@ -315,19 +323,22 @@ def small_model(folder: Path, kind: str, shard: str, **options: Any) -> None:
 TEXT = "".join(f"{number} quick brown foxes jump over {number * 37 % 101} lazy dogs. " for number in range(60))
 
 
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture, largest shard, options
+    "plain": ("llama", "5GB", {}),
+    "shards": ("llama", "30KB", {"tie_word_embeddings": True}),
+    "mixtral": ("mixtral", "5GB", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+
+
 class Stage:
     """A folder with models and results, and what each undisturbed task leaves; made when first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "text.txt").write_text(TEXT)
-        small_model(folder / "plain", "llama", "5GB")
-        small_model(folder / "shards", "llama", "30KB", tie_word_embeddings=True)
-        small_model(folder / "mixtral", "mixtral", "5GB", num_local_experts=2, num_experts_per_tok=1)
         self._expected: dict[str, tuple[Tree, Ended, float]] = {}
-        self._warm()
 
-    def _warm(self) -> None:
+    def warm(self) -> None:
         """Run commands in this process, whose children then have everything compiled and imported."""
         from gptq import cli
 
@@ -353,7 +364,14 @@ class Stage:
         (folder / "tmp").mkdir()
         shutil.copyfile(self.folder / "text.txt", folder / "text.txt")
         for name, source in task.needs.items():
-            shutil.copytree(self.result(source) if source in RESULTS else self.folder / source, folder / name)
+            shutil.copytree(self.result(source) if source in RESULTS else self.model(source), folder / name)
+        return folder
+
+    def model(self, name: str) -> Path:
+        """Return the folder of a model."""
+        if not (folder := self.folder / name).exists():
+            kind, shard, options = MODELS[name]
+            small_model(folder, kind, shard, **options)
         return folder
 
     def result(self, name: str) -> Path:
@@ -434,6 +452,7 @@ class Trial:
         self.stage.place(self.task, self.place)
         self.before = tree(self.place)
         self.expected, self.usual, self.seconds = self.stage.expected(self.task)
+        self.kept = False  # whether an earlier command has left a working folder
 
     def after(self, ended: Ended, sent: int = 0) -> Iterator[str]:
         """Yield what is wrong after a disturbed command."""
@@ -445,13 +464,19 @@ class Trial:
             wanted = {name: sha for name, sha in self.expected.items() if name.startswith("out/")}
             if self.is_one_folder() and (wrong := difference(finished, wanted)):
                 yield f"out looks finished and is not: {wrong}"
+        for name in now:
+            is_old_or_new = now[name] in (self.before.get(name), self.expected.get(name))
+            if name.startswith("model/") and not is_old_or_new and not name.endswith(IN_STEPS) and "/." not in name:
+                yield f"{name} is neither as it was nor as it should be"
         if ended.signal:
+            self.kept = True
             return
         if ended.code == self.task.code and (wrong := difference(now, self.expected)):
             yield f"exit code {ended.code}, but {wrong}"
         left = [name for name in now if name.startswith(("out.partial", "tmp/", "out/")) and name != "tmp/"]
-        if ended.code and left and "keeps" not in ended.said and now != self.expected:
+        if ended.code and left and "keeps" not in ended.said and now != self.expected and not self.kept:
             yield f"left over without a word: {', '.join(left[:3])}"
+        self.kept = bool(left)
 
     def is_one_folder(self) -> bool:
         return self.task.arguments.count("--format") < 2
@@ -750,14 +775,22 @@ def damaged_result(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
     before = file.read_bytes()
     DAMAGE[how](file, draw)
     ended = run(command, place)
-    is_verify, name = command.startswith("verify"), file.relative_to(place / "model").as_posix()
-    if wrong := complaint(ended, may_differ=is_verify):
-        yield f"{how}, {name}, {command}: {wrong}"
-    is_same = file.is_file() and file.read_bytes() == before
-    if is_verify and not ended.code and not is_same and not name.startswith(NOT_COVERED):
-        yield f"verify does not find: {how}, {name}"
+    name = file.relative_to(place / "model").as_posix()
+    if not command.startswith("verify"):
+        if wrong := complaint(ended):
+            yield f"{how}, {name}, {command}: {wrong}"
+    elif not file.is_file() or file.read_bytes() != before:
+        yield from judge_verify(ended, how, name)
     if ended.code and (left := [path.name for path in place.iterdir() if path.name.startswith("out")]):
         yield f"{how}, {name}, {command}: left over: {left}"
+
+
+def judge_verify(ended: Ended, how: str, name: str) -> Iterator[str]:
+    """Yield what is wrong with how `verify` ended on a result of which the file `name` was damaged."""
+    if wrong := complaint(ended, may_differ=True):
+        yield f"{how}, {name}: {wrong}"
+    if not ended.code and not name.startswith(NOT_COVERED):
+        yield f"verify does not find: {how}, {name}"
 
 
 def changing_source(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
@@ -992,6 +1025,7 @@ def main() -> int:
     seconds = Counter[str]()
     with surroundings() as folder:
         stage = Stage(folder)
+        stage.warm()
         kinds = args.only or [*KINDS]
         number = args.number or 0
         while time.monotonic() < until:
@@ -1008,7 +1042,7 @@ def main() -> int:
                 break
             number += 1
     for kind in kinds:
-        print(f"{kind:16}{counts[kind]:6} tries{found[kind]:5} findings{seconds[kind]:7} s")
+        print(f"{kind:15}{counts[kind]:6} tries{found[kind]:5} findings{seconds[kind]:7} s")
     print(f"{counts.total()} tries, {found.total()} findings")
     return 1 if found else 0
 

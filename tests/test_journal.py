@@ -354,18 +354,33 @@ def test_damage_is_done_again(make_model: MakeModel, windows: Tensor, tmp_path: 
         assert all_bytes(out) == all_bytes(tmp_path / "whole"), damage.__name__
 
 
+def block_entry(named: str, **other: Any) -> dict[str, Any]:
+    empty = {"tensors": {}, "tuned": {}, "layers": [], "weights": {}, "errors": [], "coverage": [], "notes": []}
+    return {"name": named, **empty, "spreads": {"layer": {"floats": [0.1, 1e-30, float("inf")]}}, **other}
+
+
+@pytest.mark.parametrize("other", [{"notes": 5}, {"layers": [{}]}, {"weights": {"a": 1}}, {"name": None}, {"more": 1}])
+def test_a_line_with_a_right_checksum_and_wrong_content_is_damaged_too(other: dict[str, Any], tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append("block", block_entry("0"))
+    journal.append("block", block_entry("1", **other))
+    journal.append("block", block_entry("2"))
+    read = Journal(tmp_path)
+    assert ([entry["name"] for entry in read.find("block")], read.damaged) == (["0"], True)
+
+
 def test_a_damaged_end_is_cut_off_before_more_is_written(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     for number in range(3):
-        first.append("block", {"name": str(number), "floats": [0.1, 1e-30, float("inf")]})
+        first.append("block", block_entry(str(number)))
     assert Journal(tmp_path).entries == first.entries
     with (tmp_path / JOURNAL).open("ab") as file:
         file.write(b'{"sha256": "')
     again = Journal(tmp_path)
-    again.append("block", {"name": "3"})
+    again.append("block", block_entry("3"))
     assert [entry["name"] for entry in Journal(tmp_path).find("block")] == ["0", "1", "2", "3"]
     again.forget_blocks_from("1")
-    again.append("block", {"name": "new"})
+    again.append("block", block_entry("new"))
     assert [entry["name"] for entry in Journal(tmp_path).find("block")] == ["0", "new"]
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptq.errors import InputError
+from gptq.errors import InputError, first_line
 
 BROADCAST_DTYPES = (
     torch.float32,
@@ -151,7 +151,10 @@ def process_group(device: str) -> Iterator[None]:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         torch.cuda.set_device(dist.get_node_local_rank())
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    except RuntimeError as error:
+        raise InputError(f"the processes of this run did not meet: {first_line(error)}") from error
     try:
         yield
     finally:

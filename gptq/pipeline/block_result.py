@@ -4,9 +4,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from gptq.output.results import BlockError, Coverage, LayerResult
+
+
+class BlockEntry(BaseModel):
+    """What the journal says of a block; see `BlockResult`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    tensors: dict[str, str]
+    tuned: dict[str, str]
+    layers: list[LayerResult]
+    weights: dict[str, str]
+    spreads: dict[str, dict[str, Any]]
+    errors: list[BlockError]
+    coverage: list[Coverage]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,7 @@ class BlockResult:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "BlockResult":
-        """Read what `to_entry` returned."""
+        """Read what `to_entry` returned, a `BlockEntry`."""
         return cls(
             name=entry["name"],
             layers=tuple(LayerResult(**layer) for layer in entry["layers"]),

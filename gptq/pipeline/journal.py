@@ -21,12 +21,39 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, RootModel
+
 from gptq.calibration.arrays import Inputs
 from gptq.checkpoint.small_files import sync_path
 from gptq.errors import InputError
+from gptq.pipeline.block_result import BlockEntry
 from gptq.pipeline.run_identity import checksum_of_windows, find_differences, list_changes
 
 JOURNAL = "journal.jsonl"
+
+
+class _Begun(BaseModel):
+    version: dict[str, str]
+    options: dict[str, Any]
+    source: dict[str, str]
+    machine: dict[str, Any]
+
+
+class _Windows(BaseModel):
+    count: int
+    sha256: str
+    notes: list[str]
+
+
+class _Measured(BaseModel):
+    name: str
+    errors: list[list[float]]
+
+
+CONTENTS: dict[str, type[BaseModel]] = {  # of each kind of entry; a line that says anything else is damaged
+    "begun": _Begun, "windows": _Windows, "measured": _Measured, "widths": RootModel[dict[str, Any]],
+    "block": BlockEntry,
+}  # fmt: skip
 COSTLY = ("measured", "block")  # kinds of entries that took long to compute
 Entry = tuple[str, dict[str, Any]]  # kind and content
 
@@ -161,6 +188,7 @@ def _read_line(line: bytes) -> Entry | None:
         whole = json.loads(line)
         if line.endswith(b"\n") and whole["sha256"] == _checksum(whole["entry"]):
             ((kind, content),) = whole["entry"].items()
+            CONTENTS[kind].model_validate(content)
             return kind, content
     return None
 

@@ -1,0 +1,109 @@
+"""Plants faults in the package and tries whether `scripts/break.py` finds them, whose children are forked.
+
+    python -m tests.planted_faults FOLDER
+
+Prints one JSON object: for each fault what the harness says with it, and what it says without.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tests.conftest import load_script
+
+harness = load_script("break")
+ROUNDED = harness.quantize_task("--method rtn --group-size 16", windows="")
+DRAWN = harness.result_task("report model", "wide")
+
+
+def killed_while_writing(stage: Any, folder: Path) -> Iterator[str]:
+    """Kill a command when its small file is written and not yet synced; let it run again."""
+    trial = harness.Trial(stage, DRAWN, folder / "killed", Random(0))
+    watch = harness.Watch(step=1, of="fsync", act=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    yield from trial.after(harness.run(DRAWN.arguments, trial.place, harness.Start(watch=watch)), signal.SIGKILL)
+    yield from trial.once_more()
+
+
+def stopped_after_a_block(stage: Any, folder: Path) -> Iterator[str]:
+    trial = harness.Trial(stage, ROUNDED, folder / "stopped", Random(0))
+    harness.run(ROUNDED.arguments, trial.place, harness.Start(partial(harness.die_after, 1)))
+    yield from trial.once_more()
+
+
+def refused(stage: Any, folder: Path) -> Iterator[str]:
+    """A call that fails at the end of a run that keeps nothing."""
+    trial = harness.Trial(stage, ROUNDED, folder / "refused", Random(0))
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    watch = harness.Watch(step=2, of="fsync", act=fail)
+    yield from trial.after(harness.run(ROUNDED.arguments, trial.place, harness.Start(watch=watch)))
+
+
+def flipped_tensors(stage: Any, folder: Path) -> Iterator[str]:
+    for number in range(2):
+        place = folder / f"{number}"
+        stage.place(harness.result_task("verify model", "wide"), place)
+        file = place / "model" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1 - number] ^= 1
+        file.write_bytes(content)
+        yield from harness.judge_verify(harness.run("verify model", place), "flip", file.name)
+
+
+def write_in_place(path: Path, content: str) -> None:
+    path.write_text(content[: len(content) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def verify_nothing(*_: object) -> list[str]:
+    return []
+
+
+FAULTS: dict[str, tuple[Any, Callable[[Any, Path], Iterator[str]]]] = {
+    "a small file is written in place": (
+        lambda: patch("gptq.evaluation.report.write_file", write_in_place),
+        killed_while_writing,
+    ),
+    "finished blocks are forgotten": (
+        lambda: patch("gptq.pipeline.journal.Journal.is_worth_keeping", lambda self: False),
+        stopped_after_a_block,
+    ),
+    "a failed run leaves its folder": (
+        lambda: patch("gptq.checkpoint.atomic_folder._remove", lambda root: None),
+        refused,
+    ),
+    "verify looks at no tensor": (
+        lambda: patch.multiple(
+            "gptq.output.verify", _find_changed_tensors=verify_nothing, _find_changed_weights=verify_nothing
+        ),
+        flipped_tensors,
+    ),
+}  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    stage = harness.Stage(folder)
+    found = {}
+    for number, (fault, (plant, provoke)) in enumerate(FAULTS.items()):
+        (folder / f"{number} sound").mkdir()
+        (folder / f"{number} planted").mkdir()
+        sound = [*provoke(stage, folder / f"{number} sound")]
+        with plant():
+            found[fault] = {"sound": sound, "planted": [*provoke(stage, folder / f"{number} planted")]}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
