@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -1019,32 +1020,56 @@ def surroundings() -> Iterator[Path]:
         yield folder
 
 
+@dataclass
+class Campaign:
+    """Tries of one seed, and what they found, by kind of damage."""
+
+    stage: Stage
+    seed: int
+    tries: Counter[str] = field(default_factory=Counter)
+    findings: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    def try_once(self, kind: str, number: int) -> None:
+        """Make a try, and print each law that it broke."""
+        began = time.monotonic()
+        for law in attempt(self.stage, kind, self.seed, number):
+            self.findings[kind] += 1
+            repeat = f"python scripts/break.py --seed {self.seed} --only '{kind}' --try {number}"
+            print(f"FOUND {kind}: {law}\n      {repeat}", flush=True)
+        self.tries[kind] += 1
+        self.seconds[kind] += round(time.monotonic() - began)
+
+    def go_on(self, kinds: list[str], minutes: float) -> None:
+        """Take turns among the kinds; Ctrl-C ends that too."""
+        until = time.monotonic() + 60 * minutes
+        with suppress(KeyboardInterrupt):
+            for number in count():
+                for kind in kinds:
+                    if time.monotonic() > until:
+                        return
+                    self.try_once(kind, number)
+
+    def summary(self) -> str:
+        lines = [f"{kind:15}{tries:6} tries{self.findings[kind]:5} findings{self.seconds[kind]:7} s"
+                 for kind, tries in self.tries.items()]  # fmt: skip
+        return "\n".join([*lines, f"{self.tries.total()} tries, {self.findings.total()} findings"])
+
+
 def main() -> int:
     args = parse()
-    until, counts, found = time.monotonic() + 60 * args.minutes, Counter[str](), Counter[str]()
-    seconds = Counter[str]()
+    kinds = args.only or [*KINDS]
     with surroundings() as folder:
         stage = Stage(folder)
         stage.warm()
-        kinds = args.only or [*KINDS]
-        number = args.number or 0
-        while time.monotonic() < until:
+        campaign = Campaign(stage, args.seed)
+        if args.number is None:
+            campaign.go_on(kinds, args.minutes)
+        else:
             for kind in kinds:
-                began = time.monotonic()
-                broken = attempt(stage, kind, args.seed, number)
-                counts[kind] += 1
-                seconds[kind] += round(time.monotonic() - began)
-                for law in broken:
-                    found[kind] += 1
-                    print(f"FOUND {kind}: {law}\n      python scripts/break.py --seed {args.seed} --only '{kind}' "
-                          f"--try {number}", flush=True)  # fmt: skip
-            if args.number is not None:
-                break
-            number += 1
-    for kind in kinds:
-        print(f"{kind:15}{counts[kind]:6} tries{found[kind]:5} findings{seconds[kind]:7} s")
-    print(f"{counts.total()} tries, {found.total()} findings")
-    return 1 if found else 0
+                campaign.try_once(kind, args.number)
+    print(campaign.summary())
+    return 1 if campaign.findings else 0
 
 
 if __name__ == "__main__":

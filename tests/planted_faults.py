@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 
+import gptq.cli.commands  # noqa: F401 (children of this process have it then)
 from tests.conftest import load_script
 
 harness = load_script("break")
