@@ -134,6 +134,9 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, rng: torch.Generator) -> 
     os.truncate(shard, len(whole) - 1)
     with pytest.raises(InputError, match=f"{shard.name} is damaged or cut short"):
         Source(folder)
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(InputError, match=f"{shard.name} is a pointer of Git LFS, not the file itself; .*git lfs pull"):
+        Source(folder)
     shard.write_bytes(b"\xff" * len(whole))
     with pytest.raises(InputError, match=f"{shard.name} is damaged"):
         Source(folder)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq import InputError, QuantConfig, cli, quantize
-from gptq.checkpoint.atomic_folder import partial_folder
+from gptq.checkpoint.atomic_folder import CONTENT, MARKER, _exclusive_lock, partial_folder, require_unused
 from gptq.checkpoint.small_files import write_file
 from gptq.config import Format
 from gptq.evaluation.quality import Measurement, add_measurement, read_measurements
@@ -194,6 +195,63 @@ def test_a_small_file_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         write_file(file, "new")
     assert file.read_text() == "old"
     assert files_of(tmp_path) == {"file", "other", "link"}
+
+
+def test_what_a_killed_process_left_of_a_small_file_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, living = (tmp_path / f".file.{process}-1" for process in (ended.pid, os.getppid()))
+    for file in (dead, living, tmp_path / f".file2.{ended.pid}-1"):
+        file.touch()
+    write_file(tmp_path / "file", "new")
+    assert files_of(tmp_path) == {"file", living.name, f".file2.{ended.pid}-1"}
+
+
+def test_a_kill_between_card_and_record_leaves_no_contradiction(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(make_model(), tmp_path / "whole", QuantConfig(method="rtn", group_size=32))
+    found = PerplexityRecord(perplexity=7.0, data="text", tokens=9, seq_len=10)
+    for written in range(3):
+        out = tmp_path / f"out{written}"
+        shutil.copytree(tmp_path / "whole", out)
+        left = [written]
+
+        def dies(path: Path, content: str, left: list[int] = left) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            write_file(path, content)
+
+        with monkeypatch.context() as patched:
+            for place in ("gptq.output.files.write_file", "gptq.output.record.write_file"):
+                patched.setattr(place, dies)
+            with pytest.raises(KeyboardInterrupt):
+                verify.record_perplexity(out, found)
+        assert verify.verify(out).problems == [], written
+        verify.record_perplexity(out, found)
+    verify.record_perplexity(tmp_path / "whole", found)
+    for name in ("README.md", "quantization_record.json"):
+        assert len({(tmp_path / out / name).read_bytes() for out in ("whole", "out0", "out1", "out2")}) == 1
+
+
+def test_what_is_left_beside_a_finished_result_is_removed(tmp_path: Path) -> None:
+    """A run that was killed when OUT had its name and OUT.partial was still there."""
+    out, working = tmp_path / "out", tmp_path / "out.partial"
+    out.mkdir()
+    (out / "config.json").touch()
+    (working / CONTENT).mkdir(parents=True)
+    (working / MARKER).touch()
+    with pytest.raises(InputError, match="exists and is not empty"):
+        require_unused(out)
+    assert (working / CONTENT).is_dir()  # an unfinished run's
+    (working / CONTENT).rmdir()
+    with _exclusive_lock(working, out), pytest.raises(InputError, match="exists and is not empty"):
+        require_unused(out)
+    assert working.is_dir()  # another process is about to remove it
+    with pytest.raises(InputError, match="exists and is not empty"):
+        require_unused(out)
+    assert not working.exists()
 
 
 def test_several_that_measure_lose_nothing(make_model: MakeModel, tmp_path: Path) -> None:

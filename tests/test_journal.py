@@ -17,9 +17,10 @@ from torch import Tensor
 
 from gptq import InputError, QuantConfig, quantize
 from gptq.checkpoint import source_state
-from gptq.checkpoint.atomic_folder import CONTENT, MARKER
+from gptq.checkpoint.atomic_folder import CONTENT, MARKER, SHARDS
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.writer import ShardWriter
+from gptq.output import files, record
 from gptq.pipeline import run_identity, search
 from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import JOURNAL, Journal
@@ -354,8 +355,41 @@ def test_damage_is_done_again(make_model: MakeModel, windows: Tensor, tmp_path: 
         assert all_bytes(out) == all_bytes(tmp_path / "whole"), damage.__name__
 
 
+def test_finished_blocks_outlive_the_files_that_are_made_of_them(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX has the experts of a layer in one tensor, which is made when all blocks are finished."""
+    source, config = make_model("mixtral"), QuantConfig(group_size=32, seq_len=32, effort="fast", format="mlx")
+    quantize(source, tmp_path / "whole", config, calibration=windows)
+    out, write = tmp_path / "out", record.write_json
+
+    def stops(path: Path, content: dict[str, Any]) -> None:
+        if (partial_of(out) / SHARDS).exists():
+            raise StoppedError
+        write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_json", stops)
+        with pytest.raises(StoppedError):
+            quantize(source, out, config, calibration=windows)
+    assert (partial_of(out) / SHARDS / "model.safetensors").is_file()
+    observer = Stops()
+    quantize(source, out, config, calibration=windows, observer=observer)
+    assert observer.went_on_after == [2]
+    assert all_bytes(out) == all_bytes(tmp_path / "whole")
+    assert not partial_of(out).exists()
+
+
 def block_entry(named: str, **other: Any) -> dict[str, Any]:
-    empty = {"tensors": {}, "tuned": {}, "layers": [], "weights": {}, "errors": [], "coverage": [], "notes": []}
+    empty: dict[str, Any] = {
+        "tensors": {},
+        "tuned": {},
+        "layers": [],
+        "weights": {},
+        "errors": [],
+        "coverage": [],
+        "notes": [],
+    }
     return {"name": named, **empty, "spreads": {"layer": {"floats": [0.1, 1e-30, float("inf")]}}, **other}
 
 
