@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,20 @@ WINDOWS, TOKENS, GROUP, BITS, SEED = 32, 512, 128, 4, 0
 class Clock:
     """Seconds by stage, each without the stages called inside it."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+    def __init__(
+        self,
+        timed: Mapping[str, Mapping[str, str]] = TIMED,
+        stages: Sequence[str] = STAGES,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`timed` maps modules and their functions to one of `stages`; `now` is the clock."""
+        self.seconds: dict[str, float] = dict.fromkeys(stages, 0.0)
+        self._timed, self._now = timed, now
         self._running = ["other"]
-        self._since = time.perf_counter()
+        self._since = now()
 
     def switch(self) -> None:
-        now = time.perf_counter()
+        now = self._now()
         self.seconds[self._running[-1]] += now - self._since
         self._since = now
 
@@ -85,8 +92,8 @@ class Clock:
         return wrapper
 
     def wrap_package(self) -> None:
-        """Time the functions of TIMED from now on."""
-        for module_name, functions in TIMED.items():
+        """Time the functions from now on."""
+        for module_name, functions in self._timed.items():
             module = sys.modules[module_name]
             for path, stage in functions.items():
                 owner_name, _, name = path.rpartition(".")

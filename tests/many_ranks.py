@@ -2,8 +2,9 @@
 
     python -m tests.many_ranks SOURCE FOLDER CASES
 
-CASES is JSON: a list of {"out": name, "ranks": number, "config": options, "stop": [rank, blocks] or null}. Prints for
-each case the outcome in every process: "done", or what the error said.
+CASES is JSON: a list of {"out": name, "ranks": number, "config": options, "stop": [rank, blocks] or null,
+"count": bool}. Prints for each case the outcome in every process: "done", or what the error said; with "count", the
+bytes of experts' weights that the process has read, and those read ahead.
 """
 
 import json
@@ -16,8 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gptq import InputError, QuantConfig, quantize
+from gptq.checkpoint.prefetch import ReadAhead
+from gptq.checkpoint.reader import Source
 from gptq.compute import device_profile
 from gptq.pipeline.run import Observer
 
@@ -39,10 +43,30 @@ class Leaves(Observer):
             os._exit(3)
 
 
+class ExpertBytes:
+    """Counts the bytes of experts' weights that this process reads, at once or ahead."""
+
+    def __init__(self) -> None:
+        self.read = self.ahead = 0
+        read, start = Source.read, ReadAhead.start
+
+        def counting_read(source: Source, name: str, *args: Any) -> Tensor:
+            found = read(source, name, *args)
+            self.read += found.numel() * source.tensors[name].dtype.itemsize * (".experts." in name)
+            return found
+
+        def counting_start(ahead: ReadAhead, names: list[str]) -> None:
+            self.ahead += sum(ahead._source.stored_bytes(name) for name in names if ".experts." in name)
+            start(ahead, names)
+
+        Source.read, ReadAhead.start = counting_read, counting_start  # type: ignore[method-assign, assignment]
+
+
 def run(source: str, out: Path, case: dict[str, Any], rank: int, meeting: str) -> str:
     windows = torch.randint(1, 300, (9, 12), generator=torch.Generator().manual_seed(0))
     stop = case.get("stop")
     observer = Leaves(stop[1]) if stop and stop[0] == rank else Observer()
+    counted = ExpertBytes() if case.get("count") else None
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=case["ranks"])
     try:
         config = QuantConfig(**{"group_size": 16, **case["config"]})
@@ -50,7 +74,7 @@ def run(source: str, out: Path, case: dict[str, Any], rank: int, meeting: str) -
     except InputError as error:
         return str(error)
     dist.destroy_process_group()
-    return "done"
+    return f"{counted.read} {counted.ahead}" if counted else "done"
 
 
 def main(source: str, folder: str, cases: str) -> None:

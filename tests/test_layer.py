@@ -10,9 +10,8 @@ from gptq import solver
 from gptq.compute import device_profile
 from gptq.compute.cpu_features import has_amx, has_avx512_bf16
 from gptq.config import QuantConfig
-from gptq.pipeline import row_tiles
 from gptq.pipeline.layer_inputs import HeldOutBlend, LayerInputs
-from gptq.pipeline.row_tiles import LayerFigures, StackedRows, find_corrections, sampled_rows, solve_rows
+from gptq.pipeline.row_tiles import SAMPLED_ROWS, LayerFigures, StackedRows, find_corrections, sampled_rows, solve_rows
 from gptq.planning.plan import LayerPlan
 from gptq.solver import IntegerGrid
 from gptq.solver.hessian import HeldOut
@@ -66,13 +65,13 @@ def test_errors_are_those_of_the_definition(
 
 @pytest.mark.parametrize(("layer", "tile"), [(slice(0, 5000), 2048), (slice(700, 1500), 256), (slice(30, 90), 64)])
 def test_a_sample_is_the_same_rows_whatever_the_tiles(layer: slice, tile: int) -> None:
-    total, step = 6000, (layer.stop - layer.start) // row_tiles.SAMPLED_ROWS | 1
+    total, step = 6000, (layer.stop - layer.start) // SAMPLED_ROWS | 1
     found: list[int] = []
     for start in range(0, total, tile):
         stop = min(start + tile, total)
         found += range(start, stop)[sampled_rows(slice(start, stop), layer)]
     assert found == [*range(layer.start, layer.stop, step)]
-    assert 128 < len(found) < 2 * row_tiles.SAMPLED_ROWS or step == 1
+    assert 128 < len(found) < 2 * SAMPLED_ROWS or step == 1
 
 
 def test_a_layer_of_zeros_has_figures(rng: torch.Generator) -> None:

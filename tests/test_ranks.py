@@ -27,7 +27,7 @@ pytestmark = [
 def run(source: Path, folder: Path, cases: list[dict[str, Any]]) -> dict[str, list[str]]:
     """What each process said at last, by case and rank; one that was killed said nothing."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.many_ranks", str(source), str(folder), json.dumps(cases)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=1200)
     said = {case["out"]: ["killed"] * case["ranks"] for case in cases}
     for line in done.stdout.splitlines():
         out, rank, words = json.loads(line)
@@ -36,21 +36,33 @@ def run(source: Path, folder: Path, cases: list[dict[str, Any]]) -> dict[str, li
     return said
 
 
+def load_config(out: Path) -> dict[str, Any]:
+    return json.loads((out / "config.json").read_text())  # type: ignore[no-any-return]
+
+
 def content(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(out.iterdir())}
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_one_two_and_four_ranks_write_the_same_bytes(make_model: MakeModel, tmp_path: Path, kind: str) -> None:
+    """And of the weights of experts, each reads those of its own only; all together read them as often as one."""
     config = {"effort": "balanced"}
-    cases: list[dict[str, Any]] = [{"out": f"r{n}", "ranks": n, "config": config} for n in (1, 2, 4)]
-    cases.append({"out": "r3", "ranks": 3, "config": config, "run": {"batch_size": 1}})
+    cases: list[dict[str, Any]] = [{"out": f"r{n}", "ranks": n, "config": config, "count": True} for n in (1, 2, 4)]
+    cases.append({"out": "r3", "ranks": 3, "config": config, "run": {"batch_size": 1}, "count": True})
     said = run(make_model(kind), tmp_path, cases)
-    assert said == {case["out"]: ["done"] * case["ranks"] for case in cases}
     one = content(tmp_path / "r1")
     assert len(one) >= 4
     assert all(content(tmp_path / case["out"]) == one for case in cases)
     assert not any(path.name.endswith(".partial") for path in tmp_path.iterdir())
+    (alone,) = ([*map(int, words.split())] for words in said["r1"])
+    assert (min(alone) > 0) == (kind == "mixtral")
+    experts = load_config(tmp_path / "r1").get("num_local_experts", 1)
+    for case in cases:
+        read = [[*map(int, words.split())] for words in said[case["out"]]]
+        assert [sum(bytes_of) for bytes_of in zip(*read, strict=True)] == alone
+        most = -(-experts // case["ranks"])  # experts of one process
+        assert all(experts * nbytes <= most * whole for own in read for nbytes, whole in zip(own, alone, strict=True))
 
 
 def test_a_lost_rank_ends_the_run_and_any_number_goes_on(make_model: MakeModel, tmp_path: Path) -> None:
@@ -82,7 +94,7 @@ def test_torchrun_starts_the_command(make_model: MakeModel, text_file: str, tmp_
     for number in (1, 2):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(number), "-m", "gptq"]
         command = [*launcher, "quantize", source, str(tmp_path / f"o{number}"), *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("bits per weight") == 1  # one process speaks
     assert content(tmp_path / "o1") == content(tmp_path / "o2")

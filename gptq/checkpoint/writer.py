@@ -44,12 +44,12 @@ class ShardWriter:
                 `max_shard_bytes`, and the tensors of one layer stay together.
             reuse_shards: keep the content of shards that an earlier writer laid out identically; `adopt` marks the
                 tensors that these contain already.
-            read_only: write nothing and compute checksums alone, because another process writes these files.
+            read_only: another process writes these files, and this one reads them.
         """
         self.folder = folder
         self._read_only = read_only
         self.checksums: dict[str, str] = {}
-        self._tensors = tensors
+        self.tensors = tensors
         self._offsets: dict[str, tuple[int, int]] = {}  # name -> (shard, byte in its file)
         self._files: list[BinaryIO] = []
         self.checksums.update(dict.fromkeys(tensors, ""))
@@ -67,8 +67,8 @@ class ShardWriter:
 
     def _open_shard(self, path: Path, number: int, names: list[str], reuse_shards: bool) -> None:
         """Open a shard's file, keep its content if it may be reused, and otherwise write its header and full size."""
-        header, offset = encode_header({name: self._tensors[name] for name in names})
-        size = len(header) + sum(self._tensors[name].nbytes for name in names)
+        header, offset = encode_header({name: self.tensors[name] for name in names})
+        size = len(header) + sum(self.tensors[name].nbytes for name in names)
         reuse_shards = reuse_shards and path.is_file() and path.stat().st_size == size and _begins_with(path, header)
         mode = "rb" if self._read_only else "r+b" if reuse_shards else "w+b"
         file: Any = path.open(mode)  # closed by `close` or `abandon`
@@ -82,7 +82,7 @@ class ShardWriter:
     def _write_index(self, shards: list[list[str]]) -> None:
         """Write the index file that names the shard of each tensor."""
         weight_map = {n: Path(self._files[i].name).name for i, names in enumerate(shards) for n in names}
-        total = sum(info.nbytes for info in self._tensors.values())
+        total = sum(info.nbytes for info in self.tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_file(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
 
@@ -92,21 +92,20 @@ class ShardWriter:
         Raises:
             ValueError: the tensor's dtype or shape differs from the layout, or the tensor was written before.
         """
-        announced = self._tensors[name]
+        announced = self.tensors[name]
         if (tensor.dtype, tuple(tensor.shape)) != (announced.dtype, announced.shape):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {announced}")
         if self.checksums[name]:
             raise ValueError(f"{name} was written already")
         shard, offset = self._offsets[name]
         content = tensor_bytes(tensor)
-        if not self._read_only:
-            self._files[shard].seek(offset)
-            self._files[shard].write(content)
+        self._files[shard].seek(offset)
+        self._files[shard].write(content)
         self.checksums[name] = hashlib.sha256(content).hexdigest()
 
     def adopt(self, checksums: Mapping[str, str]) -> bool:
         """Mark tensors of an earlier writer as written if all have these checksums on disk; return whether so."""
-        if any(name not in self._tensors or self._digest(name) != checksum for name, checksum in checksums.items()):
+        if any(name not in self.tensors or self._digest(name) != checksum for name, checksum in checksums.items()):
             return False
         self.checksums.update(checksums)
         return True
@@ -115,7 +114,7 @@ class ShardWriter:
         """Return the SHA-256 of a tensor's bytes on disk."""
         shard, offset = self._offsets[name]
         self._files[shard].seek(offset)
-        digest, left = hashlib.sha256(), self._tensors[name].nbytes
+        digest, left = hashlib.sha256(), self.tensors[name].nbytes
         while left and (chunk := self._files[shard].read(min(left, 2**24))):
             digest.update(chunk)
             left -= len(chunk)
@@ -123,7 +122,7 @@ class ShardWriter:
 
     def read(self, name: str) -> Tensor:
         """Read back a tensor that was written."""
-        info, (shard, offset) = self._tensors[name], self._offsets[name]
+        info, (shard, offset) = self.tensors[name], self._offsets[name]
         if not info.nbytes:
             return torch.empty(info.shape, dtype=info.dtype)
         self._files[shard].seek(offset)

@@ -11,6 +11,7 @@ from typing import Any
 from gptq.cli.early import check
 from gptq.config import FORMATS, Flag, PolishConfig, QuantConfig, flags, parse_integer, parse_positive, parse_size
 from gptq.errors import InputError, printable
+from gptq.planning.device_models import DEVICE_MODELS
 from gptq.version import __version__
 
 
@@ -57,6 +58,11 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("plan", help="what quantize would do, and who loads the result", formatter_class=_Help)
     p.add_argument("model", metavar="MODEL", help="folder or Hub id of a safetensors checkpoint")
     _add_quantization_flags(p, source_help)
+    p.add_argument("--ranks", type=int, metavar="N", help="also what each of N processes does; see --device-model")
+    p.add_argument(
+        "--device-model", choices=sorted(DEVICE_MODELS), default="h200",
+        help="device of each of these processes, by its data sheet; it is not measured",
+    )  # fmt: skip
     _add_common_flags(p)
 
     p = commands.add_parser("convert", help="write a quantized checkpoint in another format, bit for bit")

@@ -39,7 +39,9 @@ from gptq.pipeline.quantize import Result, quantize
 from gptq.pipeline.run import Observer
 from gptq.pipeline.search import MIN_WINDOWS
 from gptq.planning import cost, memory
+from gptq.planning.device_models import DEVICE_MODELS
 from gptq.planning.plan import Plan, plan_checkpoint, refuse_other_grids
+from gptq.planning.shares import count_shares
 from gptq.polishing.polish import polish
 
 BAD_INPUT, UNEXPECTED, PIPE_CLOSED = 2, 3, 141  # exit codes; the last is that of shells, 128 and a signal's number
@@ -175,6 +177,7 @@ def _plan(args: argparse.Namespace) -> int:
     found = compatibility.engines(plan.stored_layers, plan.hf_config.model_type)
     layers = list(plan.layers.values())
     needs = _estimate_needs(args, config, plan)
+    divided = _divide(args, config, plan) if args.ranks else {}
     if args.json:
         _print_json(
             {
@@ -187,6 +190,7 @@ def _plan(args: argparse.Namespace) -> int:
                 "notes": plan.notes,
                 "file_bytes": plan.file_bytes,
                 **needs,
+                **({"ranks": divided} if divided else {}),
             }
         )
         return 0
@@ -203,6 +207,8 @@ def _plan(args: argparse.Namespace) -> int:
         f"about {needs['seconds']:,.0f} s: {needs['operations'] / 1e12:,.2f} Tflop, and this machine was measured "
         f"to do {needs['rate'] / 1e9:,.0f} G a second in float32"
     )
+    if divided:
+        _print_divided(divided)
     for note in plan.notes:
         print(f"note: {note}")
     _print_engines(found)
@@ -221,10 +227,7 @@ def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -
     """Estimate memory and time of a run, the time from measuring this machine for a few seconds."""
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, plan.hf_config, device)
-    windows = MIN_WINDOWS if config.num_samples == "auto" else config.num_samples
-    length, _ = fit_seq_len(config.seq_len, plan.hf_config, plan.network)
-    held_out = sum(is_held_out(i, windows) for i in range(windows))
-    tokens = memory.Tokens(windows, length, held_out)
+    tokens = _size_of_calibration(config, plan)
     choice, says = memory.decide_memory(
         plan, config, tokens, device, dtype, args.batch_size, args.memory_limit, args.gpu_memory_limit
     )
@@ -238,6 +241,47 @@ def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -
         "operations": work.total,
         "rate": rates.solver,
     }
+
+
+def _size_of_calibration(config: QuantConfig, plan: Plan) -> memory.Tokens:
+    windows = MIN_WINDOWS if config.num_samples == "auto" else config.num_samples
+    length, _ = fit_seq_len(config.seq_len, plan.hf_config, plan.network)
+    return memory.Tokens(windows, length, sum(is_held_out(i, windows) for i in range(windows)))
+
+
+def _divide(args: argparse.Namespace, config: QuantConfig, plan: Plan) -> dict[str, Any]:
+    """Count what each of --ranks processes does on a device of --device-model.
+
+    Raises:
+        InputError: there are fewer windows than processes, or none.
+    """
+    tokens, device = _size_of_calibration(config, plan), DEVICE_MODELS[args.device_model]
+    if not 0 < args.ranks <= tokens.windows:
+        raise InputError(f"{tokens.windows} calibration windows cannot be shared by {args.ranks} processes")
+    found = count_shares(plan, config, tokens, args.ranks, torch.bfloat16)
+    return {
+        "count": args.ranks,
+        "device_model": args.device_model,
+        "peak_bytes": found.peak,
+        "device_bytes": device.memory,
+        "received_bytes": found.received,
+        "read_bytes": found.read,
+        "seconds": found.seconds(device),
+        "seconds_standing_still": found.standing_still(device),
+    }
+
+
+def _print_divided(found: dict[str, Any]) -> None:
+    received, seconds = found["received_bytes"], found["seconds"]
+    print(
+        f"each of {found['count']} processes, by arithmetic for {found['device_model']} (not measured): "
+        f"{_format_bytes(found['peak_bytes'])} of {_format_bytes(found['device_bytes'])} of memory, reads "
+        f"{_format_bytes(found['read_bytes'])}, receives {_format_bytes(sum(received.values()))} ("
+        + ", ".join(f"{kind} {_format_bytes(nbytes)}" for kind, nbytes in received.items())
+        + f"), works {sum(seconds.values()):,.0f} s ("
+        + ", ".join(f"{stage} {spent:,.0f}" for stage, spent in seconds.items())
+        + f"), of which {found['seconds_standing_still']:,.0f} s would not be less with more processes"
+    )
 
 
 def _yes_or_no(value: bool) -> str:

@@ -3,11 +3,13 @@
 A floating-point sum depends on its order, so no sum is reduced across processes. Each process runs the forward of its
 own windows and broadcasts each layer's inputs, window by window. Every process adds up its own panels of the Hessian in
 the order of the windows and solves its own tiles of rows; panels and tiles are then gathered. The size of a panel or
-tile does not depend on the number of processes.
+tile does not depend on the number of processes. An expert of a mixture belongs to one process, which alone reads it,
+solves it and computes with it.
 
 Start the processes with `torchrun` or `accelerate launch`; they communicate by gloo on CPUs and by NCCL on GPUs.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,8 +117,17 @@ class Ranks:
         return int(found)
 
     def owns(self, piece: int) -> bool:
-        """Whether this process computes the given piece (a panel or tile) of a layer; pieces are dealt round-robin."""
-        return piece % self.size == self.rank
+        """Whether this process computes the given piece of the work; see `owner_of`."""
+        return self.owner_of(piece) == self.rank
+
+    def owner_of(self, piece: int) -> int:
+        """Return the process that computes a piece (a panel or tile of a layer, an expert).
+
+        Pieces are dealt to the processes in turns, forwards and backwards, because later panels of a Hessian are less
+        work.
+        """
+        turn, place = divmod(piece, self.size)
+        return self.size - 1 - place if turn % 2 else place
 
     def gather_pieces(self, own: Mapping[int, Tensor], count: int) -> list[Tensor]:
         """Return all `count` pieces in order; each process passes the pieces that it `owns`, by number."""
@@ -125,15 +136,41 @@ class Ranks:
 
     def broadcast_piece(self, own: Tensor | None, number: int) -> Tensor | None:
         """Return a piece on every process; the process that `owns` the piece passes it as `own`, the others None."""
-        return own if self.size == 1 else self.broadcast(own, number % self.size)
+        return own if self.size == 1 else self.broadcast(own, self.owner_of(number))
 
-    def broadcast_text(self, text: str) -> str:
-        """Return the text that rank 0 passes, on every process."""
+    def broadcast_text(self, text: str, owner: int = 0) -> str:
+        """Return the text that the process `owner` passes, on every process."""
         if self.size == 1:
             return text
-        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        found = self.broadcast(content if self.rank == 0 else None, 0)
-        return "" if found is None else bytes(found.tolist()).decode()
+        content = None
+        if text and self.rank == owner:
+            content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
+        found = self.broadcast(content, owner)
+        return "" if found is None else found.cpu().numpy().tobytes().decode()
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Return the texts that all processes pass, by rank, on every process."""
+        return [self.broadcast_text(text, owner) for owner in range(self.size)]
+
+    def send(self, x: Tensor | None, sender: int, receiver: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Pass a tensor from one process to another; both know its shape and dtype, and call this in the same order.
+
+        Returns the tensor on the receiver, and an empty one on the others.
+
+        Raises:
+            InputError: another process has ended.
+        """
+        if sender == receiver == self.rank and x is not None:
+            return x
+        found = torch.empty(shape if self.rank == receiver else (0,), dtype=dtype, device=self.device)
+        try:
+            if math.prod(shape) and self.rank == sender != receiver and x is not None:
+                dist.send(x.detach().to(self.device).contiguous().view(-1).view(torch.uint8), receiver)
+            elif found.numel() and sender != receiver:
+                dist.recv(found.view(-1).view(torch.uint8), sender)
+        except RuntimeError as error:
+            raise InputError(PROCESS_ENDED) from error
+        return found
 
 
 ALONE = Ranks()  # a run of a single process

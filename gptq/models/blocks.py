@@ -45,6 +45,11 @@ class Block:
     def is_head(self) -> bool:
         return is_linear(self.module)
 
+    def expert_layers(self) -> set[str]:
+        """Return the names of the layers that are inside experts."""
+        inside = {layer for m in self.module.modules() if isinstance(m, Experts) for layer in m.modules()}
+        return {name for name, linear in self.linears.items() if linear in inside}
+
     def pause_points(self) -> dict[nn.Module, str]:
         """Return the modules before which a forward pauses, with their names: each layer, and each list of experts."""
         experts = {m: f"{self.name}.{path}" for path, m in self.module.named_modules() if isinstance(m, Experts)}

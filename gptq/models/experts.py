@@ -8,7 +8,7 @@ small random numbers, and the first with which separate experts give what the mo
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from typing import Any
@@ -144,13 +144,37 @@ class Experts(nn.ModuleList):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, (tokens, hidden)."""
-        out = torch.zeros_like(hidden_states)
-        for number, expert in enumerate(self):
-            token, choice = torch.where(top_k_index == number)
-            if len(token):
-                y = self._expert_output(expert, hidden_states[token], top_k_weights[token, choice, None])
-                out.index_add_(0, token, y.to(out.dtype))
+        call = hidden_states, top_k_index, top_k_weights
+        return self.combine((self.run_one(number, *call) for number in range(len(self))), *call)
+
+    def rows_of(self, number: int, *arguments: Tensor) -> Tensor:
+        """Return the rows of the output that an expert adds to, (rows,)."""
+        return torch.where(arguments[1] == number)[0]
+
+    def run_one(self, number: int, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `rows_of` an expert, and what it adds to these rows, (rows, hidden) in the dtype of the output."""
+        x, routes, weights = arguments
+        token, choice = torch.where(routes == number)
+        if not len(token):
+            return token, x[token]
+        return token, self._expert_output(self[number], x[token], weights[token, choice, None]).to(x.dtype)
+
+    def combine(self, parts: Iterable[tuple[Tensor, Tensor]], *arguments: Tensor) -> Tensor:
+        """Return the output of a call, from what `run_one` returns for each expert in order."""
+        out = torch.zeros_like(arguments[0])
+        for rows, added in parts:
+            if len(rows):
+                out.index_add_(0, rows, added)
         return out
+
+    def pack_call(self, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a call's arguments in the form in which they are sent to another process."""
+        x, routes, weights = arguments
+        return x, routes, weights
+
+    def unpack_call(self, *packed: Tensor) -> tuple[Tensor, ...]:
+        """Return the arguments of the call that `pack_call` has packed."""
+        return packed
 
     def _expert_output(self, expert: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
         out: Tensor = expert(x) * weights
@@ -197,13 +221,35 @@ class DenseExperts(Experts):
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        each = hidden_states.reshape(len(self), -1, hidden_states.shape[-1])
-        out = torch.zeros_like(each)
-        for number, expert in enumerate(self):
-            chosen = each[number].any(-1)
-            if bool(chosen.any()):
-                out[number, chosen] = expert(each[number, chosen]).to(out.dtype)
-        return out.reshape(hidden_states.shape)
+        return self.combine((self.run_one(number, hidden_states) for number in range(len(self))), hidden_states)
+
+    def rows_of(self, number: int, *arguments: Tensor) -> Tensor:
+        rows = arguments[0].reshape(-1, arguments[0].shape[-1])
+        tokens = len(rows) // len(self)
+        return torch.where(rows[number * tokens : (number + 1) * tokens].any(-1))[0] + number * tokens
+
+    def run_one(self, number: int, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        x = arguments[0].reshape(-1, arguments[0].shape[-1])
+        rows = self.rows_of(number, *arguments)
+        return rows, self[number](x[rows]).to(x.dtype) if len(rows) else x[rows]
+
+    def combine(self, parts: Iterable[tuple[Tensor, Tensor]], *arguments: Tensor) -> Tensor:
+        out = torch.zeros_like(arguments[0].reshape(-1, arguments[0].shape[-1]))
+        for rows, computed in parts:
+            out[rows] = computed
+        return out.reshape(arguments[0].shape)
+
+    def pack_call(self, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows that are not zero, their numbers, and the shape of all."""
+        x = arguments[0].reshape(-1, arguments[0].shape[-1])
+        (chosen,) = torch.where(x.any(-1))
+        return x[chosen], chosen, torch.tensor(arguments[0].shape, device=x.device)
+
+    def unpack_call(self, *packed: Tensor) -> tuple[Tensor, ...]:
+        rows, chosen, shape = packed
+        x = rows.new_zeros(int(shape[:-1].prod()), rows.shape[-1])
+        x[chosen] = rows
+        return (x.reshape(shape.tolist()),)
 
     def routing(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         rows = arguments[0].reshape(-1, arguments[0].shape[-1])

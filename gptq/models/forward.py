@@ -138,22 +138,31 @@ def input_at(pause: Pause | None) -> Tensor | None:
     return argument_at(pause) if pause else None
 
 
-def run_until(function: Callable[[], Any], linear: nn.Module) -> Pause | None:
-    """Run `function` until it pauses before `linear`, and abandon it; return the pause, or None without one."""
+def run_until(
+    function: Callable[[], Any], linear: nn.Module, answers: Mapping[nn.Module, Any] | None = None
+) -> Pause | None:
+    """Run `function` until it pauses before `linear`, and abandon it; return the pause, or None without one.
+
+    `answers` are the outputs of modules that the forward pauses at and does not run.
+    """
     forward = PausableForward(function)
-    pause = forward.advance()
-    while pause and pause.module is not linear:
-        pause = forward.advance()
+    pause = _advance_to(forward, linear, answers or {})
     forward.stop()
     return pause
 
 
-def run_to_end(function: Callable[[], Any]) -> Any:
-    """Run `function` without stopping at its pauses; return its result."""
+def run_to_end(function: Callable[[], Any], answers: Mapping[nn.Module, Any] | None = None) -> Any:
+    """Run `function` without stopping at its pauses; return its result. For `answers` see `run_until`."""
     forward = PausableForward(function)
-    while forward.advance():
-        pass
+    _advance_to(forward, None, answers or {})
     return forward.result
+
+
+def _advance_to(forward: PausableForward, linear: nn.Module | None, answers: Mapping[nn.Module, Any]) -> Pause | None:
+    pause = forward.advance()
+    while pause and pause.module is not linear:
+        pause = forward.advance(answers.get(pause.module))
+    return pause
 
 
 def check_tokens(windows: Tensor, network: PreTrainedModel, where: str = "") -> None:

@@ -39,8 +39,12 @@ def quantize_block(block: Block, calls: Calls, in_flight: int, run: Run) -> tupl
 def round_block(block: Block, run: Run) -> Pack:
     """Round the layers of a block that has no calibration inputs to nearest."""
     state = BlockState(block, run)
-    for name in block.linears:
-        quantize_layer(name, None, state)
+    own, outcomes = state.alone(), {}
+    for number, name in enumerate(block.linears):
+        if run.ranks.owns(number):
+            quantize_layer(name, None, own)
+            outcomes[number] = own.take_outcome()
+    state.join_outcomes(outcomes)
     drop_parameters(block.module)
     return_freed_memory()
     return partial(_pack_block, state, {}, ())
@@ -89,7 +93,7 @@ def _pack_layer(state: BlockState, name: str) -> _PackedLayer:
     encoded = formats.encode(solution.solved, plan.scheme, plan.scale_dtype)
     return _PackedLayer(
         {f"{plan.stored}.{key}": tensor for key, tensor in encoded.items()},
-        solution.histogram | code_histogram(solution.solved.codes, plan.bits),
+        (solution.histogram or {}) | code_histogram(solution.solved.codes, plan.bits),
         sha256(solution.solved.weight()),
     )
 
@@ -97,9 +101,11 @@ def _pack_layer(state: BlockState, name: str) -> _PackedLayer:
 def _pack_block(
     state: BlockState, tuned: Mapping[str, Tensor], errors: tuple[BlockError, ...], background: Background
 ) -> BlockResult:
-    """Pack a block's layers, and collect everything that quantizing it yielded."""
-    run, names = state.run, [*state.block.linears]
+    """Pack the layers that this process packs, and collect everything that quantizing the block yielded."""
+    run, solutions = state.run, state.solutions
+    names = [name for name in state.block.linears if name in solutions and solutions[name].histogram is not None]
     packed = dict(zip(names, background.map(partial(_pack_layer, state), names), strict=True))
+    solutions.clear()
     tensors = {key: tensor for layer in packed.values() for key, tensor in layer.tensors.items()}
     stored = {name: run.weights.to_stored(name, tensor) for name, tensor in tuned.items()}
     return BlockResult(

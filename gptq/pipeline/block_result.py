@@ -29,7 +29,8 @@ class BlockEntry(BaseModel):
 class BlockResult:
     """Everything that quantizing a block yields. Tensors go to the output shards, the rest to the journal.
 
-    Unless said otherwise, the key of a mapping is a layer's name in the model.
+    Unless said otherwise, the key of a mapping is a layer's name in the model. Of several processes, each has the
+    checksums, histograms and tensors of the layers that it packs, until `BlockStore.commit` brings them together.
     """
 
     name: str
@@ -46,11 +47,8 @@ class BlockResult:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # tensors not yet on disk, by stored name
 
     def mark_written(self, checksums: Mapping[str, str]) -> "BlockResult":
-        """Return the result without its tensors, once they are on disk.
-
-        `checksums` maps at least the names of these tensors to their SHA-256.
-        """
-        return replace(self, checksums={name: checksums[name] for name in self.tensors}, tensors={})
+        """Return the result without its tensors, once they are on disk with these SHA-256."""
+        return replace(self, checksums=dict(checksums), tensors={})
 
     def to_entry(self) -> dict[str, Any]:
         """Return the journal's entry, as values that JSON can hold."""

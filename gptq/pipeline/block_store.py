@@ -1,6 +1,8 @@
 """Store finished blocks on disk: tensors in the output shards, everything else in the journal."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from gptq import formats
 from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.background import Background
+from gptq.compute.distributed import ALONE, Ranks
 from gptq.pipeline.block_result import BlockResult
 from gptq.pipeline.journal import Journal
 from gptq.planning.plan import LayerPlan
@@ -16,13 +19,15 @@ from gptq.planning.plan import LayerPlan
 class BlockStore:
     """Stores the result of each finished block, so that a stopped run can resume after it.
 
-    On a GPU a block is packed and stored while the next one is solved.
+    On a GPU a block is packed and stored while the next one is solved; of several processes each packs its own layers.
     """
 
     def __init__(
-        self, writer: ShardWriter, journal: Journal, check: Callable[[], None], background: Background
-    ) -> None:
+        self, writer: ShardWriter, journal: Journal, check: Callable[[], None], background: Background,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         """`check` is called before a block is stored; it raises an error if the block may not be trusted."""
+        self._ranks = ranks
         self.finished: dict[str, BlockResult] = {}  # by block name, in the order in which they finished
         self._writer = writer
         self._journal = journal
@@ -43,12 +48,37 @@ class BlockStore:
     def _store(self, pack: Callable[[Background], BlockResult]) -> None:
         self._check()
         result = pack(self.background)
-        for name, tensor in result.tensors.items():
+        own = [result.tensors.keys(), result.weight_checksums, result.histograms]
+        shares = [json.loads(text) for text in self._ranks.gather_texts(json.dumps([[*own[0]], *own[1:]]))]
+        for name, tensor in self._arriving(result, [names for names, _, _ in shares]):
             self._writer.write(name, tensor)
         self._writer.sync()
-        written = result.mark_written(self._writer.checksums)
+        self._share_checksums([name for names, _, _ in shares for name in names])
+        whole = replace(
+            result,
+            weight_checksums={name: found for _, sums, _ in shares for name, found in sums.items()},
+            histograms={name: found for _, _, counts in shares for name, found in counts.items()},
+        )
+        written = whole.mark_written({n: self._writer.checksums[n] for names, _, _ in shares for n in names})
         self._journal.append("block", written.to_entry())
         self.finished[result.name] = written
+
+    def _arriving(self, result: BlockResult, names: list[list[str]]) -> Iterator[tuple[str, Tensor]]:
+        """On the first process yield the tensors of all, one at a time; the others send theirs.
+
+        `names` are those of each process's tensors.
+        """
+        for owner, own in enumerate(names):
+            for name in own:
+                info = self._writer.tensors[name]
+                tensor = self._ranks.send(result.tensors.get(name), owner, 0, info.shape, info.dtype)
+                if self._ranks.rank == 0:
+                    yield name, tensor
+
+    def _share_checksums(self, names: list[str]) -> None:
+        """Tell the other processes the checksums of tensors that the first has written."""
+        own = {name: self._writer.checksums[name] for name in names}
+        self._writer.checksums.update(json.loads(self._ranks.broadcast_text(json.dumps(own))))
 
     def restore(self) -> list[str]:
         """Load the blocks that an earlier run finished; return notes for the user.

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from gptq.calibration.arrays import Inputs
 from gptq.compute.allocator import return_freed_memory
+from gptq.compute.distributed import ALONE, Ranks
 from gptq.compute.matmul import onednn_linears
 from gptq.errors import InputError
 from gptq.models.blocks import Block
+from gptq.models.experts import Experts
 from gptq.models.forward import (
     PausableForward,
     Pause,
@@ -52,8 +54,10 @@ class BlockWalk:
         num_streams: int,
         weights: WeightStream,
         offload: ActivationOffload | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """`offload` stores activations between blocks; by default they stay in memory."""
+        """`offload` stores activations between blocks; by default they stay in memory. `ranks` share out experts."""
+        self._ranks = ranks
         self._network, self._blocks, self._weights = network, blocks, weights
         self._offload = offload or ActivationOffload()
         self._left = {block.module: block for block in blocks}
@@ -109,7 +113,7 @@ class BlockWalk:
                 name = next(b.name for b in self._blocks if b.module is standing.module)
                 raise InputError(f"{name} is not run once per forward, in the same order for every window")
             self._weights.fill(block.module, block.name, skip=block.linears.values())
-            self._weights.prefetch(_parameters_of_next(self.unreached))
+            self._weights.prefetch(_parameters_of_next(self.unreached, self._ranks))
             self._outputs = []
             with onednn_linears(block.module):
                 yield block, self._calls(block)
@@ -162,8 +166,11 @@ def _advance(forward: PausableForward, answer: Any = None) -> Pause | None:
         raise InputError(f"the model does not run on its inputs: {reason}") from error
 
 
-def _parameters_of_next(left: list[Block]) -> list[str]:
-    """Return the names of the next block's parameters."""
+def _parameters_of_next(left: list[Block], ranks: Ranks) -> list[str]:
+    """Return the names of the next block's parameters, of its experts those that this process owns."""
     if not left:
         return []
-    return [f"{left[0].name}.{name}" for name, _ in left[0].module.named_parameters()]
+    lists = {path: module for path, module in left[0].module.named_modules() if isinstance(module, Experts)}
+    others = tuple(f"{path}.{n}." for path, own in lists.items() for n in range(len(own)) if not ranks.owns(n))
+    names = (name for name, _ in left[0].module.named_parameters() if not name.startswith(others))
+    return [f"{left[0].name}.{name}" for name in names]

@@ -3,21 +3,24 @@
 A `SharedInput` is the calibration input of one or more layers, `BlockState` the progress of the block.
 """
 
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from gptq import solver
 from gptq.compute.allocator import return_freed_memory
+from gptq.compute.distributed import ALONE
 from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
 from gptq.output.results import Coverage, LayerResult, weight_histogram
 from gptq.pipeline.layer_inputs import LayerInputs
 from gptq.pipeline.row_tiles import LayerFigures, StackedRows, find_corrections, round_rows, solve_rows
-from gptq.pipeline.run import Run
+from gptq.pipeline.run import LayerProgress, Run
 from gptq.solver.solve import SMALLEST_POWER
 
 
@@ -27,7 +30,7 @@ class Solution:
 
     solved: solver.SolvedLayer
     figures: LayerFigures
-    histogram: dict[str, Any]  # histogram of the original weights
+    histogram: dict[str, Any] | None  # histogram of the original weights; None if another process packs the layer
 
 
 class SharedInput:
@@ -57,6 +60,14 @@ class SharedInput:
         self.inputs, self._has_drift = replace(self.inputs, drift=None), False
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What solving some layers yields beside their solutions."""
+
+    results: list[LayerResult]
+    notes: list[str]
+
+
 class BlockState:
     """The state of a block while its layers are solved one after the other."""
 
@@ -67,6 +78,37 @@ class BlockState:
         self.results: list[LayerResult] = []
         self.coverage: list[Coverage] = []
         self.notes: list[str] = []
+        self.siblings = {name: names for names in group_fused_siblings(block.linears) for name in names}
+        self._numbers = {name: number for number, name in enumerate(block.linears)}
+
+    def alone(self) -> "BlockState":
+        """Return a state for layers that this process solves without the others; see `join_outcomes`."""
+        run = replace(self.run, ranks=ALONE, observer=LayerProgress(self.run.observer))
+        own = BlockState(self.block, run)
+        own.solutions = self.solutions
+        return own
+
+    def take_outcome(self) -> "Outcome":
+        """Return results and notes since the last call."""
+        found = Outcome(self.results, self.notes)
+        self.results, self.notes = [], []
+        return found
+
+    def join_outcomes(self, own: Mapping[int, "Outcome"]) -> None:
+        """Add the outcomes of all processes' pieces, in the order of their numbers; each passes those of its own."""
+        texts = self.run.ranks.gather_texts(json.dumps([[number, asdict(found)] for number, found in own.items()]))
+        for number, found in sorted((one for text in texts for one in json.loads(text)), key=itemgetter(0)):
+            results = [LayerResult(**result) for result in found["results"]]
+            self.results += results
+            for note in found["notes"]:
+                self.note(note)
+            for result in results if number not in own else ():
+                plan = self.run.layers[result.name]
+                self.run.observer.layer_done(self.block.index, result.name, plan.outputs * plan.inputs)
+
+    def packs(self, name: str) -> bool:
+        """Whether this process packs a layer; the others that have solved it with this one do not."""
+        return self.run.ranks.owns(self._numbers[name])
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -119,7 +161,7 @@ def _unsolved_siblings(name: str, state: BlockState) -> list[str]:
     layers = state.run.layers
     if layers[name].grid.joins_rows:
         return [name]
-    together = next(names for names in group_fused_siblings(state.block.linears) if name in names)
+    together = state.siblings[name]
     own = layers[name]
     alike = {n for n in together if (layers[n].scheme, layers[n].inputs) == (own.scheme, own.inputs)}
     return [name] + [n for n in together if n != name and n not in state.solutions and n in alike]
@@ -131,7 +173,7 @@ def _is_last_on_input(name: str, state: BlockState) -> bool:
     Then the drift C is larger than the layer's weight. C is freed before the solve, and gathered again if another layer
     needs it.
     """
-    together = next(names for names in group_fused_siblings(state.block.linears) if name in names)
+    together = state.siblings[name]
     alone = all(sibling == name or sibling in state.solutions for sibling in together)
     plan = state.run.layers[name]
     return alone and plan.inputs > plan.outputs
@@ -158,7 +200,7 @@ def _solve_together(names: list[str], shared: SharedInput | None, state: BlockSt
             f"{names[0]}: {problem}; its largest weight is {float(weights[0].abs().max()):.3g}"
         ) from problem
     return {
-        name: Solution(solved, figures, weight_histogram(W))
+        name: Solution(solved, figures, weight_histogram(W) if state.packs(name) else None)
         for name, W, (solved, figures) in zip(names, weights, found, strict=True)
     }
 
@@ -169,7 +211,7 @@ def grid_of(names: list[str], weights: list[Tensor], state: BlockState) -> solve
     Args:
         weights: of the layers, (outputs, inputs) float32 each.
     """
-    together = next(group for group in group_fused_siblings(state.block.linears) if names[0] in group)
+    together = state.siblings[names[0]]
     known = dict(zip(names, weights, strict=True))
     every = (known[name] if name in known else state.weight(name) for name in together)
     return state.run.layers[names[0]].grid.for_layers(every)

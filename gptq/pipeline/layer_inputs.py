@@ -100,11 +100,12 @@ def accumulate(
 ) -> InputSums:
     """Sum the products of inputs over all windows; one in HELD_OUT_EVERY windows is held out and summed separately."""
     device = run.weights.device
-    sums = InputSums(HessianAccumulator(num_inputs, device, run.ranks), HeldOut(num_inputs, device))
+    sums = InputSums(HessianAccumulator(num_inputs, device, run.ranks), HeldOut(num_inputs, device, run.ranks))
     for i, (x, original) in enumerate(pairs):
         if x is not None:
             (sums.held_out if is_held_out(i, windows) else sums.seen).add(x, original)
         x = original = None  # free both before the inputs of the next window are computed
+    sums.held_out.complete()
     return sums
 
 

@@ -1,6 +1,7 @@
 """Run calibration windows through a block and solve it layer by layer, each on the outputs of quantized layers."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -18,12 +19,14 @@ from gptq.models.forward import (
     identify,
     input_at,
     pause_before,
+    pause_instead,
     run_to_end,
     run_until,
 )
 from gptq.models.placeholders import UnsolvedWeight
 from gptq.models.weights import WeightStream, swapped_weights
 from gptq.pipeline.block_walk import Calls, Outputs
+from gptq.pipeline.divided_experts import gather_calls, run_divided
 from gptq.pipeline.layer import BlockState, LayerSolver, SharedInput, read_original_weights
 from gptq.pipeline.layer_inputs import gather_inputs, inputs_from_sums, note_on_damping
 from gptq.pipeline.moe import gather_routings, routing_of, solve_experts
@@ -66,7 +69,9 @@ def walk_block(calls: Calls, in_flight: int, state: BlockState, solve_layer: Lay
     walk = _LayerWalk(calls, in_flight, state, solve_layer)
     free_weights(block.module, block, run.weights.device)
     try:
-        with pause_before(block.pause_points()):
+        points = block.pause_points()
+        divided = [point for point in points if run.divides_experts and isinstance(point, Experts)]
+        with pause_before(point for point in points if point not in divided), pause_instead(divided):
             walk.solve_layers()
             for name, linear in block.linears.items():
                 if linear not in walk.solved:
@@ -113,6 +118,8 @@ class _LayerWalk:
         self._in_flight = [[PausableForward(call) for call in stream[:in_flight]] for stream in calls]
         self._waiting = [stream[in_flight:] for stream in calls]
         self._names = state.block.pause_points()
+        # Outputs of experts that are divided over processes, by stream and window, for waiting windows that run again.
+        self._answers: list[list[dict[nn.Module, Any]]] = [[{} for _ in stream] for stream in self._waiting]
         self._originals: dict[nn.Module, nn.Parameter | None] = {}  # weights, for waiting windows that run again
         self._shared: SharedInput | None = None
         self._shared_keys: list[dict[int, object]] = []  # keys (see `identify`) of the inputs of `_shared`
@@ -134,6 +141,9 @@ class _LayerWalk:
         """Solve a layer, or list of experts, if the quantized stream has reached it; then resume the forwards."""
         state, run = self._state, self._state.run
         standing = self._input_keys(stop)
+        if isinstance(stop, Experts) and run.divides_experts:
+            self._run_divided(stop, standing)
+            return
         if stop not in self.solved and run.ranks.any(bool(standing[0])):
             if isinstance(stop, Experts):
                 self._solve_experts(stop)
@@ -150,6 +160,23 @@ class _LayerWalk:
         routings = (routing_of(experts, *pauses) for pauses in self._pauses_of_windows(experts))
         gathered = gather_routings(routings, self._num_windows(), state.run)
         solve_experts(self._names[experts], experts, gathered, state, self._solve_layer)
+
+    def _run_divided(self, experts: Experts, standing: list[dict[int, object]]) -> None:
+        """Solve and run experts that are divided over processes; then resume the forwards with their outputs."""
+        state, offload = self._state, self._state.run.offload
+        calls = gather_calls(experts, self._pauses_of_windows(experts), self._num_windows(), state)
+        solves = experts not in self.solved and any(call is not None for call in calls[0])
+        solver = self._solve_layer if solves else None
+        outputs = run_divided(self._names[experts], experts, calls, state, solver)
+        if solves:
+            self.solved.update(experts.modules())
+        in_flight = len(self._in_flight[0])
+        for i, both in enumerate(outputs):
+            for stream, output in enumerate(both[: len(self._in_flight)]):
+                if i >= in_flight:
+                    self._answers[stream][i - in_flight][experts] = offload.put(output)
+                elif i in standing[stream]:
+                    self._in_flight[stream][i].advance(output)
 
     def _solve(self, linear: nn.Module, standing: list[dict[int, object]]) -> None:
         state, run, name = self._state, self._state.run, self._names[linear]
@@ -204,20 +231,20 @@ class _LayerWalk:
         for i in range(len(in_flight[0])):
             yield here[0].get(i), here[1].get(i) if len(here) > 1 else None
         for i, call in enumerate(waiting[0]):
-            pause, original = run_until(call, linear), None
+            pause, original = run_until(call, linear, self._answers[0][i]), None
             if len(waiting) > 1:
                 with swapped_weights(self._originals):
-                    original = run_until(waiting[1][i], linear)
+                    original = run_until(waiting[1][i], linear, self._answers[1][i])
             yield pause, original
 
     def outputs(self) -> Outputs:
         """Return the block's outputs once all layers are solved."""
         offload = self._state.run.offload
         outputs = [[offload.put(forward.result) for forward in forwards] for forwards in self._in_flight]
-        outputs[0] += [offload.put(run_to_end(call)) for call in self._waiting[0]]
-        with swapped_weights(self._originals):
-            for out, calls in zip(outputs[1:], self._waiting[1:], strict=True):
-                out += [offload.put(run_to_end(call)) for call in calls]
+        with ExitStack() as stack:
+            for out, calls, answers in zip(outputs, self._waiting, self._answers, strict=True):
+                out += [offload.put(run_to_end(*one)) for one in zip(calls, answers, strict=True)]
+                stack.enter_context(swapped_weights(self._originals))  # for the second stream
         return outputs
 
     def stop(self) -> None:

@@ -1,6 +1,7 @@
 """Quantize a list of experts, each on the tokens that the router sends to it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +32,17 @@ def routing_of(experts: Experts, pause: Pause | None, original: Pause | None) ->
     """Return the `Routed` of a window from its pauses in both streams; three Nones if it does not reach the experts."""
     if pause is None:
         return None, None, None
-    call = _arguments(pause)
+    return routed(experts, arguments_at(pause), None if original is None else arguments_at(original))
+
+
+def routed(experts: Experts, call: Sequence[Tensor], original: Sequence[Tensor] | None) -> Routed:
+    """Return the `Routed` of a window from the arguments of the experts' call in both streams."""
     x, routes = experts.routing(*call)
-    return x, routes, None if original is None else experts.original_inputs(call[0], *_arguments(original))
+    return x, routes, None if original is None else experts.original_inputs(call[0], *original)
 
 
-def _arguments(pause: Pause) -> list[Tensor]:
+def arguments_at(pause: Pause) -> list[Tensor]:
+    """Return all arguments of the call at which a forward is paused."""
     return [argument_at(pause, number) for number in range(len(pause.args) + len(pause.kwargs))]
 
 
@@ -56,19 +62,43 @@ def solve_experts(
 
     If an expert has too few tokens, its Hessian is blended with that of all tokens (see `blend_hessians`).
     """
+    everyone = sum_all_inputs(windows, state.run)
+    seen = [
+        solve_expert(name, number, experts, windows, everyone, state, solve_layer) for number in range(len(experts))
+    ]
+    note_coverage(name, windows, seen, state)
+
+
+def sum_all_inputs(windows: list[Routed], run: Run) -> InputSums:
+    """Sum over the tokens of all experts."""
     inputs = ((x, original) for x, _, original in windows)
-    everyone = accumulate(windows[0][0].shape[-1], inputs, len(windows), state.run)
-    tokens, blended = [], []
-    for number, expert in enumerate(experts):
-        if not isinstance(expert, Expert):
-            raise TypeError(f"{name}.{number} is a {type(expert).__name__}")
-        own = [(routes == number).any(-1) for _, routes, _ in windows]  # (tokens,) each
-        tokens.append(sum(int(rows.sum()) for rows in own))
-        if _solve_expert(
-            f"{name}.{number}", expert, list(zip(windows, own, strict=True)), everyone, state, solve_layer
-        ):
-            blended.append(number)
-    coverage = Coverage(name, sum(len(x) for x, _, _ in windows), tokens, blended)
+    return accumulate(windows[0][0].shape[-1], inputs, len(windows), run)
+
+
+def solve_expert(
+    name: str, number: int, experts: Experts, windows: list[Routed], everyone: InputSums, state: BlockState,
+    solve_layer: LayerSolver,
+) -> "Seen":  # fmt: skip
+    """Quantize an expert of the list called `name`; `everyone` are the sums of all tokens."""
+    expert = experts[number]
+    if not isinstance(expert, Expert):
+        raise TypeError(f"{name}.{number} is a {type(expert).__name__}")
+    own = [(routes == number).any(-1) for _, routes, _ in windows]  # (tokens,) each
+    few = _solve_expert(f"{name}.{number}", expert, list(zip(windows, own, strict=True)), everyone, state, solve_layer)
+    return Seen(sum(int(rows.sum()) for rows in own), few)
+
+
+class Seen(NamedTuple):
+    """The number of an expert's tokens, and whether they were too few."""
+
+    tokens: int
+    few: bool
+
+
+def note_coverage(name: str, windows: list[Routed], seen: list[Seen], state: BlockState) -> None:
+    """Record what each expert of the list called `name` has seen."""
+    blended = [number for number, expert in enumerate(seen) if expert.few]
+    coverage = Coverage(name, sum(len(x) for x, _, _ in windows), [expert.tokens for expert in seen], blended)
     state.coverage.append(coverage)
     if coverage.blended:
         state.note(_note_on_coverage(coverage))

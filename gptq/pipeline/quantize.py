@@ -22,7 +22,7 @@ from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.allocator import malloc_policy
 from gptq.compute.background import Background
 from gptq.compute.device_profile import profile_of
-from gptq.compute.distributed import Ranks, current_ranks
+from gptq.compute.distributed import ALONE, Ranks, current_ranks
 from gptq.compute.matmul import exact_float32
 from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import Format, QuantConfig
@@ -175,8 +175,10 @@ def quantize(
             observer.note(note)
         observer.started(len(plan.blocks), sum(layer.outputs * layer.inputs for layer in plan.layers.values()))
         writer = _open_writer(working, plan.tensors, ranks)
-        background = Background(where, profile_of(where).packing_threads)
-        store = BlockStore(writer, journal, partial(state.require_same, decisive_files(plan.source)), background)
+        # Several processes pack together, so nobody may pack while another one waits for something else.
+        background = Background(where, profile_of(where).packing_threads if ranks.size == 1 else 0)
+        check = partial(state.require_same, decisive_files(plan.source))
+        store = BlockStore(writer, journal, check, background, ranks)
         try:
             notes += _quantize_checkpoint(request, prepared, store, writer, working.root, ranks)
             _copy_unquantized(plan, prepared.weights, writer, ranks, observer)
@@ -317,7 +319,8 @@ def _refuse_unreached(block: Block, plan: Plan, windows: list[Inputs] | None) ->
 
 def _quantize_reached(plan: Plan, windows: list[Inputs], in_flight: int, store: BlockStore, run: Run) -> list[Block]:
     """Quantize blocks, each on the outputs of the blocks before it; return the blocks that no window reached."""
-    walk = BlockWalk(plan.network, plan.blocks, windows, run.config.streams, run.weights, run.offload)
+    ranks = run.ranks if run.divides_experts else ALONE
+    walk = BlockWalk(plan.network, plan.blocks, windows, run.config.streams, run.weights, run.offload, ranks)
     with walk:
         for block, calls in walk:
             if block.name in store.finished:

@@ -1,7 +1,7 @@
 """Solve the rows of one or more layers that share an input, tile by tile.
 
 Rows are independent of each other once the Hessian is factorized. The rows of layers that share an input and a scheme
-are therefore stacked into one matrix and solved in tiles, which processes take in turns.
+are therefore stacked into one matrix and solved in tiles, which processes share out.
 """
 
 from dataclasses import astuple, dataclass
@@ -39,7 +39,7 @@ class StackedRows:
     def of(cls, weights: list[Tensor], ranks: Ranks = ALONE) -> "StackedRows":
         """Stack weights (outputs, inputs), in tiles of the size that suits their device."""
         W = torch.cat(weights) if len(weights) > 1 else weights[0]
-        step = profile_of(W.device, ranks.size).solve_rows
+        step = profile_of(W.device, ranks.size).tile_rows(len(W))
         tiles = tuple(slice(start, min(start + step, len(W))) for start in range(0, len(W), step))
         bounds = [0, *accumulate(map(len, weights))]
         return cls(W, tuple(slice(start, stop) for start, stop in pairwise(bounds)), tiles)

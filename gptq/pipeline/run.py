@@ -34,6 +34,13 @@ class Observer:
     def finished(self) -> None: ...
 
 
+class LayerProgress(Observer):
+    """Forwards only `layer_done` to another observer; notes are kept, and told later or not at all."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.layer_done = observer.layer_done  # type: ignore[method-assign]
+
+
 @dataclass(frozen=True)
 class Run:
     """The context that every step of a walk through the blocks reads; nothing changes it."""
@@ -46,3 +53,8 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
     returns_memory: bool = True  # whether freed memory is returned to the system after each layer
     reruns_blocks: bool = False  # whether solved blocks run again, to be measured or tuned; then their weights stay
+
+    @property
+    def divides_experts(self) -> bool:
+        """Whether each process reads, solves and runs its own experts only."""
+        return self.ranks.size > 1 and not self.reruns_blocks

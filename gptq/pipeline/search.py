@@ -21,7 +21,7 @@ from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import Journal
 from gptq.pipeline.layer import BlockState, SharedInput, held_out_excess, quantize_layer
 from gptq.pipeline.layer_walk import run_original, solve_block, walk_block
-from gptq.pipeline.run import Observer, Run
+from gptq.pipeline.run import LayerProgress, Observer, Run
 from gptq.pipeline.tune import hidden_states
 from gptq.planning.bit_allocation import Unit, choose_storage, find_units, make_overrides
 from gptq.planning.plan import Plan
@@ -136,7 +136,7 @@ def choose_widths(
     if known:
         before = (plan.layers[name] for block in plan.blocks if block.name in known for name in block.linears)
         observer.resumed(len(known), sum(layer.outputs * layer.inputs for layer in before))
-    run = Run(config, plan.layers, weights, _LayerProgress(observer), reruns_blocks=True)
+    run = Run(config, plan.layers, weights, LayerProgress(observer), reruns_blocks=True)
     trials = _TrialSolver({name: unit for unit in units for name in unit.layers})
     measured: list[Unit] = []
     walk = BlockWalk(plan.network, plan.blocks, windows, num_streams=1, weights=weights)
@@ -160,13 +160,6 @@ def choose_widths(
     observer.finished()
     overrides = make_overrides(measured, choose_storage(plan, config, measured, chosen_format))
     return replace(config, overrides=(*config.overrides, *overrides), format=chosen_format)
-
-
-class _LayerProgress(Observer):
-    """Forwards only `layer_done` to another observer; notes would appear twice, as quantization repeats them."""
-
-    def __init__(self, observer: Observer) -> None:
-        self.layer_done = observer.layer_done  # type: ignore[method-assign]
 
 
 class _TrialSolver:

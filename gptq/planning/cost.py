@@ -19,16 +19,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from gptq import solver
 from gptq.compute.device_profile import profile_of
 from gptq.compute.matmul import exact_float32, product
 from gptq.config import TUNE_WINDOWS, QuantConfig
 from gptq.models.blocks import group_fused_siblings
+from gptq.models.experts import Experts
 from gptq.planning.memory import Tokens
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
 
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 OVERHEAD_FACTOR = 2.0  # ratio of real to counted time, measured by scripts/bench_memory.py
 
 
@@ -67,17 +70,41 @@ def count_work(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
     streams = config.streams
     everything = tokens.windows * tokens.per_window
     heads = [linear.name for linear in layers[-1:] if config.lm_head]
+    routed = routed_shares(plan)
     step = min(TUNE_WINDOWS, tokens.windows - tokens.held_out) * tokens.per_window  # tokens per tuning step
     passes = streams * everything + 3 * (config.tune_steps or 0) * step  # a backward pass costs two forwards
-    forward = sum(2.0 * passes * p.outputs * p.inputs for p in layers if p.name not in heads)
+    forward = sum(2.0 * passes * routed.get(p.name, 1.0) * p.outputs * p.inputs for p in layers if p.name not in heads)
     together = [
         [plan.layers[n] for n in names] for block in plan.blocks for names in group_fused_siblings(block.linears)
     ]
-    inputs = sum(_operations_per_input(g[0].inputs, sum(p.outputs for p in g), tokens.seen, streams) for g in together)
+    inputs = sum(
+        _operations_per_input(
+            g[0].inputs, sum(p.outputs for p in g), routed.get(g[0].name, 1.0) * tokens.seen, streams
+        )
+        for g in together
+    )  # fmt: skip
     return Work(forward, inputs + sum(_operations_per_layer(p, config) for p in layers), weights)
 
 
-def _operations_per_input(n: int, rows: int, tokens: int, streams: int) -> float:
+def routed_shares(plan: Plan) -> dict[str, float]:
+    """Return the share of the tokens that reach each layer of an expert, if a router sends as many to each."""
+    found: dict[str, float] = {}
+    for block in plan.blocks:
+        layers = block.expert_layers()
+        for experts in (m for m in block.module.modules() if layers and isinstance(m, Experts)):
+            inside, share = set(experts.modules()), experts_per_token(plan.hf_config, len(experts)) / len(experts)
+            found |= {name: share for name in layers if block.linears[name] in inside}
+    return found
+
+
+def experts_per_token(config: PreTrainedConfig, count: int) -> int:
+    """Return how many of `count` experts a token takes, by the names that models have for it; all if none is known."""
+    text = config.get_text_config()
+    known = (getattr(text, name, None) for name in EXPERTS_PER_TOKEN)
+    return min(next((k for k in known if isinstance(k, int) and k > 0), count), count)
+
+
+def _operations_per_input(n: int, rows: int, tokens: float, streams: int) -> float:
     """Count the operations for H, its factor and C, and for correcting `rows` rows of layers that share an input."""
     factor = tokens * n**2 + n**3 / 3
     return factor if streams == 1 else factor + 2.0 * tokens * n**2 + 2.0 * (rows + min(rows, n)) * n**2

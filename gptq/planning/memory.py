@@ -17,6 +17,7 @@ in their stored dtype are added if there is room to prefetch these blocks. Logit
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,10 +156,15 @@ def format_mib(count: int) -> str:
 
 
 def estimate_peak(plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.dtype, in_flight: int, on_disk: bool,
-                  base: int, profile: DeviceProfile = CPU) -> int:  # fmt: skip
-    """Return the estimated peak memory of a run in bytes."""
+                  base: int, profile: DeviceProfile = CPU, ranks: int = 1) -> int:  # fmt: skip
+    """Return the estimated peak memory of a run in bytes, of one process if there are several.
+
+    Args:
+        tokens, in_flight: of the windows that this process runs.
+    """
     moments = [_outside_blocks(plan, config, dtype)]
-    moments += (max(_moments(block, plan, config, tokens, dtype, in_flight, on_disk, profile)) for block in plan.blocks)
+    given = plan, config, tokens, dtype, in_flight, on_disk, profile, ranks
+    moments += (max(_moments(block, *given)) for block in plan.blocks)
     return base + OVERHEAD + max(moments) + _behind(plan, profile)
 
 
@@ -180,8 +186,12 @@ def _outside_blocks(plan: Plan, config: QuantConfig, dtype: torch.dtype) -> int:
 
 
 def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.dtype, in_flight: int,
-             on_disk: bool, profile: DeviceProfile) -> Iterator[int]:  # fmt: skip
-    """Yield the bytes that each moment of a block needs, apart from the process itself."""
+             on_disk: bool, profile: DeviceProfile, ranks: int) -> Iterator[int]:  # fmt: skip
+    """Yield the bytes that each moment of a block needs, apart from the process itself.
+
+    Of several processes each has its own experts, their inputs in the windows of all processes, and, until they are
+    sent, their outputs, which are about as many as the inputs of all experts in its own windows.
+    """
     layers = [plan.layers[name] for name in block.linears]
     streams = config.streams
     waits = in_flight < tokens.windows
@@ -190,13 +200,18 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
     window = streams * tokens.per_window * dtype.itemsize  # bytes of one feature of one window, in all streams
     between = 0 if on_disk else window * hidden * tokens.windows
     codes = weights = 0
+    # Features per token that stay in memory with a layer's input, by parent and inputs: queries, keys and the like.
+    outputs: Counter[tuple[str, int]] = Counter()
+    divided = block.expert_layers() if ranks > 1 and not config.tune_steps else set()
+    routed = window * ranks * tokens.windows * hidden if divided else 0
     for names in group_fused_siblings(block.linears):  # siblings are solved together
         group = [plan.layers[name] for name in names]
         first, size = group[0], sum(layer.outputs * layer.inputs for layer in group)
+        owned, kind = names[0] in divided, (first.name.rpartition(".")[0], first.inputs)
         if config.method == "gptq":
             own = 0 if on_disk else in_flight * window * first.inputs
-            standing = between + own + in_flight * window * (2 * hidden + _kept_outputs(first, layers))
-            always = codes + weights + standing
+            standing = between + own + in_flight * window * (2 * hidden + outputs[kind])
+            always = codes + weights + standing + 2 * routed * owned
             yield from (always + moment for moment in _solving_moments(group, config, tokens, dtype, profile))
             back = in_flight * window * (hidden + first.inputs) if on_disk else 0  # paged in from the files
             largest = max(layer.outputs * layer.inputs for layer in group)
@@ -207,8 +222,9 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
             yield always + size + forward + _layer_inputs(first, tokens, config, dtype)
         else:
             yield codes + 10 * size
-        codes += size
-        weights += dtype.itemsize * size * (streams if waits else 1) if keeps else 0
+        outputs[kind] += sum(layer.outputs for layer in group)
+        codes += size // (ranks if owned else 1)
+        weights += 0 if owned else dtype.itemsize * size * (streams if waits else 1) if keeps else 0
     if config.tune_steps and config.method == "gptq":
         yield codes + weights + 2 * between + _tuning(layers, tokens, dtype, profile)
     widest = max((layer.outputs * layer.inputs for layer in layers), default=0)
@@ -228,13 +244,6 @@ def _tuning(layers: Sequence[LayerPlan], tokens: Tokens, dtype: torch.dtype, pro
     heads = layers[0].inputs // HEAD_WIDTH
     scores = profile.score_bytes * heads * tokens.per_window**2
     return sum(sizes) * (2 * 4 * 5 + 2 * dtype.itemsize) + 40 * max(sizes) + of_window + scores
-
-
-def _kept_outputs(layer: LayerPlan, layers: Sequence[LayerPlan]) -> int:
-    """Count the features per token that stay in memory with a layer's input: outputs of queries, keys and the like."""
-    parent = layer.name.rpartition(".")[0]
-    earlier = [other for other in layers[: layers.index(layer)] if other.name.rpartition(".")[0] == parent]
-    return sum(other.outputs for other in earlier if other.inputs == layer.inputs)
 
 
 def _layer_inputs(layer: LayerPlan, tokens: Tokens, config: QuantConfig, dtype: torch.dtype) -> int:
@@ -258,7 +267,7 @@ def _solving_moments(
     yield known + C + copies * (size + targets) + 20 * min(profile.correction_rows, max(rows, n)) * n
     drops_C = len(group) == 1 and n > rows  # see `layer._is_last_on_input`
     tile = (
-        24 * min(rows, profile.solve_rows) * n
+        24 * min(rows, profile.tile_rows(rows)) * n
     )  # target, the solver's copy, errors, and temporaries to permute and dequantize
     yield known + (0 if drops_C else C) + copies * size + targets + tile + rows * n * 2
 

@@ -591,6 +591,6 @@ def _packed_tensors(plan: LayerPlan, source: Source) -> dict[str, TensorInfo]:
         InputError: the source holds a tensor of the same name.
     """
     for suffix in plan.layout:
-        if f"{plan.stored}.{suffix}" in source.tensors.keys() - {plan.source}:
+        if f"{plan.stored}.{suffix}" in source.tensors and f"{plan.stored}.{suffix}" != plan.source:
             raise InputError(f"the checkpoint holds {plan.stored}.{suffix} already; is it quantized?")
     return {f"{plan.stored}.{suffix}": packed for suffix, packed in plan.layout.items()}

@@ -107,6 +107,14 @@ class HessianAccumulator:
     def _panel_rows(self) -> int:
         return self._profile.hessian_rows
 
+    def complete(self) -> None:
+        """Fill in what other processes have summed, so that no later call has to be made by all of them together."""
+        self._add_waiting()
+        for sums in (self._sum, self._original_sum):
+            if sums is not None:
+                self._complete(sums)
+        self._ranks = ALONE
+
     def _complete(self, sums: Tensor) -> Tensor:
         """Fill in the panels that other processes have summed."""
         for number, rows in enumerate(_panels(len(sums), self._panel_rows)) if self._ranks.size > 1 else ():
@@ -200,9 +208,10 @@ class HeldOut:
     The rows x and x~ are kept until there are more tokens than inputs; from then on only H and C are kept.
     """
 
-    def __init__(self, num_inputs: int, device: torch.device) -> None:
+    def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+        """With several `ranks`, all must make the same calls of `add` and `complete`."""
         self.num_tokens = 0
-        self._num_inputs, self._device = num_inputs, device
+        self._num_inputs, self._device, self._ranks = num_inputs, device, ranks
         self._rows: list[tuple[Tensor, Tensor | None]] = []  # (x, x~) of each window; x~ is None if it equals x
         self._sums: HessianAccumulator | None = None
         self._means: tuple[Tensor, Tensor | None] | None = None
@@ -214,10 +223,14 @@ class HeldOut:
         self._rows.append(flatten_tokens(x, original, profile_of(self._device).compares_windows))
         self.num_tokens += len(self._rows[-1][0])
         if self.num_tokens > self._num_inputs:
-            self._sums = self._sums or HessianAccumulator(self._num_inputs, self._device)
+            self._sums = self._sums or HessianAccumulator(self._num_inputs, self._device, self._ranks)
             for rows in self._rows:
                 self._sums.add(*rows)
             self._rows = []
+
+    def complete(self) -> None:
+        """End adding; with several processes, to be called before the first measurement."""
+        self._known_means()
 
     def power(self, A: Tensor) -> float:
         """Return the mean squared output: ||A x||^2 of a weight A (outputs, inputs), averaged over the inputs x."""
