@@ -46,8 +46,8 @@ GPU = DeviceProfile(
     triangle_columns=None, copied_rows=2**13, nearest_groups=2**10, compares_windows=False, sample_shape=(4096, 4096),
     score_bytes=12, packing_threads=2,
 )  # fmt: skip
-# Tiles for several processes to share.
-SHARED_GPU = replace(GPU, solve_rows=2048, least_rows=256, hessian_rows=512)
+# Tiles for several processes to share; they pack together, and none while another waits for it.
+SHARED_GPU = replace(GPU, solve_rows=2048, least_rows=256, hessian_rows=512, packing_threads=0)
 PROFILES = {"cpu": (CPU, CPU), "cuda": (GPU, SHARED_GPU)}  # for one process, and for several
 
 

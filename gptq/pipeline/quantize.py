@@ -175,8 +175,7 @@ def quantize(
             observer.note(note)
         observer.started(len(plan.blocks), sum(layer.outputs * layer.inputs for layer in plan.layers.values()))
         writer = _open_writer(working, plan.tensors, ranks)
-        # Several processes pack together, so nobody may pack while another one waits for something else.
-        background = Background(where, profile_of(where).packing_threads if ranks.size == 1 else 0)
+        background = Background(where, profile_of(where, ranks.size).packing_threads)
         check = partial(state.require_same, decisive_files(plan.source))
         store = BlockStore(writer, journal, check, background, ranks)
         try:
