@@ -3,10 +3,10 @@
     python scripts/bench_scale.py --json scale.json --plot scale.png
     python scripts/bench_scale.py --vary experts vocabulary
 
-One of them is varied while the others stay at the middle of their list; models have experts where their number is varied,
-and these are of width SMALL_WIDTH. So is the model whose vocabulary is varied. `plan` is the time to plan a checkpoint. Models, tokens and stages are those of
-bench_quantize.py; each run has its own process. A slope is the exponent of the varied size, fitted to the upper half of
-its values; the theoretical slope counts arithmetic and bytes:
+One of them is varied while the others stay at the middle of their list. Where the number of experts or the vocabulary
+is varied, the model has SMALL_WIDTH. `plan` is the time to plan a checkpoint. Models, tokens and the other stages are
+those of bench_quantize.py; each run has its own process. A slope is the exponent of the varied size, fitted to the
+upper half of its values; the theoretical slope counts arithmetic and bytes:
 
     plan                 layers                          width^0   depth^1   tokens^0
     read, pack, write    bytes of the weights            width^2   depth^1   tokens^0
@@ -16,8 +16,8 @@ its values; the theoretical slope counts arithmetic and bytes:
     solve                outputs x inputs^2              width^3   depth^1   tokens^0
     memory               one block, all activations      between   depth^0   between 0 and 1
 
-Against the number of experts, of which a token takes two, all are linear but the forward, whose work is the same. Against
-the vocabulary, only the embedding grows, which is read and copied.
+Against the number of experts, of which a token takes two, all are linear but the forward, whose work is the same.
+Against the vocabulary, only the embedding grows, which is read and copied.
 
 A measured slope below theory means that work of lower order still takes most of the time: attention, overhead per
 column, fixed costs. Memory is the peak minus that of importing the packages.
@@ -183,9 +183,7 @@ def main() -> None:
         or min(args.tokens) < args.window
         or min(map(len, (args.widths, args.depths, args.tokens, args.experts, args.vocabularies))) < 3
     ):
-        parser.error(
-            "widths are multiples of 256, tokens are at least a window, and of each there are at least three numbers"
-        )
+        parser.error("widths are multiples of 256, tokens are at least a window, and each list has at least three")
     runs = run(args)
     print_slopes(runs)
     threads = torch.get_num_threads()

@@ -176,8 +176,8 @@ def _plan(args: argparse.Namespace) -> int:
     refuse_other_grids(plan, getattr(args, "also", ()))
     found = compatibility.engines(plan.stored_layers, plan.hf_config.model_type)
     layers = list(plan.layers.values())
+    divided = _divide(args, config, plan) if args.ranks is not None else {}
     needs = _estimate_needs(args, config, plan)
-    divided = _divide(args, config, plan) if args.ranks else {}
     if args.json:
         _print_json(
             {
