@@ -309,10 +309,11 @@ def test_what_a_model_may_hold_is_counted_while_it_is_made(checkpoints: dict[str
 
 
 def test_an_adapter_is_not_followed_to_another_model(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(checkpoints["plain"], tmp_path / "model")
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/else"}')
-    with pytest.raises(InputError, match="merge it"):
-        load(folder)
+    for kind in ("plain", "gptq"):
+        folder = shutil.copytree(checkpoints[kind], tmp_path / kind)
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/else"}')
+        with pytest.raises(InputError, match="merge it"):
+            load(folder)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])

@@ -21,6 +21,10 @@ from gptq.formats.name_rules import Quantization, check_expression, name_pattern
 from gptq.formats.scheme import Linears, Scheme, names_by_scheme
 
 METHOD = "compressed-tensors"
+CONFIG_KEYS = (  # entries of a config that are known; those of `_Config` decide how a file is read
+    "config_groups format ignore quantization_status kv_cache_scheme global_compression_ratio version dequantize "
+    "run_compressed use_optimized_inference"
+)
 MIXED = "mixed-precision"  # the word for a file in several formats
 INT8_PER_TOKEN = {  # input_activations: each token rounded to int8 with a scale of its own, at run time
     "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True,
@@ -88,6 +92,8 @@ class CompressedTensors(FileFormat):
         self, where: str | Path, quantization: Mapping[str, Any], family: Sequence[FileFormat]
     ) -> Quantization:
         known = [one for one in family if isinstance(one, CompressedTensors)]
+        if unknown := sorted(quantization.keys() - {"quant_method", *CONFIG_KEYS.split(), *_Config.model_fields}):
+            raise InputError(f"{where} has the key {unknown[0]!r}, which is not known of {METHOD!r}")
         read = read_options(_Config, quantization, str(where))
         _require_word(where, read.format, known)
         exact: list[tuple[str, Scheme | None]] = []

@@ -48,8 +48,7 @@ METHODS: Mapping[str, Method] = {  # by `quant_method`; the formats' own readers
         empty="pre_quant_scale has_zero_point",
     ),
     compressed_tensors.METHOD: _method(
-        "config_groups format ignore quantization_status kv_cache_scheme global_compression_ratio version dequantize "
-        "run_compressed use_optimized_inference",
+        compressed_tensors.CONFIG_KEYS,
         empty="transform_config sparsity_config",
     ),
 }

@@ -97,7 +97,8 @@ class PackedQuantizer(HfQuantizer):
                 layer = model.get_submodule(name)
                 if isinstance(layer, QuantLinear) and not any(tensor.is_meta for tensor in layer.packed().values()):
                     check_packed(layer.packed(), own, packed.layers[own], source)
-            for name, parameter in model.named_parameters():
+            biases = [(f"{n}.bias", m.bias) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+            for name, parameter in [*model.named_parameters(), *((n, bias) for n, bias in biases if bias is not None)]:
                 if not (parameter.is_meta or bool(torch.isfinite(parameter).all())):
                     raise InputError(f"{name} in {source.folder} holds NaN or infinity; the checkpoint is damaged")
             vars(model)["_weight_conversions"] = conversions  # `save_pretrained` writes the names of this checkpoint

@@ -58,6 +58,8 @@ def load(
         InputError: the checkpoint cannot be read; the message names the tensor or file.
     """
     folder = resolve(str(model), revision, allow_pickle)
+    if (folder / ADAPTER).is_file():  # transformers would download and load the model that it names
+        raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and save that")
     hf_config = read_config(folder, trust_remote_code)
     where = choose_device(device)
     compute = choose_dtype(dtype, hf_config, where)
@@ -96,11 +98,9 @@ def _load_plain(
     """Load an unquantized checkpoint with transformers.
 
     Raises:
-        InputError: the folder holds an adapter, or does not hold every tensor that config.json describes.
+        InputError: the folder does not hold every tensor that config.json describes.
     """
     folder = source.folder
-    if (folder / ADAPTER).is_file():  # transformers would download and load the model that it names
-        raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and save that")
     held = sum(math.prod(info.shape) for info in source.tensors.values())
     network: PreTrainedModel = build_empty_model(hf_config, trust_remote_code, source)
     tied: dict[str, str] = getattr(network, "all_tied_weights_keys", None) or {}
