@@ -1,5 +1,6 @@
 """Checkpoints from a stranger: one sentence, never a traceback, a hang, a huge allocation, or a file elsewhere."""
 
+import gzip
 import json
 import os
 import random
@@ -38,6 +39,7 @@ from gptq.output import verify
 from gptq.output.record import read_record
 from gptq.output.results import RECORD
 from gptq.output.verify import inspect
+from gptq.pipeline.block_result import BlockResult
 from gptq.pipeline.journal import JOURNAL, Journal
 from tests.conftest import MakeModel, load_script
 
@@ -471,6 +473,44 @@ def test_a_journal_nested_deeply_is_a_damaged_one(tmp_path: Path) -> None:
     assert Journal(tmp_path).entries == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "do"),
+    [
+        ("begun", lambda entry: entry.update(options=[])),
+        ("begun", lambda entry: entry.pop("machine")),
+        ("windows", lambda entry: entry.update(count="x")),
+        ("measured", lambda entry: entry.update(errors=[0.5])),
+        ("block", lambda entry: entry.update(layers=[None])),
+        ("block", lambda entry: entry.update(tensors=5)),
+        ("block", lambda entry: entry["errors"][0].update(solved="x")),
+        ("block", lambda entry: entry.pop("spreads")),
+    ],
+)
+def test_entries_of_a_journal_are_held_against_what_they_are(
+    kind: str, do: Callable[[dict[str, Any]], object], tmp_path: Path
+) -> None:
+    """Though their checksums are right."""
+    block = {**BlockResult("a", (), {}, {}).to_entry(), "errors": [{"name": "a", "solved": 1, "tuned": 0.5}]}
+    contents: dict[str, dict[str, Any]] = {
+        "begun": {"version": {}, "options": {}, "source": {}, "machine": {}},
+        "windows": {"count": 4, "sha256": "", "notes": []},
+        "measured": {"name": "a", "errors": [[0.5]]},
+        "widths": QuantConfig().to_dict(),
+        "block": block,
+    }
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    for folder in (right, wrong):
+        folder.mkdir()
+        journal = Journal(folder)
+        for name, content in contents.items():
+            if name == kind and folder == wrong:
+                do(content)
+            journal.append(name, content)
+    assert [name for name, _ in Journal(right).entries] == [*contents]
+    assert Journal(wrong).damaged == (kind != "block")  # the last one, which could be torn
+    assert [name for name, _ in Journal(wrong).entries] == [*contents][: [*contents].index(kind)]
+
+
 @pytest.mark.parametrize("content", [b"\x80\x02R.", b"\x80\x02.", b"\x80\x02K\x01.", b"(", b""])
 def test_opcodes_without_what_they_work_on_are_a_sentence(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(content)
@@ -582,6 +622,30 @@ def test_what_datasets_would_say_of_a_damaged_file_is_said_once(
         open_table(str(file), "train")
     assert "Failed" not in capfd.readouterr().err
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.jsonl.gz", "folder/metadata.jsonl", "folder/data/train.jsonl"]
+)
+@pytest.mark.parametrize("content", [b"null", b" \n" * 5000 + b"null\n{}", b"\xef\xbb\xbfnull", b"5", b"PK\x03\x04"])
+def test_files_that_do_not_begin_as_rows_do_are_not_handed_to_pyarrow(
+    name: str, content: bytes, tmp_path: Path
+) -> None:
+    """It would kill the process, for `null`."""
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(InputError, match=r"json.* begins with b'.*', which is no json"):
+        open_table(str(tmp_path / name.partition("/")[0]), "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", b"PK\x03\x04"), ("a.parquet", b"text"), ("a.csv", b"\x1f\x8b")]
+)
+def test_archives_are_not_unpacked(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="is it another kind of file"):
+        open_table(str(tmp_path / name), "train")
 
 
 def test_a_pipe_among_images_is_not_waited_for(tmp_path: Path) -> None:

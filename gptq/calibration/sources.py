@@ -13,6 +13,7 @@ The columns of a source say what it is: `text` (see `text`), `messages` and the 
 `audio` (see `processed`). Arrays are read by `arrays`.
 """
 
+import gzip
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # suffix: reader of `datasets`
+BEGINNINGS: dict[str, tuple[bytes, ...]] = {"json": (b"{", b"["), "parquet": (b"PAR1",)}  # of a file for such a reader
+ARCHIVES = (b"PK", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 FILES = (".txt", *READERS, ".gz", ".tsv", ".zip", ".npz", ".npy", ".safetensors", ".pt", ".arrow")  # no Hub id ends so
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aac")
 HUB_TIMEOUT = 5  # seconds until the Hub counts as out of reach
@@ -154,6 +157,8 @@ def _local_dataset(source: str, path: Path, split: str) -> "Dataset | list[dict[
         raise InputError(f"{source} is neither a file nor a folder")
     suffix = Path(path.name.removesuffix(".gz")).suffix
     try:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            _check_beginning(file)
         if path.is_dir():
             return _media_folder(path) or _choose_split(load_dataset(str(path)), split, str(path))
         if path.suffix == ".txt":
@@ -169,6 +174,25 @@ def _local_dataset(source: str, path: Path, split: str) -> "Dataset | list[dict[
             raise InputError(f"{source} is empty") from error
         raise InputError(f"{source} could not be read as text data: {first_line(error)}") from error
     raise InputError(f"{source} is not a .txt, .jsonl, .json, .csv or .parquet file, nor a folder that datasets loads")
+
+
+def _check_beginning(file: Path) -> None:
+    """Check that a file of rows begins as its ending says.
+
+    On JSON that begins with `null`, pyarrow 26 kills the process; and `datasets` unpacks whatever is an archive.
+
+    Raises:
+        InputError: it does not.
+    """
+    kind = READERS.get(Path(file.name.removesuffix(".gz")).suffix)
+    if kind is None or not file.is_file():
+        return
+    start = b""
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+        while not start and (piece := opened.read(4096)):
+            start = piece.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start and (start.startswith(ARCHIVES) or not start.startswith(BEGINNINGS.get(kind, (b"",)))):
+        raise InputError(f"{file} begins with {start[:8]!r}, which is no {kind}; is it another kind of file?")
 
 
 def load_dataset(*args: Any, **options: Any) -> Any:

@@ -79,7 +79,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
     }
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
     if not outermost:
-        raise InputError(f"{type(model).__name__} has no list of repeated blocks with linear layers to quantize")
+        where = f" of {config.name_or_path}" if (config := getattr(model, "config", None)) is not None else ""
+        raise InputError(
+            f"the {type(model).__name__}{where} has no list of repeated blocks with linear layers to quantize"
+        )
     blocks = [(f"{n}.{i}", child) for n, m in outermost.items() for i, child in enumerate(m)]
     return [Block(name, m, _linears(m, name), index) for index, (name, m) in enumerate(blocks)]
 

@@ -67,14 +67,15 @@ class BlockResult:
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "BlockResult":
         """Read what `to_entry` returned, a `BlockEntry`."""
+        read = BlockEntry.model_validate(entry)
         return cls(
-            name=entry["name"],
-            layers=tuple(LayerResult(**layer) for layer in entry["layers"]),
-            weight_checksums=entry["weights"],
-            histograms=entry["spreads"],
-            tuned=entry["tuned"],
-            errors=tuple(BlockError(**error) for error in entry["errors"]),
-            coverage=tuple(Coverage(**seen) for seen in entry["coverage"]),
-            notes=tuple(entry["notes"]),
-            checksums=entry["tensors"],
+            name=read.name,
+            layers=tuple(read.layers),
+            weight_checksums=read.weights,
+            histograms=read.spreads,
+            tuned=read.tuned,
+            errors=tuple(read.errors),
+            coverage=tuple(read.coverage),
+            notes=tuple(read.notes),
+            checksums=read.tensors,
         )
