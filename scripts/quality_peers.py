@@ -94,7 +94,7 @@ loaded.save(out)
 """,
         """
 def own_logits(windows):
-    read = GPTQModel.load(written, device="cpu", dtype=torch.float32, backend=BACKEND.TORCH)
+    read = GPTQModel.load(written, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH)  # it takes no float32
     return read.model(input_ids=windows).logits
 """,
     ),
@@ -120,8 +120,9 @@ def own_logits(windows):
 LLAMA_CPP = "llama.cpp"
 MIXTURES = {4: "Q4_K_M", 3: "Q3_K_M", 2: "Q2_K"}  # what llama-quantize makes of most models, by width
 PURE = {4: "Q4_K_S", 3: "Q3_K_S", 2: "Q2_K"}  # with one type in all layers
-# Largest KL between a tool's own logits and ours of its file; llama.cpp rounds activations to 8 bits.
-LARGEST_READING = {LLAMA_CPP: 0.005, "auto-round": 0.0005}
+# Largest KL between a tool's own logits and ours of its file: llama.cpp rounds activations to 8 bits, GPTQModel computes in
+# float16, AutoRound rounds weights to 16 bits.
+LARGEST_READING = {LLAMA_CPP: 0.005, "gptqmodel": 0.0005, "auto-round": 0.0005}
 EXACT_READING = 1e-6
 
 
