@@ -94,7 +94,7 @@ loaded.save(out)
 """,
         """
 def own_logits(windows):
-    read = GPTQModel.load(written, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH)  # it takes no float32
+    read = GPTQModel.load(written, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH)  # not in float32
     return read.model(input_ids=windows).logits
 """,
     ),
