@@ -157,7 +157,7 @@ class Watch:
 
     def _is_step(self, called: Any) -> bool:
         owner, self.last = getattr(called, "__self__", None), getattr(called, "__name__", "")
-        if owner in (sys.stdout, sys.stderr) or isinstance(owner, IN_MEMORY):
+        if owner is sys.stdout or owner is sys.stderr or isinstance(owner, IN_MEMORY):
             return False
         return self.last == self.of if self.of else self.last in STEPS
 
