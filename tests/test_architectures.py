@@ -328,6 +328,15 @@ def test_inputs_that_do_not_fit_are_a_sentence(
 ) -> None:
     with pytest.raises(InputError, match=message):
         quantize(make_model("vit"), tmp_path / "out", CONFIG, calibration=arrays)
+
+
+@pytest.mark.parametrize("token", [-1, 320])
+def test_a_token_without_an_embedding_is_named_with_its_array(
+    token: int, make_model: MakeModel, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "tokens.npz", input_ids=np.full((2, 8), token))
+    with pytest.raises(InputError, match=rf"input_ids in .*tokens\.npz holds the token {token}, but the model has 320"):
+        quantize(make_model("llama"), tmp_path / "out", CONFIG, calibration=str(tmp_path / "tokens.npz"))
     assert not (tmp_path / "out").exists()
 
 

@@ -111,7 +111,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise ConnectionError("no route")
 
     monkeypatch.setattr(sources, "load_from_hub", offline)
-    with pytest.raises(InputError, match=r"could it be fetched from the Hub \(no route\). Pass a local .txt"):
+    with pytest.raises(InputError, match=r"nor a data set that the Hub could give: no route\. Name a local \.txt"):
         calibration.documents("c4", "train")
 
 

@@ -222,6 +222,8 @@ MISTAKES = {
     "inspect nobody/nothing": "nobody/nothing: no such folder; inspect needs a folder on this machine",
     "verify empty.txt": "empty.txt is a file; give the folder that holds config.json",
     "report missing": "missing: no such folder; report needs a folder",
+    "report model --to empty.txt": "empty.txt is a file; --to names a folder",
+    "quantize model out --revision main": "--revision names a version on the Hub, and model is a folder",
 }
 
 

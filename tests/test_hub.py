@@ -12,14 +12,28 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from gptq import cli
+from gptq.checkpoint.hub import explain
 from tests.conftest import MakeModel
 
 # huggingface_hub uploads with an argument that its HTTP library has come to deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 TOKEN = "hf_" + "s3cretT0ken" * 3
 REPO = "somebody/small-4bit"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OfflineModeIsEnabled("a long text"), "HF_HUB_OFFLINE is set, and the cache has no copy"),
+        (LocalEntryNotFoundError("a long text"), "HF_HUB_OFFLINE is set, and the cache has no copy"),  # as in tests
+        (ConnectionError("no route\nto it"), "no route"),
+    ],
+)
+def test_why_the_hub_gave_nothing_is_said_in_a_few_words(error: Exception, reason: str) -> None:
+    assert explain(error) == reason
 
 
 @dataclass

@@ -117,7 +117,8 @@ def _check_columns(table: Table) -> None:
         )
 
 
-TOKENS = ("input_ids", "decoder_input_ids")
+# Inputs of a text alone: beside images, a model may give tokens a meaning that have no embedding.
+OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
 
 def make_windows(
@@ -140,8 +141,9 @@ def make_windows(
         except InputError as error:
             raise InputError(f"{given.name}: {error}") from error
         dropped = [name for name in given.inputs[0] if name not in accepted[0]]
-        for name, x in ((name, x) for window in accepted for name, x in window.items() if name in TOKENS):
-            check_tokens(x, network, f"{name} in {given.name}")
+        for window in accepted:
+            if "input_ids" in window and window.keys() <= OF_TEXT:
+                check_tokens(window["input_ids"], network, f"input_ids in {given.name}")
         return accepted, notes + [f"{type(network).__name__} takes no {name}, which is left out" for name in dropped]
     if given.tokens is not None:
         drawn = list(given.tokens)

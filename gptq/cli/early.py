@@ -48,13 +48,17 @@ def check(args: argparse.Namespace) -> None:
     if "device" in args:
         require_device(args.device)
         require_dtype(args.dtype)
-    for model in (getattr(args, "model", None), getattr(args, "against", None)):
-        if model is not None:
-            _check_model(model)
+    models = [model for name in ("model", "against") if (model := getattr(args, name, None)) is not None]
+    for model in models:
+        _check_model(model)
+    if getattr(args, "revision", None) and all(map(local_folder, models)):
+        raise InputError(f"--revision names a version on the Hub, and {models[0]} is a folder")
     if args.command in ("quantize", "convert"):
         _check_results(args)
     if args.command in ("inspect", "verify", "report"):
         _require_folder(args.out, args.command)
+    if args.command == "report" and args.to is not None and args.to.is_file():
+        raise InputError(f"{args.to} is a file; --to names a folder")
     if config is not None and config.method == "gptq":
         require_file(args.calibration)
     if args.command == "polish":

@@ -171,7 +171,13 @@ def check_tokens(windows: Tensor, network: PreTrainedModel, where: str = "") -> 
     Raises:
         InputError: a token has no embedding; the tokenizer probably belongs to another model.
     """
-    vocabulary = int(network.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    try:
+        embedding = network.get_input_embeddings()
+    except NotImplementedError:  # of models with several
+        return
+    if not isinstance(embedding, nn.Embedding):
+        return
+    vocabulary = embedding.num_embeddings
     low, high = int(windows.min()), int(windows.max())
     if where and (low < 0 or high >= vocabulary):
         raise InputError(f"{where} holds the token {low if low < 0 else high}, but the model has {vocabulary}")

@@ -15,6 +15,7 @@ from gptq.config import DTYPES, require_device, require_dtype
 from gptq.errors import InputError, first_line
 
 COUNT_KEY = re.compile(r"(^|_)(layers?|blocks?|labels?|experts?|heads?|stages?|depths?|codebooks?)($|_)")
+TOKENIZERS = ("*token*", "vocab*", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.py")  # names of files of tokenizers
 MAX_COUNT = 2**20  # largest count accepted from config.json, because transformers builds that many modules at once
 
 
@@ -105,10 +106,13 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     Raises:
         InputError: the tokenizer is missing or broken.
     """
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+        raise InputError(f"{folder} holds no tokenizer (tokenizer.json, say); copy its files from the original model")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # any type, depending on what the files hold
-        raise InputError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
+        reason = first_line(error) if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise InputError(f"{folder} has no usable tokenizer: {reason}") from error
     return tokenizer
 
 

@@ -189,7 +189,7 @@ def read_record(folder: Path) -> WrittenRecord:
     """Read the record of a folder; raises InputError if there is none, or if it is damaged."""
     file = folder / RECORD
     if not file.is_file():
-        raise InputError(f"{folder} has no {RECORD}, so there is nothing to go by; another tool wrote it")
+        raise InputError(f"{folder} has no {RECORD} to go by; another tool wrote it, or it is not quantized")
     record = read_object(WrittenRecord, read_json(file), str(file))
     if len({layer.stored for layer in record.layers}) < max(len(record.layers), 1):
         raise InputError(f"{file} is damaged: it has no layers, or two entries for one")
