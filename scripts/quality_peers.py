@@ -120,8 +120,8 @@ def own_logits(windows):
 LLAMA_CPP = "llama.cpp"
 MIXTURES = {4: "Q4_K_M", 3: "Q3_K_M", 2: "Q2_K"}  # what llama-quantize makes of most models, by width
 PURE = {4: "Q4_K_S", 3: "Q3_K_S", 2: "Q2_K"}  # with one type in all layers
-# Largest KL between a tool's own logits and ours of its file: llama.cpp rounds activations to 8 bits, GPTQModel computes
-# in float16, AutoRound rounds weights to 16 bits.
+# Largest KL between a tool's own logits and ours of its file: llama.cpp rounds activations to 8 bits, GPTQModel
+# computes in float16, AutoRound rounds weights to 16 bits.
 LARGEST_READING = {LLAMA_CPP: 0.005, "gptqmodel": 0.0005, "auto-round": 0.0005}
 EXACT_READING = 1e-6
 
