@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gptq.compute.device_profile import SHARED_GPU as TILED
+from gptq.compute.device_profile import GPU, SHARED_GPU
 from gptq.config import QuantConfig
 from gptq.models.blocks import group_fused_siblings
 from gptq.models.experts import Experts
@@ -85,8 +85,9 @@ def count_shares(plan: Plan, config: QuantConfig, tokens: Tokens, ranks: int, dt
             _count_experts(found, experts, plan, config, tokens, ranks, dtype)
     found.written = float(plan.file_bytes)
     found.receive("result", plan.packed_bytes * (ranks - 1) / ranks)
+    profile = SHARED_GPU if ranks > 1 else GPU
     own = Tokens(-(-tokens.windows // ranks), tokens.per_window, -(-tokens.held_out // ranks))
-    found.peak = memory.estimate_peak(plan, config, own, dtype, own.windows, False, 0, TILED, ranks)
+    found.peak = memory.estimate_peak(plan, config, own, dtype, own.windows, False, 0, profile, ranks)
     return found
 
 
@@ -96,7 +97,7 @@ def _count_layers(
     """Count layers that share an input, and that all processes solve together."""
     n, rows, streams = group[0].inputs, sum(layer.outputs for layer in group), config.streams
     everything, others = tokens.windows * tokens.per_window, (ranks - 1) / ranks
-    tiles = min(ranks, -(-rows // TILED.tile_rows(rows)))
+    tiles = min(ranks, -(-rows // SHARED_GPU.tile_rows(rows)))
     found.work("forward", 2.0 * streams * everything * rows * n, ranks)
     found.work("Hessian", tokens.seen * n**2 * (1.0 if streams == 1 else 3.0), ranks)
     found.work_alone("factorize", n**3 / 3)
