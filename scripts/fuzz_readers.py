@@ -543,7 +543,8 @@ def _names_something(sentence: str, case: Case) -> bool:
         str(case.place) in sentence
         or any(name in sentence for name in names)
         or any(str(path) in sentence for path in case.seeds.values())
-        or re.search(r"\b(model|lm_head|layers)\.|the calibration text|the tokenizer", sentence) is not None
+        or re.search(r"\b(model|lm_head|layers)\.|the calibration text|the tokenizer|of the original", sentence)
+        is not None
     )
 
 

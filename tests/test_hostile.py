@@ -627,7 +627,8 @@ def test_what_datasets_would_say_of_a_damaged_file_is_said_once(
 @pytest.mark.parametrize(
     "name", ["a.jsonl", "a.json", "a.jsonl.gz", "folder/metadata.jsonl", "folder/data/train.jsonl"]
 )
-@pytest.mark.parametrize("content", [b"null", b" \n" * 5000 + b"null\n{}", b"\xef\xbb\xbfnull", b"5", b"PK\x03\x04"])
+@pytest.mark.parametrize("content", [b"null", b" \n" * 5000 + b"null\n{}", b"\xef\xbb\xbfnull", b"5", b"PK\x03\x04",
+                                     b"[ null, {}]", b"[-Infinity, {}]"])  # fmt: skip
 def test_files_that_do_not_begin_as_rows_do_are_not_handed_to_pyarrow(
     name: str, content: bytes, tmp_path: Path
 ) -> None:

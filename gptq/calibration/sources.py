@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # suffix: reader of `datasets`
-BEGINNINGS: dict[str, tuple[bytes, ...]] = {"json": (b"{", b"["), "parquet": (b"PAR1",)}  # of a file for such a reader
+BEGINNINGS: dict[str, tuple[bytes, ...]] = {
+    "json": (b"{", b"[{", b"[[", b'["', b"[]"),
+    "parquet": (b"PAR1",),
+}  # of a file for such a reader
 ARCHIVES = (b"PK", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 FILES = (".txt", *READERS, ".gz", ".tsv", ".zip", ".npz", ".npy", ".safetensors", ".pt", ".arrow")  # no Hub id ends so
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aac")
@@ -179,7 +182,7 @@ def _local_dataset(source: str, path: Path, split: str) -> "Dataset | list[dict[
 def _check_beginning(file: Path) -> None:
     """Check that a file of rows begins as its ending says.
 
-    On JSON that begins with `null`, pyarrow 26 kills the process; and `datasets` unpacks whatever is an archive.
+    On JSON whose first row is `null`, pyarrow 26 kills the process; and `datasets` unpacks whatever is an archive.
 
     Raises:
         InputError: it does not.
@@ -189,8 +192,8 @@ def _check_beginning(file: Path) -> None:
         return
     start = b""
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
-        while not start and (piece := opened.read(4096)):
-            start = piece.removeprefix(b"\xef\xbb\xbf").lstrip()
+        while len(start) < 2 and (piece := opened.read(4096)):
+            start = b"".join((start + piece.removeprefix(b"\xef\xbb\xbf")).split())  # without blanks
     if start and (start.startswith(ARCHIVES) or not start.startswith(BEGINNINGS.get(kind, (b"",)))):
         raise InputError(f"{file} begins with {start[:8]!r}, which is no {kind}; is it another kind of file?")
 

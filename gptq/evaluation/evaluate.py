@@ -118,7 +118,8 @@ def measure_perplexity(
     windows, seq_len = tokens.shape
     count = windows * (seq_len - 1)
     if not total / count < MAX_LOSS:
-        raise InputError("the model's output holds NaN or infinity; try --dtype float32")
+        name = network.config.name_or_path or "the model"
+        raise InputError(f"the output of {name} holds NaN or infinity; try --dtype float32")
     return Perplexity(perplexity=math.exp(total / count), tokens=count, windows=windows, seq_len=seq_len)
 
 
