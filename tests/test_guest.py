@@ -282,6 +282,33 @@ def test_importing_the_package_leaves_the_process_as_it_was() -> None:
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
+NOTEBOOK = """
+import torch
+from gptq import QuantConfig, load, quantize
+from gptq.cli.progress import Progress
+config = QuantConfig(bits=4, group_size=32, effort="fast")
+windows = torch.arange(1, 129).view(8, 16)
+first = quantize(SOURCE, OUT + "-silent", config, calibration=windows)
+with Progress() as progress:
+    second = quantize(SOURCE, OUT, config, calibration=windows, observer=progress)
+"""
+
+
+@pytest.mark.slow
+def test_in_a_notebook_progress_is_a_widget_and_the_library_is_silent(source: Path, tmp_path: Path) -> None:
+    """Run in a real kernel."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("ipywidgets")
+    setting, rest = f"SOURCE, OUT = {str(source)!r}, {str(tmp_path / 'out')!r}", NOTEBOOK.strip().splitlines()
+    cells = ["\n".join((setting, *rest[:6])), "\n".join(rest[6:])]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    silent, shown = ([one for one in cell.outputs if one.get("name") != "stderr"] for cell in notebook.cells)
+    assert silent == []
+    assert any("application/vnd.jupyter.widget-view+json" in one.get("data", {}) for one in shown)
+
+
 # --- the caller's modes -----------------------------------------------------------------------------------------------
 
 

@@ -4,13 +4,13 @@ import sys
 import time
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from gptq.pipeline.run import Observer
 
 
 class Progress(Observer):
-    """Shows a bar with the remaining time on a terminal; elsewhere prints a line per block or tenth of the work."""
+    """Shows a bar with the remaining time on a terminal or in a notebook, else a line a block or tenth of the work."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -90,7 +90,7 @@ class Progress(Observer):
             self._bar = None
 
     def _open_bar(self, total: int) -> None:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() or _is_notebook():
             form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
             self._bar = tqdm(total=total, bar_format=form, dynamic_ncols=True, file=sys.stderr)
 
@@ -98,6 +98,12 @@ class Progress(Observer):
         """Print a line with the time so far and the time left, if that is known."""
         about = f", about {left:.0f} s left" if left is not None and left >= 0.5 else ""
         _print_above_bar(f"{text}, {time.monotonic() - self._began:.0f} s{about}")
+
+
+def _is_notebook() -> bool:
+    """Whether the code runs in a Jupyter kernel, where tqdm draws a widget."""
+    find_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return find_shell is not None and hasattr(find_shell(), "kernel")
 
 
 def _print_above_bar(text: str) -> None:

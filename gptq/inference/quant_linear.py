@@ -10,6 +10,7 @@ from gptq import formats
 from gptq.compute.allocator import return_freed_memory
 from gptq.formats.scheme import Scheme
 from gptq.inference import products
+from gptq.inference.dequantize_operator import dequantize, describe
 from gptq.inference.layout import Stored
 
 TRIM_EVERY = 2**24  # bytes of freed packed words, after which the heap's free pages are returned to the system
@@ -36,6 +37,7 @@ class QuantLinear(nn.Module):
         self.scheme = scheme
         self.out_features, self.in_features = shape
         self._suffixes = tuple(packed)
+        self._described = describe(scheme)
         self._buffers.update(packed)  # not by register_buffer, which refuses a buffer called like the property `weight`
         self.register_buffer("bias", bias)
         self.rounds_activations = formats.FORMATS[scheme.format].activation_bits is not None
@@ -90,6 +92,8 @@ class QuantLinear(nn.Module):
 
     def _decoded(self) -> Tensor:
         """The dequantized weight (outputs, inputs) in float32."""
+        if torch.compiler.is_compiling() and not _is_exporting():
+            return dequantize(self.packed(), self._described, (self.out_features, self.in_features))
         return formats.decode_shaped(self.packed(), self.scheme, (self.out_features, self.in_features)).weight()
 
     def __getattr__(self, name: str) -> Any:
