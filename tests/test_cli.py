@@ -1,5 +1,6 @@
 """The command line as a person or a script meets it: names, JSON, exit codes, sentences instead of tracebacks."""
 
+import errno
 import io
 import json
 import os
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gptq import cli
+from gptq import InputError, cli
+from gptq import __main__ as start_up
 from gptq.__main__ import main as run_main
 from gptq.cli.progress import Progress
+from gptq.compute.distributed import process_group
 from gptq.output import record
 from tests.conftest import MakeModel
 
@@ -260,6 +263,32 @@ def test_a_reader_that_leaves_early_is_no_bad_input(make_model: MakeModel, text_
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize("stderr_works", [True, False])
+def test_messages_that_cannot_be_printed_are_no_difference(
+    stderr_works: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By itself Python ends with 1, which is verify's."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gptq.cli.arguments.main", full)
+    if not stderr_works:
+        monkeypatch.setattr("builtins.print", full)
+    assert start_up.main() == 2
+    assert capsys.readouterr().err == ("gptq: the system: No space left on device\n" if stderr_works else "")
+
+
+def test_processes_that_do_not_meet_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(*_: object) -> None:
+        raise RuntimeError("Connection reset by peer\nframes")
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr("torch.distributed.init_process_group", alone)
+    with pytest.raises(InputError, match=r"of this run did not meet: Connection reset by peer$"), process_group("cpu"):
+        pass
 
 
 def test_a_closed_output_is_no_fault(
