@@ -319,7 +319,11 @@ def _convert(case: Case) -> int:
 
 def _go_on(case: Case) -> None:
     """Go on with a run whose OUT.partial was changed."""
-    shutil.copytree(case.folder, case.place / "out.partial", symlinks=True)
+
+    def copy(source: str, to: str) -> None:
+        (os.mkfifo if Path(source).is_fifo() else functools.partial(shutil.copy2, source))(to)
+
+    shutil.copytree(case.folder, case.place / "out.partial", symlinks=True, copy_function=copy)
     windows = torch.arange(32).reshape(2, 16) + 3
     quantize(case.original.parent / "plain", case.out, fuzz_seeds.RESUMED, calibration=windows, device="cpu")
 
