@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from bench_quantize import EFFORTS, GROUP, SEED, STAGES, make_model, measure
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gptq.config import QuantConfig
 from gptq.planning.plan import plan_checkpoint
@@ -51,17 +51,17 @@ THEORY: dict[str, dict[str, float]] = {
 
 
 def make_mixture(folder: Path, blocks: int, experts: int, vocabulary: int) -> None:
-    """Write a random Mixtral of SMALL_WIDTH; without experts a Llama."""
+    """Write a random mixture of SMALL_WIDTH; without experts a Llama."""
     if not experts:
         make_model(folder, SMALL_WIDTH, blocks, SMALL_INTERMEDIATE, vocabulary)
         return
-    config = MixtralConfig(
-        hidden_size=SMALL_WIDTH, intermediate_size=SMALL_INTERMEDIATE, num_hidden_layers=blocks, vocab_size=vocabulary,
-        num_attention_heads=4, num_key_value_heads=4, num_local_experts=experts, num_experts_per_tok=EXPERTS_PER_TOKEN,
-        max_position_embeddings=4096,
+    config = Qwen3MoeConfig(
+        hidden_size=SMALL_WIDTH, moe_intermediate_size=SMALL_INTERMEDIATE, num_hidden_layers=blocks, head_dim=32,
+        num_attention_heads=4, num_key_value_heads=4, num_experts=experts, num_experts_per_tok=EXPERTS_PER_TOKEN,
+        vocab_size=vocabulary, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(SEED)
-    MixtralForCausalLM(config).bfloat16().save_pretrained(folder)
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 def time_plan(folder: Path) -> float:
