@@ -37,7 +37,7 @@ class DeviceProfile:
 
 
 CPU = DeviceProfile(
-    solve_rows=2048, least_rows=256, hessian_rows=256, hessian_tokens=1024, correction_rows=1024, triangle_columns=256,
+    solve_rows=2048, least_rows=512, hessian_rows=256, hessian_tokens=1024, correction_rows=1024, triangle_columns=256,
     copied_rows=512, nearest_groups=1, compares_windows=True, sample_shape=(512, 1024), score_bytes=0,
     packing_threads=0,
 )  # fmt: skip
