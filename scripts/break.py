@@ -18,6 +18,7 @@ calls of gptq's own code, so that a try can be repeated; some depend on the cloc
 """
 
 import argparse
+import atexit
 import errno
 import hashlib
 import io
@@ -175,7 +176,9 @@ class Start:
 def start(arguments: str | list[str], folder: Path, how: Start | None = None) -> int:
     """Start a command in a forked child, in `folder`; return the child's number."""
     sys.stdout.flush()
-    LOGS.mkdir(exist_ok=True)
+    if not LOGS.exists():
+        LOGS.mkdir()
+        atexit.register(shutil.rmtree, LOGS, ignore_errors=True)  # children end without it
     child = os.fork()
     if not child:
         _live(arguments.split() if isinstance(arguments, str) else arguments, folder, how or Start())
