@@ -56,10 +56,11 @@ def make_mixture(folder: Path, blocks: int, experts: int, vocabulary: int) -> No
         make_model(folder, SMALL_WIDTH, blocks, SMALL_INTERMEDIATE, vocabulary)
         return
     config = Qwen3MoeConfig(
-        hidden_size=SMALL_WIDTH, moe_intermediate_size=SMALL_INTERMEDIATE, num_hidden_layers=blocks, head_dim=32,
+        hidden_size=SMALL_WIDTH, moe_intermediate_size=SMALL_INTERMEDIATE, num_hidden_layers=blocks,
         num_attention_heads=4, num_key_value_heads=4, num_experts=experts, num_experts_per_tok=EXPERTS_PER_TOKEN,
         vocab_size=vocabulary, max_position_embeddings=4096,
     )  # fmt: skip
+    config.update({"head_dim": SMALL_WIDTH // 4})
     torch.manual_seed(SEED)
     Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(folder)
 

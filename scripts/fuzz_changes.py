@@ -170,7 +170,7 @@ def hostile_value(draw: random.Random, depth: int = 0) -> Any:
 
 def _places(tree: Any, draw: random.Random) -> list[tuple[Any, Any]]:
     """Return the (object or list, key) on a random way down a tree."""
-    found = []
+    found: list[tuple[Any, Any]] = []
     while True:
         keys = list(tree) if isinstance(tree, dict) else list(range(len(tree))) if isinstance(tree, list) else []
         if not keys or (found and draw.random() < 0.25):
@@ -355,7 +355,8 @@ def _gguf_field(content: bytes, draw: random.Random) -> bytes:
     start, size = draw.choice(fields)
     before = int.from_bytes(content[start : start + size], "little")
     after = draw.choice([*FIELDS, before + 1, before - 1, before * 2, before ^ (1 << draw.randrange(8 * size))])
-    return content[:start] + (after % 2 ** (8 * size)).to_bytes(size, "little") + content[start + size :]
+    written = int(after % 2 ** (8 * size)).to_bytes(size, "little")
+    return content[:start] + written + content[start + size :]
 
 
 # --- archives, pickles, text ------------------------------------------------------------------------------------------
