@@ -427,7 +427,7 @@ def test_what_cannot_be_quantized_is_refused_before_the_work(
         with pytest.raises(InputError, match=message):
             quantize(source, tmp_path / "new", CONFIG, calibration=windows)
     (source / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json could not be read"):
+    with pytest.raises(InputError, match=r"config\.json is not JSON"):
         quantize(source, tmp_path / "new", CONFIG, calibration=windows)
     (source / "config.json").unlink()
     with pytest.raises(InputError, match=r"no config\.json"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptq import InputError, compare, load, perplexity
-from gptq.evaluation import evaluate, quality
+from gptq.evaluation import evaluate, original_logits, quality
 from gptq.models.hf_config import read_tokenizer
 from tests.conftest import MakeModel
 
@@ -86,7 +86,7 @@ def test_a_model_against_itself(
     assert (steps[0], steps[-1]) == ((1, 5), (5, 5))
     assert (whole.gap, whole.kl, whole.top1_agreement) == (0, 0, 1)
     steps.clear()
-    monkeypatch.setattr(evaluate, "MOST_OF_MEMORY", 0)
+    monkeypatch.setattr(original_logits, "MOST_OF_MEMORY", 0)
     found = compare(source, source, text_file, seq_len=16, windows=5, progress=lambda *step: steps.append(step))
     assert (steps[0], steps[-1]) == ((1, 20), (20, 20))  # two models of two blocks
     assert steps == sorted(steps)

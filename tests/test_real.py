@@ -77,8 +77,8 @@ print(1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split(
 COMPARE = """
 import sys
 from pathlib import Path
-from gptq.evaluation import evaluate
-evaluate.MOST_OF_MEMORY = 0  # as if the original did not fit: it is read block by block
+from gptq.evaluation import evaluate, original_logits
+original_logits.MOST_OF_MEMORY = 0  # as if the original did not fit: it is read block by block
 evaluate.compare(sys.argv[2], sys.argv[1], sys.argv[3], seq_len=32, windows=4)
 print(1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
 """
