@@ -85,6 +85,30 @@ def test_one_solve_gives_several_formats(
     assert cli.main(["quantize", str(source), str(out), *options, *named]) == 2  # it is there already
 
 
+def test_a_run_that_stops_between_two_formats_goes_on(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = make_model("llama"), QuantConfig.from_dict({**RTN, "format": "gptq"})
+    quantize(source, tmp_path / "whole", config, also=["mlx", "pack-quantized"])
+
+    def stop_at_the_second(model: Path, out: Path, chosen: Format, **options: Any) -> Any:
+        if chosen == "pack-quantized":
+            raise KeyboardInterrupt
+        return convert(model, out, chosen, **options)
+
+    monkeypatch.setattr(quantize_module, "convert", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", config, also=["mlx", "pack-quantized"])
+    assert not (tmp_path / "out" / "gptq").exists()
+    monkeypatch.undo()
+    quantize(source, tmp_path / "out", config, also=["mlx", "pack-quantized"])
+    for chosen in ("gptq", "mlx", "pack-quantized"):
+        assert all_bytes(tmp_path / "out" / chosen) == all_bytes(tmp_path / "whole" / chosen)
+    (tmp_path / "out" / "gptq").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="mlx exists and is not empty"):
+        quantize(source, tmp_path / "out", config, also=["mlx"])
+
+
 def test_several_formats_are_refused_before_the_work_where_grids_differ(make_model: MakeModel, tmp_path: Path) -> None:
     config = QuantConfig.from_dict({**RTN, "sym": False, "format": "gptq_v2"})
     cases: list[tuple[Format, str]] = [

@@ -342,7 +342,11 @@ def test_damage_is_done_again(make_model: MakeModel, windows: Tensor, tmp_path: 
     def gone(folder: Path) -> None:
         (folder / CONTENT / "model.safetensors").unlink()
 
-    ways = ((in_block_1, 1), (torn, 2), (damaged_line, 1), (cut_short, 0), (shorter, 0), (gone, 0))
+    def swapped(folder: Path) -> None:
+        *lines, second, third = (folder / JOURNAL).read_bytes().splitlines(keepends=True)
+        (folder / JOURNAL).write_bytes(b"".join([*lines, third, second]))
+
+    ways = ((in_block_1, 1), (torn, 2), (damaged_line, 1), (cut_short, 0), (shorter, 0), (gone, 0), (swapped, 3))
     for number, (damage, left) in enumerate(ways):
         out, observer = tmp_path / f"out{number}", Stops()
         stop(source, out, after=3, calibration=windows)

@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +211,13 @@ def _remove_finished(root: Path) -> None:
         return
     with suppress(OSError, InputError), _exclusive_lock(root, root):
         _remove(root)
+
+
+def require_unused_beside(out: Path, names: Iterable[str]) -> None:
+    """Raises InputError if a folder beside `out` is used, unless a stopped run for `out` can have written it."""
+    if not partial_folder_of(out).root.exists():
+        for name in names:
+            require_unused(out.with_name(name))
 
 
 @contextmanager

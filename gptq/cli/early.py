@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from gptq.calibration.sources import require_file
-from gptq.checkpoint.atomic_folder import require_unused
+from gptq.checkpoint.atomic_folder import require_unused, require_unused_beside
 from gptq.checkpoint.companions import RECORD
 from gptq.checkpoint.untrusted import check_folder, local_folder, read_json
 from gptq.config import PolishConfig, QuantConfig, require_device, require_dtype
@@ -82,8 +82,8 @@ def _check_model(model: str) -> None:
 
 def _check_results(args: argparse.Namespace) -> None:
     results = _results(args)
-    for folder in results:
-        require_unused(folder)
+    require_unused(results[0])
+    require_unused_beside(results[0], [folder.name for folder in results[1:]])
     if len(set(results)) < len(results):
         raise InputError("--format is given twice with the same format; once is enough")
     if len(results) > 1 and args.push:

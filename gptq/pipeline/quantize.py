@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import Calibration, count_tokens, is_held_out, read_calibration
-from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder, partial_folder_of
+from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder, partial_folder_of, require_unused_beside
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.allocator import malloc_policy
@@ -32,9 +32,10 @@ from gptq.models.hf_config import choose_device, choose_dtype
 from gptq.models.weights import WeightStream
 from gptq.output.convert import convert
 from gptq.output.files import linears_of, write_files
-from gptq.output.record import Record, layer_records, model_name, public_name
-from gptq.output.results import LayerResult
+from gptq.output.record import Record, layer_records, model_name, public_name, read_record
+from gptq.output.results import RECORD, LayerResult
 from gptq.pipeline.block import quantize_block, round_block
+from gptq.pipeline.block_result import BlockResult
 from gptq.pipeline.block_store import BlockStore
 from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import Journal
@@ -156,6 +157,7 @@ def quantize(
     if also:
         out = Path(out) / plan.format
         out.parent.mkdir(parents=True, exist_ok=True)
+        require_unused_beside(out, also)
     state = plan.state  # of the first plan: another one may be made later
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
@@ -185,19 +187,19 @@ def quantize(
             prepared.weights.prefetcher.join(cancel=True)
             background.close()
             writer.abandon()
-        record, after = _make_record(request, prepared, store), plan.file_bytes
+        record, after, written = _make_record(request, prepared, store), plan.file_bytes, []
         if ranks.rank == 0:
             working.require_ours()
             after = write_files(
                 plan.folder, working.content, plan.format, linears_of(plan), record, writer.checksums, plan.changes
             )
             state.require_same()
+            written = _write_others(working.content, Path(out), also, trust_remote_code, observer)
     ranks.barrier()  # wait until the first process has moved the output into place
     prefetcher = prepared.weights.prefetcher
     observer.prefetched(prefetcher.nbytes, prefetcher.seconds, prefetcher.waited)
     observer.finished()
-    written = _write_others(Path(out), also, trust_remote_code, observer) if ranks.rank == 0 else []
-    results = _layer_results(store)
+    results = [layer for result in _block_results(plan, store) for layer in result.layers]
     for note in (remarks := note_on_samples(results)):
         observer.note(note)
     return Result(
@@ -213,16 +215,33 @@ def quantize(
     )
 
 
-def _write_others(out: Path, also: Sequence[Format], trust_remote_code: bool, observer: Observer) -> list[str]:
-    """Write a finished result in other formats, into folders beside it; return the folders."""
+def _write_others(
+    content: Path, out: Path, also: Sequence[Format], trust_remote_code: bool, observer: Observer
+) -> list[str]:
+    """Write a result in other formats, into folders beside the one it will have; return the folders.
+
+    The result gets its name after these, so that a run that is stopped here goes on; what it has written stays.
+    """
     written = []
     for chosen in also:
         observer.stage(f"writing the same integers as {chosen}")
-        converted = convert(out, out.with_name(chosen), chosen, trust_remote_code=trust_remote_code)
+        beside = out.with_name(chosen)
+        if _holds_same_weights(beside, content):
+            written.append(str(beside))
+            continue
+        converted = convert(content, beside, chosen, trust_remote_code=trust_remote_code)
         for note in converted.notes:
             observer.note(note)
         written.append(converted.out)
     return written
+
+
+def _holds_same_weights(one: Path, other: Path) -> bool:
+    """Whether both are finished results, and the same weights were written into them."""
+    if not all((folder / RECORD).is_file() for folder in (one, other)):
+        return False
+    first, second = ({own.stored: own.weight_sha256 for own in read_record(folder).layers} for folder in (one, other))
+    return first == second
 
 
 def _prepare(request: Request, plan: Plan, device: torch.device, dtype: torch.dtype, journal: Journal) -> Prepared:
@@ -407,8 +426,8 @@ def _copy(plan: Plan, writer: ShardWriter, names: Iterable[str]) -> None:
 
 def _make_record(request: Request, prepared: Prepared, store: BlockStore) -> Record:
     """Return the record of the run that is written next to the tensors."""
-    plan, windows, results = prepared.plan, prepared.windows, store.finished.values()
-    source, layers = plan.source, plan.layers
+    plan, windows = prepared.plan, prepared.windows
+    source, layers, results = plan.source, plan.layers, _block_results(plan, store)
     checksums = {name: checksum for result in results for name, checksum in result.weight_checksums.items()}
     histograms = {name: dict(counts) for result in results for name, counts in result.histograms.items()}
     coverage = [asdict(seen) for result in results for seen in result.coverage]
@@ -424,12 +443,13 @@ def _make_record(request: Request, prepared: Prepared, store: BlockStore) -> Rec
             "file_bytes_after": plan.file_bytes,
             "calibration_tokens": count_tokens(windows or []),
         },
-        "layers": layer_records(layers, _layer_results(store), checksums, histograms),
+        "layers": layer_records(layers, [own for result in results for own in result.layers], checksums, histograms),
         "blocks": [asdict(error) for result in results for error in result.errors],
         **({"experts": coverage} if coverage else {}),
     }
     return Record.model_validate(values)
 
 
-def _layer_results(store: BlockStore) -> list[LayerResult]:
-    return [layer for result in store.finished.values() for layer in result.layers]
+def _block_results(plan: Plan, store: BlockStore) -> list[BlockResult]:
+    """Return what the blocks yielded, in the model's order, whatever the order of a resumed run's journal."""
+    return [store.finished[block.name] for block in plan.blocks if block.name in store.finished]
