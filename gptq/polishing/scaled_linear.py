@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gptq import formats
-from gptq.formats.format import SCALE_DTYPE
 from gptq.inference.quant_linear import QuantLinear, round_to_int8
 from gptq.solver.codes import Codes
 
@@ -57,13 +56,6 @@ class ScaledLinear(nn.Module):
         if not bool(grid.fits(scale).all()):
             return None
         return replace(codes, scale=grid.round_scales(scale))
-
-    def pack(self, codes: Codes, scale_dtype: torch.dtype = SCALE_DTYPE) -> QuantLinear:
-        """Return a packed layer like the one given, with other scales."""
-        layer = self._layer[0]
-        packed = formats.encode(codes, layer.scheme, scale_dtype)
-        bias = layer._buffers["bias"]
-        return QuantLinear(packed, bias, layer.scheme, (layer.out_features, layer.in_features))
 
 
 class _ScaledWeight(torch.autograd.Function):
