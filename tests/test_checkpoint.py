@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gptq import InputError
@@ -153,6 +154,57 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, rng: torch.Generator) -> 
     (folder / INDEX).write_text(index.replace('"odd"', '"even"'))
     with pytest.raises(InputError, match="lists even, which is in none of its shards"):
         Source(folder)
+
+
+def entry(dtype: str = "F32", shape: str = "[2]", offsets: str = "[0,8]", other: str = "1") -> str:
+    return f'{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets},"other":{other}}}'
+
+
+TWICE = '0,"shape":[2]'
+HEADERS = {  # the JSON of a header before 8 bytes of tensors, and whether it is one
+    f'{{"a":{entry()}}}': True,
+    f' {{"a":{entry()}}}  ': True,
+    f'{{"__metadata__":{{"format":"pt"}},"a":{entry()}}}': True,
+    f'{{"b":{entry(shape="[1]", offsets="[4,8]")},"a":{entry("I16", "[1,2]", "[0,4]")}}}': True,
+    f'{{"b":{entry(shape="[0,3]", offsets="[8,8]")},"a":{entry("F64", "[]")}}}': True,
+    f'{{"a":{entry(other="[1]")}}}': True,
+    f'{{"a":{entry()}}}\0': False,
+    f'[{{"a":{entry()}}}]': False,
+    f'{{"a":{entry()},"a":{entry(shape="[8]", dtype="I8")}}}': False,
+    f'{{"__metadata__":{{"format":1}},"a":{entry()}}}': False,
+    f'{{"a":{entry(other="NaN")}}}': False,
+    f'{{"a":{entry(other=TWICE)}}}': False,
+    f'{{"a":{entry(shape="[2.0]")}}}': False,
+    f'{{"a":{entry(shape="[true,2]")}}}': False,
+    f'{{"a":{entry(shape="[-1,-2]")}}}': False,
+    f'{{"a":{entry(offsets="[0,8,8]")}}}': False,
+    f'{{"a":{entry(offsets="[8,0]")}}}': False,
+    f'{{"a":{entry(offsets="[1,9]")}}}': False,
+    f'{{"a":{entry(shape="[1]", offsets="[0,4]")}}}': False,
+    f'{{"a":{entry(shape="[1]", offsets="[4,8]")}}}': False,
+    f'{{"a":{entry(shape="[1]", offsets="[0,4]")},"b":{entry(shape="[2]", offsets="[0,8]")}}}': False,
+    f'{{"a":{entry(shape="[0,1152921504606846976,2]", offsets="[0,0]")},"b":{entry()}}}': False,
+    f'{{"a":{entry("U4", "[16]")}}}': False,
+    '{"a":[]}': False,
+    '{"a":' * 100_000: False,
+}
+
+
+@pytest.mark.parametrize("text", HEADERS, ids=lambda text: text[:80])
+def test_what_is_read_as_a_header_is_one_for_safetensors_too(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(range(8)))
+    if not HEADERS[text]:
+        with pytest.raises(InputError, match=r"model\.safetensors (is damaged|holds)"):
+            Source(tmp_path)
+        return
+    source = Source(tmp_path)
+    with safe_open(file, "pt") as theirs:
+        assert [*source.tensors] == [*theirs.keys()]
+        for name in source.tensors:
+            tensor = theirs.get_tensor(name)
+            found = source.read_unchecked(name)
+            assert (found.dtype, found.shape, found.tolist()) == (tensor.dtype, tensor.shape, tensor.tolist())
 
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:

@@ -377,6 +377,30 @@ def test_the_length_of_a_header_is_held_against_the_file(size: int, tmp_path: Pa
         Source(tmp_path)
 
 
+def test_a_file_larger_than_the_address_space_is_planned_and_read(tmp_path: Path) -> None:
+    rows, columns = 2**20, 2**16  # of bfloat16, 137 GB, as a model of 70 B parameters has them
+    size = 2 * rows * columns
+    text = json.dumps(
+        {"wide": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, size]},
+         "last": {"dtype": "F32", "shape": [2], "data_offsets": [size, size + 8]}}
+    ).encode()  # fmt: skip
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as opened:  # of which the disk holds a few pages
+        opened.write(len(text).to_bytes(8, "little") + text)
+        ones = torch.ones(columns).bfloat16().view(torch.uint8).numpy().tobytes()
+        opened.seek(size - len(ones), os.SEEK_CUR)
+        opened.write(ones + torch.tensor([1.5, -2.0]).numpy().tobytes())
+    with fuzz.limited():
+        source = Source(tmp_path)
+        assert source.nbytes == size + 8
+        assert source.read("last").tolist() == [1.5, -2.0]
+        assert source.read("wide", torch.float32, slice(rows - 2, rows)).sum(1).tolist() == [0, columns]
+        assert source.read_unchecked("wide", rows - 1).sum() == columns
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(InputError, match=r"is damaged or cut short .*1 bytes of a tensor are missing"):
+        source.read("last")
+
+
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2Jx", "\u202ex", "a\x00b", "\x9b31m"])
 def test_tensors_have_names_that_can_be_printed(name: str, tmp_path: Path) -> None:
     save_file({name: torch.ones(2)}, tmp_path / "model.safetensors")

@@ -2,18 +2,17 @@
 
 import copy
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptq.checkpoint.tensors import DTYPES, INDEX, SINGLE, TensorInfo
+from gptq.checkpoint.header import StoredTensor, UnsupportedError, read_header
+from gptq.checkpoint.tensors import INDEX, SINGLE, TensorInfo
 from gptq.checkpoint.untrusted import read_json
 from gptq.errors import InputError
 
@@ -39,13 +38,14 @@ class Source:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
-        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # (offset of the tensor data, parsed header)
+        self._ranges: dict[str, tuple[int, int]] = {}  # offsets of each tensor's first byte, and of the one behind it
         listed, files = _find_shards(folder) if files is None else (set(), files)
         for file in files:
-            for name, info in _read_header(file).items():
+            for name, stored in _header_of(file).items():
                 if name in self.tensors:
                     raise InputError(f"{file} and {self._file_of[name]} both hold the tensor {name}")
-                self.tensors[name] = info
+                self.tensors[name] = stored.info
+                self._ranges[name] = stored.begin, stored.end
                 self._file_of[name] = file
         missing = sorted(listed - set(self.tensors))
         if missing:
@@ -83,14 +83,7 @@ class Source:
 
     def byte_range(self, name: str) -> tuple[int, int]:
         """Return the offsets at which a tensor's bytes begin and end in its file."""
-        file = self._file_of[name]
-        if file not in self._headers:
-            with file.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                self._headers[file] = (8 + length, json.loads(opened.read(length)))
-        begin, header = self._headers[file]
-        start, stop = header[name]["data_offsets"]
-        return begin + start, begin + stop
+        return self._ranges[name]
 
     @property
     def files(self) -> list[Path]:
@@ -108,20 +101,21 @@ class Source:
             InputError: the tensor holds NaN or infinity.
         """
         stored = self.tensors[name]
-        begin, shape = select_rows(rows, stored.shape)
+        first, shape = select_rows(rows, stored.shape)
         tensor = torch.empty(shape, dtype=(stored.dtype.is_floating_point and dtype) or stored.dtype)
-        for part in self._row_chunks(TensorInfo(stored.dtype, shape)):
-            # Closing the file after each chunk unmaps it, so that its pages do not add to resident memory.
-            with _open(self._file_of[name]) as file:
-                within = part[0] if part else slice(0, shape[0] if shape else 0)
-                whole = not part and shape == stored.shape
-                at = slice(begin + within.start, begin + within.stop)
-                piece: Tensor = file.get_tensor(name) if whole else file.get_slice(name)[at]
-                if piece.shape != tensor[part].shape:
-                    raise InputError(f"{self._file_of[name]} was replaced while it was in use; run again")
+        row_bytes = stored.nbytes // stored.shape[0] if stored.shape and stored.shape[0] else 0
+        chunks = self._row_chunks(TensorInfo(stored.dtype, shape))
+        buffer = None if tensor.dtype == stored.dtype else torch.empty_like(tensor[chunks[0]], dtype=stored.dtype)
+        with _open(self._file_of[name]) as file:
+            file.seek(self._ranges[name][0] + first * row_bytes)
+            for part in chunks:
+                within = tensor[part]
+                piece = within if buffer is None else buffer[: len(within)] if part else buffer
+                _read_into(piece, file)
                 if stored.dtype.is_floating_point:
                     self.require_finite(piece, name)
-                tensor[part].copy_(piece)
+                if piece is not within:
+                    within.copy_(piece)
         return tensor
 
     def require_finite(self, piece: Tensor, name: str) -> None:
@@ -138,9 +132,12 @@ class Source:
 
     def read_unchecked(self, name: str, entry: int | None = None) -> Tensor:
         """Copy a tensor, or an entry of its first dimension, to memory as stored, without a check of its numbers."""
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape if entry is None else stored.shape[1:], dtype=stored.dtype)
         with _open(self._file_of[name]) as file:
-            tensor: Tensor = file.get_tensor(name) if entry is None else file.get_slice(name)[entry]
-            return tensor.clone()
+            file.seek(self._ranges[name][0] + (entry or 0) * tensor.nbytes)
+            _read_into(tensor, file)
+        return tensor
 
 
 def select_rows(rows: slice, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
@@ -203,7 +200,7 @@ def readable_tensors(folder: Path) -> set[str]:
     names: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with suppress(InputError):
-            names |= _read_header(file).keys()
+            names |= _header_of(file).keys()
     return names
 
 
@@ -223,46 +220,53 @@ def read_index(folder: Path) -> dict[str, str]:
     return shard_of
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Read a file's header; safetensors checks that the tensors fill the file without gaps and overlaps."""
-    with _open(file) as opened:
-        names = list(opened.keys())
-        odd = next((name for name in names if not name.isprintable()), None)
-        if odd is not None:
-            raise InputError(f"{file} holds the tensor {odd!r}, a name with control characters")
-        slices = {name: opened.get_slice(name) for name in names}
-        return {n: TensorInfo(_dtype(s.get_dtype(), n, file), tuple(s.get_shape())) for n, s in slices.items()}
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    """Open a safetensors file; whatever the library says of it inside becomes one sentence with the file's name.
+def _header_of(file: Path) -> dict[str, StoredTensor]:
+    """Read a file's header; see `read_header`.
 
     Raises:
-        InputError: the file is damaged or gone, or its path is not UTF-8, which the library needs.
+        InputError: the file is damaged or gone, or its path is not UTF-8, which other libraries need.
     """
     try:
         os.fsencode(file).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{file} cannot be opened, because its path is not UTF-8; rename the folder") from error
     try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except (SafetensorError, OSError, ValueError) as error:
+        return read_header(file)
+    except UnsupportedError as error:
+        raise InputError(f"{file} {error}") from error
+    except (OSError, ValueError) as error:
         if _is_pointer(file):
             raise InputError(
                 f"{file} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
             ) from error
-        raise InputError(f"{file} is damaged or cut short ({error}); download it again") from error
+        raise _damaged(file, error) from error
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[BinaryIO]:
+    """Open a file of tensors; raises InputError if it is gone, cannot be read, or ends too soon."""
+    try:
+        with file.open("rb", buffering=0) as opened:
+            yield opened
+    except (OSError, EOFError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file} is damaged or cut short ({error}); download it again")
+
+
+def _read_into(tensor: Tensor, file: BinaryIO) -> None:
+    """Fill a contiguous tensor on the CPU from where the file stands; raises EOFError if the file ends before."""
+    space = tensor.reshape(-1).view(torch.uint8).numpy().data
+    while space:
+        count = file.readinto(space)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError(f"{len(space)} bytes of a tensor are missing")
+        space = space[count:]
 
 
 def _is_pointer(file: Path) -> bool:
     with suppress(OSError), file.open("rb") as opened:
         return opened.read(len(LFS_POINTER)) == LFS_POINTER
     return False
-
-
-def _dtype(code: str, name: str, file: Path) -> torch.dtype:
-    if code not in DTYPES:
-        raise InputError(f"{name} in {file} has the type {code}, which is not supported; known are {', '.join(DTYPES)}")
-    return DTYPES[code]
