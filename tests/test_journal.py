@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from gptq import InputError, QuantConfig, quantize
 from gptq.checkpoint import source_state
 from gptq.checkpoint.atomic_folder import CONTENT, MARKER, SHARDS
 from gptq.checkpoint.reader import Source
+from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
 from gptq.output import files, record
 from gptq.pipeline import run_identity, search
@@ -357,6 +359,57 @@ def test_damage_is_done_again(make_model: MakeModel, windows: Tensor, tmp_path: 
         assert ("damaged in the unfinished folder" in said) == (damage in (in_block_1, shorter, gone))
         assert (f"{JOURNAL} is damaged" in said) == (damage in (damaged_line, cut_short))
         assert all_bytes(out) == all_bytes(tmp_path / "whole"), damage.__name__
+
+
+def test_a_flipped_bit_anywhere_in_an_unfinished_file_does_not_reach_the_result(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0), "b": torch.arange(5, dtype=torch.uint8), "c": torch.ones(2, 3).half()}
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+    def write(names: Iterable[str], finished: dict[str, str]) -> ShardWriter:
+        writer = ShardWriter(tmp_path, infos, reuse_shards=True)
+        left = set() if writer.adopt(finished) else {"a", "b"}
+        for name in sorted({*names, *left} - {name for name in finished if writer.checksums[name]}):
+            writer.write(name, tensors[name])
+        writer.abandon()
+        return writer
+
+    finished = {name: write(["a", "b"], {}).checksums[name] for name in ("a", "b")}
+    stopped = (tmp_path / "model.safetensors").read_bytes()
+    write(["c"], finished)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for byte in range(0, len(stopped), 3):
+        spoiled = bytearray(stopped)
+        spoiled[byte] ^= 1 << byte % 8
+        (tmp_path / "model.safetensors").write_bytes(spoiled)
+        write(["c"], finished)
+        assert (tmp_path / "model.safetensors").read_bytes() == whole, byte
+
+
+def test_links_and_strange_files_in_an_unfinished_folder_reach_neither_the_result_nor_what_they_point_to(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    source, out, mine = make_model("llama"), tmp_path / "out", tmp_path / "mine"
+    quantize(source, tmp_path / "whole", CONFIG, calibration=windows)
+    stop(source, out, calibration=windows)
+    shutil.copytree(partial_of(out), tmp_path / "kept")
+    save_file({"x": torch.ones(2)}, tmp_path / "kept" / CONTENT / "more.safetensors")
+    for name in (f"{CONTENT}/model.safetensors", CONTENT, JOURNAL):
+        for folder in (partial_of(out), mine):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(tmp_path / "kept", folder)
+        (partial_of(out) / name).rename(tmp_path / f"was {name.replace('/', ' ')}")
+        (partial_of(out) / name).symlink_to(mine / name)
+        before, observer = tree(mine), Stops()
+        quantize(source, out, CONFIG, calibration=windows, observer=observer)
+        assert observer.went_on_after == []
+        assert all_bytes(out) == all_bytes(tmp_path / "whole"), name
+        assert not any(path.is_symlink() for path in out.rglob("*"))
+        assert tree(mine) == before, name
+        shutil.rmtree(out)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_finished_blocks_outlive_the_files_that_are_made_of_them(

@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,12 @@ class PartialFolder:
             elif file.suffix != ".safetensors":
                 file.unlink()
 
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove the shards that are not called so, which would become part of the output."""
+        for file in self.content.glob("*.safetensors"):
+            if file.name not in names:
+                file.unlink()
+
     def require_disk_space(self, needed_bytes: int) -> None:
         """Raises InputError if the free disk space and the space of `content` together are less than `needed_bytes`."""
         here = sum(512 * file.stat().st_blocks for file in self.content.iterdir())  # shards are sparse files
@@ -103,6 +109,7 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
         working.descriptor = descriptor
         try:
             require_unused(out)  # again, now that the folder is locked
+            _remove_links(root)
             (root / MARKER).touch()
             yield working
             working.require_ours()
@@ -162,6 +169,13 @@ def _empty(root: Path) -> None:
             shutil.rmtree(left_over)
         elif left_over.name != MARKER:
             left_over.unlink()
+
+
+def _remove_links(root: Path) -> None:
+    """Remove what is neither a plain file nor a folder, so that no run writes or deletes elsewhere through a link."""
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            path.unlink()
 
 
 def _remove(root: Path) -> None:

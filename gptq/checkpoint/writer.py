@@ -79,9 +79,13 @@ class ShardWriter:
             file.write(header)
             file.truncate(size)
 
+    def file_names(self) -> list[str]:
+        """Return the names of the shards."""
+        return [Path(file.name).name for file in self._files]
+
     def _write_index(self, shards: list[list[str]]) -> None:
         """Write the index file that names the shard of each tensor."""
-        weight_map = {n: Path(self._files[i].name).name for i, names in enumerate(shards) for n in names}
+        weight_map = {n: file for file, names in zip(self.file_names(), shards, strict=True) for n in names}
         total = sum(info.nbytes for info in self.tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_file(self.folder / INDEX, json.dumps(index, indent=2) + "\n")

@@ -279,6 +279,7 @@ def _open_writer(working: PartialFolder, tensors: dict[str, TensorInfo], ranks: 
     if ranks.rank == 0:
         working.require_disk_space(sum(info.nbytes for info in tensors.values()))
         writer = ShardWriter(working.content, tensors, reuse_shards=True)
+        working.keep_only(writer.file_names())
         ranks.barrier()
         return writer
     ranks.barrier()  # wait until the first process has created the shards
