@@ -1,22 +1,24 @@
 """Train the small Llama that ships with the package as `gptq demo`'s model.
 
-    python scripts/train_demo_model.py --data DATA --out gptq/demo_model --minutes 80
+    python scripts/train_demo_model.py --data DATA --out gptq/demo_model --tokens 6e6
+    python scripts/train_demo_model.py --data DATA --out LARGER --tokens 6e6 --width 512 --blocks 8
 
 DATA is a folder that `datasets` loads, with splits `train` and `validation` and a column `text`. The shipped
 model saw 22 MB of public-domain and CC0 technical English (the Python and Ethereum improvement proposals).
 
 Recipe: byte-level BPE of 4,096 tokens; Llama with 6 blocks, width 256, 8 query heads on 2 key-value heads,
 MLP width 768, tied embeddings (5.57 M parameters); windows of 512 tokens, 8 per step; Muon (Jordan et al. 2024)
-for the matrices of the blocks and AdamW for embeddings and norms; learning rates warm up over 2 % of the time
-and fall linearly to zero over the last 60 %. The schedule follows the clock, so any time budget ends well trained.
-The losses of the shipped model are in `training.json` beside its weights.
+for the matrices of the blocks and AdamW for embeddings and norms; learning rates warm up over 2 % of the tokens
+and fall linearly to zero over the last 60 %. A run that was stopped goes on from OUT/training_state.pt.
+The losses of the shipped model are in `training.json` beside its weights. The second command makes the larger model
+of docs/explanation/benchmarks.md (24.7 M parameters).
 """
 
 import argparse
 import json
 import math
-import time
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB, SEQ_LEN, WINDOWS_PER_STEP, SEED = 4096, 512, 8, 0
 END = "<|endoftext|>"
+SAVE_EVERY = 10  # steps between two states that a stopped run goes on from
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -51,11 +54,11 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tens
     return torch.tensor(ids, dtype=torch.int32)  # (tokens,)
 
 
-def new_model(end_id: int) -> LlamaForCausalLM:
+def new_model(end_id: int, width: int, blocks: int) -> LlamaForCausalLM:
     """A Llama with initial weights from the seed."""
     torch.manual_seed(SEED)  # transformers draws initial weights from the global generator
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8,
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks, num_attention_heads=8,
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=end_id, eos_token_id=end_id, pad_token_id=None,
     )  # fmt: skip
@@ -116,27 +119,64 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    average: float = math.nan  # of the training loss
+    saved: float = 0.0  # fraction of the tokens at the last save
+
+
+def save_state(file: Path, progress: Progress, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write what a stopped run needs to go on; a crash leaves the file before."""
+    state = {
+        "progress": asdict(progress),
+        "model": model.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
+    }
+    torch.save(state, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+
+
+def open_state(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Progress:
+    """Set model and optimizers to what an earlier run has saved."""
+    if not file.exists():
+        return Progress()
+    state = torch.load(file)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return Progress(**state["progress"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=80.0)
+    parser.add_argument("--tokens", type=float, default=6e6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=6)
     args = parser.parse_args()
 
     data = cast(DatasetDict, load_dataset(args.data))
     tokenizer = train_tokenizer(data["train"]["text"])
     train = tokenize(tokenizer, list(data["train"]["text"]))
     held_out = tokenize(tokenizer, list(data["validation"]["text"]))
-    model = new_model(cast(int, tokenizer.eos_token_id))
+    model = new_model(cast(int, tokenizer.eos_token_id), args.width, args.blocks)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     peak = [0.02, 3e-3]
     optimizers = [Muon(matrices, lr=peak[0]), torch.optim.AdamW(others, lr=peak[1], betas=(0.9, 0.95), weight_decay=0)]
-    draw = torch.Generator().manual_seed(SEED)
+    args.out.mkdir(parents=True, exist_ok=True)
+    state = args.out / "training_state.pt"
+    reached = open_state(state, model, optimizers)
     native_bf16 = torch.cpu._is_avx512_bf16_supported()
-    bar = tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
-    start, step, progress, average, saved = time.monotonic(), 0, 0.0, float("nan"), 0.0
-    while progress < 1.0:
+    tokens_per_step = SEQ_LEN * WINDOWS_PER_STEP
+    steps = math.ceil(args.tokens / tokens_per_step)
+    bar = tqdm(total=steps, initial=reached.step, unit="step")
+    while reached.step < steps:
+        draw = torch.Generator().manual_seed(SEED + reached.step)
         offsets = torch.randint(len(train) - SEQ_LEN, (WINDOWS_PER_STEP,), generator=draw)
         batch = torch.stack([train[o : o + SEQ_LEN] for o in offsets.tolist()]).long()  # (windows, SEQ_LEN)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=native_bf16):
@@ -144,25 +184,26 @@ def main() -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, lr in zip(optimizers, peak, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(progress)
+            optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(reached.step / steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step += 1
-        average = float(loss) if step == 1 else 0.98 * average + 0.02 * float(loss)
-        progress = min(1.0, (time.monotonic() - start) / (60 * args.minutes))
-        bar.update(100 * progress - bar.n)
-        bar.set_postfix(step=step, loss=f"{average:.3f}")
-        if progress >= saved + 0.05 or progress == 1.0:
-            saved = progress
-            record = {
-                "steps": step, "tokens": step * SEQ_LEN * WINDOWS_PER_STEP,
-                "minutes": round(progress * args.minutes, 1),
-                "parameters": sum(p.numel() for p in model.parameters()), "training_loss": round(average, 4),
+        reached.step += 1
+        reached.average = float(loss) if reached.step == 1 else 0.98 * reached.average + 0.02 * float(loss)
+        bar.update()
+        bar.set_postfix(loss=f"{reached.average:.3f}")
+        if reached.step % SAVE_EVERY == 0:
+            save_state(state, reached, model, optimizers)
+        if reached.step / steps >= reached.saved + 0.05 or reached.step == steps:
+            reached.saved = reached.step / steps
+            record: dict[str, object] = {
+                "steps": reached.step, "tokens": reached.step * tokens_per_step,
+                "parameters": sum(p.numel() for p in model.parameters()), "training_loss": round(reached.average, 4),
                 "validation_loss": round(validation_loss(model, held_out), 4), "text_tokens": len(train),
             }  # fmt: skip
             tqdm.write(json.dumps(record))
             save(model, tokenizer, args.out, record)
     bar.close()
+    state.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

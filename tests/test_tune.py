@@ -1,7 +1,6 @@
 """Tuning a block: closer to the original on windows it has not learned from, and what was tuned is what is stored."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from gptq import InputError, QuantConfig, load, quantize, solver
 from gptq.output import verify
-from gptq.pipeline import tune as tune_module
+from gptq.pipeline import soft_codes
 from gptq.pipeline.tune import BlockToTune, tune
 from gptq.solver import Grid, IntegerGrid
 from gptq.solver.grids.affine import AffineGrid
@@ -26,7 +25,7 @@ FOUR = IntegerGrid(4, sym=True)
 OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 32, "seq_len": 32}
 
 
-def calls_of(block: nn.Module, inputs: Tensor) -> list[Callable[[], Any]]:
+def calls_of(block: nn.Module, inputs: Tensor) -> list[partial[Any]]:
     return [partial(block, x) for x in inputs]
 
 
@@ -80,8 +79,9 @@ def test_a_soft_weight_is_the_mean_of_three_values_and_ends_as_one_of_them(grid:
     ranks, top = grid.ranks(solved.codes).long(), grid.top
     assert int(ranks.min()) == 0
     assert int(ranks.max()) == top
-    logits, scale = 3 * torch.randn(2, 8, 256, generator=rng), 0.1 * torch.randn(solved.scale.shape, generator=rng)
-    found = tune_module._soft_weight(solved, scale, logits, 0.7, grid)
+    logits, scale = soft_codes.first_logits(solved, grid), 0.1 * torch.randn(solved.scale.shape, generator=rng)
+    logits += 3 * torch.randn(2, 8, 256, generator=rng)
+    found = soft_codes.soft_weight(solved, scale, logits, 0.7, grid)
 
     changed = replace(solved, scale=solved.scale * (1 + scale))
     expected, total = (torch.zeros(8, 256, dtype=torch.float64) for _ in range(2))
@@ -94,11 +94,65 @@ def test_a_soft_weight_is_the_mean_of_three_values_and_ends_as_one_of_them(grid:
         better = there & (logit > best)
         best, chosen = torch.where(better, logit, best), torch.where(better, value, chosen)
     assert torch.allclose(found.double(), expected / total, atol=1e-5)
-    cold = tune_module._soft_weight(solved, scale, logits, 1e-7, grid)
+    cold = soft_codes.soft_weight(solved, scale, logits, 1e-7, grid)
     assert torch.allclose(cold, chosen, atol=1e-5)
-    rounded = tune_module._round_layer(solved, scale, logits, grid)
+    rounded = soft_codes.round_layer(solved, scale, logits, grid)
     kept = rounded if grid.tunes_scales else replace(changed, codes=rounded.codes)
     assert torch.allclose(kept.weight(), chosen, atol=2e-3)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_the_gradient_of_a_soft_weight_is_that_of_its_definition(grid: Grid, rng: torch.Generator) -> None:
+    """Against torch's own derivative of a sum over the values of three codes."""
+    solved = solver.round_to_nearest(torch.randn(8, 256, generator=rng), grid, getattr(grid, "columns", 32))
+    ranks, logits = grid.ranks(solved.codes), soft_codes.first_logits(solved, grid)
+    logits = (logits + torch.randn(2, 8, 256, generator=rng)).requires_grad_()
+    scale = (0.1 * torch.randn(solved.scale.shape, generator=rng)).requires_grad_()
+    G = torch.randn(8, 256, generator=rng)
+
+    unit = replace(solved, scale=torch.ones_like(solved.scale), offset=None)
+    low, value, high = (
+        replace(unit, codes=grid.codes_of((ranks + move).clamp(0, grid.top))).weight() for move in (-1, 0, 1)
+    )
+    p = (torch.stack([logits[0], torch.zeros_like(logits[0]), logits[1]]) / 0.7).softmax(0)
+    mean = p[0] * low + p[1] * value + p[2] * high
+    expected = torch.autograd.grad(
+        ((solved.scale * (1 + scale))[:, solved.g_idx.long()] * mean * G).sum(), [scale, logits]
+    )
+    found = torch.autograd.grad((soft_codes.soft_weight(solved, scale, logits, 0.7, grid) * G).sum(), [scale, logits])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Attention(nn.Module):
+    """A block whose windows do not reach each other, unless `mixes`."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.linear, self.mixes, self.rows = nn.Linear(16, 16), mixes, 0
+
+    def forward(self, x: Tensor, mask: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+        self.rows = len(x)
+        h = self.linear(x) * angles[0] + angles[1] + mask  # (windows, tokens, 16)
+        return (h + x.mean(0) if self.mixes else h), None
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_short_windows_are_run_together_where_that_gives_the_same(mixes: bool, rng: torch.Generator) -> None:
+    block = Attention(mixes)
+    angles = torch.randn(1, 6, 16, generator=rng), torch.randn(1, 6, 16, generator=rng)
+    calls = [
+        partial(block, torch.randn(1, 6, 16, generator=rng), torch.randn(1, 6, 1, generator=rng), angles=angles)
+        for _ in range(12)
+    ]
+    with torch.no_grad():
+        wanted = [call()[0] + 1 for call in calls]
+        to_tune = BlockToTune(block, calls, wanted, [], {}, {}, lambda _, w: w)
+        distances = list(to_tune.distances(range(3, 10)))
+    assert to_tune.together == (1 if mixes else 4)
+    assert block.rows == (1 if mixes else 3)
+    assert len(distances) == (7 if mixes else 2)
+    assert float(sum(distances)) == pytest.approx(7.0)
 
 
 def test_codes_that_are_wrong_by_one_are_mended(rng: torch.Generator) -> None:

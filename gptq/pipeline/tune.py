@@ -2,34 +2,33 @@
 
 The solver minimizes each layer's own output error. What counts is the output of the block, where the errors of its
 layers combine. Here the block is one function of everything that may still change, and Adam minimizes its distance from
-the original model's output on the calibration windows. Scales and small parameters are optimized directly.
-
-A code is relaxed to a mean of itself and its two neighbours on the grid, under a softmax of logits that Adam changes.
-The softmax's temperature falls to nearly 0, so that the means end as codes (the relaxation of GSQ, arXiv 2604.18556,
-without its noise). A gradient then sees where a code is going before it is there; a straight-through gradient
-(AutoRound, arXiv 2309.05516) sees a jump after it was made.
+the original model's output on the calibration windows. Scales and small parameters are optimized directly, codes as
+`soft_codes` relaxes them.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gptq.compute.torch_state import same_gradients
-from gptq.config import TUNE_WINDOWS
+from gptq.config import TUNE_TOKENS, TUNE_WINDOWS
+from gptq.pipeline.joined_calls import join_calls
+from gptq.pipeline.soft_codes import first_logits, round_layer, soft_weight
 from gptq.solver import Grid
 from gptq.solver.solve import SolvedLayer
 
 RATE = 5e-3  # learning rate of scales and small parameters, relative to their size
 CODE_RATE = 0.1  # learning rate of the logits of codes
-FIRST_LOGIT = -2.0  # of a code's neighbours at the start; the code's own logit is 0
 TEMPERATURES = (1.0, 0.05)  # of the softmax, first and last; it falls geometrically
 SMALLEST_POWER = 1e-30  # divisor in place of a mean square of 0
+JOINED_DIFFERENCE = 1e-3  # largest relative mean square by which windows may differ that are run together
+
+FUSED_ADAM = ("cpu", "cuda")  # devices on which torch updates a variable in one pass
 
 ParameterKey = tuple[nn.Module, str]  # a module, and the name of one of its parameters
 
@@ -39,7 +38,7 @@ class BlockToTune:
     """A solved block, and what tuning needs to run and judge it."""
 
     module: nn.Module
-    forwards: Sequence[Callable[[], Any]]  # by window: a call of the block on the quantized model's activations
+    forwards: Sequence[partial[Any]]  # by window: a call of the block on the quantized model's activations
     targets: Sequence[Tensor]  # by window: the original model's output of the block
     held_out: Sequence[int]  # windows that only measure the error; if empty, all windows measure it
     layers: dict[nn.Module, SolvedLayer]  # the quantized layers
@@ -60,17 +59,49 @@ class BlockToTune:
         """Windows that are learned from."""
         return [i for i in range(len(self.forwards)) if i not in set(self.held_out)]
 
-    def distance(self, window: int) -> Tensor:
-        """Return the mean squared difference between the block's output for a window and the original output."""
-        return (hidden_states(self.forwards[window]()).float() - self.targets[window].float()).square().mean()
+    @cached_property
+    def together(self) -> int:
+        """How many windows are run together: 1, or as many as have TUNE_TOKENS tokens, if that gives the same.
+
+        It follows from the windows and the model alone, so that neither a device nor a limit of memory decides bytes.
+        """
+        tokens = max(target.shape[:-1].numel() for target in self.targets)
+        several = range(min(TUNE_WINDOWS, TUNE_TOKENS // tokens, len(self.forwards)))
+        joined = join_calls([self.forwards[i] for i in several]) if len(several) > 1 else None
+        if joined is None or any(self.targets[i].shape[0] != 1 for i in several):
+            return 1
+        try:
+            found = hidden_states(joined())  # (windows, tokens, features)
+        except Exception:  # of any type: the block's own code does not take several windows
+            return 1
+        alone = torch.cat([hidden_states(self.forwards[i]()) for i in several])
+        if found.shape != alone.shape:
+            return 1
+        difference = (found.float() - alone.float()).square().mean()
+        return len(several) if float(difference) <= JOINED_DIFFERENCE**2 * self.power else 1
+
+    def distances(self, windows: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the sums over some of the windows of the mean squared difference from the original output."""
+        size = self.together
+        for start in range(0, len(windows), size):
+            part = windows[start : start + size]
+            call = join_calls([self.forwards[i] for i in part])
+            if call is None:
+                yield from (self._distance(self.forwards[i], [i]) for i in part)
+            else:
+                yield self._distance(call, part)
+
+    def _distance(self, call: partial[Any], windows: Sequence[int]) -> Tensor:
+        wanted = torch.cat([self.targets[i] for i in windows])  # (windows, tokens, features)
+        return (hidden_states(call()).float() - wanted.float()).square().mean() * len(windows)
 
     def error(self, tensors: dict[ParameterKey, Tensor]) -> float:
         """Return the mean squared difference relative to `power`, with these parameters, on the held-out windows."""
         judges = self.held_out or range(len(self.forwards))
         with substituted(tensors):
             total = torch.zeros((), dtype=torch.float64, device=self.targets[0].device)
-            for i in judges:
-                total += self.distance(i)
+            for distance in self.distances(judges):
+                total += distance
         return float(total) / len(judges) / self.power
 
 
@@ -111,10 +142,7 @@ class _Variables:
         self.scales = {
             linear: torch.zeros_like(s.scale, requires_grad=block.grids[linear].tunes_scales) for linear, s in layers
         }
-        self.logits = {  # (2, outputs, inputs): of the next lower and the next higher value of the grid
-            linear: torch.full((2, *s.codes.shape), FIRST_LOGIT, device=s.codes.device, requires_grad=True)
-            for linear, s in layers
-        }
+        self.logits = {linear: first_logits(s, block.grids[linear]).requires_grad_() for linear, s in layers}
         self.changes = {
             key: torch.zeros_like(p, dtype=torch.float32, requires_grad=True) for key, p in self._small.items()
         }
@@ -124,18 +152,13 @@ class _Variables:
         return {key: (p + self._sizes[key] * self.changes[key]).to(p.dtype) for key, p in self._small.items()}
 
     def soft_parameters(self, temperature: float) -> dict[ParameterKey, Tensor]:
-        """Return all parameters as differentiable functions of the variables.
-
-        What a weight is made of is computed again for the backward pass, layer by layer, instead of being kept.
-        """
-        block = self._block
+        """Return all parameters as differentiable functions of the variables."""
         weights = {
-            linear: checkpoint(
-                _soft_weight, s, self.scales[linear], self.logits[linear], temperature, block.grids[linear],
-                use_reentrant=False, preserve_rng_state=False,
+            linear: soft_weight(
+                solved, self.scales[linear], self.logits[linear], temperature, self._block.grids[linear]
             )
-            for linear, s in block.layers.items()
-        }  # fmt: skip
+            for linear, solved in self._block.layers.items()
+        }
         return self._as_parameters(weights) | self.small_parameters()
 
     def hard_parameters(self, layers: dict[nn.Module, SolvedLayer]) -> dict[ParameterKey, Tensor]:
@@ -148,7 +171,7 @@ class _Variables:
     def round_layers(self) -> dict[nn.Module, SolvedLayer]:
         """Return the layers with each code the most probable of three, and scales in their stored dtype."""
         return {
-            linear: _round_layer(s, self.scales[linear], self.logits[linear], self._block.grids[linear])
+            linear: round_layer(s, self.scales[linear], self.logits[linear], self._block.grids[linear])
             for linear, s in self._block.layers.items()
         }
 
@@ -161,6 +184,7 @@ def _optimize(block: BlockToTune, variables: _Variables, steps: int, seed: int) 
             {"params": list(variables.logits.values()), "lr": CODE_RATE},
         ],
         betas=(0.9, 0.95),
+        fused=block.targets[0].device.type in FUSED_ADAM,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     first, last = TEMPERATURES
@@ -188,12 +212,12 @@ def _draw(windows: list[int], seed: int) -> Iterator[list[int]]:
 def _backpropagate(block: BlockToTune, tensors: dict[ParameterKey, Tensor], windows: list[int]) -> None:
     """Add the gradient of the mean error over `windows` to the variables that `tensors` are functions of.
 
-    Windows are run one at a time against detached copies, so that only one window's activations are held.
+    Windows are run against detached copies, so that no more activations are held than of those run together.
     """
     leaves = {key: t.detach().requires_grad_() for key, t in tensors.items()}
     with substituted(leaves):
-        for i in windows:
-            (block.distance(i) / (len(windows) * block.power)).backward()
+        for distance in block.distances(windows):
+            (distance / (len(windows) * block.power)).backward()
     reached = [key for key, leaf in leaves.items() if leaf.grad is not None]
     torch.autograd.backward([tensors[key] for key in reached], [leaves[key].grad for key in reached])
 
@@ -205,44 +229,6 @@ def _is_free(variable: Tensor) -> bool:
 def is_small(parameter: Tensor) -> bool:
     """Whether a parameter is a norm's weight or a bias."""
     return parameter.ndim == 1 and parameter.is_floating_point() and not parameter.is_meta
-
-
-def _soft_weight(solved: SolvedLayer, scale: Tensor, logits: Tensor, temperature: float, grid: Grid) -> Tensor:
-    """Dequantize with scales changed by the fraction `scale`, and codes as means under a softmax of their logits.
-
-    A layer's own offsets, where the grid has them, stay as they are.
-    """
-    groups = solved.g_idx.long()
-    changed = (solved.scale * (1 + scale))[:, groups]
-    ranks = grid.ranks(solved.codes)
-    p: Tensor = (_three_logits(ranks, logits, grid) / temperature).softmax(0)  # (3, outputs, inputs)
-    lower, higher = p[0], p[2]
-    if solved.table is not None:
-        low, value, high = (_value_at(solved.table, ranks + move, grid) for move in (-1, 0, 1))
-        return torch.mul(changed, value + lower * (low - value) + higher * (high - value))
-    weight = changed * (ranks + higher - lower - solved.zero[:, groups].float())
-    return weight if solved.offset is None else weight + solved.offset[:, groups]
-
-
-def _three_logits(ranks: Tensor, logits: Tensor, grid: Grid) -> Tensor:
-    """Logits (3, outputs, inputs) of the next lower value, the value itself and the next higher one."""
-    lower = logits[0].masked_fill(ranks == 0, -torch.inf)
-    higher = logits[1].masked_fill(ranks == grid.top, -torch.inf)
-    return torch.stack([lower, torch.zeros_like(lower), higher])
-
-
-def _value_at(table: Tensor, ranks: Tensor, grid: Grid) -> Tensor:
-    """The table's values at ranks in ascending order; ranks past an end take the value there."""
-    return table[grid.codes_of(ranks.clamp(0, grid.top)).long()]
-
-
-def _round_layer(solved: SolvedLayer, scale: Tensor, logits: Tensor, grid: Grid) -> SolvedLayer:
-    """Apply the changes to a layer: each code moves to the most probable value, and scales get their stored dtype."""
-    ranks = grid.ranks(solved.codes)
-    codes = grid.codes_of(ranks + _three_logits(ranks, logits, grid).argmax(0) - 1)
-    if not grid.tunes_scales:
-        return replace(solved, codes=codes)
-    return replace(solved, codes=codes, scale=grid.round_scales(solved.scale * (1 + scale)))
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from gptq import solver
 from gptq.compute.allocator import return_freed_memory
 from gptq.compute.device_profile import CPU, DeviceProfile, profile_of
-from gptq.config import QuantConfig
+from gptq.config import TUNE_TOKENS, TUNE_WINDOWS, QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
 from gptq.planning.plan import LayerPlan, Plan
@@ -235,14 +235,15 @@ def _tuning(layers: Sequence[LayerPlan], tokens: Tokens, dtype: torch.dtype, pro
     """Return the bytes that a step of tuning holds beside the solved block.
 
     Of each weight: two logits, with gradient, two moments of Adam and the temporary of an update; the weight that they
-    stand for, in the forward's dtype, and its gradient. Of one layer: what its weight is made of. Of one window: the
-    inputs and outputs of all layers, and attention scores where gradients have to repeat.
+    stand for, in the forward's dtype, and its gradient. Of one layer: what its weight is made of. Of the windows that
+    are run together: the inputs and outputs of all layers, and attention scores where gradients have to repeat.
     """
     sizes = [layer.outputs * layer.inputs for layer in layers]
     features = sum(layer.outputs + layer.inputs for layer in layers)
-    of_window = tokens.per_window * (3 * dtype.itemsize * features + 4 * max(layer.outputs for layer in layers))
+    together = max(tokens.per_window, min(TUNE_TOKENS, TUNE_WINDOWS * tokens.per_window))  # tokens of one forward
+    of_window = together * (3 * dtype.itemsize * features + 4 * max(layer.outputs for layer in layers))
     heads = layers[0].inputs // HEAD_WIDTH
-    scores = profile.score_bytes * heads * tokens.per_window**2
+    scores = profile.score_bytes * heads * together * tokens.per_window
     return sum(sizes) * (2 * 4 * 5 + 2 * dtype.itemsize) + 40 * max(sizes) + of_window + scores
 
 

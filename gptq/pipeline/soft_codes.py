@@ -1,0 +1,108 @@
+"""Weights as smooth functions of their codes, for block tuning.
+
+A code is relaxed to a mean of itself and its two neighbours on the grid, under a softmax of logits that Adam changes.
+The softmax's temperature falls to nearly 0, so that the means end as codes (the relaxation of GSQ, arXiv 2604.18556,
+without its noise). A gradient then sees where a code is going before it is there; a straight-through gradient
+(AutoRound, arXiv 2309.05516) sees a jump after it was made.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq.solver import Grid
+from gptq.solver.solve import SolvedLayer
+
+FIRST_LOGIT = -2.0  # of a code's neighbours at the start; the code's own logit is 0
+
+
+def first_logits(solved: SolvedLayer, grid: Grid) -> Tensor:
+    """Logits (2, outputs, inputs) of the next lower and the next higher value; -inf where the grid ends."""
+    ranks = grid.ranks(solved.codes)
+    logits = torch.full((2, *ranks.shape), FIRST_LOGIT, device=ranks.device)
+    logits[0].masked_fill_(ranks == 0, -torch.inf)
+    logits[1].masked_fill_(ranks == grid.top, -torch.inf)
+    return logits
+
+
+def soft_weight(solved: SolvedLayer, scale: Tensor, logits: Tensor, temperature: float, grid: Grid) -> Tensor:
+    """Dequantize with scales changed by the fraction `scale`, and codes as means under a softmax of their logits.
+
+    A layer's own offsets, where the grid has them, stay as they are.
+
+    Args:
+        scale: (outputs, groups).
+        logits: (2, outputs, inputs), as `first_logits` makes them.
+    """
+    weight: Tensor = _SoftWeight.apply(scale, logits, temperature, solved, grid)
+    return weight
+
+
+def round_layer(solved: SolvedLayer, scale: Tensor, logits: Tensor, grid: Grid) -> SolvedLayer:
+    """Apply the changes to a layer: each code moves to the most probable value, and scales get their stored dtype."""
+    lower, higher = logits  # (outputs, inputs) each
+    moves = torch.where(higher > lower, (higher > 0).float(), -(lower > 0).float())
+    codes = grid.codes_of(grid.ranks(solved.codes) + moves)
+    if not grid.tunes_scales:
+        return replace(solved, codes=codes)
+    return replace(solved, codes=codes, scale=grid.round_scales(solved.scale * (1 + scale)))
+
+
+class _SoftWeight(torch.autograd.Function):
+    """w = s (1 + change) m + offset, m = v + p_lower (v_lower - v) + p_higher (v_higher - v), p = softmax(logits / t).
+
+    With G = dL/dw: dL/dlogit = G s (1 + change) p (v_neighbour - m) / t, and dL/dchange is the sum of G s m over a
+    group. Everything but the variables is computed again for the backward pass instead of being kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, logits: Tensor, temperature: float, solved: SolvedLayer, grid: Grid) -> Tensor:
+        ctx.save_for_backward(scale, logits)
+        ctx.rest = temperature, solved, grid
+        groups = solved.g_idx.long()
+        mean = _mean(solved, grid, _probabilities(logits, temperature))[0]
+        weight = (solved.scale * (1 + scale)).index_select(1, groups).mul_(mean)
+        return weight if solved.offset is None else weight.add_(solved.offset.index_select(1, groups))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (G,) = gradients  # (outputs, inputs)
+        scale, logits = ctx.saved_tensors
+        temperature, solved, grid = ctx.rest
+        groups = solved.g_idx.long()
+        p = _probabilities(logits, temperature)  # (2, outputs, inputs)
+        mean, moves = _mean(solved, grid, p)
+        of_scale = None
+        if ctx.needs_input_grad[0]:
+            sums = torch.zeros_like(scale).index_add_(1, groups, G * mean)  # (outputs, groups)
+            of_scale = sums.mul_(solved.scale)
+        of_mean = (solved.scale * (1 + scale)).index_select(1, groups).mul_(G).div_(temperature)
+        shift = moves[0] * p[0] + moves[1] * p[1]  # of the mean from the code's own value
+        of_logits = torch.stack([(move - shift).mul_(one).mul_(of_mean) for move, one in zip(moves, p, strict=True)])
+        return of_scale, of_logits, None, None, None
+
+
+def _probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Probabilities (2, outputs, inputs) of the two neighbours; the rest is the code's own."""
+    z = logits / temperature
+    largest = z.amax(0).clamp_(min=0)  # (outputs, inputs): of all three logits
+    z.sub_(largest).exp_()
+    return z.div_(z[0] + z[1] + largest.neg_().exp_())
+
+
+def _mean(solved: SolvedLayer, grid: Grid, p: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
+    """Return the mean value (outputs, inputs) in units of the scale, and the distances to the neighbours' values."""
+    ranks = grid.ranks(solved.codes)
+    if solved.table is None:
+        mean = (ranks + p[1]).sub_(p[0]).sub_(solved.zero.float().index_select(1, solved.g_idx.long()))
+        return mean, (-1.0, 1.0)
+    low, value, high = (_value_at(solved.table, ranks + move, grid) for move in (-1, 0, 1))
+    moves = low.sub_(value), high.sub_(value)
+    return value + p[0] * moves[0] + p[1] * moves[1], moves
+
+
+def _value_at(table: Tensor, ranks: Tensor, grid: Grid) -> Tensor:
+    """The table's values at ranks in ascending order; ranks past an end take the value there."""
+    return table[grid.codes_of(ranks.clamp(0, grid.top)).long()]
