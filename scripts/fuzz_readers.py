@@ -260,7 +260,7 @@ def _unpickle_confined(case: Case) -> None:
         with contextlib.suppress(BaseException):
             outs = [os.open(case.place / f"{i}.safetensors", os.O_WRONLY | os.O_CREAT) for i in range(len(files))]
             sys.stdin = io.StringIO(
-                json.dumps({"files": list(map(str, files)), "descriptors": outs, "drop_tied": True})
+                json.dumps({"files": list(map(str, files)), "descriptors": outs, "drop_tied": True, "seconds": 10})
             )
             sys.stdout = os.fdopen(writing, "w")
             unpickle.main()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,31 @@ def test_what_holds_something_else_than_tensors_is_named(content: Any, message: 
     with pytest.raises(unpickle.UnreadableError, match=message), (tmp_path / "out").open("wb") as out:
         unpickle.convert(file, out, drop_tied=True)
     assert (tmp_path / "out").stat().st_size == 0
+
+
+def test_an_archive_with_compressed_members_is_refused(tmp_path: Path) -> None:
+    """torch maps the compressed bytes as tensors; and 30 kB can be a pickle of 33 MB."""
+    plain, file = tmp_path / "plain.bin", tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(4096.0)}, plain)
+    with zipfile.ZipFile(plain) as read, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as written:
+        for member in read.infolist():
+            written.writestr(member.filename, read.read(member))
+    with pytest.raises(unpickle.UnreadableError, match=r"holds '.*' compressed"), (tmp_path / "out").open("wb") as out:
+        unpickle.convert(file, out, drop_tied=True)
+
+
+@pytest.mark.slow
+def test_a_pickle_that_keeps_the_processor_busy_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch searches its own message, which has a name of the file in it, in a time quadratic in its length."""
+    file = tmp_path / "model" / "pytorch_model.bin"
+    file.parent.mkdir()
+    torch.save({"a": Payload(os.system, "x")}, tmp_path / "plain.bin")
+    with zipfile.ZipFile(tmp_path / "plain.bin") as read, zipfile.ZipFile(file, "w") as written:
+        for member in read.infolist():
+            written.writestr(member.filename, read.read(member).replace(b"system", b"system" * 500_000))
+    monkeypatch.setattr(pickled, "SECONDS", 1)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin keeps the processor busy for more than 1 s"):
+        resolve(str(file.parent), None, allow_pickle=True)
 
 
 def test_a_pickle_that_is_cut_short_or_missing_is_named(make_model: MakeModel, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ WEIGHTS = (
     ".index.json",
 )  # fmt: skip
 CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gptq.checkpoint.unpickle import main; main()"
+SECONDS, BYTES_PER_SECOND = 60, 10_000_000  # what a conversion may take of the processor: so long, and for its size
 ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "LC_ALL")  # what the process gets of ours
 
 
@@ -150,7 +151,8 @@ def _convert(folder: Path, files: list[Path], out: Path) -> None:
     with ExitStack() as stack:
         opened = [stack.enter_context((out / name).open("wb")) for name in names]
         descriptors = [file.fileno() for file in opened]
-        request = {"files": [str(file.resolve()) for file in files], "descriptors": descriptors}
+        seconds = SECONDS + sum(file.stat().st_size for file in files) // BYTES_PER_SECOND
+        request = {"files": [str(file.resolve()) for file in files], "descriptors": descriptors, "seconds": seconds}
         reply = _run({**request, "drop_tied": _may_tie(folder)}, descriptors)
     if not single:
         weight_map = {name: file for file in names for name in _names_in(out / file)}

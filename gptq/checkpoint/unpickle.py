@@ -4,13 +4,17 @@ The process reads a request from its standard input and writes a reply to its st
 opens a pickle it confines itself (`gptq.checkpoint.confinement`); the files it writes were opened by its parent.
 """
 
+import codecs
 import io
 import json
 import math
 import os
 import resource
+import signal
 import sys
 import tempfile
+import time
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +28,8 @@ from gptq.checkpoint.tensors import DTYPE_CODES, TensorInfo, tensor_bytes
 from gptq.checkpoint.writer import encode_header
 
 CHUNK_BYTES = 2**24  # bytes that are written at a time
-MAX_SECONDS = 24 * 3600  # of the processor, for all files
+ZIP = b"PK\x03\x04"  # at the start of what torch has written since 1.6
+GRACE_SECONDS = 10  # of the processor, from the sentence that it took too long until the process is killed
 ROOM = 2**32  # bytes of addresses beyond the files: unpickling itself needs little
 
 
@@ -32,12 +37,16 @@ class UnreadableError(Exception):
     """A file that holds something else than tensors; the message is a sentence about the file."""
 
 
+class TooLongError(BaseException):
+    """The conversion took more time of the processor than it may; no handler of Exception stops it."""
+
+
 def main() -> None:
     request = json.load(sys.stdin)
     files = [Path(name) for name in request["files"]]
     torch.set_num_threads(1)
     _rehearse()
-    _limit_resources(files)
+    _limit_resources(files, request["seconds"])
     reply: dict[str, Any] = {"confined": confine(files), "left_out": []}
     try:
         for file, descriptor in zip(files, request["descriptors"], strict=True):
@@ -45,6 +54,10 @@ def main() -> None:
                 reply["left_out"] += convert(file, opened, drop_tied=request["drop_tied"])
     except UnreadableError as error:
         reply["error"] = f"{file} {error}"
+    except TooLongError:
+        reply["error"] = (
+            f"{file} keeps the processor busy for more than {request['seconds']} s, as no file of tensors does"
+        )
     except MemoryError:
         reply["error"] = f"{file} asks for more memory than its size explains"
     except OSError as error:
@@ -54,6 +67,7 @@ def main() -> None:
 
 def _rehearse() -> None:
     """Load small files as `convert` does, so that all modules are imported while that is allowed."""
+    codecs.lookup("cp437")  # decodes names in archives that torch has not written
     values = {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.bfloat16)}
     for zipped in (True, False):
         with tempfile.NamedTemporaryFile(suffix=".bin") as file:
@@ -67,19 +81,26 @@ def _rehearse() -> None:
                 str(error)
 
 
-def _limit_resources(files: list[Path]) -> None:
-    """Limit this process to what the conversion of files of this size needs."""
+def _limit_resources(files: list[Path], seconds: int) -> None:
+    """Limit this process to what the conversion of files of this size needs, and to seconds of the processor."""
     size = sum(file.stat().st_size for file in files)
-    for kind, limit in (
-        (resource.RLIMIT_FSIZE, size + 2**26),  # bytes of one file that is written
-        (resource.RLIMIT_CPU, MAX_SECONDS),
-        (resource.RLIMIT_AS, _address_space() + 2 * max(file.stat().st_size for file in files) + ROOM),
-        (resource.RLIMIT_CORE, 0),
+    busy = math.ceil(time.process_time()) + seconds
+    for kind, soft, limit in (
+        (resource.RLIMIT_FSIZE, 0, size + 2**26),  # bytes of one file that is written
+        (resource.RLIMIT_CPU, busy, busy + GRACE_SECONDS),
+        (resource.RLIMIT_AS, 0, _address_space() + 2 * max(file.stat().st_size for file in files) + ROOM),
+        (resource.RLIMIT_CORE, 0, 0),
     ):
         _, hard = resource.getrlimit(kind)
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         with suppress(ValueError, OSError):  # macOS does not take every limit
-            resource.setrlimit(kind, (limit, limit))
+            resource.setrlimit(kind, (min(soft or limit, limit), limit))
+    signal.signal(signal.SIGXCPU, _stop)
+
+
+def _stop(*_: object) -> None:
+    signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes every second from now on
+    raise TooLongError
 
 
 def _address_space() -> int:
@@ -89,12 +110,31 @@ def _address_space() -> int:
 
 
 def _load(file: Path) -> Any:
+    _require_plain_archive(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
         if "mmap can only be used with files saved with" not in str(error):
             raise
         return torch.load(file, map_location="cpu", weights_only=True)  # written by torch before 1.6
+
+
+def _require_plain_archive(file: Path) -> None:
+    """Raises UnreadableError for a zip archive with compressed members, which torch would map as if they were not.
+
+    A few compressed bytes can also be a program of many.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(ZIP)) != ZIP:
+            return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # torch says what is wrong with it
+        return
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise UnreadableError(f"holds {member.filename!r} compressed, as torch never writes it; save it again")
 
 
 def convert(file: Path, out: io.BufferedWriter, drop_tied: bool) -> list[str]:
@@ -107,7 +147,7 @@ def convert(file: Path, out: io.BufferedWriter, drop_tied: bool) -> list[str]:
     """
     try:
         loaded = _load(file)
-    except (MemoryError, OSError):
+    except (UnreadableError, MemoryError, OSError):
         raise
     except Exception as error:  # of any type: torch interprets the pickle's opcodes as they come
         reason = _reason(error)
