@@ -6,8 +6,13 @@ from contextlib import suppress
 from io import TextIOWrapper
 
 # torch reads this when it is imported, and then allocates large tensors in transparent huge pages. A run returns freed
-# memory after every layer and faults it in again; larger pages mean fewer page faults.
-ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
+# memory after every layer and faults it in again; larger pages mean fewer page faults. The others are for `datasets`,
+# which is imported where a source of text needs it; its errors are raised as well as logged.
+ENVIRONMENT = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "critical",
+}
 
 # OpenMP's threads spin while they wait for each other. On a machine with other work that takes the time of the thread
 # they wait for: the demo, a small model, took more than twice as long. Sleeping costs a long run a little.

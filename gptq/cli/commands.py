@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import signal
 import sys
@@ -15,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import huggingface_hub
 import torch
 import transformers
@@ -52,8 +50,6 @@ def run(args: argparse.Namespace) -> int:
     """Run `args.command`; returns the exit code."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are raised too
     huggingface_hub.logging.set_verbosity_error()
     with _noticing_interrupts() as interrupts:
         try:
