@@ -1,5 +1,7 @@
 """Polishing: gradients of scales, the distance from the original's predictions, and what a run leaves on disk."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from gptq.inference.quant_linear import QuantLinear, round_to_int8
 from gptq.output import verify
 from gptq.pipeline.run import Observer
 from gptq.polishing import descent
+from gptq.polishing.descent import STATE
+from gptq.polishing.polish import BEGUN
 from gptq.polishing.scaled_linear import ScaledLinear
 from gptq.polishing.teacher import LOWEST, Teacher, record_teacher
 from tests.conftest import VOCAB, MakeModel
@@ -25,7 +29,12 @@ def tokens(rng: torch.Generator) -> Tensor:
     return torch.randint(1, VOCAB, (24, 32), generator=rng)
 
 
-def ignore(done: int, total: int) -> None: ...
+class Notes(Observer):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 # --- the teacher ------------------------------------------------------------------------------------------------------
@@ -35,14 +44,36 @@ def test_with_all_tokens_kept_the_divergence_is_that_of_the_whole_distributions(
     tmp_path: Path, rng: torch.Generator
 ) -> None:
     p, q = (3 * torch.randn(2, 7, 50, generator=rng, dtype=torch.float64) for _ in range(2))
-    teacher = record_teacher(tmp_path, iter(p), 2, 7, ignore)
+    teacher = record_teacher(tmp_path, iter(p), 2, 7, Observer())
     for window in range(2):
         log_p, log_q = p[window].log_softmax(1), q[window].log_softmax(1)
         expected = (log_p.exp() * (log_p - log_q)).sum(1).mean()
         assert float(teacher.divergence(window, q[window].float())) == pytest.approx(float(expected), rel=2e-3)
-    again = record_teacher(tmp_path, iter(()), 2, 7, ignore)  # from the files
+    again = record_teacher(tmp_path, iter(()), 2, 7, Observer())  # from the files
     assert (again.tokens == teacher.tokens).all()
     assert (again.log_probabilities == teacher.log_probabilities).all()
+
+
+def flip(file: Path, byte: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["teacher.values", "teacher.tokens", "teacher.done"])
+def test_predictions_that_were_changed_on_disk_are_computed_again(
+    name: str, tmp_path: Path, rng: torch.Generator
+) -> None:
+    logits, observer = torch.randn(2, 7, 50, generator=rng), Notes()
+    teacher = record_teacher(tmp_path, iter(logits), 2, 7, observer)
+    expected = teacher.tokens.tobytes(), teacher.log_probabilities.tobytes()
+    for byte in range(0, (tmp_path / name).stat().st_size, 97):
+        flip(tmp_path / name, byte)
+        again = record_teacher(tmp_path, iter(logits), 2, 7, observer)
+        assert (again.tokens.tobytes(), again.log_probabilities.tobytes()) == expected
+        assert again.vocabulary == 50
+        assert "is damaged, and is computed again" in observer.notes.pop()
+        assert observer.notes == []
 
 
 def test_merging_tokens_is_a_lower_bound_with_the_gradient_of_what_was_merged(
@@ -50,7 +81,7 @@ def test_merging_tokens_is_a_lower_bound_with_the_gradient_of_what_was_merged(
 ) -> None:
     monkeypatch.setattr("gptq.polishing.teacher.KEPT", 8)
     p, q = (3 * torch.randn(1, 5, 40, generator=rng, dtype=torch.float64) for _ in range(2))
-    teacher = record_teacher(tmp_path, iter(p), 1, 5, ignore)
+    teacher = record_teacher(tmp_path, iter(p), 1, 5, Observer())
     logits = q[0].float().requires_grad_()
     found = teacher.divergence(0, logits)
     found.backward()
@@ -72,7 +103,7 @@ def test_merging_tokens_is_a_lower_bound_with_the_gradient_of_what_was_merged(
 def test_a_token_that_the_original_rules_out_does_not_make_the_divergence_infinite(tmp_path: Path) -> None:
     logits = torch.zeros(1, 3, 6)
     logits[:, :, 2] = -torch.inf
-    teacher: Teacher = record_teacher(tmp_path, iter(logits), 1, 3, ignore)
+    teacher: Teacher = record_teacher(tmp_path, iter(logits), 1, 3, Observer())
     assert float(teacher.log_probabilities.min()) >= LOWEST
     assert float(teacher.divergence(0, logits[0].clamp(min=-30))) == pytest.approx(0, abs=1e-3)
 
@@ -181,6 +212,37 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     polish(folder, source, out, OPTIONS, calibration=tokens)
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
     assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.slow
+def test_what_a_stopped_run_left_is_checked_before_it_is_used(
+    packed: tuple[Path, Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A changed byte in any file of OUT.partial: the result is that of an undisturbed run, or there is none."""
+    monkeypatch.setattr(descent, "CHECK_EVERY", 2)
+    source, folder = packed
+    whole, out = folder.with_name("whole"), folder.with_name("out")
+    partial, kept, options = out.with_name("out.partial"), folder.with_name("kept"), replace(OPTIONS, steps=4)
+    polish(folder, source, whole, options, calibration=tokens)
+    with pytest.raises(KeyboardInterrupt):
+        polish(folder, source, out, options, calibration=tokens, observer=Stop(3))
+    partial.rename(kept)
+    for name, byte, said in (
+        (STATE, -9, "all steps are taken again"),
+        (BEGUN, 5, "remove it"),
+    ):
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(kept, partial)
+        flip(partial / name, byte)
+        observer = Notes()
+        if name == BEGUN:
+            with pytest.raises(InputError, match=said):
+                polish(folder, source, out, options, calibration=tokens)
+            return
+        polish(folder, source, out, options, calibration=tokens, observer=observer)
+        assert said in " ".join(observer.notes)
+        assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+        shutil.rmtree(out)
 
 
 def test_what_cannot_be_polished_is_refused(make_model: MakeModel, packed: tuple[Path, Path], tokens: Tensor) -> None:

@@ -3,6 +3,7 @@
 Only the inputs of blocks are kept for the backward pass, and each step takes its windows one at a time.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from gptq.calibration.windows import is_held_out
 from gptq.checkpoint.small_files import sync_path
+from gptq.checkpoint.tensors import tensor_bytes
 from gptq.config import PolishConfig
 from gptq.models.forward import run_forward
 from gptq.models.weights import WeightStream, join_names
@@ -104,6 +106,15 @@ class Reached:
     best_step: int
 
 
+def _digest(reached: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a checksum of what the state's file holds."""
+    digest = hashlib.sha256(reached.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor.contiguous()))
+    return digest.hexdigest()
+
+
 class Descent:
     """Adam on the variables, its state in a file every CHECK_EVERY steps."""
 
@@ -149,9 +160,9 @@ class Descent:
 
     @torch.no_grad()
     def held_out_divergence(self) -> float:
-        """KL(original || model) per token on the held-out windows."""
+        """KL(original || model) per token on the held-out windows; 0 where rounding alone would make it less."""
         with substituted(self._variables.small_parameters()):
-            return sum(float(self._divergence(i)) for i in self._held_out) / len(self._held_out)
+            return max(0.0, sum(float(self._divergence(i)) for i in self._held_out) / len(self._held_out))
 
     def _check(self, reached: Reached) -> None:
         """Measure, keep the best, and save the state."""
@@ -169,8 +180,11 @@ class Descent:
             tensors |= {f"{i}.variable": variable.detach(), f"{i}.best": best}
             tensors |= {f"{i}.{moment}": self._optimizer.state[variable][moment] for moment in MOMENTS}
         temporary = self._file.with_suffix(".new")
+        said = json.dumps(asdict(reached))
         save_file(
-            {name: x.contiguous() for name, x in tensors.items()}, temporary, {"reached": json.dumps(asdict(reached))}
+            {name: x.contiguous() for name, x in tensors.items()},
+            temporary,
+            {"reached": said, "sha256": _digest(said, tensors)},
         )
         sync_path(temporary)
         temporary.replace(self._file)
@@ -178,16 +192,30 @@ class Descent:
     @torch.no_grad()
     def _open(self) -> Reached:
         """Return how far an earlier run has come, and set the variables and Adam to that; else begin."""
-        if not self._file.is_file():
-            before = self.held_out_divergence()
-            return Reached(0, before, before, 0)
+        if self._file.is_file():
+            try:
+                return self._restore()
+            except (ValueError, KeyError, OSError, SafetensorError) as error:
+                self._file.unlink()
+                self._observer.note(f"{self._file} is damaged ({error}), so all steps are taken again")
+        before = self.held_out_divergence()
+        return Reached(0, before, before, 0)
+
+    def _restore(self) -> Reached:
+        """Raises ValueError, KeyError, OSError or SafetensorError if the file is not as it was written."""
+        variables = self._variables.tensors()
         with safe_open(self._file, "pt", str(self._windows.device)) as file:
-            reached = Reached(**json.loads(file.metadata()["reached"]))
-            for i, variable in enumerate(self._variables.tensors()):
-                variable.copy_(file.get_tensor(f"{i}.variable"))
-                self._best[i] = file.get_tensor(f"{i}.best")
-                moments = {moment: file.get_tensor(f"{i}.{moment}") for moment in MOMENTS}
-                self._optimizer.state[variable] = {"step": torch.tensor(float(reached.step)), **moments}
+            about = file.metadata() or {}
+            names = [f"{i}.{kind}" for i in range(len(variables)) for kind in ("variable", "best", *MOMENTS)]
+            tensors = {name: file.get_tensor(name) for name in names}
+        if about["sha256"] != _digest(about["reached"], tensors):
+            raise ValueError("its checksum is another one")
+        reached = Reached(**json.loads(about["reached"]))
+        for i, variable in enumerate(variables):
+            variable.copy_(tensors[f"{i}.variable"])
+            self._best[i] = tensors[f"{i}.best"]
+            moments = {moment: tensors[f"{i}.{moment}"] for moment in MOMENTS}
+            self._optimizer.state[variable] = {"step": torch.tensor(float(reached.step)), **moments}
         return reached
 
     @torch.no_grad()

@@ -108,7 +108,7 @@ def polish(
         _resume(working, _describe(config, opened, original_folder, windows, where, compute))
         observer.stage(f"reading what {original} predicts")
         logits = compute_original_logits(original_folder, windows, where, dtype, trust_remote_code)
-        teacher = record_teacher(working.root, logits, len(windows), windows.shape[1] - 1, observer.window_done)
+        teacher = record_teacher(working.root, logits, len(windows), windows.shape[1] - 1, observer)
         network = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         blocks = [network.get_submodule(block.name) for block in find_blocks(opened.network)]
         with scaled_layers(network) as layers, checkpointed(blocks):

@@ -4,9 +4,11 @@ Of each token the most probable next tokens are kept. KL is taken between distri
 lower bound of the whole KL (merging outcomes never raises it), equal to it if all tokens are kept.
 """
 
+import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gptq.checkpoint.small_files import write_file
+from gptq.pipeline.run import Observer
 
 KEPT = 1024  # tokens of the vocabulary that are kept at each position; 6 bytes each
 SMALLEST = 1e-9  # probability in place of 0 inside a logarithm
@@ -57,33 +60,52 @@ class Teacher:
         return found
 
 
-def record_teacher(
-    folder: Path, logits: Iterator[Tensor], windows: int, positions: int, progress: Callable[[int, int], None]
-) -> Teacher:
+def record_teacher(folder: Path, logits: Iterator[Tensor], windows: int, positions: int, observer: Observer) -> Teacher:
     """Write the predictions of a model into files in `folder`, or open what an earlier run has written there.
 
     Args:
-        logits: of each window, (positions, vocabulary); taken only if the files are not there.
+        logits: of each window, (positions, vocabulary); taken only if the files are not there, or damaged.
     Raises:
         OSError: the disk is too small.
     """
     done = folder / "teacher.done"
-    if done.is_file():
-        vocabulary = int(done.read_text())
-        return Teacher(*_map_files(folder, (windows, positions, min(vocabulary, KEPT))), vocabulary)
-    teacher = None
+    teacher = _open(done, windows, positions)
+    if teacher is not None:
+        return teacher
+    if done.exists():
+        observer.note(f"what {folder} kept of the original's predictions is damaged, and is computed again")
     for window, one in enumerate(logits):
         if teacher is None:
             vocabulary = one.shape[1]
             teacher = Teacher(*_map_files(folder, (windows, positions, min(vocabulary, KEPT))), vocabulary)
         _record_window(teacher, window, one)
-        progress(window + 1, windows)
+        observer.window_done(window + 1, windows)
     if teacher is None:
         raise ValueError("no window has logits")
     teacher.log_probabilities.flush()
     teacher.tokens.flush()
-    write_file(done, str(teacher.vocabulary))
+    write_file(done, _describe(teacher))
     return teacher
+
+
+def _open(done: Path, windows: int, positions: int) -> Teacher | None:
+    """Return what an earlier run has written, unless it is not whole."""
+    said = done.read_bytes() if done.is_file() else b""
+    vocabulary = said.partition(b" ")[0]
+    if not re.fullmatch(rb"[1-9]\d{0,8}", vocabulary):
+        return None
+    shape = windows, positions, min(int(vocabulary), KEPT)
+    teacher = Teacher(*_map_files(done.parent, shape), int(vocabulary))
+    return teacher if _describe(teacher).encode() == said else None
+
+
+def _describe(teacher: Teacher) -> str:
+    """Return the size of the vocabulary, and a checksum of it and of all that is kept."""
+    digest = hashlib.sha256(str(teacher.vocabulary).encode())
+    for values, tokens in zip(teacher.log_probabilities, teacher.tokens, strict=True):  # of each window
+        digest.update(values)
+        digest.update(tokens)
+    return f"{teacher.vocabulary} {digest.hexdigest()}"
 
 
 def _map_files(folder: Path, shape: tuple[int, int, int]) -> tuple[np.memmap[Any, Any], np.memmap[Any, Any]]:
