@@ -41,6 +41,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import CodeType
 from typing import Any
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -251,17 +252,22 @@ def _unpickle_confined(case: Case) -> None:
     """Convert pickles in a process of their own, forked, which confines itself."""
     check_folder(case.folder)
     files = pickled.find_pickles(case.folder)
-    if not files:
-        return
+    if files:
+        with contextlib.ExitStack() as stack:
+            outs = [
+                stack.enter_context((case.place / f"{i}.safetensors").open("wb")).fileno() for i in range(len(files))
+            ]
+            _fork({"files": list(map(str, files)), "descriptors": outs, "drop_tied": True, "seconds": 10}, outs)
+
+
+def _fork(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+    """Do as `pickled._run` in a forked process, which need not import torch."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         status = 1
         with contextlib.suppress(BaseException):
-            outs = [os.open(case.place / f"{i}.safetensors", os.O_WRONLY | os.O_CREAT) for i in range(len(files))]
-            sys.stdin = io.StringIO(
-                json.dumps({"files": list(map(str, files)), "descriptors": outs, "drop_tied": True, "seconds": 10})
-            )
+            sys.stdin = io.StringIO(json.dumps(request))
             sys.stdout = os.fdopen(writing, "w")
             unpickle.main()
             sys.stdout.flush()
@@ -273,9 +279,17 @@ def _unpickle_confined(case: Case) -> None:
     _, status = os.waitpid(child, 0)
     if status:
         raise RuntimeError(f"the confined process ended with {status}")
-    reply = json.loads(said)
+    reply: dict[str, Any] = json.loads(said)
     if "error" in reply:
         raise InputError(reply["error"])
+    return reply
+
+
+def _allow_pickle(case: Case) -> int:
+    """Quantize a model whose weights are pickled."""
+    command = ["quantize", str(case.folder), str(case.out), "--method", "rtn", "--group-size", "16", "--allow-pickle"]
+    with mock.patch.object(pickled, "_run", _fork), mock.patch.object(pickled, "SECONDS", 10):
+        return cli.main(command)
 
 
 def _read_lenet(case: Case) -> None:
@@ -317,13 +331,24 @@ def _convert(case: Case) -> int:
     return cli.main(["convert", str(case.folder), str(case.out), "--format", chosen])
 
 
-def _go_on(case: Case) -> None:
-    """Go on with a run whose OUT.partial was changed."""
+def _copy_partial(case: Case) -> None:
+    """Copy the changed OUT.partial beside OUT, with pipes as pipes."""
 
     def copy(source: str, to: str) -> None:
         (os.mkfifo if Path(source).is_fifo() else functools.partial(shutil.copy2, source))(to)
 
     shutil.copytree(case.folder, case.place / "out.partial", symlinks=True, copy_function=copy)
+
+
+def _polish_on(case: Case) -> None:
+    """Go on with a polishing whose OUT.partial was changed."""
+    _copy_partial(case)
+    fuzz_seeds.polish_again(case.original.parent, case.out)
+
+
+def _go_on(case: Case) -> None:
+    """Go on with a run whose OUT.partial was changed."""
+    _copy_partial(case)
     windows = torch.arange(32).reshape(2, 16) + 3
     quantize(case.original.parent / "plain", case.out, fuzz_seeds.RESUMED, calibration=windows, device="cpu")
 
@@ -399,6 +424,13 @@ def _judge_whole(case: Case, code: int) -> str | None:
     return f"a run that goes on writes another {wrong[0]}" if wrong else None
 
 
+def _judge_polished(case: Case, code: int) -> str | None:
+    """A polishing that goes on comes to the bytes of an undisturbed one."""
+    written, right = _tree(case.out), _tree(case.original.parent / "whole")
+    wrong = [name for name in sorted(right.keys() | written) if code == 0 and written.get(name) != right.get(name)]
+    return f"a polishing that goes on writes another {wrong[0]}" if wrong else None
+
+
 TARGETS: dict[str, Target] = {
     "read": Target(_read, ("model",), 300),
     "original": Target(_read_original, ("model",), 150),
@@ -409,7 +441,7 @@ TARGETS: dict[str, Target] = {
     "lenet": Target(_read_lenet, ("lenet",), 40),
     "data": Target(_read_data, ("data",), 50),
     "media": Target(_read_media, ("media",), 12),
-    "tokenizer": Target(_read_tokenizer, ("model",), 12),
+    "tokenizer": Target(_read_tokenizer, ("model",), 30),
     "inspect": Target(_command("inspect", "{model}"), ("model",), 40),
     "verify": Target(_command("verify", "{model}"), ("model",), 40, _judge_verify),
     "load": Target(_load, ("model",), 30),
@@ -425,6 +457,11 @@ TARGETS: dict[str, Target] = {
     "balanced": Target(_command(*CALIBRATED), ("model",), 2),
     "best": Target(_command(*CALIBRATED, "--effort", "best"), ("model",), 1),
     "go-on": Target(_go_on, ("journal",), 4, _judge_whole),
+    "polish-on": Target(_polish_on, ("polish",), 6, _judge_polished),
+    "polish": Target(
+        _command("polish", "{model}", "--against", "{plain}", "--to", "{out}", "--steps", "1", "--samples", "8",
+                 "--calibration", "{data}", *WINDOWS), ("model",), 2),
+    "allow-pickle": Target(_allow_pickle, ("pickled",), 8),
     "confined": Target(_unpickle_confined, ("pickle",), 4),
     "lenet-plot": Target(_draw_lenet, ("lenet",), 1),
 }  # fmt: skip
@@ -672,7 +709,8 @@ class Campaign:
         seed = self.draw.choice(self._inputs[target])
         kept = self.corpus.get(seed, [])
         edits = self.draw.choice(kept) if kept and self.draw.random() < 0.6 else ()
-        names = RECORDS if target == "records" and self.draw.random() < 0.9 else self._files[seed]
+        decisive = DECISIVE.get(target, [])
+        names = decisive if decisive and self.draw.random() < 0.9 else self._files[seed]
         for _ in range(self.draw.choice([1, 1, 1, 2])):
             edits = (*edits[-MOST_EDITS + 1 :], (self.draw.choice(names), self.draw.randrange(2**31)))
         return Change(target, seed, edits)
@@ -681,10 +719,13 @@ class Campaign:
         self.corpus.setdefault(change.seed, []).append(change.edits)
 
 
-RECORDS = [RECORD, RECORD, "quality.json"]
+DECISIVE = {  # files that a target reads, of those in its inputs
+    "records": [RECORD, RECORD, "quality.json"],
+    "tokenizer": ["tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"],
+}
 OFTEN = {
     "config.json", "model.safetensors", "model.safetensors.index.json", "model.gguf", "tensor_index.json",
-    "journal.jsonl", "metadata.jsonl",
+    "journal.jsonl", "metadata.jsonl", "pytorch_model.bin",
 }  # fmt: skip
 
 

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from gptq import QuantConfig, quantize
+from gptq import PolishConfig, QuantConfig, polish, quantize
 from gptq.checkpoint.ggml import BLOCK_TYPES
 from gptq.formats.gguf_file import explain_missing
 from gptq.pipeline.run import Observer
+from gptq.polishing import descent
 
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody minds. " * 40
 RECIPES: dict[str, dict[str, Any]] = {
@@ -38,6 +39,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mxfp4": {"format": "mxfp4-pack-quantized", "group_size": 32, "overrides": [["down_proj", {"skip": True}]]},
     "fp8": {"format": "fp8", "group_size": 128},
     "mlx": {"bits": 4, "group_size": 32, "format": "mlx", "sym": False, "overrides": [["down_proj", {"skip": True}]]},
+    "gguf-k": {"bits": 4, "format": "gguf-k", "group_size": 32},
+    "gguf-iq4": {"bits": 4, "format": "gguf-iq4", "group_size": 32, "overrides": [["down_proj", {"skip": True}]]},
+    "a8": {"bits": 4, "format": "pack-quantized-a8"},
+    "float8": {"format": "float-quantized", "group_size": -1},
     "int8": {"bits": 8, "group_size": -1, "format": "int-quantized"},
     "mixed-pack": {"bits": 4, "format": "pack-quantized", "overrides": [["down_proj", {"bits": 8, "group_size": 16}]]},
 }
@@ -53,10 +58,14 @@ class _StopError(Exception):
 
 
 class _Stops(Observer):
-    """Stops a run in its second block."""
+    """Stops a run in its second block, or after three steps of polishing."""
 
     def layer_done(self, block: int, name: str, weights: int) -> None:
         if block:
+            raise _StopError
+
+    def step_done(self, done: int, total: int) -> None:
+        if done == 3:
             raise _StopError
 
 
@@ -69,7 +78,9 @@ def make_seeds(folder: Path) -> dict[str, Path]:
         ("media", make_media),
         ("gguf", make_gguf),
         ("pickle", lambda at: make_pickles(plain, at)),
+        ("pickled", lambda at: make_pickled_model(plain, at)),
         ("journal", make_journal),
+        ("polish", make_polish),
         ("lenet", make_lenet),
     ):
         found |= {f"{kind}/{name}": path for name, path in make(folder / kind).items()}
@@ -82,6 +93,7 @@ def make_seeds(folder: Path) -> dict[str, Path]:
 PLAIN: dict[str, dict[str, Any]] = {  # not quantized: what their models are
     "plain": {"kind": "llama"},
     "shards": {"kind": "llama", "max_shard_size": "30KB", "tie_word_embeddings": True},
+    "broad": {"kind": "llama", "hidden_size": 256, "intermediate_size": 256, "vocab_size": 260},  # for K-quants
     "experts": {"kind": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1},
     "gpt-oss": {
         "kind": "gpt_oss",
@@ -95,6 +107,7 @@ OF_EXPERTS: dict[str, dict[str, Any]] = {
     "quantized-experts": {},
     "stacked-experts": {"group_size": 32, "format": "mlx", "overrides": [["down_proj", {"skip": True}]]},
 }
+BASES = {"gguf-k": "broad"}  # what is quantized, where it is not "plain"
 BLOCKS = "gpt-oss-mxfp4"
 MEASURED = {"perplexity": 300.5, "original_perplexity": 290.1, "data": "a.txt", "windows": 3, "seq_len": 16, "kl": 0.1,
             "intervals": {"kl": [0.05, 0.2]}}  # fmt: skip
@@ -113,7 +126,7 @@ def make_checkpoint(name: str, folder: Path) -> Path:
         return _make_blocks(name, folder)
     if name in RENAMED:
         return _make_renamed(name, folder)
-    source, recipe = ("experts", OF_EXPERTS[name]) if name in OF_EXPERTS else ("plain", RECIPES[name])
+    source, recipe = ("experts", OF_EXPERTS[name]) if name in OF_EXPERTS else (BASES.get(name, "plain"), RECIPES[name])
     config = QuantConfig.from_dict({"method": "rtn", "group_size": 16, **recipe})
     quantize(make_checkpoint(source, folder), made, config)
     (made / "quality.json").write_text(json.dumps({"measurements": [MEASURED]}))
@@ -123,7 +136,7 @@ def make_checkpoint(name: str, folder: Path) -> Path:
 def all_checkpoints() -> list[str]:
     """Return the names of the checkpoints that can be made here."""
     names = [*PLAIN, *RECIPES, *OF_EXPERTS, *LAYOUTS, BLOCKS, *RENAMED]
-    return [name for name in names if name != "gguf" or not explain_missing()]
+    return [name for name in names if not name.startswith("gguf") or not explain_missing()]
 
 
 def _model(folder: Path, kind: str, max_shard_size: str = "5GB", **options: Any) -> Path:
@@ -401,6 +414,14 @@ def make_pickles(plain: Path, folder: Path) -> dict[str, Path]:
     return found
 
 
+def make_pickled_model(plain: Path, folder: Path) -> dict[str, Path]:
+    """Make a model whose weights torch has pickled."""
+    made = folder / "model"
+    shutil.copytree(plain, made, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(plain / "model.safetensors"), made / "pytorch_model.bin")
+    return {"model": made}
+
+
 def make_journal(folder: Path) -> dict[str, Path]:
     """Make the OUT.partial of a run that stopped in its second block; beside it the model, and `whole`, its result."""
     plain, windows = _model(folder / "plain", kind="llama", num_hidden_layers=2), torch.arange(32).reshape(2, 16) + 3
@@ -410,6 +431,30 @@ def make_journal(folder: Path) -> dict[str, Path]:
     except _StopError:
         (folder / "out.partial").rename(folder / "stopped")
     return {"stopped": folder / "stopped"}
+
+
+def polish_again(folder: Path, out: Path, observer: Observer | None = None) -> None:
+    """Polish the quantized model in `folder` with few steps, of which every other one is saved."""
+    options = PolishConfig(steps=6, num_samples=8, seq_len=16)
+    windows = torch.arange(128).reshape(8, 16) + 3
+    every, descent.CHECK_EVERY = descent.CHECK_EVERY, 2
+    try:
+        arguments: dict[str, Any] = {"calibration": windows, "device": "cpu", "observer": observer}
+        polish(folder / "quantized", folder / "plain", out, options, **arguments)
+    finally:
+        descent.CHECK_EVERY = every
+
+
+def make_polish(folder: Path) -> dict[str, Path]:
+    """Make the OUT.partial of a polishing that stopped; beside it the models, and `whole`, its result."""
+    plain = _model(folder / "plain", kind="llama")
+    quantize(plain, folder / "quantized", QuantConfig(method="rtn", bits=2, group_size=16, format="gptq"))
+    polish_again(folder, folder / "whole")
+    try:
+        polish_again(folder, folder / "out", _Stops())
+    except _StopError:
+        (folder / "out.partial").rename(folder / "polishing")
+    return {"polishing": folder / "polishing"}
 
 
 def make_lenet(folder: Path) -> dict[str, Path]:
