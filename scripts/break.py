@@ -94,9 +94,14 @@ OTHERS: dict[str, Task] = {
     "save": result_task(f"{MEASURE} --save"),
     "card": result_task(f"{MEASURE} --save --card --against original", original="plain"),
     "report": result_task("report model"),
+    "polish": result_task(
+        "polish model --against original --to out --samples 16 --seq-len 16 --steps 4 --device cpu "
+        "--calibration text.txt", original="plain",
+    ),
+    "plan": Task("plan model --seq-len 16 --device cpu --samples 4 --calibration text.txt", {"model": "plain"}),
     "verify": result_task("verify model"),
     "inspect": result_task("inspect model", "pack"),
-}
+}  # fmt: skip
 TASKS = {**QUANTIZE, **OTHERS}
 RESULTS = {  # results that other tasks begin with
     **{name: task for name, task in QUANTIZE.items() if name not in ("both", "best", "target", "head")},
@@ -600,8 +605,12 @@ def few_resources(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
 # --- an unfinished run ------------------------------------------------------------------------------------------------
 
 
-def die_after(blocks: int) -> None:
-    """Have this process killed when so many blocks are in the journal."""
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def do_after(blocks: int, act: Action = die) -> None:
+    """Have this process killed when so many blocks are in the journal, or have it do something else then."""
     from gptq.pipeline.journal import Journal
 
     append = Journal.append
@@ -609,7 +618,7 @@ def die_after(blocks: int) -> None:
     def count(self: Journal, kind: str, content: dict[str, Any]) -> None:
         append(self, kind, content)
         if kind == "block" and len(self.find("block")) == blocks:
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
 
     Journal.append = count  # type: ignore[method-assign]
 
@@ -617,7 +626,7 @@ def die_after(blocks: int) -> None:
 def unfinished(stage: Stage, place: Path, draw: Random) -> tuple[Trial, Path]:
     """Return a trial whose first run was killed after a block, and its working folder."""
     trial = Trial(stage, QUANTIZE[draw.choice([name for name in QUANTIZE if name != "both"])], place, draw)
-    run(trial.task.arguments, place, Start(partial(die_after, draw.randint(1, 3))))
+    run(trial.task.arguments, place, Start(partial(do_after, draw.randint(1, 3))))
     return trial, place / "out.partial"
 
 
@@ -798,29 +807,50 @@ def judge_verify(ended: Ended, how: str, name: str) -> Iterator[str]:
 
 
 def changing_source(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
-    """Change the source while a command reads it: no result, or that of the source as it was."""
-    makers = [*QUANTIZE.values(), *(task for task in OTHERS.values() if "convert" in task.arguments)]
+    """Change a source while a command reads it."""
+    makers = [task for task in TASKS.values() if " out" in task.arguments]
     trial = Trial(stage, draw.choice(makers), place, draw)
-    model = place / "model"
-    shutil.copytree(model, kept := place.with_name("kept"))
-    how, file = draw.choice(("flip", "cut", "longer", "gone", "zeros", "other")), draw.choice(sorted(model.iterdir()))
+    how = draw.choice(("flip", "cut", "longer", "gone", "zeros", "other", "new"))
+    file = draw.choice([path for name in trial.task.needs for path in sorted((place / name).iterdir())])
 
     def change(_: int) -> None:
         if how == "other":
-            for path in model.glob("*.safetensors"):
+            for path in file.parent.glob("*.safetensors"):
                 flip(path, draw)
+        elif how == "new":
+            (file.parent / draw.choice(("added_tokens.json", "notes.txt"))).write_text("{}")
         else:
             DAMAGE[how](file, draw)
 
-    ended = disturbed(trial, change)
+    changed = place_beside(trial, "changed")
+    what, ended = f"{how}, {file.relative_to(place)}", disturbed(trial, change)
+    yield from (f"{what}: {wrong}" for wrong in judge_sources(trial, ended, changed))
+    yield from (f"{what}: {wrong}" for wrong in trial.once_more())
+
+
+def place_beside(trial: Trial, name: str) -> Path:
+    return trial.stage.place(trial.task, trial.place.with_name(name))
+
+
+def judge_sources(trial: Trial, ended: Ended, changed: Path) -> Iterator[str]:
+    """Yield what is wrong with the end of a command whose sources have changed since it began.
+
+    A result is wholly that of the sources as they were, or wholly that of the sources as they are now. `changed` is a
+    place with the former, which go back into the trial's place.
+    """
+    for name in trial.task.needs:
+        aside = (changed / name).rename(changed / "aside")
+        (trial.place / name).rename(changed / name)
+        aside.rename(trial.place / name)
     if wrong := complaint(ended):
-        yield f"{how}, {file.name}: {wrong}"
-    shutil.rmtree(model)
-    kept.rename(model)
-    if not ended.code and not ended.signal and (wrong := difference(tree(place), trial.expected)):
-        yield f"{how}, {file.name}: a result of two sources: {wrong}"
-        shutil.rmtree(place / "out")
-    yield from (f"{how}, {file.name}: {wrong}" for wrong in trial.once_more())
+        yield wrong
+    now = tree(trial.place)
+    if ended.code or ended.signal or not (wrong := difference(now, trial.expected)):
+        return
+    again = run(trial.task.arguments, changed)
+    if again.code or difference(_below("out/", tree(changed)), _below("out/", now)):
+        yield f"a result of two sources: {wrong}"
+    shutil.rmtree(trial.place / "out")
 
 
 # --- other processes --------------------------------------------------------------------------------------------------

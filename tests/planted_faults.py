@@ -6,7 +6,6 @@ Prints one JSON object: for each fault what the harness says with it, and what i
 """
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,16 +26,17 @@ DRAWN = harness.result_task("report model", "wide")
 
 
 def killed_while_writing(stage: Any, folder: Path) -> Iterator[str]:
-    """Kill a command when its small file is written and not yet synced; let it run again."""
+    """Kill a command when a small file that it replaces is written and not yet synced; let it run again."""
     trial = harness.Trial(stage, DRAWN, folder / "killed", Random(0))
-    watch = harness.Watch(step=1, of="fsync", act=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    harness.run(DRAWN.arguments, trial.place)
+    watch = harness.Watch(step=1, of="fsync", act=harness.die)
     yield from trial.after(harness.run(DRAWN.arguments, trial.place, harness.Start(watch=watch)), signal.SIGKILL)
     yield from trial.once_more()
 
 
 def stopped_after_a_block(stage: Any, folder: Path) -> Iterator[str]:
     trial = harness.Trial(stage, ROUNDED, folder / "stopped", Random(0))
-    harness.run(ROUNDED.arguments, trial.place, harness.Start(partial(harness.die_after, 1)))
+    harness.run(ROUNDED.arguments, trial.place, harness.Start(partial(harness.do_after, 1)))
     yield from trial.once_more()
 
 
@@ -63,8 +63,28 @@ def flipped_tensors(stage: Any, folder: Path) -> Iterator[str]:
 
 
 def write_in_place(path: Path, content: str) -> None:
+    if path.parent.name.startswith("."):  # a new folder, which nobody sees yet
+        path.write_text(content)
+        return
     path.write_text(content[: len(content) // 2])
-    os.kill(os.getpid(), signal.SIGKILL)
+    harness.die()
+
+
+def changed_after_a_block(stage: Any, folder: Path) -> Iterator[str]:
+    """Change the last bit of every number of the source when a block is finished."""
+    trial = harness.Trial(stage, ROUNDED, folder / "changed source", Random(0))
+    changed = harness.place_beside(trial, "as it became")
+
+    def change() -> None:
+        file = trial.place / "model" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        begin = 8 + int.from_bytes(content[:8], "little")
+        content[begin::4] = bytes(byte ^ 1 for byte in content[begin::4])
+        file.write_bytes(content)
+
+    ended = harness.run(ROUNDED.arguments, trial.place, harness.Start(partial(harness.do_after, 1, change)))
+    yield from harness.judge_sources(trial, ended, changed)
+    yield from trial.once_more()
 
 
 def verify_nothing(*_: object) -> list[str]:
@@ -73,7 +93,7 @@ def verify_nothing(*_: object) -> list[str]:
 
 FAULTS: dict[str, tuple[Any, Callable[[Any, Path], Iterator[str]]]] = {
     "a small file is written in place": (
-        lambda: patch("gptq.evaluation.report.write_file", write_in_place),
+        lambda: patch("gptq.checkpoint.small_files.write_file", write_in_place),
         killed_while_writing,
     ),
     "finished blocks are forgotten": (
@@ -83,6 +103,10 @@ FAULTS: dict[str, tuple[Any, Callable[[Any, Path], Iterator[str]]]] = {
     "a failed run leaves its folder": (
         lambda: patch("gptq.checkpoint.atomic_folder._remove", lambda root: None),
         refused,
+    ),
+    "a source that changes is not noticed": (
+        lambda: patch("gptq.checkpoint.source_state.SourceState.require_same", lambda self, files=None: None),
+        changed_after_a_block,
     ),
     "verify looks at no tensor": (
         lambda: patch.multiple(

@@ -69,7 +69,7 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert len(found) == 4
+    assert len(found) == 5
     for fault, said in found.items():
         assert said["sound"] == [], fault
         assert said["planted"], fault

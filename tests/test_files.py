@@ -1,5 +1,7 @@
 """Files beside the weights come along; files that change meanwhile, or that are written by several, spoil no result."""
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -16,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq import InputError, QuantConfig, cli, quantize
+from gptq.checkpoint import small_files
 from gptq.checkpoint.atomic_folder import CONTENT, MARKER, _exclusive_lock, partial_folder, require_unused
-from gptq.checkpoint.small_files import write_file
+from gptq.checkpoint.small_files import write_file, write_folder
+from gptq.checkpoint.source_state import SourceState
 from gptq.config import Format
 from gptq.evaluation.quality import Measurement, add_measurement, read_measurements
 from gptq.output import verify
@@ -40,7 +44,10 @@ def files_of(folder: Path) -> set[str]:
 
 def test_whatever_is_neither_weights_nor_hidden_comes_along(make_model: MakeModel, tmp_path: Path) -> None:
     source, out = make_model(), tmp_path / "out"
-    left = ("pytorch_model.bin", "onnx/model.onnx", ".git/config", "old/quantization_record.json", "old/config.json")
+    left = (
+        "pytorch_model.bin", "onnx/model.onnx", ".git/config", "old/quantization_record.json", "old/config.json",
+        "formats/gptq.partial/.unfinished", "formats/gptq.partial/journal.jsonl",
+    )  # fmt: skip
     for name in (*BESIDE, *left):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
@@ -48,7 +55,7 @@ def test_whatever_is_neither_weights_nor_hidden_comes_along(make_model: MakeMode
     assert set(BESIDE) <= files_of(out)
     assert set(left).isdisjoint(files_of(out))
     said = next(note for note in result.notes if "not copied" in note)
-    assert said.endswith("pytorch_model.bin, old/, onnx/model.onnx")
+    assert said.endswith("pytorch_model.bin, formats/gptq.partial/, old/ and 1 more")
     assert verify.verify(out).problems == []
     (out / "1_Pooling" / "config.json").write_text("other")
     assert verify.verify(out).problems == ["1_Pooling/config.json was changed after it was written"]
@@ -100,6 +107,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (cut, "model.safetensors"),
     "options": (lambda source: (source / "config.json").write_text("{}"), "config.json"),
     "tokenizer": (lambda source: (source / "tokenizer.json").unlink(), "tokenizer.json"),
+    "one more": (lambda source: (source / "added_tokens.json").write_text("{}"), "added_tokens.json"),
 }
 
 
@@ -110,9 +118,28 @@ def test_a_source_that_changes_gives_no_result(
 ) -> None:
     source, out = make_model(), tmp_path / "out"
     do, name = CHANGES[change]
-    with pytest.raises(InputError, match=rf"{name}.*(was changed, replaced or removed|damaged or cut short)"):
+    with pytest.raises(InputError, match=rf"{name}.*(was changed, replaced or removed|was added|damaged or cut short)"):
         quantize(source, out, CONFIG, calibration=windows, observer=Does(lambda: do(source), stage=stage))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "shards.gguf", "1_Pooling/config.json"])
+def test_every_file_that_may_be_read_is_watched(name: str, tmp_path: Path) -> None:
+    for one in (name, "config.json", ".hidden", "pytorch_model.bin", "other/quantization_record.json"):
+        (tmp_path / one).parent.mkdir(exist_ok=True)
+        (tmp_path / one).write_text("x")
+    state = SourceState.of(tmp_path)
+    for one in (".hidden", "pytorch_model.bin", "other/quantization_record.json", "other/more"):
+        (tmp_path / one).write_text("y")
+    state.require_same()
+    (tmp_path / name).write_text("y")
+    with pytest.raises(InputError, match=f"{name} was changed"):
+        state.require_same()
+    (tmp_path / name).write_text("x")
+    state.require_same()
+    shutil.rmtree(tmp_path)
+    with pytest.raises(InputError, match="was changed, replaced or removed"):
+        state.require_same()
 
 
 def test_a_source_that_only_looks_newer_is_the_same(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
@@ -197,14 +224,53 @@ def test_a_small_file_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert files_of(tmp_path) == {"file", "other", "link"}
 
 
+def test_a_new_folder_appears_with_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, seen = tmp_path / "a" / "folder", []
+
+    def write(path: Path, content: str) -> None:
+        write_file(path, content)
+        seen.append(folder.exists())
+        if content == "stop":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(small_files, "write_file", write)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(folder, {"x": "1", "y": "stop"})
+    assert [*tmp_path.rglob("*")] == [folder.parent]
+    write_folder(folder, {"x": "1", "y": "2"})
+    assert seen == [False] * 4
+    (folder / "own").touch()
+    write_folder(folder, {"x": "3", "z": "4"})
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {"own": "", "x": "3", "y": "2", "z": "4"}
+    with pytest.raises(OSError, match=r"File exists.*/own'"):
+        write_folder(folder / "own" / "folder", {"x": "1"})
+
+
+def test_of_two_that_make_a_folder_the_second_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, content: str) -> None:
+        monkeypatch.undo()
+        quicker = threading.Thread(target=write_folder, args=(tmp_path / "folder", {"x": "1", "y": "2"}))
+        quicker.start()
+        quicker.join()
+        write_file(path, content)
+
+    monkeypatch.setattr(small_files, "write_file", write)
+    write_folder(tmp_path / "folder", {"x": "3"})
+    assert {file.name: file.read_text() for file in tmp_path.rglob("*") if file.is_file()} == {"x": "3", "y": "2"}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_what_a_killed_process_left_of_a_small_file_is_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     dead, living = (tmp_path / f".file.{process}-1" for process in (ended.pid, os.getppid()))
     for file in (dead, living, tmp_path / f".file2.{ended.pid}-1"):
         file.touch()
+    (tmp_path / f".file.{ended.pid}-2").mkdir()
+    (tmp_path / f".file.{ended.pid}-2" / "x").touch()
     write_file(tmp_path / "file", "new")
     assert files_of(tmp_path) == {"file", living.name, f".file2.{ended.pid}-1"}
+    assert not (tmp_path / f".file.{ended.pid}-2").exists()
 
 
 def test_a_kill_between_card_and_record_leaves_no_contradiction(
@@ -233,6 +299,16 @@ def test_a_kill_between_card_and_record_leaves_no_contradiction(
     verify.record_perplexity(tmp_path / "whole", found)
     for name in ("README.md", "quantization_record.json"):
         assert len({(tmp_path / out / name).read_bytes() for out in ("whole", "out0", "out1", "out2")}) == 1
+
+
+def test_folders_that_lead_to_a_result_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(InputError, match="out cannot be written: Too many open"):
+        partial_folder(tmp_path / "a" / "b" / "out").__enter__()
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_is_left_beside_a_finished_result_is_removed(tmp_path: Path) -> None:
@@ -314,6 +390,15 @@ def test_no_number_of_a_record_changes_unseen(
     assert verify.verify(folder).notes == [verify.NO_DIGEST]
 
 
+@pytest.mark.parametrize("change", [lambda b: b + b" ", lambda b: b[:-1], lambda b: b.replace(b"\n", b"\r\n", 1)])
+def test_not_a_byte_of_a_record_changes_unseen(
+    change: Callable[[bytes], bytes], written_once: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(written_once, tmp_path / "model")
+    (folder / RECORD).write_bytes(change((folder / RECORD).read_bytes()))
+    assert verify.verify(folder).problems == [f"{RECORD} was changed after it was written"]
+
+
 def test_verify_says_what_was_checked_for_each_engine(
     written_once: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,3 +419,30 @@ def test_verify_says_what_was_checked_for_each_engine(
 def test_a_converted_folder_has_its_own_sizes(chosen: Format, written_once: Path, tmp_path: Path) -> None:
     convert(written_once, tmp_path / "out", chosen)
     assert verify.verify(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", RECORD, "tokenizer.json"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_what_the_system_does_not_let_read_is_no_difference(
+    name: str, number: int, written_once: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(path).name == name:
+            raise OSError(number, os.strerror(number))
+        return open_file(path, *arguments, **options)
+
+    open_file = io.open
+    monkeypatch.setattr(io, "open", refuse)
+    assert cli.main(["verify", str(written_once)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert os.strerror(number) in said
+    assert "damaged" not in said
+
+
+def test_a_file_that_is_not_there_is_a_difference(written_once: Path, tmp_path: Path) -> None:
+    shutil.copytree(written_once, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "out" / "generation_config.json").unlink()
+    problems = verify.verify(tmp_path / "out").problems
+    assert "generation_config.json is missing" in problems
+    assert len(problems) > 2

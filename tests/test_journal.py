@@ -412,6 +412,27 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("part", ["tensors", "weights", "layers"])
+def test_a_block_whose_entry_lacks_something_is_done_again(
+    part: str, make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    """An entry with a right checksum of its own, as a fault in an earlier version could leave it."""
+    source, out, observer = make_model("llama"), tmp_path / "out", Stops()
+    config = QuantConfig.from_dict({**OPTIONS, "effort": "fast"})
+    quantize(source, tmp_path / "whole", config, calibration=windows)
+    stop(source, out, config, after=1, calibration=windows)
+    journal = Journal(partial_of(out))
+    (entry,) = journal.find("block")
+    journal.forget_blocks_from(entry["name"])
+    one = next(iter(entry[part])) if part != "layers" else -1
+    del entry[part][one]
+    journal.append("block", entry)
+    quantize(source, out, config, calibration=windows, observer=observer)
+    assert observer.went_on_after == []
+    assert any("damaged in the unfinished folder" in note for note in observer.notes)
+    assert all_bytes(out) == all_bytes(tmp_path / "whole")
+
+
 def test_finished_blocks_outlive_the_files_that_are_made_of_them(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

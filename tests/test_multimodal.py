@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gptq import InputError, QuantConfig, load, quantize
+from gptq.calibration import windows
 from gptq.calibration.windows import read_calibration
+from gptq.models.hf_config import read_processor
 from gptq.models.trial_forward import ZeroWeight
 from gptq.output import verify
 from tests.conftest import LLAMA_LIKE, OTHERS, VOCAB
@@ -247,6 +249,21 @@ def test_a_folder_of_pictures_goes_through_the_models_processor(llava: Path, tmp
     with torch.no_grad():
         found, whole = (model(**expected[0]).logits for model in (load(out, dtype="float32"), original))
     assert (found - whole).norm() < 0.25 * whole.norm()
+
+
+def test_the_model_may_not_change_from_the_reading_of_its_processor_on(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = image_folder(tmp_path / "pictures", [{"messages": talk} for talk in TALKS]), llava / "config.json"
+
+    def read(*arguments: Any) -> Any:
+        file.write_text(file.read_text() + " ")
+        return read_processor(*arguments)
+
+    monkeypatch.setattr(windows, "read_processor", read)
+    with pytest.raises(InputError, match=rf"{file} was changed"):
+        quantize(llava, tmp_path / "out", CONFIG64, calibration=str(folder))
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_kind_of_rows_with_pictures_is_the_same(llava: Path, tmp_path: Path) -> None:

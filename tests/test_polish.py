@@ -245,6 +245,25 @@ def test_what_a_stopped_run_left_is_checked_before_it_is_used(
         shutil.rmtree(out)
 
 
+class Changes(Observer):
+    """Changes a file when the original is about to be read."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def stage(self, text: str) -> None:
+        self._file.write_text(self._file.read_text() + " ")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_neither_model_may_change_meanwhile(which: int, packed: tuple[Path, Path], tokens: Tensor) -> None:
+    source, folder = packed
+    file, steps = packed[which] / "config.json", PolishConfig(steps=1, num_samples=16, seq_len=32)
+    with pytest.raises(InputError, match=rf"{file} was changed"):
+        polish(folder, source, folder.with_name("out"), steps, calibration=tokens, observer=Changes(file))
+    assert not folder.with_name("out").exists()
+
+
 def test_what_cannot_be_polished_is_refused(make_model: MakeModel, packed: tuple[Path, Path], tokens: Tensor) -> None:
     source, folder = packed
     out = folder.with_name("out")

@@ -15,6 +15,7 @@ from gptq.calibration.processed import needs_processor, process_rows
 from gptq.calibration.sources import Table, open_table, table_of
 from gptq.calibration.text import draw_windows, special_token_frame, text_column
 from gptq.checkpoint.hub import resolve
+from gptq.checkpoint.source_state import SourceState
 from gptq.config import QuantConfig
 from gptq.errors import InputError
 from gptq.models.forward import accepted_inputs, check_tokens
@@ -36,6 +37,7 @@ class Calibration:
     tokens: Tensor | None = None  # (windows, tokens)
     inputs: list[Inputs] | None = None  # the model's inputs in each window
     notes: tuple[str, ...] = ()  # for the user
+    state: SourceState | None = None  # the model's files before its processor was read, if that was needed
 
     @property
     def sample(self) -> Inputs | None:
@@ -86,10 +88,11 @@ def read_calibration(
     if not needs_processor(table):
         return Calibration(table.name, table=table)
     folder = resolve(str(model), revision, allow_pickle)
+    state = SourceState.of(folder)
     hf_config, processor = read_config(folder, trust_remote_code), read_processor(folder, trust_remote_code)
     count = PROCESSED_WINDOWS if config.num_samples == "auto" else config.num_samples
     inputs, notes = process_rows(table, processor, hf_config, count, config.seq_len, config.seed)
-    return Calibration(table.name, inputs=inputs, notes=tuple(notes))
+    return Calibration(table.name, inputs=inputs, notes=tuple(notes), state=state)
 
 
 def _listed(given: Iterable[Any]) -> Any:

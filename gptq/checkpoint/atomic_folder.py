@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,13 +98,15 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
     """
     out = out.resolve()
     made = [parent for parent in out.parents if not parent.exists()]
-    try:
-        require_unused(out)
-        root = partial_folder_of(out).root
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    with _exclusive_lock(root, out) as descriptor:
+    root = partial_folder_of(out).root
+    with ExitStack() as stack:
+        try:
+            require_unused(out)
+            root.mkdir(parents=True, exist_ok=True)
+            descriptor = stack.enter_context(_exclusive_lock(root, out))
+        except OSError as error:
+            _remove_empty(root, *made)
+            raise InputError(f"{out} cannot be written: {error.strerror}") from error
         working = partial_folder_of(out)
         working.descriptor = descriptor
         try:
@@ -124,9 +126,7 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             kept = working.describe_kept()
             if not kept:
                 _remove(root)
-                for parent in made:
-                    with suppress(OSError):
-                        parent.rmdir()
+                _remove_empty(*made)
             _raise_with_remedy(error, out, root, kept)
             raise
         _remove(root)
@@ -184,6 +184,13 @@ def _remove(root: Path) -> None:
         _empty(root)
         (root / MARKER).unlink(missing_ok=True)
         root.rmdir()
+
+
+def _remove_empty(*folders: Path) -> None:
+    """Remove these folders, as far as they are there and empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def companions(folder: Path) -> tuple[list[str], list[str]]:
         if path.is_dir() and not (path.name == REPORT and (folder / RECORD).exists()):
             inside = None if path.is_symlink() or _is_of_a_run(path) else _files_below(path)
             for file in inside or ():
-                _sort_in(file.relative_to(folder).as_posix(), taken, left)
+                name = file.relative_to(folder).as_posix()
+                left.append(f"{name}/") if _is_of_a_run(file) else _sort_in(name, taken, left)
             if inside is None:
                 left.append(f"{path.name}/")
     return taken, left
@@ -55,7 +56,10 @@ def _is_of_a_run(folder: Path) -> bool:
 
 
 def _files_below(folder: Path) -> list[Path] | None:
-    """Return the visible files in a folder and its folders; None if there are too many, or they lie too deep."""
+    """Return the visible files in a folder and its folders; None if there are too many, or they lie too deep.
+
+    A folder that is the work or the result of a run is one of them.
+    """
     found: list[Path] = []
     for file in _walk(folder, MAX_DEPTH):
         if file is None or len(found) == MAX_FILES:
@@ -70,7 +74,7 @@ def _walk(folder: Path, depth: int) -> Iterator[Path | None]:
         yield None
         return
     for path in sorted(filter(_is_visible, folder.iterdir())):
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink() and not _is_of_a_run(path):
             yield from _walk(path, depth - 1)
         else:
             yield path

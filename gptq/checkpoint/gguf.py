@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptq.checkpoint.ggml import BLOCK_TYPES, BlockType
 from gptq.checkpoint.tensors import TensorInfo
+from gptq.checkpoint.untrusted import raise_if_refused
 from gptq.errors import InputError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -70,6 +71,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
         with file.open("rb") as opened:
             return _read_header(_Cursor(opened, file.stat().st_size))
     except (OSError, ValueError) as error:  # a text that is not UTF-8 is a ValueError
+        raise_if_refused(error, file)
         raise InputError(f"{file} is damaged or cut short ({error}); download it again") from error
 
 

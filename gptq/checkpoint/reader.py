@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptq.checkpoint.header import StoredTensor, UnsupportedError, read_header
 from gptq.checkpoint.tensors import INDEX, SINGLE, TensorInfo
-from gptq.checkpoint.untrusted import read_json
+from gptq.checkpoint.untrusted import raise_if_refused, read_json
 from gptq.errors import InputError
 
 EVERY = slice(None)  # all rows of a tensor
@@ -225,6 +225,7 @@ def _header_of(file: Path) -> dict[str, StoredTensor]:
 
     Raises:
         InputError: the file is damaged or gone, or its path is not UTF-8, which other libraries need.
+        OSError: the system refuses to read the file.
     """
     try:
         os.fsencode(file).decode()
@@ -244,7 +245,7 @@ def _header_of(file: Path) -> dict[str, StoredTensor]:
 
 @contextmanager
 def _open(file: Path) -> Iterator[BinaryIO]:
-    """Open a file of tensors; raises InputError if it is gone, cannot be read, or ends too soon."""
+    """Open a file of tensors; raises InputError if it is gone or ends too soon, OSError as `raise_if_refused`."""
     try:
         with file.open("rb", buffering=0) as opened:
             yield opened
@@ -253,6 +254,7 @@ def _open(file: Path) -> Iterator[BinaryIO]:
 
 
 def _damaged(file: Path, error: Exception) -> InputError:
+    raise_if_refused(error, file)
     return InputError(f"{file} is damaged or cut short ({error}); download it again")
 
 

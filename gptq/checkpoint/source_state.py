@@ -10,7 +10,7 @@ from gptq.errors import InputError
 
 MAX_HASHED_WHOLE = 2**26  # bytes; of larger files only pieces are hashed
 PIECE_BYTES, PIECE_STRIDE = 2**16, 2**24  # length of a piece, and distance from one to the next
-TENSOR_FILES = (".safetensors", ".gguf")
+OF_TENSORS = (".safetensors", ".gguf", ".index.json")  # how names of files end that hold tensors, or list them
 Stamp = tuple[int, int, int]  # size, time of the last change in nanoseconds, number of the file
 
 
@@ -42,25 +42,28 @@ class SourceState:
     @classmethod
     def of(cls, folder: Path) -> "SourceState":
         """Look at the files that hold tensors, and at those that come along."""
-        names = {*companions(folder)[0], *(path.name for path in folder.iterdir() if path.suffix in TENSOR_FILES)}
-        stamps = {name: _stamp(folder / name) for name in sorted(names)}
-        small = (name for name in names if stamps[name][0] <= MAX_HASHED_WHOLE)
+        stamps = {name: _stamp(folder / name) for name in _names(folder)}
+        small = (name for name in stamps if stamps[name][0] <= MAX_HASHED_WHOLE)
         return cls(folder, stamps, {name: fingerprint(folder / name) for name in small})
 
     def require_same(self, files: Iterable[Path] | None = None) -> None:
-        """Check that these files of the folder, by default all, are as they were.
+        """Check that these files of the folder are as they were; by default all, and that there are no others.
 
         A file that only looks newer is read again.
 
         Raises:
-            InputError: a file has changed or is gone; the message names it.
+            InputError: a file has changed, is gone or was added; the message names it.
         """
-        names = self.stamps if files is None else [file.relative_to(self.folder).as_posix() for file in files]
-        changed = self._find_change(names)
+        if files is None:
+            names = {**self.stamps, **dict.fromkeys(_names(self.folder))} if self.folder.is_dir() else self.stamps
+            changed = self._find_change(names)
+        else:
+            changed = self._find_change(file.relative_to(self.folder).as_posix() for file in files)
         if changed is not None:
+            did = "changed, replaced or removed" if changed in self.stamps else "added"
             raise InputError(
-                f"{self.folder / changed} was changed, replaced or removed while it was in use, so the result would be "
-                "a mixture; run again on files that stay as they are"
+                f"{self.folder / changed} was {did} while the folder was in use, so the result would be a mixture; "
+                "run again on files that stay as they are"
             )
 
     def _find_change(self, names: Iterable[str]) -> str | None:
@@ -76,6 +79,11 @@ class SourceState:
                 return name
             self.stamps[name] = now
         return None
+
+
+def _names(folder: Path) -> list[str]:
+    of_tensors = (path.name for path in folder.iterdir() if path.name.endswith(OF_TENSORS) and path.is_file())
+    return sorted({*companions(folder)[0], *of_tensors})
 
 
 def _stamp(file: Path) -> Stamp:

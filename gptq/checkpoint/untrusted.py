@@ -5,6 +5,7 @@ block the process, and a link could lead to a private file elsewhere, which a ru
 upload.
 """
 
+import errno
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from gptq.checkpoint.companions import companions
 from gptq.errors import InputError, first_line
 
 MAX_JSON_BYTES = 2**28  # limit of a JSON file; the largest known JSON file, a tokenizer of 260,000 tokens, has 33 MB
+OF_THE_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}  # errors that tell what is there, or nothing
 MAX_DEPTH = 64  # levels of nested JSON; much deeper nesting overflows the stack of recursive readers
 
 
@@ -79,7 +81,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read the object that a JSON file holds.
 
     Raises:
-        InputError: the file cannot be read, is not JSON in UTF-8, is nested too deeply, or does not hold an object.
+        InputError: the file is missing, is not JSON in UTF-8, is nested too deeply, or does not hold an object.
+        OSError: the system refuses to read the file.
     """
     try:
         if not file.is_file():
@@ -93,10 +96,20 @@ def read_json(file: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
     except (OSError, ValueError, RecursionError) as error:
+        raise_if_refused(error, file)
         raise InputError(f"{file} could not be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds no JSON object, which begins with {{")
     return content
+
+
+def raise_if_refused(error: Exception, file: Path) -> None:
+    """Raise OSError with the file's name if the system refused to read it (no more open files, a failing disk).
+
+    Nothing is known of the content then, so that this may not be taken for damage.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_PATH:
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _check_values(content: Any) -> None:

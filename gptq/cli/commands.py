@@ -98,10 +98,10 @@ def _explain(error: Exception) -> int:
     if isinstance(error, InputError):
         print(f"gptq: {error}", file=sys.stderr)
         return BAD_INPUT
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"gptq: out of memory ({first}); fewer --samples or a smaller --batch-size need less", file=sys.stderr)
-        print(f"gptq: {_describe_leftovers(error)}", file=sys.stderr)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):  # torch's, on a CPU
+        first = printable((str(error) or type(error).__name__).splitlines()[0])
+        needs_less = "fewer --samples or a smaller --batch-size need less"
+        print(f"gptq: out of memory ({first}); {needs_less}; {_describe_leftovers(error)}", file=sys.stderr)
         return BAD_INPUT
     if isinstance(error, OSError):
         print(printable(f"gptq: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gptq.checkpoint.small_files import write_file
+from gptq.checkpoint.small_files import write_folder
 from gptq.checkpoint.untrusted import check_folder
 from gptq.errors import printable
 from gptq.evaluation import charts
@@ -70,15 +70,13 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, list[Path]
     figures = {name: draw(record) for name, draw in FIGURES.items()}
     drawn = {name: chart for name, chart in figures.items() if chart}
     to = to or folder / REPORT
-    to.mkdir(parents=True, exist_ok=True)
-    page = to / PAGE
-    write_file(page, _render_page(printable(folder.resolve().name), record, measurements, drawn))
     worst = max(record.layers, key=lambda layer: layer.error or 0.0)
-    pictures = []
-    for name, chart in {**drawn, **_draw_histograms(worst)}.items():
-        pictures.append(to / f"{name}.svg")
-        write_file(pictures[-1], charts.render_svg_file(chart))
-    return page, pictures
+    pictures = {
+        f"{name}.svg": charts.render_svg_file(chart) for name, chart in {**drawn, **_draw_histograms(worst)}.items()
+    }
+    page = _render_page(printable(folder.resolve().name), record, measurements, drawn)
+    write_folder(to, {PAGE: page, **pictures})
+    return to / PAGE, [to / name for name in pictures]
 
 
 # --- the record as charts ---------------------------------------------------------------------------------------------

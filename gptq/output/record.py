@@ -208,9 +208,14 @@ def write_record(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_file(path, json_text(content))
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """Return what a file with this content holds."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     text = re.sub(r"\[[-\d,.\se]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # histograms on one line
-    write_file(path, text + "\n")
+    return text + "\n"
 
 
 def mentions_record(folder: Path) -> bool:

@@ -24,7 +24,15 @@ from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.models.build import open_model
 from gptq.models.tensor_names import check_tensors
 from gptq.output.files import add_perplexity, model_type_of
-from gptq.output.record import LayerRecord, PerplexityRecord, WrittenRecord, digest_of, mentions_record, read_record
+from gptq.output.record import (
+    LayerRecord,
+    PerplexityRecord,
+    WrittenRecord,
+    digest_of,
+    json_text,
+    mentions_record,
+    read_record,
+)
 from gptq.output.results import QUALITY, RECORD, REPORT
 
 ADAPTER = "adapter_config.json"
@@ -267,7 +275,10 @@ def _catch_complaint(read: Callable[[], object]) -> Iterator[str]:
 
 
 def _find_changed_record(folder: Path, record: WrittenRecord) -> Iterator[str]:
-    if record.digest and record.digest != digest_of(read_json(folder / RECORD)):
+    if not record.digest:
+        return
+    content, stored = read_json(folder / RECORD), (folder / RECORD).read_bytes()
+    if digest_of(content) != record.digest or stored != json_text(content).encode("utf-8", "backslashreplace"):
         yield f"{RECORD} was changed after it was written"
 
 

@@ -1,6 +1,6 @@
 """BlockResult: all that quantizing one block yields, and its entry in the journal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,15 @@ class BlockResult:
     def mark_written(self, checksums: Mapping[str, str]) -> "BlockResult":
         """Return the result without its tensors, once they are on disk with these SHA-256."""
         return replace(self, checksums=dict(checksums), tensors={})
+
+    def is_whole(self, layers: Set[str], tensors: Set[str]) -> bool:
+        """Whether the result, once it is written, is about these layers, and tells of each of these tensors."""
+        about = ({one.name for one in self.layers}, self.weight_checksums.keys(), self.histograms.keys())
+        return (
+            bool(layers)
+            and all(names == layers for names in about)
+            and self.checksums.keys() >= (tensors | {*self.tuned.values()})
+        )
 
     def to_entry(self) -> dict[str, Any]:
         """Return the journal's entry, as values that JSON can hold."""

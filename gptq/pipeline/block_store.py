@@ -1,13 +1,14 @@
 """Store finished blocks on disk: tensors in the output shards, everything else in the journal."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 
 from gptq import formats
+from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.background import Background
 from gptq.compute.distributed import ALONE, Ranks
@@ -80,14 +81,17 @@ class BlockStore:
         own = {name: self._writer.checksums[name] for name in names}
         self._writer.checksums.update(json.loads(self._ranks.broadcast_text(json.dumps(own))))
 
-    def restore(self) -> list[str]:
+    def restore(self, planned: Mapping[str, Mapping[str, LayerPlan]]) -> list[str]:
         """Load the blocks that an earlier run finished; return notes for the user.
 
-        If the tensors on disk do not match a block's checksums, that block and those after it are quantized again.
+        If a block's entry lacks a layer or a tensor, or the tensors on disk do not match its checksums, that block and
+        those after it are quantized again. `planned` has the layers of each block by their names in the model.
         """
         for entry in self._journal.find("block"):
             result = BlockResult.from_entry(entry)
-            if not self._writer.adopt(result.checksums):
+            layers = planned.get(result.name, {})
+            tensors = {f"{one.stored}.{suffix}" for one in layers.values() for suffix in _layout(one)}
+            if not result.is_whole(layers.keys(), tensors) or not self._writer.adopt(result.checksums):
                 self._journal.forget_blocks_from(result.name)
                 return [f"{result.name} is damaged in the unfinished folder, so it and what follows is done again"]
             self.finished[result.name] = result
@@ -96,11 +100,14 @@ class BlockStore:
     def weight(self, plan: LayerPlan) -> Tensor:
         """Read the dequantized weight (outputs, inputs) of a finished layer."""
         self.wait()  # the files have one position for reading and writing
-        layout = formats.layout(plan.scheme, plan.outputs, plan.inputs)
-        packed = {suffix: self._writer.read(f"{plan.stored}.{suffix}") for suffix in layout}
+        packed = {suffix: self._writer.read(f"{plan.stored}.{suffix}") for suffix in _layout(plan)}
         return formats.decode(packed, plan.scheme).weight()
 
     def read(self, stored: str) -> Tensor:
         """Read a tensor of the output, by its name in the checkpoint."""
         self.wait()
         return self._writer.read(stored)
+
+
+def _layout(plan: LayerPlan) -> dict[str, TensorInfo]:
+    return formats.layout(plan.scheme, plan.outputs, plan.inputs)

@@ -156,9 +156,8 @@ def quantize(
     refuse_other_grids(plan, also)
     if also:
         out = Path(out) / plan.format
-        out.parent.mkdir(parents=True, exist_ok=True)
         require_unused_beside(out, also)
-    state = plan.state  # of the first plan: another one may be made later
+    state = opened.state or plan.state  # before the first look: another plan may be made later
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
     ranks = current_ranks(where)
@@ -355,7 +354,7 @@ def _quantize_reached(plan: Plan, windows: list[Inputs], in_flight: int, store: 
 
 def _restore(plan: Plan, store: BlockStore, observer: Observer) -> list[str]:
     """Load the blocks that an earlier run finished; return notes on damaged blocks."""
-    notes = store.restore()
+    notes = store.restore({block.name: {name: plan.layers[name] for name in block.linears} for block in plan.blocks})
     for note in [*notes, *(note for result in store.finished.values() for note in result.notes)]:
         observer.note(note)
     if store.finished:

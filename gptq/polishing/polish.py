@@ -93,7 +93,7 @@ def polish(
     started, out = time.monotonic(), Path(out)
     config, observer = config or PolishConfig(), observer or Observer()
     folder, original_folder = resolve(str(model), None), resolve(str(original), None, allow_pickle)
-    state = SourceState.of(folder)
+    states = [SourceState.of(folder), SourceState.of(original_folder)]
     opened = open_model(open_source(folder), trust_remote_code)
     if quantization_of(folder) is None:
         raise InputError(f"{model} is not a quantized checkpoint: its config.json has no quantization_config")
@@ -110,6 +110,8 @@ def polish(
         logits = compute_original_logits(original_folder, windows, where, dtype, trust_remote_code)
         teacher = record_teacher(working.root, logits, len(windows), windows.shape[1] - 1, observer)
         network = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        for state in states:  # while nothing is kept of what was read
+            state.require_same()
         blocks = [network.get_submodule(block.name) for block in find_blocks(opened.network)]
         with scaled_layers(network) as layers, checkpointed(blocks):
             if not layers:
@@ -132,7 +134,8 @@ def polish(
         working.require_ours()
         working.clear()
         rewrite(packed, working.content, codes, tensors, record)
-        state.require_same()
+        for state in states:
+            state.require_same()
     return Polished(str(out), reached.best_step, reached.before, after, notes, time.monotonic() - started)
 
 
