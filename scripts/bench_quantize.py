@@ -1,38 +1,46 @@
-"""Time a whole run by stage, against the floor that its arithmetic sets at this machine's matrix product rate.
+"""Time a whole run by stage in CPU seconds, against the floor that its arithmetic sets; beside another checkout too.
 
     python scripts/bench_quantize.py [--efforts plain,fast,balanced] [--width 1024 ...] [--json FILE] [--plot FILE.png]
+    python scripts/bench_quantize.py --efforts fast --against ../old --repeat 3      # both packages in turns
 
 The model is a Llama with random bfloat16 weights, one in a thousand of them large, so that scales and column order
 matter; the calibration tokens are random too. The floor counts the necessary operations of each stage, at the rate of
 large matrix products in the dtype that the stage can use (float32, or bfloat16 with float32 sums where forwards run in
 bfloat16). The rate is measured before and after each run, and the better one counts:
 
-    forward     2 x parameters x tokens, once
+    products    2 x parameters x tokens, once
     Hessian     tokens x n^2 for each distinct input of n values       a symmetric product, half of it computed
     factorize   n^3 / 3 for each
     solve       r n^2 for each layer of r outputs
 
-Each effort runs in its own process. Its peak resident memory (VmHWM) is reported beside that of importing the packages
-alone. `plain` is GPTQ in natural order on the smallest grid that clips nothing; `default` has the default order and
-grid search, but neither sweeps nor a second stream; the others are the package's own levels. Times are exclusive: a
-stage's time does not include other stages that it calls. The script measures them by wrapping the package's functions;
-the package has no timers.
+`forward` is what the model's forwards take beside products of layers and attention; `correct` includes the division of
+the drift. Each effort runs in its own process. Its peak resident memory (VmHWM) is reported beside that of importing
+the packages alone. `plain` is GPTQ in natural order on the smallest grid that clips nothing; `default` has the default
+order and grid search, but neither sweeps nor a second stream; the others are the package's own levels. Times are
+exclusive: a stage's time does not include other stages that it calls. All times and rates are those of the CPU, of all
+threads together, because other work on a machine changes the time on the clock; `clock` is that one. The script
+measures by wrapping the package's functions; the package has no timers.
 """
 
 import argparse
 import functools
+import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product as product_of
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gptq.compute.matmul import product
 
 PLAIN = {"search": False, "desc_act": False, "sweeps": 0, "two_streams": False, "tune_steps": 0}
 EFFORTS: dict[str, dict[str, Any]] = {
@@ -42,19 +50,29 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
 }
-STAGES = ("start", "read", "forward", "Hessian", "factorize", "solve", "pack", "write", "other")
+STAGES = ("start", "plan", "read", "products", "attention", "forward", "Hessian", "held out", "factorize", "correct",
+          "solve", "sweep", "figures", "dequantize", "histograms", "pack", "checksums", "write", "other")  # fmt: skip
 TIMED = {  # module -> function (or Class.method) -> the stage that its time counts for
-    "gptq.models.weights": {"WeightStream.read": "read", "WeightStream.weight": "read"},
+    "torch.nn.functional": {"linear": "products", "scaled_dot_product_attention": "attention"},
+    "gptq.compute.matmul": {"_onednn_linear": "products"},
+    "gptq.pipeline.quantize": {"plan_checkpoint": "plan", "find_enough_windows": "plan", "write_files": "write"},
+    "gptq.models.weights": {
+        "WeightStream.read": "read", "WeightStream.weight": "read", "WeightStream.set_weight": "dequantize",
+    },
     "gptq.models.forward": {"PausableForward.advance": "forward"},
-    "gptq.solver.hessian": {"HessianAccumulator.take": "Hessian"},  # includes adding the last windows
-    "gptq.pipeline.layer_inputs": {"accumulate": "Hessian", "blend_hessians": "Hessian", "_factorize": "factorize"},
-    "gptq.pipeline.moe": {"accumulate": "Hessian"},
-    "gptq.pipeline.layer": {"solve_rows": "solve", "find_corrections": "solve"},
+    "gptq.solver.hessian": {
+        "HessianAccumulator._add": "Hessian", "HessianAccumulator.take": "Hessian", "HeldOut.add": "held out",
+        "HeldOut._known_means": "held out",
+    },
+    "gptq.pipeline.layer_inputs": {"blend_hessians": "Hessian", "_factorize": "factorize", "Drift.for_rows": "correct"},
+    "gptq.pipeline.layer": {"weight_histogram": "histograms", "find_corrections": "correct"},
+    "gptq.pipeline.row_tiles": {"_solve_tile": "solve", "refine": "sweep", "_sum_errors": "figures"},
+    "gptq.solver.codes": {"Codes.weight": "dequantize"},
+    "gptq.pipeline.block": {"sha256": "checksums", "code_histogram": "histograms"},
     "gptq.formats": {"encode": "pack"},
-    "gptq.pipeline.block": {"sha256": "write"},
-    "gptq.pipeline.quantize": {"write_files": "write"},
-    "gptq.checkpoint.writer": {"ShardWriter.write": "write", "ShardWriter.close": "write"},
-}
+    "gptq.checkpoint.writer": {"ShardWriter.write": "write", "ShardWriter.close": "write", "ShardWriter.sync": "write"},
+}  # fmt: skip
+CHECKOUT = Path(__file__).resolve().parents[1]
 WINDOWS, TOKENS, GROUP, BITS, SEED = 32, 512, 128, 4, 0
 
 
@@ -65,7 +83,7 @@ class Clock:
         self,
         timed: Mapping[str, Mapping[str, str]] = TIMED,
         stages: Sequence[str] = STAGES,
-        now: Callable[[], float] = time.perf_counter,
+        now: Callable[[], float] = time.process_time,
     ) -> None:
         """`timed` maps modules and their functions to one of `stages`; `now` is the clock."""
         self.seconds: dict[str, float] = dict.fromkeys(stages, 0.0)
@@ -92,12 +110,14 @@ class Clock:
         return wrapper
 
     def wrap_package(self) -> None:
-        """Time the functions from now on."""
+        """Time the functions from now on; another version of the package may lack some."""
         for module_name, functions in self._timed.items():
             module = sys.modules[module_name]
             for path, stage in functions.items():
                 owner_name, _, name = path.rpartition(".")
-                owner = getattr(module, owner_name) if owner_name else module
+                owner = getattr(module, owner_name, None) if owner_name else module
+                if not hasattr(owner, name):
+                    continue
                 setattr(owner, name, self.timed(getattr(owner, name), stage))
 
 
@@ -138,7 +158,7 @@ def work(shapes: dict[str, tuple[int, int]], tokens: int) -> dict[str, float]:
         same = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(own, own)
         inputs[f"{block}.{same}"] = columns
     return {
-        "forward": 2.0 * tokens * sum(rows * columns for rows, columns in shapes.values()),
+        "products": 2.0 * tokens * sum(rows * columns for rows, columns in shapes.values()),
         "Hessian": float(tokens * sum(n**2 for n in inputs.values())),
         "factorize": sum(n**3 / 3 for n in inputs.values()),
         "solve": float(sum(rows * columns**2 for rows, columns in shapes.values())),
@@ -153,32 +173,38 @@ def peak_memory() -> float:
 
 def run_child(model: Path, effort: str, windows: int, tokens: int, batch_size: int | None) -> None:
     """Quantize in this process; print the measurements as JSON on the last line."""
-    began = time.perf_counter()
     from gptq import QuantConfig
     from gptq.checkpoint.reader import Source
     from gptq.pipeline import quantize as quantize_module
 
     base = peak_memory()
     clock = Clock()
-    clock.seconds["start"] = time.perf_counter() - began
+    clock.seconds["start"] = time.process_time()
     vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     given = calibration_tokens(windows, tokens, vocabulary)
     stored = Source(model).tensors
     config = QuantConfig(bits=BITS, group_size=GROUP, format="pack-quantized", **EFFORTS[effort])
     with tempfile.TemporaryDirectory() as work_folder:
         clock.wrap_package()
-        start = time.perf_counter()
+        clock.switch()
+        clock.seconds["other"] = 0.0
+        start, used = time.perf_counter(), time.process_time()
         result = quantize_module.quantize(
             model, Path(work_folder) / "out", config, calibration=given, batch_size=batch_size
         )
-        seconds = time.perf_counter() - start
+        seconds, used = time.perf_counter() - start, time.process_time() - used
         clock.switch()
+        digest = hashlib.sha256()
+        for file in sorted((Path(work_folder) / "out").glob("*.safetensors")):
+            digest.update(file.read_bytes())
     layers = [layer.name for layer in result.layers]
     print(
         json.dumps(
             {
                 "effort": effort,
-                "seconds": seconds,
+                "seconds": used,
+                "clock": seconds,
+                "bytes": digest.hexdigest(),
                 "stages": clock.seconds,
                 "peak": peak_memory(),
                 "imports": base,
@@ -190,42 +216,66 @@ def run_child(model: Path, effort: str, windows: int, tokens: int, batch_size: i
     )
 
 
-def measure(model: Path, effort: str, args: argparse.Namespace) -> dict[str, Any]:
+def product_rate(kind: torch.dtype) -> float:
+    """Floating-point operations per CPU second of large products: the best of a second's repetitions."""
+    A, B, n = torch.ones(1536, 1536, dtype=kind), torch.ones(1536, 1536, dtype=kind), 1536
+    best, began = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - began < 1:
+        start = time.process_time()
+        product(A, B)
+        best = min(best, time.process_time() - start)
+    return 2 * n**3 / best
+
+
+def measure(model: Path, effort: str, args: argparse.Namespace, checkout: Path = CHECKOUT) -> dict[str, Any]:
     """Run an effort in its own process, between two measurements of the product rate; add the floor."""
     from transformers import AutoConfig
 
     from gptq.__main__ import ENVIRONMENT
     from gptq.models.hf_config import choose_dtype
-    from gptq.planning import cost
 
     dtype = choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))
     rates: dict[torch.dtype, float] = {}
     command = [sys.executable, __file__, "--child", effort, "--model", str(model)]
     command += ["--windows", str(args.windows), "--tokens", str(args.tokens)]
     command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
+    environment = ENVIRONMENT | os.environ | {"PYTHONPATH": str(checkout)}  # as the command sets it
     for turn in (0, 1):
         for kind in {dtype, torch.float32}:
-            rates[kind] = max(rates.get(kind, 0.0), cost.measure_product_rate(torch.device("cpu"), kind, 1.0))
+            rates[kind] = max(rates.get(kind, 0.0), product_rate(kind))
         if not turn:
-            environment = ENVIRONMENT | os.environ  # as the command sets it
             printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     flops = work({name: tuple(shape) for name, shape in found.pop("shapes").items()}, args.windows * args.tokens)
-    rate_of = {"forward": rates[dtype], "Hessian": rates[dtype]}
+    rate_of = {"products": rates[dtype], "Hessian": rates[dtype]}
     floor = {stage: count / rate_of.get(stage, rates[torch.float32]) for stage, count in flops.items()}
     found |= {"flops": flops, "floor": floor, "rates": {str(kind): rate for kind, rate in rates.items()}}
     return found
 
 
 def rows_of(run: dict[str, Any]) -> Iterator[str]:
-    """Lines of the table: seconds of each stage beside its floor, total and memory."""
+    """Lines of the table: CPU seconds of each stage beside its floor, total and memory."""
     floor = run["floor"]
     for stage in STAGES:
         least = f"{floor[stage]:8.2f}" if stage in floor else " " * 8
         yield f"  {stage:10}{run['stages'][stage]:8.2f} s{least}"
     total, least_total = run["seconds"], sum(floor.values())
     yield f"  {'run':10}{total:8.2f} s{least_total:8.2f}   {total / least_total:.2f} x the floor"
+    yield f"  {'clock':10}{run['clock']:8.2f} s"
     yield f"  peak memory {run['peak'] / 1e6:.0f} MB, of which imports {run['imports'] / 1e6:.0f} MB"
+
+
+def compare(runs: list[dict[str, Any]], effort: str) -> Iterator[str]:
+    """Lines that set both checkouts' runs of an effort side by side: medians, and the ratio of each pair."""
+    now, old = ([one for one in runs if (one["effort"], one["old"]) == (effort, which)] for which in (False, True))
+    for stage in STAGES[1:]:
+        new, before = (statistics.median(one["stages"][stage] for one in both) for both in (now, old))
+        yield f"  {stage:10}{new:8.2f} s{before:8.2f}"
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(now, old, strict=True)]
+    new, before = (statistics.median(one["seconds"] for one in both) for both in (now, old))
+    alike = "equal" if len({one["bytes"] for one in now + old}) == 1 else "not equal"
+    yield f"  {'run':10}{new:8.2f} s{before:8.2f}   ratio of pairs {', '.join(f'{x:.3f}' for x in sorted(ratios))}"
+    yield f"  the bytes are {alike}"
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
@@ -242,7 +292,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds, start of the process not counted")
+    axes.set_xlabel("CPU seconds, start of the process not counted")
     axes.set_title(f"Time of a run by stage, CPU threads: {runs[0]['threads']}")
     figure.legend(ncols=len(STAGES) - 1, fontsize="small", loc="outside lower center")
     figure.savefig(path, dpi=150)
@@ -268,6 +318,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="runs of each effort, in turns (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the first run of each")
     add_model_options(parser)
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of this package, in turns")
     args = parser.parse_args()
     if args.child:
         run_child(args.model, args.child, args.windows, args.tokens, args.batch_size)
@@ -279,16 +330,23 @@ def main() -> None:
         model = args.model or Path(folder)
         if not args.model:
             make_model(model, args.width, args.blocks, args.intermediate, args.vocabulary)
+        checkouts = [CHECKOUT, args.against.resolve()] if args.against else [CHECKOUT]
         runs = []
-        for effort in efforts * args.repeat:
-            runs.append(measure(model, effort, args))
-            rates = ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in runs[-1]["rates"].items())
-            print(f"{effort} ({rates}); beside each stage its floor", *rows_of(runs[-1]), sep="\n", flush=True)
+        for turn, effort in product_of(range(args.repeat), efforts):
+            for checkout in checkouts[:: -1 if turn % 2 else 1]:
+                runs.append(measure(model, effort, args, checkout) | {"old": checkout != CHECKOUT})
+                rates = ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in runs[-1]["rates"].items())
+                title = (
+                    f"{effort}{' of ' + checkout.name if args.against else ''} ({rates}); beside each stage its floor"
+                )
+                print(title, *rows_of(runs[-1]), sep="\n", flush=True)
+        for effort in efforts if args.against else ():
+            print(f"{effort}, medians of this checkout and of {args.against.name}", *compare(runs, effort), sep="\n")
     if args.json:
         facts = {"torch": torch.__version__, "cores": os.cpu_count(), "windows": args.windows, "tokens": args.tokens}
         args.json.write_text(json.dumps(facts | {"runs": runs}, indent=1), encoding="utf-8")
     if args.plot:
-        draw(runs[: len(efforts)], args.plot)
+        draw([run for run in runs if not run["old"]][: len(efforts)], args.plot)
 
 
 if __name__ == "__main__":

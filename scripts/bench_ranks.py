@@ -27,30 +27,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_quantize import EFFORTS, Clock, add_model_options, calibration_tokens, make_model
+from bench_quantize import EFFORTS, TIMED, Clock, add_model_options, calibration_tokens, make_model
+from bench_quantize import STAGES as WORK_STAGES
 from safetensors.torch import save_file
 
-TIMED = {  # module -> function (or Class.method) -> the stage that its time counts for
-    "gptq.pipeline.quantize": {"plan_checkpoint": "plan", "find_enough_windows": "plan", "write_files": "write"},
-    "gptq.models.weights": {
-        "WeightStream.read": "read", "WeightStream.weight": "read", "WeightStream.set_weight": "dequantize",
-    },
-    "gptq.models.forward": {"PausableForward.advance": "forward"},
-    "gptq.compute.distributed": {"Ranks._broadcast_bytes": "exchange", "Ranks._all_reduce": "exchange"},
-    "gptq.solver.hessian": {
-        "HessianAccumulator._add": "Hessian", "HessianAccumulator.take": "Hessian", "HeldOut.add": "held out",
-        "HeldOut._known_means": "held out",
-    },
-    "gptq.pipeline.layer_inputs": {"_factorize": "factorize", "Drift.for_rows": "divide drift"},
-    "gptq.pipeline.layer": {"weight_histogram": "histograms", "find_corrections": "correct"},
-    "gptq.pipeline.row_tiles": {"_solve_tile": "solve", "_sum_errors": "figures"},
-    "gptq.solver.codes": {"Codes.weight": "dequantize"},
-    "gptq.pipeline.block": {"sha256": "checksums", "code_histogram": "histograms"},
-    "gptq.formats": {"encode": "pack"},
-    "gptq.checkpoint.writer": {"ShardWriter.write": "write", "ShardWriter.close": "write", "ShardWriter.sync": "write"},
-}  # fmt: skip
-STAGES = ["plan", "read", "forward", "Hessian", "held out", "factorize", "divide drift", "correct", "solve", "figures",
-          "dequantize", "histograms", "pack", "checksums", "write", "exchange", "other"]  # fmt: skip
+EXCHANGED = {"gptq.compute.distributed": {"Ranks._broadcast_bytes": "exchange", "Ranks._all_reduce": "exchange"}}
+STAGES = [*WORK_STAGES[1:-1], "exchange", "other"]
 
 
 def count_bytes(function: Callable[..., Any], sent: list[int]) -> Callable[..., Any]:
@@ -71,7 +53,7 @@ def run_worker(report: Path, arguments: list[str]) -> int:
 
     sent = [0]
     Ranks._broadcast_bytes = count_bytes(Ranks._broadcast_bytes, sent)  # type: ignore[method-assign]
-    cpu, clock = Clock(TIMED, STAGES, time.process_time), Clock(TIMED, STAGES, time.perf_counter)
+    cpu, clock = (Clock(TIMED | EXCHANGED, STAGES, now) for now in (time.process_time, time.perf_counter))
     for one in (cpu, clock):
         one.wrap_package()
     began, started = time.process_time(), time.perf_counter()

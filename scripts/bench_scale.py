@@ -10,10 +10,10 @@ upper half of its values; the theoretical slope counts arithmetic and bytes:
 
     plan                 layers                          width^0   depth^1   tokens^0
     read, pack, write    bytes of the weights            width^2   depth^1   tokens^0
-    forward              2 x weights x tokens            width^2   depth^1   tokens^1
+    products             2 x weights x tokens            width^2   depth^1   tokens^1
     Hessian              tokens x inputs^2               width^2   depth^1   tokens^1
     factorize            inputs^3                        width^3   depth^1   tokens^0
-    solve                outputs x inputs^2              width^3   depth^1   tokens^0
+    solve, sweep         outputs x inputs^2              width^3   depth^1   tokens^0
     memory               one block, all activations      between   depth^0   between 0 and 1
 
 Against the number of experts, of which a token takes two, all are linear but the forward, whose work is the same.
@@ -39,13 +39,13 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from gptq.config import QuantConfig
 from gptq.planning.plan import plan_checkpoint
 
-SHOWN = ("plan", *STAGES[1:-1])
+SHOWN = STAGES[1:-1]
 SMALL_WIDTH, SMALL_INTERMEDIATE, EXPERTS_PER_TOKEN = 128, 128, 2
 THEORY: dict[str, dict[str, float]] = {
-    "width": dict.fromkeys(SHOWN, 2.0) | {"plan": 0.0, "factorize": 3.0, "solve": 3.0},
+    "width": dict.fromkeys(SHOWN, 2.0) | {"plan": 0.0, "factorize": 3.0, "solve": 3.0, "sweep": 3.0},
     "depth": dict.fromkeys(SHOWN, 1.0) | {"memory": 0.0},
-    "tokens": dict.fromkeys(SHOWN, 0.0) | {"forward": 1.0, "Hessian": 1.0},
-    "experts": dict.fromkeys(SHOWN, 1.0) | {"forward": 0.0},
+    "tokens": dict.fromkeys(SHOWN, 0.0) | dict.fromkeys(("products", "attention", "forward", "Hessian"), 1.0),
+    "experts": dict.fromkeys(SHOWN, 1.0) | dict.fromkeys(("products", "attention", "forward"), 0.0),
     "vocabulary": dict.fromkeys(SHOWN, 0.0) | {"read": 1.0, "write": 1.0},
 }
 
@@ -92,14 +92,11 @@ def run_one(vary: str, shape: dict[str, int], args: argparse.Namespace) -> dict[
             make_model(Path(folder), width, depth, intermediate, shape["vocabulary"])
         planned = time_plan(Path(folder))
         found = measure(Path(folder), args.effort, own)
-    return (
-        {"plan": planned}
-        | {stage: found["stages"][stage] for stage in SHOWN[1:]}
-        | {
-            "run": found["seconds"],
-            "memory": found["peak"] - found["imports"],
-        }
-    )
+    return {stage: found["stages"][stage] for stage in SHOWN} | {
+        "plan": planned,
+        "run": found["seconds"],
+        "memory": found["peak"] - found["imports"],
+    }
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -58,8 +58,8 @@ def new_model(end_id: int, width: int, blocks: int) -> LlamaForCausalLM:
     """A Llama with initial weights from the seed."""
     torch.manual_seed(SEED)  # transformers draws initial weights from the global generator
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=end_id, eos_token_id=end_id, pad_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config)
