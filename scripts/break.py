@@ -1064,14 +1064,16 @@ class Campaign:
     seconds: Counter[str] = field(default_factory=Counter)
 
     def try_once(self, kind: str, number: int) -> None:
-        """Make a try, and print each law that it broke."""
-        began = time.monotonic()
+        """Make a try, and print each law that it broke; a line to stderr says that it was made."""
+        began, before = time.monotonic(), self.findings[kind]
         for law in attempt(self.stage, kind, self.seed, number):
             self.findings[kind] += 1
             repeat = f"python scripts/break.py --seed {self.seed} --only '{kind}' --try {number}"
             print(f"FOUND {kind}: {law}\n      {repeat}", flush=True)
         self.tries[kind] += 1
-        self.seconds[kind] += round(time.monotonic() - began)
+        took, found = round(time.monotonic() - began), self.findings[kind] - before
+        self.seconds[kind] += took
+        print(f"{kind} {number}: {found} findings, {took} s", file=sys.stderr, flush=True)
 
     def go_on(self, kinds: list[str], minutes: float) -> None:
         """Take turns among the kinds; Ctrl-C ends that too."""

@@ -10,6 +10,7 @@ Start the processes with `torchrun` or `accelerate launch`; they communicate by 
 """
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -189,13 +190,35 @@ def process_group(device: str) -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(dist.get_node_local_rank())
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        _meet("nccl" if on_gpu else "gloo")
     except RuntimeError as error:
         raise InputError(f"the processes of this run did not meet: {first_line(error)}") from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Form the process group in a thread of its own, so that Ctrl-C and SIGTERM end the wait for the other processes.
+
+    Torch waits up to half an hour without a step of Python, and between those alone signals are noticed.
+    """
+    failed: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            if backend == "nccl":
+                torch.cuda.set_device(dist.get_node_local_rank())  # which is the thread's
+            dist.init_process_group(backend)
+        except Exception as error:
+            failed.append(error)
+
+    meeting = threading.Thread(target=meet, daemon=True)
+    meeting.start()
+    meeting.join()
+    if failed:
+        raise failed[0]
 
 
 def current_ranks(device: torch.device) -> Ranks:
