@@ -29,7 +29,7 @@ GROUP_SIZES: dict[str, int] = {  # of formats that have one size
     "nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32,
 }  # fmt: skip
 TUNE_WINDOWS = 4  # calibration windows per gradient step of block tuning
-TUNE_TOKENS = 2048  # windows that together have no more tokens are run together there
+TUNE_TOKENS = 2048  # windows that together have no more tokens are run together, there and by `polish`
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of forward passes
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """Adam on the scales, norms and biases of a whole model, towards the predictions of the original.
 
-Only the inputs of blocks are kept for the backward pass, and each step takes its windows one at a time.
+Only the inputs of blocks are kept for the backward pass. Windows are run one at a time, short ones together.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from gptq.calibration.windows import is_held_out
 from gptq.checkpoint.small_files import sync_path
 from gptq.checkpoint.tensors import tensor_bytes
-from gptq.config import PolishConfig
+from gptq.config import TUNE_TOKENS, PolishConfig
 from gptq.models.forward import run_forward
 from gptq.models.weights import WeightStream, join_names
 from gptq.pipeline.run import Observer
@@ -147,22 +147,29 @@ class Descent:
         chosen = torch.randint(len(self._learned), (STEP_WINDOWS,), generator=draw).tolist()
         for group in self._optimizer.param_groups:
             group["lr"] = RATE * (1 + math.cos(math.pi * number / self._config.steps)) / 2
-        for i in chosen:  # one window at a time, so that memory holds the activations of one
+        for part in self._parts([self._learned[i] for i in chosen]):
             with torch.enable_grad(), substituted(self._variables.small_parameters()):
-                (self._divergence(self._learned[i]) / STEP_WINDOWS).backward()  # runs the blocks again
+                (self._divergence(part) / STEP_WINDOWS).backward()  # runs the blocks again
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def _divergence(self, window: int) -> Tensor:
-        ids = self._windows[window][None]
-        logits = run_forward(self._network, input_ids=ids, use_cache=False).logits[0, :-1]
-        return self._teacher.divergence(window, logits)
+    def _parts(self, windows: list[int]) -> Iterator[list[int]]:
+        """Yield the windows that are run together: one, or as many as have TUNE_TOKENS tokens."""
+        size = max(1, min(STEP_WINDOWS, TUNE_TOKENS // self._windows.shape[1]))
+        return (windows[start : start + size] for start in range(0, len(windows), size))
+
+    def _divergence(self, windows: list[int]) -> Tensor:
+        """KL(original || model) per token, summed over windows that are run together."""
+        ids = self._windows[windows]  # (windows, tokens)
+        logits = run_forward(self._network, input_ids=ids, use_cache=False).logits[:, :-1]
+        return torch.stack([self._teacher.divergence(i, own) for i, own in zip(windows, logits, strict=True)]).sum()
 
     @torch.no_grad()
     def held_out_divergence(self) -> float:
         """KL(original || model) per token on the held-out windows; 0 where rounding alone would make it less."""
         with substituted(self._variables.small_parameters()):
-            return max(0.0, sum(float(self._divergence(i)) for i in self._held_out) / len(self._held_out))
+            total = sum(float(self._divergence(part)) for part in self._parts(self._held_out))
+        return max(0.0, total / len(self._held_out))
 
     def _check(self, reached: Reached) -> None:
         """Measure, keep the best, and save the state."""
