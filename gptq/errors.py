@@ -11,6 +11,10 @@ class InputError(Exception):
         super().__init__(printable(message))
 
 
+class UnknownOptionError(InputError):
+    """A file's options ask for what is computed neither here nor by a library that would read the file otherwise."""
+
+
 def printable(text: str) -> str:
     """Return `text` on one line, with control characters and bidirectional overrides escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from gptq import InputError, QuantConfig, load, quantize
 from gptq.checkpoint.tensors import sha256
+from gptq.formats.quantization_config import read_quantization
 from gptq.inference import hf_registration
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
@@ -198,6 +200,12 @@ def test_scales_stay_as_stored_and_models_are_pickled(chosen: str, make_model: M
             assert saved[name].dtype == tensor.dtype
 
 
+READERS: tuple[Callable[[Path], object], ...] = (
+    load, AutoModelForCausalLM.from_pretrained, verify.inspect,
+    lambda folder: convert(folder, folder.with_name("other"), "gptq_v2"),
+)  # fmt: skip
+
+
 def test_rotations_and_sparse_weights_of_other_tools_are_refused_by_name(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize(make_model("llama", num_hidden_layers=1), out, QuantConfig.from_dict({**RTN, "format": "pack-quantized"}))
@@ -210,6 +218,70 @@ def test_rotations_and_sparse_weights_of_other_tools_are_refused_by_name(make_mo
     ):
         quantization = {**original["quantization_config"], key: value}
         (out / "config.json").write_text(json.dumps({**original, "quantization_config": quantization}))
-        for use in (load, verify.inspect, lambda folder: convert(folder, tmp_path / "other", "gptq")):
+        for use in READERS:
             with pytest.raises(InputError, match=key):
                 use(out)
+
+
+def test_what_a_gptq_file_asks_for_and_is_not_known_is_refused_by_name(make_model: MakeModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(make_model("llama", num_hidden_layers=1), out, QuantConfig.from_dict({**RTN, "format": "gptq"}))
+    for file in (RECORD, "quantize_config.json"):
+        (out / file).unlink()
+    original = json.loads((out / "config.json").read_text())
+    for key, value in (
+        ("rotation", "hadamard"), ("activation", "w4afp8"), ("adapter", {"path": "x"}), ("pack_dtype", "int16"),
+        ("is_marlin_format", True), ("act_bits", 8), ("of_tomorrow", False), ("dynamic", {"+:.*": {"rotation": "x"}}),
+    ):  # fmt: skip
+        quantization = {**original["quantization_config"], key: value}
+        (out / "config.json").write_text(json.dumps({**original, "quantization_config": quantization}))
+        for use in READERS:
+            with pytest.raises(InputError, match=key):
+                use(out)
+
+
+WRITTEN: dict[str, dict[str, Any]] = {  # by each tool, beside bits, group_size, desc_act and quant_method
+    "AutoGPTQ 0.7": {
+        "damp_percent": 0.01, "static_groups": False, "sym": True, "true_sequential": True, "model_name_or_path": None,
+        "model_file_base_name": "model", "is_marlin_format": False,
+    },
+    "optimum": {
+        "batch_size": 1, "block_name_to_quantize": "model.layers", "cache_block_outputs": True, "damp_percent": 0.1,
+        "dataset": "c4", "exllama_config": {"version": 1}, "max_input_length": None, "model_seqlen": 2048,
+        "module_name_preceding_first_block": ["model.embed_tokens"], "modules_in_block_to_quantize": [["q_proj"]],
+        "pad_token_id": None, "sym": True, "tokenizer": None, "true_sequential": True, "use_cuda_fp16": True,
+        "use_exllama": True,
+    },
+    "GPTQModel 5.6": {
+        "sym": True, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32", "pack_impl": "cpu",
+        "meta": {"quantizer": ["gptqmodel:5.6.12"], "gptaq": False}, "format": "gptq",
+    },
+    "GPTQModel 7.7": {
+        "sym": True, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32", "method": "gptq",
+        "format": "gptq", "meta": {"quantizer": ["gptqmodel:7.7.0"], "moe": None}, "dynamic": {"-:.*mlp.*": {}},
+    },
+    "AutoRound 0.16": {
+        "sym": True, "data_type": "int", "provider": "auto-round", "autoround_version": "0.16.1", "lm_head": False,
+        "true_sequential": False, "damp_percent": 0.01, "iters": 50, "enable_quanted_input": False,
+        "block_name_to_quantize": "model.layers", "act_bits": 16, "super_bits": None,
+    },
+    "transformers": {**transformers.GPTQConfig(bits=4, group_size=32).to_dict(), "quant_method": "gptq"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", WRITTEN)
+def test_what_other_tools_write_about_gptq_files_is_known(tool: str) -> None:
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, **WRITTEN[tool]}
+    assert read_quantization("config.json", said).schemes(["model.layers.0.self_attn.q_proj"])
+
+
+def test_a_layout_of_mlx_that_is_not_read_is_a_sentence_in_transformers_too(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("llama", num_hidden_layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        config[key] = {"group_size": 64, "bits": 4, "mode": "unheard-of", "quant_method": "mlx"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="unheard-of"):
+        AutoModelForCausalLM.from_pretrained(folder)

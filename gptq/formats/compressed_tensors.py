@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from gptq.checkpoint.json_objects import Options, read_options
 from gptq.config import QuantConfig
-from gptq.errors import InputError
+from gptq.errors import InputError, UnknownOptionError
 from gptq.formats.format import FileFormat
 from gptq.formats.name_rules import Quantization, check_expression, name_patterns
 from gptq.formats.scheme import Linears, Scheme, names_by_scheme
@@ -25,6 +25,10 @@ CONFIG_KEYS = (  # entries of a config that are known; those of `_Config` decide
     "config_groups format ignore quantization_status kv_cache_scheme global_compression_ratio version dequantize "
     "run_compressed use_optimized_inference"
 )
+NOT_COMPUTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # keys, why they are refused, and formats that are not
+    "transform_config": ("rotations of activations while the model runs are not computed here", ()),
+    "sparsity_config": ("sparse weights are not read", (None, "dense")),
+}
 MIXED = "mixed-precision"  # the word for a file in several formats
 INT8_PER_TOKEN = {  # input_activations: each token rounded to int8 with a scale of its own, at run time
     "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True,
@@ -92,8 +96,7 @@ class CompressedTensors(FileFormat):
         self, where: str | Path, quantization: Mapping[str, Any], family: Sequence[FileFormat]
     ) -> Quantization:
         known = [one for one in family if isinstance(one, CompressedTensors)]
-        if unknown := sorted(quantization.keys() - {"quant_method", *CONFIG_KEYS.split(), *_Config.model_fields}):
-            raise InputError(f"{where} has the key {unknown[0]!r}, which is not known of {METHOD!r}")
+        _check_keys(str(where), quantization)
         read = read_options(_Config, quantization, str(where))
         _require_word(where, read.format, known)
         exact: list[tuple[str, Scheme | None]] = []
@@ -149,9 +152,18 @@ def describe_floats(bits: int, strategy: str, group_size: int | None) -> dict[st
 # --- quantization_config ----------------------------------------------------------------------------------------------
 
 
-def _require_dense(value: Any) -> None:
-    if value and not (isinstance(value, dict) and value.get("format") in (None, "dense")):
-        raise ValueError("sparse")
+def _check_keys(where: str, quantization: Mapping[str, Any]) -> None:
+    """Check what transformers takes and then does not compute, or does not know.
+
+    Raises:
+        UnknownOptionError: the message names the key.
+    """
+    if unknown := sorted(quantization.keys() - {"quant_method", *CONFIG_KEYS.split(), *NOT_COMPUTED}):
+        raise UnknownOptionError(f"{where} has the key {unknown[0]!r}, which is not known of {METHOD!r}")
+    for key, (asked, harmless) in NOT_COMPUTED.items():
+        value = quantization.get(key)
+        if value and not (isinstance(value, dict) and value.get("format") in harmless):
+            raise UnknownOptionError(f"{where} says {key} {str(value)[:80]!r}; {asked}")
 
 
 def _require_nothing(value: Any) -> None:
@@ -177,7 +189,6 @@ def _require_8_bits_per_token(values: Any) -> bool:
 
 Targets = Annotated[list[str], BeforeValidator(lambda listed: listed or [])]
 Nothing = Annotated[Any, AfterValidator(_require_nothing)]
-Dense = Annotated[Any, AfterValidator(_require_dense)]
 Rounded = Annotated[bool, BeforeValidator(_require_8_bits_per_token)]
 
 
@@ -187,10 +198,6 @@ class _Config(Options):
         description="it is an object that holds groups"
     )
     ignore: Targets = Field([], description="it is a list of names")
-    transform_config: Nothing = Field(
-        None, description="rotations of activations while the model runs (a transform_config) are not computed here"
-    )
-    sparsity_config: Dense = Field(None, description="sparse weights are not read")
 
 
 class _Group(Options):

@@ -29,6 +29,7 @@ from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.format import SCALE_DTYPE, FileFormat
+from gptq.formats.gptq_keys import check_keys
 from gptq.formats.name_rules import Quantization, check_expression, name_patterns
 from gptq.formats.packing import num_words, pack, unpack
 from gptq.formats.scheme import (
@@ -177,6 +178,7 @@ class Gptq(FileFormat):
             )
         if len(names) > 1:
             raise InputError(f"{where} contradicts itself: {said}")
+        check_keys(str(where), quantization)
         return _read_schemes(where, quantization, names[0] if names else GptqV1.name)
 
 
@@ -286,6 +288,7 @@ def _read_schemes(where: str | Path, quantization: Mapping[str, Any], name: Form
         if rule.startswith("-:"):
             rules.append((pattern, None))
         else:
+            check_keys(f"{where}, dynamic {rule!r},", options)
             own = _read_scheme(f"{where}, dynamic {rule!r},", {**quantization, **options}, name, by_gptqmodel)
             rules.append((pattern, own))
     return Quantization(name, everywhere, tuple(rules))

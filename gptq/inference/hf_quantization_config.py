@@ -26,19 +26,27 @@ class GPTQConfig(transformers.GPTQConfig):
 class _Stored:
     """Stands for a class of transformers, the next base, where this package reads the file; needs no other package."""
 
+    gives_way = True  # to that class, for a file that this package does not read
+
     def __init__(self, **options: Any) -> None:
         self.quant_method = options["quant_method"]
         self.stored_options = options
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Return a configuration of this class, or of transformers' for a file that this package does not read."""
-        from gptq.errors import InputError
+        """Return a configuration of this class, or of transformers' for a file that this package does not read.
+
+        Raises:
+            InputError: transformers would load the file and not compute what it asks for, or does not know its method.
+        """
+        from gptq.errors import InputError, UnknownOptionError
         from gptq.formats.quantization_config import read_quantization
 
         try:
             read_quantization("config.json", config_dict)
-        except InputError:
+        except InputError as error:
+            if isinstance(error, UnknownOptionError) or not cls.gives_way:
+                raise
             theirs: Any = cls.__bases__[1]
             return theirs.from_dict(config_dict, return_unused_kwargs, **kwargs)
         config = cls(**config_dict)
@@ -59,6 +67,8 @@ class CompressedTensorsConfig(_Stored, transformers.CompressedTensorsConfig): ..
 
 class MlxConfig(CompressedTensorsConfig):
     """For the files of MLX, which transformers does not know."""
+
+    gives_way = False
 
 
 class AutoRoundConfig(_Stored, transformers.AutoRoundConfig): ...
