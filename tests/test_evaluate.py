@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from gptq import InputError, compare, load, perplexity
 from gptq.evaluation import evaluate, original_logits, quality
 from gptq.models.hf_config import read_tokenizer
-from tests.conftest import MakeModel
+from tests.conftest import MIXED, VOCAB, MakeModel
 
 
 def test_perplexity_is_the_exponential_of_the_mean_surprise_of_each_next_token(
@@ -94,6 +95,23 @@ def test_a_model_against_itself(
     alone = perplexity(source, text_file, seq_len=16, windows=5)
     assert found.perplexity == pytest.approx(alone.perplexity, rel=1e-6)
     assert (found.tokens, found.windows, found.seq_len) == (alone.tokens, alone.windows, alone.seq_len)
+
+
+def test_a_model_that_runs_blocks_again_is_measured_whole_or_refused_with_the_memory_that_it_takes(
+    make_model: MakeModel, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(transformers, "HrmTextConfig"):
+        pytest.skip("this release of transformers has no model for text that runs blocks again")
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    monkeypatch.setitem(MIXED, "hrm_text", {**small, "head_dim": 16, "vocab_size": VOCAB, "prefix_lm": False})
+    source = make_model("hrm_text")
+    found = compare(source, source, text_file, seq_len=16, windows=1, dtype="float32")
+    assert found.kl == 0
+    monkeypatch.setattr(original_logits, "MOST_OF_MEMORY", 1e-9)
+    with pytest.raises(
+        InputError, match=r"runs \d+ times in a forward, .* whole in float32, it needs [\d,.]+ MB of free"
+    ):
+        compare(source, source, text_file, seq_len=16, windows=1, dtype="float32")
 
 
 def test_a_comparison_with_something_else_is_refused(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gptq.calibration.arrays import Inputs
+from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.formats.original import open_original
 from gptq.inference.load import load
@@ -63,9 +64,13 @@ def compute_original_logits(
 def _fits_into_memory(folder: Path, device: torch.device, dtype: str, trust_remote_code: bool) -> bool:
     """Whether a checkpoint takes less than MOST_OF_MEMORY of the device's free memory, all of it loaded."""
     compute = choose_dtype(dtype, read_config(folder, trust_remote_code), device)
-    needed = sum(compute.itemsize * math.prod(info.shape) for info in open_original(folder).tensors.values())
+    needed = _bytes_of_all(open_original(folder), compute)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     return needed < MOST_OF_MEMORY * free
+
+
+def _bytes_of_all(source: Source, dtype: torch.dtype) -> int:
+    return sum(dtype.itemsize * math.prod(info.shape) for info in source.tensors.values())
 
 
 @torch.no_grad()
@@ -97,12 +102,25 @@ def run_by_block(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Any]:
-    """Yield a model's output on each window of inputs, with one block in memory at a time."""
+    """Yield a model's output on each window of inputs, with one block in memory at a time.
+
+    Raises:
+        InputError: a forward runs a block several times, as ALBERT's do; or it fails.
+    """
     network = opened.network
     check_tensors(network, opened.names, opened.source.tensors)
     weights = WeightStream(opened.source, opened.names, device, dtype)
     every_block = find_blocks(network)
-    unreached = find_unreached_layers(network, every_block, windows[0], run_trial(network, windows[0]))
+    trial = run_trial(network, windows[0])
+    for block in every_block:
+        if trial.called[block.name] > 1:
+            free = _bytes_of_all(opened.source, dtype) / MOST_OF_MEMORY / 1e6
+            raise InputError(
+                f"{block.name} of {opened.source.folder} runs {trial.called[block.name]} times in a forward, so that the "
+                "model cannot be read block by block; to be read whole in "
+                f"{str(dtype).removeprefix('torch.')}, it needs {free:,.1f} MB of free memory"
+            )
+    unreached = find_unreached_layers(network, every_block, windows[0], trial)
     blocks = [replace(block, linears={}) for block in without_blocks_of(unreached, every_block)]  # none is held back
     done, total = 0, 2 * len(windows) * len(blocks)  # the caller runs its own model as each window is yielded
     with BlockWalk(network, blocks, windows, 1, weights) as walk:
