@@ -116,8 +116,8 @@ def run_by_block(
         if trial.called[block.name] > 1:
             free = _bytes_of_all(opened.source, dtype) / MOST_OF_MEMORY / 1e6
             raise InputError(
-                f"{block.name} of {opened.source.folder} runs {trial.called[block.name]} times in a forward, so that the "
-                "model cannot be read block by block; to be read whole in "
+                f"{block.name} of {opened.source.folder} runs {trial.called[block.name]} times in a forward, so that "
+                "the model cannot be read block by block; to be read whole in "
                 f"{str(dtype).removeprefix('torch.')}, it needs {free:,.1f} MB of free memory"
             )
     unreached = find_unreached_layers(network, every_block, windows[0], trial)
