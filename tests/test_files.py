@@ -439,6 +439,15 @@ def test_what_the_system_does_not_let_read_is_no_difference(
     assert "damaged" not in said
 
 
+def test_a_folder_in_the_place_of_the_record_is_no_missing_record(written_once: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written_once, tmp_path / "out")
+    (folder / RECORD).unlink()
+    assert verify.verify(folder).notes == [verify.NO_RECORD]
+    (folder / RECORD).mkdir()
+    with pytest.raises(InputError, match=f"{RECORD} is no plain file"):
+        verify.verify(folder)
+
+
 def test_a_file_that_is_not_there_is_a_difference(written_once: Path, tmp_path: Path) -> None:
     shutil.copytree(written_once, tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").unlink()

@@ -5,6 +5,7 @@ The record holds no time and no path, so that the same run writes the same bytes
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -188,7 +189,7 @@ def public_name(source: str) -> str:
 def read_record(folder: Path) -> WrittenRecord:
     """Read the record of a folder; raises InputError if there is none, or if it is damaged."""
     file = folder / RECORD
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise InputError(f"{folder} has no {RECORD} to go by; another tool wrote it, or it is not quantized")
     record = read_object(WrittenRecord, read_json(file), str(file))
     if len({layer.stored for layer in record.layers}) < max(len(record.layers), 1):

@@ -1,5 +1,6 @@
 """List what a quantized checkpoint holds, and compare it with what was recorded when it was written."""
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -183,7 +184,7 @@ def verify(folder: str | Path) -> Verification:
         InputError: the record cannot be read, or there is none and the checkpoint cannot be opened.
     """
     folder = Path(folder)
-    if not (folder / RECORD).is_file():
+    if not os.path.lexists(folder / RECORD):
         source, quantization = _open_checkpoint(folder)
         packed = packed_layers(source, quantization)
         problems = [*_find_inconsistencies(folder, source, packed)]
