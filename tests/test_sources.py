@@ -518,6 +518,7 @@ def test_tensors_that_do_not_belong_together_are_named(
         ({"quant_method": "fp8", "rotation": "hadamard"}, "key 'rotation', which is not known of 'fp8'"),
         ({**LAYOUTS["fp8-channel"][1], "transform_config": {"config_groups": {"R1": {}}}}, "says transform_config"),
         ({"quant_method": "awq", "bits": 3, "group_size": 32}, "bits 3; of AWQ files"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 32, "krot": 8}, "key 'krot', which is not known of"),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "version 'gemv'; of AWQ files"),
     ],
 )

@@ -23,6 +23,7 @@ from gptq.checkpoint.reader import Source
 from gptq.checkpoint.sources.decoded import Declared, Kind, require_dtype, require_part, row_chunks
 from gptq.errors import InputError
 from gptq.formats.integer_sources import CAUTION
+from gptq.formats.option_keys import check_keys
 from gptq.formats.quantization_config import method_of
 from gptq.solver import Codes
 
@@ -61,6 +62,7 @@ class _Options(Options):
 def _find(stored: Source, declared: Declared) -> Mapping[str, Derived]:
     if not declared.values or method_of(declared.values) != METHOD:
         return {}
+    check_keys(str(declared.where), declared.values)
     options = read_options(_Options, declared.values, str(declared.where))
     found: dict[str, Derived] = {}
     for name, info in stored.tensors.items():

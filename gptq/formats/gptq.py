@@ -29,8 +29,8 @@ from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.format import SCALE_DTYPE, FileFormat
-from gptq.formats.gptq_keys import check_keys
 from gptq.formats.name_rules import Quantization, check_expression, name_patterns
+from gptq.formats.option_keys import check_keys
 from gptq.formats.packing import num_words, pack, unpack
 from gptq.formats.scheme import (
     Layers,

@@ -1,8 +1,8 @@
-"""What a GPTQ `quantization_config` may say besides the options that are read, and what it may not.
+"""What a GPTQ or AWQ `quantization_config` may say besides the options that are read, and what it may not.
 
 A key that is not known may change what the tensors mean, so it is refused by name. Known keys are those that these
-tools write: AutoGPTQ to 0.7, GPTQModel 0.9 to 7.7, optimum and transformers to 5.23, AutoRound to 0.16 when it exports
-to GPTQ.
+tools write: AutoGPTQ to 0.7, AutoAWQ to 0.2, GPTQModel 0.9 to 7.7, optimum and transformers to 5.23, AutoRound to 0.16
+when it exports to GPTQ or AWQ.
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,11 @@ AUTO_ROUND = (
     "amp enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input gradient_accumulate_steps iters lr "
     "minmax_lr low_gpu_mem_usage nsamples seqlen scale_dtype supported_types to_quant_block_names quant_block_list "
     "regex_config extra_config provider autoround_version act_group_size act_sym act_data_type act_dynamic "
-    "super_group_size static_attention_dtype static_kv_dtype static_attention_granularity static_kv_granularity"
+    "packing_format super_group_size static_attention_dtype static_kv_dtype static_attention_granularity "
+    "static_kv_granularity"
 )
-KNOWN = frozenset(" ".join((READ, GPTQMODEL, TRANSFORMERS, AUTO_ROUND)).split())
+AWQ = "zero_point version do_fuse fuse_max_seq_len modules_to_fuse"
+KNOWN = frozenset(" ".join((READ, GPTQMODEL, TRANSFORMERS, AUTO_ROUND, AWQ)).split())
 EMPTY = {  # keys that may only say nothing, and what they ask for otherwise
     "is_marlin_format": "words in the order of a kernel",
     "adapter": "a correction from an adapter",
@@ -41,7 +43,7 @@ EMPTY = {  # keys that may only say nothing, and what they ask for otherwise
     "activation": "inputs of layers that are rounded while the model runs",
     "super_bits": "scales that are quantized themselves",
 }
-ONLY: dict[str, tuple[Any, ...]] = {"pack_dtype": ("int32",), "data_type": ("int",), "method": ("gptq",)}
+ONLY: dict[str, tuple[str, ...]] = {"pack_dtype": ("int32",), "data_type": ("int",), "method": ("gptq", "awq")}
 FLOAT_BITS = 16  # of activations that are not rounded
 
 
@@ -60,9 +62,11 @@ def check_keys(where: str, options: Mapping[str, Any]) -> None:
             asked = EMPTY.get(key, EMPTY["activation"])
             raise UnknownOptionError(f"{where} says {key} {str(value)[:80]!r}: {asked}, which is not computed here")
         if key in ONLY and value not in ONLY[key]:
-            raise UnknownOptionError(f"{where} says {key} {str(value)[:80]!r}; what is read is {ONLY[key][0]!r}")
+            raise UnknownOptionError(
+                f"{where} says {key} {str(value)[:80]!r}; what is read is {' or '.join(ONLY[key])}"
+            )
         if key not in EMPTY and key not in ONLY:
             raise UnknownOptionError(
-                f"{where} has the key {key!r}, which is not known of GPTQ files and may change what their tensors "
-                "mean; if it does not, remove it there"
+                f"{where} has the key {key!r}, which is not known of GPTQ or AWQ files and may change what their "
+                "tensors mean; if it does not, remove it there"
             )
