@@ -115,16 +115,17 @@ def test_a_token_that_the_original_rules_out_does_not_make_the_divergence_infini
     "options",
     [
         {"bits": 4}, {"bits": 2, "sym": False}, {"bits": 3, "format": "pack-quantized"}, {"bits": 4, "format": "mlx"},
+        {"bits": 3, "format": "mlx", "sym": False},
         {"bits": 4, "static_groups": False, "desc_act": True, "method": "gptq"},
         {"format": "int-quantized", "bits": 8, "group_size": -1},
         {"bits": 4, "format": "pack-quantized-a8", "group_size": 32}, {"bits": 4, "format": "nvfp4-pack-quantized"},
     ],
     ids=lambda options: str(options.get("format", "gptq")),
 )  # fmt: skip
-def test_gradients_of_scales_are_those_of_the_dense_formula(
+def test_gradients_of_scales_and_offsets_are_those_of_the_dense_formula(
     options: dict[str, Any], make_model: MakeModel, tmp_path: Path, windows: Tensor, rng: torch.Generator
 ) -> None:
-    """By autograd in float64 through s (1 + c) u + offset, with u from the stored weight."""
+    """By autograd in float64 through s (1 + c) u + o + s d, with u from the stored weight; then what is rounded."""
     config = QuantConfig.from_dict({"method": "rtn", "group_size": 32, **options} | {"seq_len": 32})
     if config.format == "nvfp4-pack-quantized":
         config = QuantConfig(method="rtn", format="nvfp4-pack-quantized")
@@ -145,16 +146,27 @@ def test_gradients_of_scales_are_those_of_the_dense_formula(
     change = (0.1 * torch.randn(codes.scale.shape, generator=rng, dtype=torch.float64)).requires_grad_()
     target = torch.randn(5, packed.out_features, generator=rng, dtype=torch.float64)
     rounded = (round_to_int8(x) if packed.rounds_activations else x).double()
+    shift = (0.1 * torch.randn(codes.scale.shape, generator=rng, dtype=torch.float64)).requires_grad_()
     dense = (W - offset) * (1 + change)[:, groups] + offset
+    if codes.offset is not None:
+        dense = dense + (codes.scale.double() * shift)[:, groups]
     (rounded @ dense.T - target).square().sum().backward()
+    assert (layer.shift is None) == (codes.offset is None)
+    variables = [(layer.change, change), *([] if layer.shift is None else [(layer.shift, shift)])]
     with torch.no_grad():
-        layer.change.copy_(change)
+        for variable, value in variables:
+            variable.copy_(value)
     (layer(x).double() - target).square().sum().backward()
-    assert change.grad is not None
-    assert layer.change.grad is not None
-    assert torch.allclose(
-        layer.change.grad.double(), change.grad, rtol=1e-3, atol=1e-3 * float(change.grad.abs().max())
-    )
+    for variable, value in variables:
+        assert value.grad is not None
+        assert variable.grad is not None
+        assert torch.allclose(variable.grad.double(), value.grad, rtol=1e-3, atol=1e-3 * float(value.grad.abs().max()))
+    made = layer.round()
+    assert made is not None
+    assert torch.equal(made.codes, codes.codes)
+    dense = dense.detach()
+    assert torch.allclose(made.weight().double(), dense, atol=0.02 * float(dense.abs().max()))
+    assert torch.allclose(layer.weight, made.weight(), atol=1e-5)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

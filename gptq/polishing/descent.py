@@ -1,4 +1,4 @@
-"""Adam on the scales, norms and biases of a whole model, towards the predictions of the original.
+"""Adam on the scales, offsets, norms and biases of a whole model, towards the predictions of the original.
 
 Only the inputs of blocks are kept for the backward pass. Windows are run one at a time, short ones together.
 """
@@ -54,7 +54,7 @@ def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class Variables:
-    """What Adam changes: relative changes of scales, norms and biases. All start at 0."""
+    """What Adam changes: relative changes of scales, offsets, norms and biases. All start at 0."""
 
     def __init__(self, network: nn.Module, layers: dict[str, ScaledLinear], weights: WeightStream) -> None:
         self._layers, self._weights = layers, weights
@@ -72,7 +72,7 @@ class Variables:
 
     def tensors(self) -> list[Tensor]:
         """All of them, in the order of the model."""
-        return [*(layer.change for layer in self._layers.values()), *self._changes.values()]
+        return [*(own for layer in self._layers.values() for own in layer.parameters()), *self._changes.values()]
 
     def small_parameters(self) -> dict[ParameterKey, Tensor]:
         """Return norms and biases with their changes applied; gradients reach the changes."""
@@ -87,11 +87,9 @@ class Variables:
         """
         codes: dict[str, Codes] = {}
         for name, layer in self._layers.items():
-            rounded = layer.rounded()
+            rounded = layer.round()
             if rounded is not None:
                 codes[names[name]] = rounded
-            kept = torch.zeros_like(layer.change)
-            layer.change.copy_(kept if rounded is None else rounded.scale.float() / layer.codes().scale.float() - 1)
         small = {self._names[key]: tensor for key, tensor in self.small_parameters().items()}
         return codes, dict(self._weights.to_stored(name, tensor) for name, tensor in small.items())
 

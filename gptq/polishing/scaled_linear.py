@@ -1,4 +1,4 @@
-"""ScaledLinear, a packed layer whose scales gradients may change while its codes stay."""
+"""ScaledLinear, a packed layer whose scales and offsets gradients may change while its codes stay."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from gptq import formats
 from gptq.inference.quant_linear import QuantLinear, round_to_int8
+from gptq.solver import Grid
 from gptq.solver.codes import Codes
 
 
 class ScaledLinear(nn.Module):
-    """y = x W^T + bias, W the weight of a packed layer with each scale multiplied by 1 + `change` of its group.
+    """y = x W^T + bias, W the weight of a packed layer with the scale s of each group changed to s (1 + `change`).
 
-    Only the packed layer and `change` (outputs, groups) are held; W is made in each forward and again in each backward.
+    A real-valued offset o, where the format has one, changes to o + s `shift`. Only the packed layer, `change` and
+    `shift` (outputs, groups) are held; W is made in each forward and again in each backward.
     """
 
     def __init__(self, layer: QuantLinear) -> None:
@@ -24,7 +26,14 @@ class ScaledLinear(nn.Module):
         self._layer = [layer]  # in a list, so that its buffers are not this module's
         scale = self.codes().scale
         self.change = nn.Parameter(torch.zeros(scale.shape, device=scale.device))
+        self.shift = nn.Parameter(torch.zeros_like(self.change)) if self.grid.tunes_offsets else None
         self.out_features, self.in_features = layer.out_features, layer.in_features
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the packed layer."""
+        layer = self._layer[0]
+        return formats.FORMATS[layer.scheme.format].grid(layer.scheme)
 
     def codes(self) -> Codes:
         """Return the packed layer's codes and scales, as they are stored."""
@@ -33,12 +42,12 @@ class ScaledLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return W (outputs, inputs) in float32; gradients reach `change`."""
+        """Return W (outputs, inputs) in float32; gradients reach `change` and `shift`."""
         return self.weight_in(torch.float32)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """Return W (outputs, inputs) in `dtype`; gradients reach `change`."""
-        made: Tensor = _ScaledWeight.apply(self.change, self, dtype)
+        """Return W (outputs, inputs) in `dtype`; gradients reach `change` and `shift`."""
+        made: Tensor = _ScaledWeight.apply(self.change, self.shift, self, dtype)
         return made
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,37 +57,61 @@ class ScaledLinear(nn.Module):
             x = x + (round_to_int8(x).to(x.dtype) - x).detach()  # rounding has gradient 1
         return nn.functional.linear(x, self.weight_in(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def rounded(self) -> Codes | None:
-        """Return the codes with the changed scales as a file holds them; None if a scale no longer fits the file."""
-        layer, codes = self._layer[0], self.codes()
-        grid = formats.FORMATS[layer.scheme.format].grid(layer.scheme)
-        scale = codes.scale.float() * (1 + self.change.detach())
-        if not bool(grid.fits(scale).all()):
+    @torch.no_grad()
+    def round(self) -> Codes | None:
+        """Round scales and offsets to what a file holds, and `change` and `shift` with them; return the codes.
+
+        If a scale no longer fits the file, nothing changes, and there are no codes to return.
+        """
+        stored = self.codes()
+        found = _changed(stored, self.change, self.shift)
+        if not bool(self.grid.fits(found.scale).all()):
+            self._set(stored, stored)
             return None
-        return replace(codes, scale=grid.round_scales(scale))
+        rounded = replace(found, scale=self.grid.round_scales(found.scale))
+        if found.offset is not None and self.shift is not None:
+            rounded = replace(rounded, offset=self.grid.round_offsets(found.offset))
+        self._set(rounded, stored)
+        return rounded
+
+    def _set(self, codes: Codes, stored: Codes) -> None:
+        """Set `change` and `shift` to what makes `codes` of the stored ones."""
+        self.change.copy_(codes.scale.float() / stored.scale.float() - 1)
+        if self.shift is not None and codes.offset is not None and stored.offset is not None:
+            self.shift.copy_((codes.offset.float() - stored.offset.float()) / stored.scale.float())
+
+
+def _changed(codes: Codes, change: Tensor, shift: Tensor | None) -> Codes:
+    """Codes with scales s (1 + change) and offsets o + s shift, in float32."""
+    scale = codes.scale.float()
+    changed = replace(codes, scale=scale * (1 + change))
+    if shift is None or codes.offset is None:
+        return changed
+    return replace(changed, offset=codes.offset.float() + scale * shift)
 
 
 class _ScaledWeight(torch.autograd.Function):
-    """The weight as a function of the relative changes of its scales.
+    """The weight as a function of the relative changes of its scales and offsets.
 
-    W = s (1 + change) u + offset, with u = code - zero or table[code], so dL/dchange of a group is the sum of
-    dL/dW * (W0 - offset) over the group, W0 being the stored weight.
+    W = s (1 + change) u + o + s shift, with u = code - zero or table[code]. With G = dL/dW, dL/dchange of a group is
+    the sum of G (W0 - o) over the group, W0 being the stored weight, and dL/dshift is s times the sum of G.
     """
 
     @staticmethod
-    def forward(ctx: Any, change: Tensor, layer: ScaledLinear, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, change: Tensor, shift: Tensor | None, layer: ScaledLinear, dtype: torch.dtype) -> Tensor:
         ctx.layer = layer
-        codes = layer.codes()
-        return replace(codes, scale=codes.scale.float() * (1 + change)).weight().to(dtype)
+        return _changed(layer.codes(), change, shift).weight().to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        codes = ctx.layer.codes()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        codes, G = ctx.layer.codes(), gradients[0].float()  # (outputs, inputs)
         groups = codes.g_idx.long()  # (inputs,)
         unscaled = codes.weight() if codes.offset is None else replace(codes, offset=None).weight()
-        products = unscaled.mul_(gradients[0].float())  # (outputs, inputs)
-        sums = products.new_zeros(codes.scale.shape).index_add_(1, groups, products)  # (outputs, groups)
-        return sums, None, None
+        of_change = G.new_zeros(codes.scale.shape).index_add_(1, groups, unscaled.mul_(G))  # (outputs, groups)
+        of_shift = None
+        if ctx.layer.shift is not None:
+            of_shift = G.new_zeros(codes.scale.shape).index_add_(1, groups, G).mul_(codes.scale.float())
+        return of_change, of_shift, None, None
 
 
 @contextmanager
@@ -87,9 +120,9 @@ def scaled_layers(network: nn.Module) -> Iterator[dict[str, ScaledLinear]]:
     found: dict[str, ScaledLinear] = {}
     before: dict[str, QuantLinear] = {}
     for name, layer in list(network.named_modules()):
-        if isinstance(layer, QuantLinear) and formats.FORMATS[layer.scheme.format].grid(layer.scheme).tunes_scales:
-            before[name], found[name] = layer, ScaledLinear(layer)
-            network.set_submodule(name, found[name])
+        if isinstance(layer, QuantLinear) and (scaled := ScaledLinear(layer)).grid.tunes_scales:
+            before[name], found[name] = layer, scaled
+            network.set_submodule(name, scaled)
     try:
         yield found
     finally:

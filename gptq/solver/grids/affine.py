@@ -51,6 +51,13 @@ class AffineGrid(Grid):
     def round_scales(self, scale: Tensor) -> Tensor:
         return self.scales.round(scale)
 
+    @property
+    def tunes_offsets(self) -> bool:
+        return True
+
+    def round_offsets(self, offset: Tensor) -> Tensor:
+        return self.scales.round_offset(offset)
+
     def fits(self, scale: Tensor) -> Tensor:
         return scale.abs() <= self.scales.largest
 

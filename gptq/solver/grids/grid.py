@@ -102,6 +102,15 @@ class Grid(ABC):
         """Round scales to stored ones; raises ValueError if one does not fit."""
         raise NotImplementedError
 
+    @property
+    def tunes_offsets(self) -> bool:
+        """Whether the offset of a group may change by a little, alone; then `round_offsets` gives the stored one."""
+        return False
+
+    def round_offsets(self, offset: Tensor) -> Tensor:
+        """Round offsets to stored ones."""
+        raise NotImplementedError
+
     # --- codes ---
 
     @abstractmethod
