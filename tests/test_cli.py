@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,23 @@ def test_processes_that_do_not_meet_are_a_sentence(monkeypatch: pytest.MonkeyPat
         pass
 
 
+def test_an_interrupt_ends_the_wait_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, until = threading.Event(), time.monotonic() + 5
+
+    def wait_as_torch_does(*_: object) -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        while time.monotonic() < until and not ended.is_set():
+            with suppress(KeyboardInterrupt):
+                ended.wait(0.05)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr("torch.distributed.init_process_group", wait_as_torch_does)
+    with pytest.raises(KeyboardInterrupt), process_group("cpu"):
+        pass
+    ended.set()
+
+
 def test_a_closed_output_is_no_fault(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -438,8 +457,13 @@ def interrupt_inside_a_library(number: int, *_: object) -> None:
         raise ValueError("a library's own words") from error
 
 
-def raise_key_error(*_: object) -> None:
-    raise KeyError("weight")
+def raises(error: Exception, *_: object) -> None:
+    raise error
+
+
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"
+)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +471,13 @@ def raise_key_error(*_: object) -> None:
     [
         (partial(interrupt_inside_a_library, signal.SIGINT), 130, "interrupted; nothing half-written was left behind"),
         (partial(interrupt_inside_a_library, signal.SIGTERM), 143, "interrupted; nothing half-written was left behind"),
-        (raise_key_error, 3, "KeyError in commands.py, line .*'weight'; this is a fault of gptq or of a library"),
+        (
+            partial(raises, KeyError("weight")),
+            3,
+            "KeyError in .*'weight'; this is a fault of gptq or of a library",
+        ),
+        (partial(raises, MemoryError()), 2, "out of memory .MemoryError.; fewer --samples .*; nothing half-written"),
+        (partial(raises, RuntimeError(NO_MEMORY)), 2, "out of memory .*; fewer --samples .*; nothing half-written was"),
     ],
 )
 def test_what_a_library_raises_is_a_sentence_and_no_difference(
@@ -462,7 +492,8 @@ def test_what_a_library_raises_is_a_sentence_and_no_difference(
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
-    assert re.search(said, capsys.readouterr().err)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line)
 
 
 def test_names_that_are_not_utf_8_and_the_root_of_everything(
