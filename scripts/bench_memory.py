@@ -70,21 +70,23 @@ def tensors_of(config: LlamaConfig) -> dict[str, TensorInfo]:
 
 
 def make_checkpoint(folder: Path, config: LlamaConfig, sparse: bool = False) -> None:
-    """Write the checkpoint one tensor at a time: weights as at initialization, norms 1; if `sparse`, headers alone."""
+    """Write the checkpoint one tensor at a time: weights as at initialization, norms 1; if `sparse`, headers alone.
+
+    The output head stays a hole in its file: zeros, which nothing multiplies with.
+    """
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     tensors = tensors_of(config)
     writer = ShardWriter(folder, tensors, SHARD_BYTES)
-    if sparse:
-        writer.abandon()
-        return
     draw = torch.Generator().manual_seed(SEED)
     for name, info in tensors.items():
+        if sparse or name == "lm_head.weight":
+            continue
         if len(info.shape) == 1:
             writer.write(name, torch.ones(info.shape, dtype=info.dtype))
         else:  # drawn in bfloat16, which takes half the memory and time
             writer.write(name, torch.empty(info.shape, dtype=info.dtype).normal_(std=0.02, generator=draw))
-    writer.close()
+    writer.abandon()
 
 
 def random_windows(shape: str) -> Tensor:

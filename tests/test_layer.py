@@ -30,7 +30,7 @@ def relative(off: Tensor, W: Tensor, x: Tensor) -> float:
 def solved(
     weights: list[Tensor], plan: LayerPlan, inputs: LayerInputs
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:
-    config, rows = QuantConfig(bits=4, group_size=32), StackedRows.of(weights)
+    config, rows = QuantConfig(bits=4, group_size=32), StackedRows.of(weights, sum(map(len, weights)))
     return solve_rows(rows, find_corrections(rows, inputs, config), plan, plan.grid, inputs, config)
 
 

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gptq.checkpoint.prefetch import CopyAhead
 from gptq.checkpoint.reader import Source
-from gptq.compute import device_profile
+from gptq.compute import device_profile, matrices
 from gptq.config import QuantConfig, parse_size
 from gptq.errors import InputError
 from gptq.models.hf_config import choose_dtype
@@ -58,18 +59,29 @@ def planned(folder: Path, config: QuantConfig = CONFIG) -> Plan:
 def test_the_same_bytes_with_any_limit(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With each memory plan: all in memory, activations in files, and fewer windows in flight."""
+    """With each memory plan: all in memory, activations in files, fewer windows in flight, and Hessians in files."""
     monkeypatch.setattr("gptq.pipeline.offload.MIN_BYTES", 1)
+    monkeypatch.setattr(matrices, "WIDE", 64)  # inputs of down_proj are more
+    made: list[int] = []
+    reserve = os.posix_fallocate
+
+    def count(file: int, offset: int, size: int) -> None:
+        made.append(size)
+        reserve(file, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", count)
     source, many = make_model("llama"), torch.cat([windows, windows.flip(0)])
     tokens, base = memory.Tokens(12, 32, 1), memory.warm_up()
     found = []
-    for number, (in_flight, on_disk) in enumerate([(12, False), (12, True), (3, True), (1, True)]):
+    ways_to_go = [(12, False, False), (12, True, False), (3, True, False), (1, True, True)]
+    for number, (in_flight, on_disk, wide) in enumerate(ways_to_go):
         peak = memory.estimate_peak(planned(source), CONFIG, tokens, torch.float32, in_flight, on_disk, base)
-        need = memory.MemoryPlan(in_flight, on_disk, peak)
+        need = memory.MemoryPlan(in_flight, on_disk, peak, wide_on_disk=wide)
         monkeypatch.setattr(memory, "find_memory_plan", lambda *_, need=need, **__: need)
         ways, out = Ways(), tmp_path / f"out{number}"
         quantize(source, out, CONFIG, calibration=many, memory_limit=2**40, observer=ways)
         assert ("in files" in ways.said) == on_disk
+        assert bool(made) == wide
         found.append(checksums(out))
     assert all(sums == found[0] for sums in found)
 
@@ -116,6 +128,24 @@ def test_the_quickest_way_within_the_limit_is_taken(make_model: MakeModel) -> No
     with pytest.raises(InputError, match=r"at least [\d,]+ MiB"):
         way(least // 2)
     assert way(2**50, batch_size=5).in_flight == 5
+
+
+@linux
+def test_wide_hessians_go_to_files_last(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tokens = planned(make_model("llama", intermediate_size=4096)), memory.Tokens(2, 8, 0)
+
+    def way(limit: int) -> memory.MemoryPlan:
+        return memory.find_memory_plan(plan, CONFIG, tokens, torch.float32, None, limit, base=0)
+
+    in_memory = way(2**40).peak
+    with pytest.raises(InputError, match="cannot be kept"):
+        way(in_memory // 2)
+    monkeypatch.setattr(matrices, "WIDE", 2048)
+    found = way(in_memory // 2)
+    assert found.wide_on_disk
+    assert found.on_disk
+    assert found.peak < in_memory // 2
+    assert not way(int(in_memory / (1 - memory.MARGIN)) + 1).wide_on_disk
 
 
 def test_an_impossible_limit_is_refused_before_work_starts(
@@ -183,6 +213,7 @@ RUN = """
 import json, sys
 import torch
 from gptq import QuantConfig
+from gptq.compute import matrices
 from gptq.planning import memory
 from gptq.pipeline.quantize import quantize
 from gptq.pipeline.run import Observer
@@ -192,6 +223,7 @@ class Told(Observer):
         print(name, flush=True)
 
 torch.set_num_threads(1)
+matrices.WIDE = 1024
 windows = torch.randint(1, 320, (int(sys.argv[4]), int(sys.argv[5])), generator=torch.Generator().manual_seed(0))
 quantize(sys.argv[1], sys.argv[2], QuantConfig(group_size=32, effort=sys.argv[6]), calibration=windows,
          memory_limit=int(sys.argv[3]), observer=Told())
@@ -221,25 +253,28 @@ SHAPES = {  # of models where the layer, or the activations, or both are more th
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_estimate_is_that_of_a_run_and_a_limit_below_it_is_kept(
-    make_model: MakeModel, tmp_path: Path, shape: str
+    make_model: MakeModel, tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 15 % of the peak, and within 30 % of what it is beyond the process itself."""
+    """Within 15 % of the peak, and within 30 % of what it is beyond the process itself.
+
+    The limit keeps activations in files, and of the wide model Hessians.
+    """
+    monkeypatch.setattr(matrices, "WIDE", 1024)
     options, count, length = SHAPES[shape]
     source = long_model(make_model, options)
     plan, config = planned(source), QuantConfig(group_size=32, effort="balanced")
     tokens = memory.Tokens(count, length, count // 8)
     base = measured_base()
 
-    def needed(in_flight: int, on_disk: bool) -> int:
-        return memory.estimate_peak(plan, config, tokens, dtype_of(plan), in_flight, on_disk, base)
+    def needed(in_flight: int, on_disk: bool, wide: bool = False) -> int:
+        return memory.estimate_peak(plan, config, tokens, dtype_of(plan), in_flight, on_disk, base, wide_on_disk=wide)
 
     free = measured_peak(source, tmp_path / "free", 2**40, count, length, "balanced")
     assert needed(count, False) == pytest.approx(free, rel=0.15)
     assert needed(count, False) - base == pytest.approx(free - base, rel=0.3)
-    if shape == "long":
-        limit = (needed(count, False) + needed(1, True)) // 2
-        assert measured_peak(source, tmp_path / "tight", limit, count, length, "balanced") <= limit < free
-        assert checksums(tmp_path / "tight") == checksums(tmp_path / "free")
+    limit = (needed(count, False) + needed(1, True, shape == "wide")) // 2
+    assert measured_peak(source, tmp_path / "tight", limit, count, length, "balanced") <= limit < free
+    assert checksums(tmp_path / "tight") == checksums(tmp_path / "free")
 
 
 def dtype_of(plan: Plan) -> torch.dtype:

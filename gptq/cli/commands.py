@@ -233,6 +233,7 @@ def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -
         "peak_bytes": choice.peak,
         "in_flight": choice.in_flight,
         "activations_in_files": choice.on_disk,
+        "wide_hessians_in_files": choice.wide_on_disk,
         "seconds": work.seconds(rates),
         "operations": work.total,
         "rate": rates.solver,

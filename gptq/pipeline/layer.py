@@ -186,13 +186,14 @@ def _solve_together(names: list[str], shared: SharedInput | None, state: BlockSt
         InputError: a layer's scales do not fit the dtype in which they are stored; the message names the layer.
     """
     run = state.run
-    weights = [state.weight(name) for name in names]  # (outputs, inputs) float32 each
+    rows = StackedRows.of(map(state.weight, names), sum(run.layers[name].outputs for name in names), run.ranks)
+    weights = [rows.W[layer] for layer in rows.layers]  # (outputs, inputs) float32 each
     grid = grid_of(names, weights, state)
     try:
         if shared is None:
             found = [round_rows(W, run.layers[name], grid) for name, W in zip(names, weights, strict=True)]
         else:
-            found = _solve_with_input(shared, weights, names, grid, state)
+            found = _solve_with_input(shared, rows, names, grid, state)
     except ValueError as problem:
         if len(names) > 1 and run.ranks.size == 1:  # so that the error names the layer that fails
             return _solve_together(names[:1], shared, state)
@@ -218,10 +219,9 @@ def grid_of(names: list[str], weights: list[Tensor], state: BlockState) -> solve
 
 
 def _solve_with_input(
-    shared: SharedInput, weights: list[Tensor], names: list[str], grid: solver.Grid, state: BlockState
+    shared: SharedInput, rows: StackedRows, names: list[str], grid: solver.Grid, state: BlockState
 ) -> list[tuple[solver.SolvedLayer, LayerFigures]]:
     run, plan = state.run, state.run.layers[names[0]]
-    rows = StackedRows.of(weights, run.ranks)
     shared.prepare_drift(len(rows.W))
     corrections = find_corrections(rows, shared.inputs, run.config, run.ranks)
     if len(names) == 1 and _is_last_on_input(names[0], state):

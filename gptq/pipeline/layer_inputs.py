@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gptq import solver
 from gptq.calibration.windows import is_held_out
-from gptq.compute.matmul import product
+from gptq.compute.matrices import diagonal_of
 from gptq.errors import InputError
 from gptq.pipeline.run import Run
-from gptq.solver.error_propagation import divide_by_hessian, full_correction
+from gptq.solver.error_propagation import divide_by_hessian, full_correction, product_by_panels
 from gptq.solver.hessian import HeldOut, HessianAccumulator
 
 TOKENS_PER_INPUT = 2  # below this many tokens per input an expert's own Hessian is blended with that of all tokens
@@ -47,7 +47,7 @@ class Drift:
 
     def correction(self, W: Tensor, factor: solver.Factor) -> Tensor:
         """Return W C H^-1 (rows, inputs) for W (rows, inputs)."""
-        return product(W, self.matrix) if self.divided else full_correction(W, self.matrix, factor)
+        return product_by_panels(W, self.matrix) if self.divided else full_correction(W, self.matrix, factor)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def accumulate(
 ) -> InputSums:
     """Sum the products of inputs over all windows; one in HELD_OUT_EVERY windows is held out and summed separately."""
     device = run.weights.device
-    sums = InputSums(HessianAccumulator(num_inputs, device, run.ranks), HeldOut(num_inputs, device, run.ranks))
+    given = num_inputs, device, run.ranks, run.matrices
+    sums = InputSums(HessianAccumulator(*given), HeldOut(*given))
     for i, (x, original) in enumerate(pairs):
         if x is not None:
             (sums.held_out if is_held_out(i, windows) else sums.seen).add(x, original)
@@ -125,7 +126,7 @@ def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, run:
     H, C = (
         own.seen.take() if weight == 1 else blend_hessians(own.seen, everyone.seen, weight)
     )  # take() moves H out, so that a large one is not copied
-    if not bool(torch.isfinite(H.diagonal()).all()):
+    if not bool(torch.isfinite(diagonal_of(H)).all()):
         raise InputError(
             f"the input of {name} holds NaN or infinity for the calibration data; if the original model works on it, "
             "try --dtype float32"
@@ -149,7 +150,7 @@ def note_on_damping(name: str, inputs: LayerInputs, run: Run) -> list[str]:
 def _factorize(name: str, H: Tensor, run: Run) -> solver.Factor:
     perm = solver.act_order(H) if run.config.desc_act else solver.natural_order(H)
     try:
-        return solver.factorize(H, perm, run.config.damp_percent)
+        return solver.factorize(H, perm, run.config.damp_percent, run.matrices)
     except solver.NotPositiveDefiniteError as error:
         raise InputError(f"the Hessian of {name} is {error}; use more or other calibration text") from error
 

@@ -24,6 +24,7 @@ from gptq.compute.background import Background
 from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import ALONE, Ranks, current_ranks
 from gptq.compute.matmul import exact_float32
+from gptq.compute.matrices import Matrices
 from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
@@ -132,7 +133,8 @@ def quantize(
         batch_size: how many calibration windows are in mid-block at once (default all). The remaining windows
             repeat the block's forward for each distinct layer input: less memory, more time, the same result.
         memory_limit: largest resident memory of this process in bytes; by default most of the machine's free memory.
-            The limit decides on `batch_size` and on whether activations between blocks are offloaded to files; it
+            The limit decides on `batch_size` and on whether activations between blocks, and the Hessians of wide
+            layers, are in files; it
             never changes the result. `gpu_memory_limit` limits the memory of the GPU in the same way.
         allow_pickle: if the model has pickled weights alone (`pytorch_model*.bin`), convert these to safetensors first,
             in a confined process of its own, into the cache of the Hub's client.
@@ -304,6 +306,7 @@ def _quantize_checkpoint(
         ranks,
         returns_memory=memory_plan.returns_memory,
         reruns_blocks=bool(config.tune_steps),
+        matrices=Matrices(folder if memory_plan.wide_on_disk else None),
     )
     notes = _restore(plan, store, observer)
     ranks.barrier()  # no process may write while another still reads the shards

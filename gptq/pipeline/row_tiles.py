@@ -4,8 +4,9 @@ Rows are independent of each other once the Hessian is factorized. The rows of l
 are therefore stacked into one matrix and solved in tiles, which processes share out.
 """
 
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,12 +37,25 @@ class StackedRows:
     tiles: tuple[slice, ...]  # rows of each tile
 
     @classmethod
-    def of(cls, weights: list[Tensor], ranks: Ranks = ALONE) -> "StackedRows":
-        """Stack weights (outputs, inputs), in tiles of the size that suits their device."""
-        W = torch.cat(weights) if len(weights) > 1 else weights[0]
+    def of(cls, weights: Iterable[Tensor], height: int, ranks: Ranks = ALONE) -> "StackedRows":
+        """Stack weights (outputs, inputs) of `height` rows together, in tiles of the size that suits their device.
+
+        Each is copied and freed before the next is read: together they can be most of the memory.
+        """
+        W: Tensor | None = None
+        bounds = [0]
+        for weight in weights:
+            if len(weight) == height:
+                W = weight
+            else:
+                W = weight.new_empty(height, weight.shape[1]) if W is None else W
+                W[bounds[-1] : bounds[-1] + len(weight)] = weight
+            bounds.append(bounds[-1] + len(weight))
+            del weight
+        if W is None:
+            raise ValueError("there is no weight to stack")
         step = profile_of(W.device, ranks.size).tile_rows(len(W))
         tiles = tuple(slice(start, min(start + step, len(W))) for start in range(0, len(W), step))
-        bounds = [0, *accumulate(map(len, weights))]
         return cls(W, tuple(slice(start, stop) for start, stop in pairwise(bounds)), tiles)
 
     def own_tiles(self, ranks: Ranks) -> dict[int, slice]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gptq.compute.distributed import Ranks
+from gptq.compute.matrices import IN_MEMORY, Matrices
 from gptq.config import QuantConfig
 from gptq.models.weights import WeightStream
 from gptq.pipeline.offload import ActivationOffload
@@ -53,6 +54,7 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
     returns_memory: bool = True  # whether freed memory is returned to the system after each layer
     reruns_blocks: bool = False  # whether solved blocks run again, to be measured or tuned; then their weights stay
+    matrices: Matrices = IN_MEMORY  # makes Hessians and their factors
 
     @property
     def divides_experts(self) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from gptq import solver
+from gptq.compute import matrices
 from gptq.compute.allocator import return_freed_memory
 from gptq.compute.device_profile import CPU, DeviceProfile, profile_of
 from gptq.config import TUNE_TOKENS, TUNE_WINDOWS, QuantConfig
@@ -33,6 +34,7 @@ from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
 from gptq.planning.plan import LayerPlan, Plan
 from gptq.solver.coordinate_descent import refine
+from gptq.solver.wide_factor import PANEL_COLUMNS, PANELS_IN_MEMORY
 
 MARGIN = 0.05  # fraction of a limit kept free for what the estimate leaves out
 DEFAULT_LIMIT = 0.8  # without a given limit, a run may use this fraction of the free memory
@@ -70,6 +72,7 @@ class MemoryPlan:
     peak: int  # estimated peak, bytes
     returns_memory: bool = False  # whether freed memory is returned to the system after each layer, which takes time
     prefetches_to_gpu: bool = False  # whether the next block is copied to the GPU while this one is quantized
+    wide_on_disk: bool = False  # whether H, U and C of wide layers are in files (see `compute.matrices`)
 
 
 def resident_bytes() -> int:
@@ -113,7 +116,7 @@ def find_memory_plan(
     """Return the fastest memory plan that stays within `limit` bytes.
 
     In order of speed: everything in memory; activations between blocks offloaded to files, which costs little; fewer
-    windows in flight, so that the forwards of the remaining windows are repeated.
+    windows in flight, so that the forwards of the remaining windows are repeated; the matrices of wide layers in files.
 
     Args:
         base: resident memory of the process before the run.
@@ -124,12 +127,14 @@ def find_memory_plan(
         InputError: no plan stays within the limit; the message says how much memory the smallest plan needs.
     """
     counts = [batch_size] if batch_size else list(_halving_counts(tokens.windows))
-    candidates = [(min(counts[0], tokens.windows), False)]
-    candidates += [(min(count, tokens.windows), files) for count in counts]
+    counts = [min(count, tokens.windows) for count in counts]
+    candidates = [(counts[0], False, False), *((count, files, False) for count in counts)]
+    if files and has_wide_layers(plan):
+        candidates += [(count, True, True) for count in counts]
     least: MemoryPlan | None = None
-    for in_flight, on_disk in candidates:
-        peak = estimate_peak(plan, config, tokens, dtype, in_flight, on_disk, base, profile)
-        found = MemoryPlan(in_flight, on_disk, peak)
+    for in_flight, on_disk, wide in candidates:
+        peak = estimate_peak(plan, config, tokens, dtype, in_flight, on_disk, base, profile, wide_on_disk=wide)
+        found = MemoryPlan(in_flight, on_disk, peak, wide_on_disk=wide)
         if found.peak <= limit * (1 - MARGIN):
             return found
         least = found if least is None or found.peak < least.peak else least
@@ -141,6 +146,11 @@ def find_memory_plan(
             "--effort fast or --dtype bfloat16 need less"
         )
     return least
+
+
+def has_wide_layers(plan: Plan) -> bool:
+    """Whether a layer of the blocks has H, U and C that can be in files."""
+    return any(plan.layers[name].inputs > matrices.WIDE for block in plan.blocks for name in block.linears)
 
 
 def _halving_counts(count: int) -> Iterator[int]:
@@ -155,15 +165,17 @@ def format_mib(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
-def estimate_peak(plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.dtype, in_flight: int, on_disk: bool,
-                  base: int, profile: DeviceProfile = CPU, ranks: int = 1) -> int:  # fmt: skip
+def estimate_peak(
+    plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.dtype, in_flight: int, on_disk: bool, base: int,
+    profile: DeviceProfile = CPU, ranks: int = 1, wide_on_disk: bool = False,
+) -> int:  # fmt: skip
     """Return the estimated peak memory of a run in bytes, of one process if there are several.
 
     Args:
         tokens, in_flight: of the windows that this process runs.
     """
     moments = [_outside_blocks(plan, config, dtype)]
-    given = plan, config, tokens, dtype, in_flight, on_disk, profile, ranks
+    given = plan, config, tokens, dtype, in_flight, on_disk, profile, ranks, wide_on_disk
     moments += (max(_moments(block, *given)) for block in plan.blocks)
     return base + OVERHEAD + max(moments) + _behind(plan, profile)
 
@@ -186,7 +198,7 @@ def _outside_blocks(plan: Plan, config: QuantConfig, dtype: torch.dtype) -> int:
 
 
 def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtype: torch.dtype, in_flight: int,
-             on_disk: bool, profile: DeviceProfile, ranks: int) -> Iterator[int]:  # fmt: skip
+             on_disk: bool, profile: DeviceProfile, ranks: int, wide_on_disk: bool) -> Iterator[int]:  # fmt: skip
     """Yield the bytes that each moment of a block needs, apart from the process itself.
 
     Of several processes each has its own experts, their inputs in the windows of all processes, and, until they are
@@ -212,14 +224,15 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
             own = 0 if on_disk else in_flight * window * first.inputs
             standing = between + own + in_flight * window * (2 * hidden + outputs[kind])
             always = codes + weights + standing + 2 * routed * owned
-            yield from (always + moment for moment in _solving_moments(group, config, tokens, dtype, profile))
+            moments = _solving_moments(group, config, tokens, dtype, profile, wide_on_disk)
+            yield from (always + moment for moment in moments)
             back = in_flight * window * (hidden + first.inputs) if on_disk else 0  # paged in from the files
             largest = max(layer.outputs * layer.inputs for layer in group)
             weight = dtype.itemsize * (streams + 1) * largest  # once per stream, and one copy in oneDNN's layout
             forward = (
                 in_flight * window * max(sum(layer.outputs for layer in group[:-1]), group[-1].outputs) + back + weight
             )
-            yield always + size + forward + _layer_inputs(first, tokens, config, dtype)
+            yield always + size + forward + _layer_inputs(first, tokens, config, dtype, wide_on_disk)
         else:
             yield codes + 10 * size
         outputs[kind] += sum(layer.outputs for layer in group)
@@ -247,30 +260,39 @@ def _tuning(layers: Sequence[LayerPlan], tokens: Tokens, dtype: torch.dtype, pro
     return sum(sizes) * (2 * 4 * 5 + 2 * dtype.itemsize) + 40 * max(sizes) + of_window + scores
 
 
-def _layer_inputs(layer: LayerPlan, tokens: Tokens, config: QuantConfig, dtype: torch.dtype) -> int:
+def _layer_inputs(layer: LayerPlan, tokens: Tokens, config: QuantConfig, dtype: torch.dtype, wide_on_disk: bool) -> int:
     """Return the bytes of H, of U, and of the held-out windows (stored as input rows, or as summed products)."""
-    n = layer.inputs
-    held_out = tokens.held_out * tokens.per_window
-    return 8 * n * n + (dtype.itemsize * held_out if held_out <= n else 4 * n) * config.streams * n
+    n, held_out = layer.inputs, tokens.held_out * tokens.per_window
+    known = 2 * _square(n, wide_on_disk)
+    if held_out > n:
+        return known + config.streams * _square(n, wide_on_disk)
+    return known + config.streams * dtype.itemsize * held_out * n
+
+
+def _square(n: int, wide_on_disk: bool) -> int:
+    """Return the bytes of an (n, n) matrix in memory."""
+    return 0 if wide_on_disk and n > matrices.WIDE else 4 * n * n
 
 
 def _solving_moments(
-    group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtype: torch.dtype, profile: DeviceProfile
-) -> Iterator[int]:
+    group: list[LayerPlan], config: QuantConfig, tokens: Tokens, dtype: torch.dtype, profile: DeviceProfile,
+    wide_on_disk: bool,
+) -> Iterator[int]:  # fmt: skip
     """Yield the bytes of gathering, correcting and solving the layers of one group of siblings."""
     n, rows = group[0].inputs, sum(layer.outputs for layer in group)
-    C = 4 * n * n if config.two_streams else 0
-    known, size = _layer_inputs(group[0], tokens, config, dtype), 4 * rows * n
+    C = _square(n, wide_on_disk) if config.two_streams else 0
+    known, size = _layer_inputs(group[0], tokens, config, dtype, wide_on_disk), 4 * rows * n
     gathered = 2 * config.streams * dtype.itemsize * profile.hessian_tokens * n  # a chunk of inputs, and its transpose
-    yield known + C + gathered  # factorizing needs less
-    copies = 2 if len(group) > 1 else 1  # the weights separately, and stacked
+    panels = 4 * n * PANEL_COLUMNS * PANELS_IN_MEMORY if n > matrices.WIDE else 0
+    yield known + C + max(gathered, panels)  # otherwise factorizing needs less
     targets = size if config.two_streams else 0
-    yield known + C + copies * (size + targets) + 20 * min(profile.correction_rows, max(rows, n)) * n
+    yield known + C + size + targets + 20 * min(profile.correction_rows, max(rows, n)) * n
     drops_C = len(group) == 1 and n > rows  # see `layer._is_last_on_input`
     tile = (
         24 * min(rows, profile.tile_rows(rows)) * n
     )  # target, the solver's copy, errors, and temporaries to permute and dequantize
-    yield known + (0 if drops_C else C) + copies * size + targets + tile + rows * n * 2
+    whole = 4 * n * n - _square(n, wide_on_disk) if group[0].group_size >= n else 0  # sweeps read all of H at once
+    yield known + whole + (0 if drops_C else C) + size + targets + tile + rows * n * 2
 
 
 def _stored_bytes(block: Block, plan: Plan) -> int:
@@ -287,7 +309,8 @@ def describe_memory_plan(chosen: MemoryPlan, tokens: Tokens, limit: int, given: 
     needs = f"about {format_mib(chosen.peak)} of memory ({of} {format_mib(limit)})"
     if not tokens.windows:
         return needs
-    return f"{needs}: {flight} in mid-block at once, activations between blocks {where}"
+    wide = ", Hessians of wide layers in files" if chosen.wide_on_disk else ""
+    return f"{needs}: {flight} in mid-block at once, activations between blocks {where}{wide}"
 
 
 def size_of_windows(windows: Sequence[dict[str, Any]], held_out: int, hidden: int) -> Tokens:
@@ -323,10 +346,9 @@ def decide_memory(
         if given:
             raise
         chosen = find_memory_plan(plan, config, tokens, dtype, batch_size, sys.maxsize, base, where, files, profile)
-        chosen = replace(chosen, in_flight=batch_size or 1, on_disk=files)
-        chosen = replace(
-            chosen, peak=estimate_peak(plan, config, tokens, dtype, chosen.in_flight, files, base, profile)
-        )
+        in_flight, wide = batch_size or 1, files and has_wide_layers(plan)
+        peak = estimate_peak(plan, config, tokens, dtype, in_flight, files, base, profile, wide_on_disk=wide)
+        chosen = replace(chosen, in_flight=in_flight, on_disk=files, wide_on_disk=wide, peak=peak)
     if on_gpu and tokens.windows:
         copies = 2 * max(_stored_bytes(block, plan) for block in plan.blocks)  # see `prefetch.CopyAhead`
         if chosen.peak + copies <= most * (1 - MARGIN):

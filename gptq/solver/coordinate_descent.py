@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gptq.compute.matmul import product
+from gptq.compute.matrices import diagonal_of, release, set_diagonal
 from gptq.solver import inner_loops
 from gptq.solver.grids.grid import Form, Grid, Groups
 from gptq.solver.solve import Factor, SolvedLayer
@@ -44,8 +45,8 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, grid: Grid, sweeps: i
     bounds = torch.bincount(solved.g_idx.long(), minlength=len(scale)).cumsum(0).tolist()
     E = Wt - solved.weight().to(W.dtype).T.contiguous()[order]
     errors = solved.row_errors.clone()
-    undamped = H.diagonal().clone()
-    H.diagonal().add_(factor.ridge)  # in place, because H can be the largest tensor of all; undone below
+    undamped = diagonal_of(H).clone()
+    set_diagonal(H, undamped + factor.ridge)  # in place, because H can be the largest tensor of all; undone below
     try:
         for _ in range(sweeps):
             for group, (start, stop) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True)):
@@ -62,11 +63,13 @@ def refine(W: Tensor, solved: SolvedLayer, factor: Factor, grid: Grid, sweeps: i
                     block = slice(low, min(low + BLOCK_COLUMNS, stop))
                     if low > start:
                         G = product(H[block], E)
+                        release(H)
                     descended = _descend(Wt[block], E[block], G, H[block, block], groups, group, grid)
                     codes[block], E[block], gain = descended
                     errors -= gain
+                release(H)
     finally:
-        H.diagonal().copy_(undamped)
+        set_diagonal(H, undamped)
     inverse = torch.argsort(order)
     return replace(
         solved,

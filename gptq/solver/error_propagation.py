@@ -18,8 +18,11 @@ from torch import Tensor
 
 from gptq.compute.device_profile import profile_of
 from gptq.compute.matmul import product
+from gptq.compute.matrices import is_wide, release
 from gptq.solver.codes import row_chunks
 from gptq.solver.solve import Factor
+
+PANEL_ROWS = 1024  # of a wide C that are multiplied at a time
 
 
 def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
@@ -31,7 +34,18 @@ def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:
         W: (rows, columns).
         C: (columns, columns), the mean of d x^T, d = x~ - x (see the module).
     """
-    return divide_by_hessian(product(W, C), factor)
+    return divide_by_hessian(product_by_panels(W, C), factor)
+
+
+def product_by_panels(W: Tensor, C: Tensor) -> Tensor:
+    """Return W C for W (rows, n) and C (n, n), of which a panel of rows is read at a time if it is wide."""
+    if not is_wide(C):
+        return product(W, C)
+    found = torch.zeros_like(W)
+    for panel in row_chunks(len(C), PANEL_ROWS):
+        found += product(W[:, panel], C[panel])
+        release(C)
+    return found
 
 
 def divide_by_hessian(A: Tensor, factor: Factor) -> Tensor:
@@ -45,6 +59,7 @@ def divide_by_hessian(A: Tensor, factor: Factor) -> Tensor:
     for rows in row_chunks(len(A), profile.correction_rows):
         Y = A[rows].T[factor.perm]  # (columns, rows) in solving order
         A[rows] = divide(Y)[back].T
+        release(A)
     return A
 
 
@@ -63,24 +78,29 @@ def _solver_of_all_columns(factor: Factor) -> Callable[[Tensor], Tensor]:
 def _solver_by_blocks(factor: Factor) -> Callable[[Tensor], Tensor]:
     """`_solver_of_all_columns`, by products with the inverses of blocks on the diagonal of U."""
     U, n, most = factor.U, len(factor.U), profile_of(factor.U.device).triangle_columns or len(factor.U)
-    blocks = [slice(start, min(start + most, n)) for start in range(0, n, most)]
+    wide, blocks = is_wide(U), [slice(start, min(start + most, n)) for start in range(0, n, most)]
     one = torch.eye(min(most, n), dtype=U.dtype, device=U.device)
     inverses = []  # inverses of the diagonal blocks of U, (block, block)
     for block in blocks:
         size = block.stop - block.start
         identity = one[:size, :size]
         inverses.append(torch.linalg.solve_triangular(U[block, block], identity, upper=True, unitriangular=True))
+        release(U)
 
     def divide(Y: Tensor) -> Tensor:
         for block, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
-            if block.stop < n:
+            if block.stop < n and not wide:
                 Y[block] -= product(U[block, block.stop :], Y[block.stop :])
             Y[block] = product(inverse, Y[block])
+            if block.start and wide:  # the same sums in another order: columns of U are contiguous, and rows are not
+                Y[: block.start] -= product(U[: block.start, block], Y[block])
+                release(U)
         Y.div_(factor.D[:, None])
         for block, inverse in zip(blocks, inverses, strict=True):
             if block.start:
                 Y[block] -= product(U[: block.start, block].T, Y[: block.start])
             Y[block] = product(inverse.T, Y[block])
+            release(U)
         return Y
 
     return divide

@@ -14,6 +14,9 @@ from gptq.compute.cpu_features import has_amx, has_avx512_bf16
 from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.compute.matmul import allow_bfloat16_matmul, product
+from gptq.compute.matrices import IN_MEMORY, Matrices, is_wide, release
+
+PORTION_ROWS = 2048  # of a wide H that are written at a time, where a step writes few columns of all rows
 
 
 class HessianAccumulator:
@@ -25,9 +28,12 @@ class HessianAccumulator:
     `hessian_tokens` tokens together (see `DeviceProfile`); the caller must not modify them.
     """
 
-    def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE, matrices: Matrices = IN_MEMORY
+    ) -> None:
         """With several `ranks`, each process sums its own panels; all must make the same calls on the same windows."""
-        self._sum = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)  # valid right of diagonal
+        self._matrices = matrices
+        self._sum = matrices.zeros(num_inputs, device)  # (num_inputs, num_inputs), valid right of the diagonal
         self._ranks = ranks
         self._profile = profile_of(device, ranks.size)
         self._differs = torch.zeros((), dtype=torch.bool, device=device)  # whether x~ ever differed from x
@@ -59,7 +65,7 @@ class HessianAccumulator:
         x, originals = torch.cat([rows for rows, _ in waiting]), [rows for _, rows in waiting if rows is not None]
         original = torch.cat(originals) if originals else None
         if original is not None and self._original_sum is None:
-            self._original_sum = _symmetrize(self._sum.clone(), self._panel_rows)  # x~ was x until now
+            self._original_sum = _symmetrize(self._copy_of_sum(), self._panel_rows)  # x~ was x until now
         step = self._profile.hessian_tokens
         for start in range(0, len(x), step):
             rows = slice(start, start + step)
@@ -70,9 +76,20 @@ class HessianAccumulator:
         panels = _panels(x.shape[1], self._panel_rows)
         own = [panel for number, panel in enumerate(panels) if self._ranks.owns(number)]
         x, original, add_products = _prepare_factors(x, original)
-        add_products(self._sum, x, x, own, upper=True)
-        if self._original_sum is not None:
-            add_products(self._original_sum, x if original is None else original, x, own, upper=False)
+        for some in [[panel] for panel in own] if is_wide(self._sum) else [own]:
+            add_products(self._sum, x, x, some, upper=True)
+            release(self._sum)
+            if self._original_sum is not None:
+                add_products(self._original_sum, x if original is None else original, x, some, upper=False)
+                release(self._original_sum)
+
+    def _copy_of_sum(self) -> Tensor:
+        copied = self._matrices.zeros(len(self._sum), self._sum.device)
+        for panel in _panels(len(copied), self._panel_rows):
+            copied[panel] = self._sum[panel]
+            release(copied)
+            release(self._sum)
+        return copied
 
     def mean(self) -> Tensor:
         """Return H, (num_inputs, num_inputs) float32; zero without tokens."""
@@ -95,8 +112,14 @@ class HessianAccumulator:
         H = _symmetrize(self._complete(self._sum), self._panel_rows)
         C, tokens = self._original_sum, max(self.num_tokens, 1)
         if C is not None:
-            C = self._complete(C).sub_(H).div_(tokens)
-        return H.div_(tokens), C
+            self._complete(C)
+        for panel in _panels(len(H), self._panel_rows):
+            if C is not None:
+                C[panel].sub_(H[panel]).div_(tokens)
+                release(C)
+            H[panel].div_(tokens)
+            release(H)
+        return H, C
 
     def _drop_equal(self) -> None:
         """Drop the products with x~ if it was x in all windows, where these were not compared one by one."""
@@ -122,6 +145,7 @@ class HessianAccumulator:
             found = self._ranks.broadcast_piece(panel if self._ranks.owns(number) else None, number)
             if found is not None and found.data_ptr() != panel.data_ptr():
                 panel.copy_(found)
+            release(sums)
         return sums
 
 
@@ -196,9 +220,13 @@ def _add_float_products(
 def _symmetrize(H: Tensor, panel_rows: int) -> Tensor:
     """Copy the part of H right of the diagonal to the left of it, in place."""
     for panel in _panels(len(H), panel_rows):
-        H[panel.stop :, panel] = H[panel, panel.stop :].T
+        below = range(panel.stop, len(H), PORTION_ROWS if is_wide(H) else len(H))
+        for rows in (slice(start, start + below.step) for start in below):
+            H[rows, panel] = H[panel, rows].T
+            release(H)
         square = H[panel, panel]
         square.copy_(square.triu() + square.triu(1).T)
+        release(H)
     return H
 
 
@@ -208,10 +236,12 @@ class HeldOut:
     The rows x and x~ are kept until there are more tokens than inputs; from then on only H and C are kept.
     """
 
-    def __init__(self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, num_inputs: int, device: torch.device, ranks: Ranks = ALONE, matrices: Matrices = IN_MEMORY
+    ) -> None:
         """With several `ranks`, all must make the same calls of `add` and `complete`."""
         self.num_tokens = 0
-        self._num_inputs, self._device, self._ranks = num_inputs, device, ranks
+        self._num_inputs, self._device, self._ranks, self._matrices = num_inputs, device, ranks, matrices
         self._rows: list[tuple[Tensor, Tensor | None]] = []  # (x, x~) of each window; x~ is None if it equals x
         self._sums: HessianAccumulator | None = None
         self._means: tuple[Tensor, Tensor | None] | None = None
@@ -223,7 +253,7 @@ class HeldOut:
         self._rows.append(flatten_tokens(x, original, profile_of(self._device).compares_windows))
         self.num_tokens += len(self._rows[-1][0])
         if self.num_tokens > self._num_inputs:
-            self._sums = self._sums or HessianAccumulator(self._num_inputs, self._device, self._ranks)
+            self._sums = self._sums or HessianAccumulator(self._num_inputs, self._device, self._ranks, self._matrices)
             for rows in self._rows:
                 self._sums.add(*rows)
             self._rows = []
@@ -288,6 +318,7 @@ def mean_output_power(A: Tensor, H: Tensor) -> float:
         weighed = sums.mul_(H[panel, panel.start :])  # (panel, n - start)
         square = weighed[:, : panel.stop - panel.start]
         found += 2 * weighed.sum(dtype=torch.float64) - square.sum(dtype=torch.float64)
+        release(H)
     return float(found)
 
 
@@ -296,6 +327,7 @@ def _gram_dot(A: Tensor, B: Tensor, C: Tensor) -> float:
     found = torch.zeros((), dtype=torch.float64, device=A.device)
     for panel, sums in _gram_panels(A, B, upper=False):
         found += sums.mul_(C[panel]).sum(dtype=torch.float64)
+        release(C)
     return float(found)
 
 

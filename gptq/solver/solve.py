@@ -21,9 +21,11 @@ from torch import Tensor
 
 from gptq.compute.device_profile import profile_of
 from gptq.compute.matmul import product
+from gptq.compute.matrices import IN_MEMORY, Matrices, diagonal_of, is_wide, release
 from gptq.solver import inner_loops
 from gptq.solver.codes import Codes
 from gptq.solver.grids.grid import Form, Grid, Groups, fit
+from gptq.solver.wide_factor import factor_by_panels
 
 OF_ALL_ROWS = ("g_idx", "table")  # fields of a solved layer that do not belong to single rows
 SMALLEST_POWER = 1e-30  # lower bound of a layer's output power, so that a relative error never divides by zero
@@ -77,11 +79,13 @@ def natural_order(H: Tensor) -> Tensor:
 
 def act_order(H: Tensor) -> Tensor:
     """Columns by decreasing mean squared input; the sort is stable."""
-    return torch.argsort(H.diagonal(), descending=True, stable=True)
+    return torch.argsort(diagonal_of(H), descending=True, stable=True)
 
 
-def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01) -> Factor:
+def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01, matrices: Matrices = IN_MEMORY) -> Factor:
     """LDL factorization of the damped Hessian, by one Cholesky factorization of the matrix in reversed order.
+
+    A wide one is factorized by panels (see `wide_factor`), whether it lives in memory or in a file.
 
     Damping starts at damp_percent of the mean diagonal and grows tenfold until the factorization succeeds. An input
     that is always zero has only the ridge on its diagonal and no coupling, so its column rounds to nearest. An all-zero
@@ -90,25 +94,32 @@ def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01) -> Factor:
     Args:
         H: (n, n) symmetric.
         perm: (n,) permutation of the columns.
+        matrices: makes the factor.
     Raises:
         NotPositiveDefiniteError: H is not finite, or far from positive semi-definite; a sum of x x^T never is.
     """
-    mean_diagonal = float(H.diagonal().mean())
-    backwards = perm.flip(0)
-    damp, info = damp_percent, torch.empty((), dtype=torch.int32, device=H.device)
+    mean_diagonal, damp = float(diagonal_of(H).mean()), damp_percent
     while True:
-        L = H[backwards[:, None], backwards].mT  # (n, n) symmetric, column-major as LAPACK expects
         ridge = damp * mean_diagonal if mean_diagonal > 0 else 1.0
-        L.diagonal().add_(ridge)
-        torch.linalg.cholesky_ex(L, out=(L, info))  # in place, like all steps below
-        if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
-            break
+        found = factor_by_panels(H, perm, ridge, matrices) if is_wide(H) else _factor_whole(H, perm, ridge)
+        if found is not None:
+            return Factor(H, perm, *found, damp, ridge)
         if damp >= 1:
             raise NotPositiveDefiniteError(f"not positive definite with {damp:.0%} of its mean diagonal added")
         damp = min(10 * damp, 1.0)
+
+
+def _factor_whole(H: Tensor, perm: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
+    """Return U (n, n) and D (n,) as `factor_by_panels` does, by one call of the library."""
+    backwards, info = perm.flip(0), torch.empty((), dtype=torch.int32, device=H.device)
+    L = H[backwards[:, None], backwards].mT  # (n, n) symmetric, column-major as LAPACK expects
+    L.diagonal().add_(ridge)
+    torch.linalg.cholesky_ex(L, out=(L, info))  # in place, like all steps below
+    if int(info) or not bool(torch.isfinite(L.diagonal()).all()):
+        return None
     _reverse(L.mT.view(-1))  # reversed in both dimensions, L is upper triangular and H[perm][:, perm] = L L^T
     d = L.diagonal().clone()
-    return Factor(H, perm, L.div_(d), d.square(), damp, ridge)
+    return L.div_(d), d.square()
 
 
 def _reverse(values: Tensor) -> None:
@@ -154,7 +165,7 @@ def solve(
     Wt = W.T.contiguous()  # (columns, rows): a column of W is one contiguous line
     position = torch.arange(columns, device=W.device)
     group_of = (perm if static_groups else position) // group_size  # (columns,) of the k-th solved column
-    importance = factor.H.diagonal() + factor.ridge if search else None  # (columns,)
+    importance = diagonal_of(factor.H) + factor.ridge if search else None  # (columns,)
     if static_groups:
         fitted = fit(grid, Wt, group_size, importance)  # (groups, rows)
     else:
@@ -181,6 +192,7 @@ def solve(
         E[start:stop] = Wt[start:stop] - Q
         residual = reached.sub_(Q).square_()  # (block, rows) (w'_k - Q_k)^2
         errors += residual.mul_(factor.D[start:stop, None]).sum(0, dtype=torch.float64)
+        release(U)
     inverse = torch.argsort(perm)
     return SolvedLayer(
         codes=codes[inverse].T.contiguous(),
