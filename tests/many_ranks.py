@@ -4,7 +4,7 @@
 
 CASES is JSON: a list of {"out": name, "ranks": number, "config": options, "stop": [rank, blocks] or null,
 "count": bool}. Prints for each case the outcome in every process: "done", or what the error said; with "count", the
-bytes of experts' weights that the process has read, and those read ahead.
+bytes of experts' weights that the process has read, those read ahead, and how many widths of layers it has measured.
 """
 
 import json
@@ -23,6 +23,7 @@ from gptq import InputError, QuantConfig, quantize
 from gptq.checkpoint.prefetch import ReadAhead
 from gptq.checkpoint.reader import Source
 from gptq.compute import device_profile
+from gptq.pipeline import search
 from gptq.pipeline.run import Observer
 
 torch.set_num_threads(1)
@@ -43,11 +44,18 @@ class Leaves(Observer):
             os._exit(3)
 
 
-class ExpertBytes:
-    """Counts the bytes of experts' weights that this process reads, at once or ahead."""
+class Counted:
+    """Counts the bytes of experts' weights that this process reads, at once or ahead, and the widths it measures."""
 
     def __init__(self) -> None:
-        self.read = self.ahead = 0
+        self.read = self.ahead = self.measured = 0
+        measure = search._measure
+
+        def counting_measure(*args: Any) -> float:
+            self.measured += 1
+            return measure(*args)
+
+        search._measure = counting_measure  # type: ignore[assignment]
         read, start = Source.read, ReadAhead.start
 
         def counting_read(source: Source, name: str, *args: Any) -> Tensor:
@@ -66,7 +74,7 @@ def run(source: str, out: Path, case: dict[str, Any], rank: int, meeting: str) -
     windows = torch.randint(1, 300, (9, 12), generator=torch.Generator().manual_seed(0))
     stop = case.get("stop")
     observer = Leaves(stop[1]) if stop and stop[0] == rank else Observer()
-    counted = ExpertBytes() if case.get("count") else None
+    counted = Counted() if case.get("count") else None
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=case["ranks"])
     try:
         config = QuantConfig(**{"group_size": 16, **case["config"]})
@@ -74,7 +82,7 @@ def run(source: str, out: Path, case: dict[str, Any], rank: int, meeting: str) -
     except InputError as error:
         return str(error)
     dist.destroy_process_group()
-    return f"{counted.read} {counted.ahead}" if counted else "done"
+    return f"{counted.read} {counted.ahead} {counted.measured}" if counted else "done"
 
 
 def main(source: str, folder: str, cases: str) -> None:

@@ -171,7 +171,7 @@ def quantize(
         working = stack.enter_context(partial_folder(Path(out))) if ranks.rank == 0 else partial_folder_of(Path(out))
         begun = describe_run(config, plan.source, where, compute, trust_remote_code)
         journal, notes = open_journal(working, begun, len(plan.blocks), ranks)
-        prepared = _prepare(request, plan, where, compute, journal)
+        prepared = _prepare(request, plan, where, compute, journal, ranks)
         refuse_other_grids(prepared.plan, also)  # now with the final widths
         plan, notes = prepared.plan, [*prepared.plan.notes, *notes, *prepared.notes]
         for note in notes:
@@ -245,7 +245,9 @@ def _holds_same_weights(one: Path, other: Path) -> bool:
     return first == second
 
 
-def _prepare(request: Request, plan: Plan, device: torch.device, dtype: torch.dtype, journal: Journal) -> Prepared:
+def _prepare(
+    request: Request, plan: Plan, device: torch.device, dtype: torch.dtype, journal: Journal, ranks: Ranks
+) -> Prepared:
     """Read the calibration windows. For a target size, choose the bit widths and plan the checkpoint with these."""
     config, observer = request.config, request.observer
     weights = WeightStream(plan.source, plan.names, device, dtype)
@@ -257,20 +259,20 @@ def _prepare(request: Request, plan: Plan, device: torch.device, dtype: torch.dt
     )
     if config.target_bits is not None or config.target_size is not None:
         in_flight = request.batch_size or len(windows)
-        plan = request.plan(_widths_from_journal(plan, config, windows, in_flight, weights, observer, journal))
+        plan = request.plan(_widths_from_journal(plan, config, windows, in_flight, weights, observer, journal, ranks))
         weights = WeightStream(plan.source, plan.names, device, dtype)
     return Prepared(plan, weights, windows, notes)
 
 
 def _widths_from_journal(
     plan: Plan, config: QuantConfig, windows: list[Inputs], in_flight: int, weights: WeightStream, observer: Observer,
-    journal: Journal,
+    journal: Journal, ranks: Ranks,
 ) -> QuantConfig:  # fmt: skip
     """Return the config with the widths from the journal; if the journal has none, choose widths and record them."""
     known = journal.find("widths")
     if known:
         return QuantConfig.from_dict(known[0])
-    found = choose_widths(plan, config, windows, in_flight, weights, observer, journal)
+    found = choose_widths(plan, config, windows, in_flight, weights, observer, journal, ranks)
     journal.append("widths", found.to_dict())
     return found
 

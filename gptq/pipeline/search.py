@@ -1,7 +1,10 @@
 """Trial runs before quantization: find the number of calibration windows, and the bit widths for a target size."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 from gptq import solver
 from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import MAX_WINDOWS, Calibration, is_held_out, make_windows
+from gptq.compute.distributed import Ranks
 from gptq.compute.matmul import exact_float32
 from gptq.config import QuantConfig
 from gptq.errors import InputError
@@ -23,7 +27,7 @@ from gptq.pipeline.layer import BlockState, SharedInput, held_out_excess, quanti
 from gptq.pipeline.layer_walk import run_original, solve_block, walk_block
 from gptq.pipeline.run import LayerProgress, Observer, Run
 from gptq.pipeline.tune import hidden_states
-from gptq.planning.bit_allocation import Unit, choose_storage, find_units, make_overrides
+from gptq.planning.bit_allocation import StorageChoice, Unit, choose_storage, find_units, make_overrides
 from gptq.planning.plan import Plan
 from gptq.solver.solve import SMALLEST_POWER
 
@@ -118,12 +122,16 @@ def choose_widths(
     weights: WeightStream,
     observer: Observer,
     journal: Journal,
+    ranks: Ranks,
 ) -> QuantConfig:
     """Choose the bit widths that meet the target; return the config with an override for every layer.
 
     Takes one pass over the original model. The error of a choice is measured in the block's output when only that unit
     is quantized: ||change||^2 / ||output||^2 of each token, because the norm layers of later blocks rescale each token.
     Blocks whose errors the journal holds are not measured again.
+
+    Every process takes all windows through the model. Each solves and measures its own choices, which is most of the
+    work, and tells the others their errors.
 
     Raises:
         InputError: the target cannot be met.
@@ -137,7 +145,7 @@ def choose_widths(
         before = (plan.layers[name] for block in plan.blocks if block.name in known for name in block.linears)
         observer.resumed(len(known), sum(layer.outputs * layer.inputs for layer in before))
     run = Run(config, plan.layers, weights, LayerProgress(observer), reruns_blocks=True)
-    trials = _TrialSolver({name: unit for unit in units for name in unit.layers})
+    trials = _TrialSolver(units, ranks)
     measured: list[Unit] = []
     walk = BlockWalk(plan.network, plan.blocks, windows, num_streams=1, weights=weights)
     with torch.no_grad(), exact_float32(weights.device), walk:
@@ -149,10 +157,9 @@ def choose_widths(
                 continue
             outputs = solve_block(calls, in_flight, BlockState(block, run), trials.solve)
             originals = outputs[0] if outputs else None
-            found = [_measure(unit, block, calls[0], originals, trials, weights) for unit in inside]
+            errors = _measure_choices(inside, block, calls[0], originals, trials, weights)
             trials.solved.clear()
-            measured += found
-            errors = [[choice.error for choice in unit.choices] for unit in found]
+            measured += map(_with_errors, inside, errors)
             journal.append("measured", {"name": block.name, "errors": errors})
             walk.resume_with(outputs)
     # Blocks that no input reaches keep an error of 0 for every choice.
@@ -163,19 +170,29 @@ def choose_widths(
 
 
 class _TrialSolver:
-    """Solves each layer of a block once for every choice of its unit."""
+    """Solves each layer of a block once for every choice of its unit that belongs to this process."""
 
-    def __init__(self, units: dict[str, Unit]) -> None:
-        """`units` maps each layer's name to its unit."""
-        self._units = units
-        self.solved: dict[str, dict[tuple[int, int], solver.SolvedLayer]] = {}  # by name, then bits and group size
+    def __init__(self, units: Sequence[Unit], ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._units = {name: unit for unit in units for name in unit.layers}
+        numbers = count()
+        self._numbers = {(unit.layers, choice): next(numbers) for unit in units for choice in unit.choices}
+        self.solved: dict[str, dict[StorageChoice, solver.SolvedLayer]] = {}  # by name and choice
+
+    def number(self, unit: Unit, choice: StorageChoice) -> int:
+        """The number of a choice among all choices of all units."""
+        return self._numbers[unit.layers, choice]
+
+    def own_choices(self, unit: Unit) -> list[StorageChoice]:
+        """The choices that this process solves and measures."""
+        return [choice for choice in unit.choices if self.ranks.owns(self.number(unit, choice))]
 
     def solve(self, name: str, shared: SharedInput | None, state: BlockState) -> None:
-        """Solve a layer for each choice, and give it its original weight; a LayerSolver."""
+        """Solve a layer for each of this process's choices, and give it its original weight; a LayerSolver."""
         run, plan = state.run, state.run.layers[name]
         W = state.weight(name)  # (outputs, inputs) float32
         own = self.solved[name] = {}
-        for choice in self._units[name].choices:
+        for choice in self.own_choices(self._units[name]):
             group_size = plan.inputs if choice.group_size == -1 else min(choice.group_size, plan.inputs)
             grid = replace(plan, bits=choice.bits, group_size=group_size).grid.for_layers([W])
             if shared is None:
@@ -183,35 +200,47 @@ class _TrialSolver:
             else:
                 factor, search = shared.inputs.factor, bool(run.config.search)
                 solved = solver.solve(W, factor, grid, group_size, search=search)
-            own[choice.bits, choice.group_size] = solved
+            own[choice] = solved
         run.weights.set_weight(state.block.linears[name], W)
         run.observer.layer_done(state.block.index, name, W.numel())
 
 
-def _measure(
-    unit: Unit, block: Block, calls: list[partial[Any]], originals: list[Any] | None, trials: _TrialSolver,
+def _measure_choices(
+    units: Sequence[Unit], block: Block, calls: list[partial[Any]], originals: list[Any] | None, trials: _TrialSolver,
     weights: WeightStream,
-) -> Unit:  # fmt: skip
-    """Return the unit with the error that each choice causes in the block's output, averaged over held-out windows.
+) -> list[list[float]]:  # fmt: skip
+    """Return the error of each choice of each unit of a block, from all processes; arguments as in `_measure`."""
+    own = [
+        (trials.number(unit, choice), _measure(unit, choice, block, calls, originals, trials, weights))
+        for unit in units
+        for choice in trials.own_choices(unit)
+    ]
+    texts = trials.ranks.gather_texts(json.dumps(own))  # a float is the same again when its text is read
+    errors: dict[int, float] = dict(one for text in texts for one in json.loads(text))
+    return [[errors[trials.number(unit, choice)] for choice in unit.choices] for unit in units]
+
+
+def _measure(
+    unit: Unit, choice: StorageChoice, block: Block, calls: list[partial[Any]], originals: list[Any] | None,
+    trials: _TrialSolver, weights: WeightStream,
+) -> float:  # fmt: skip
+    """Return the error that a choice causes in the block's output, averaged over held-out windows.
 
     If no window is held out, all windows are used. `originals` are the outputs of the original block; without them,
     each output is computed when it is needed.
     """
     windows = [i for i in range(len(calls)) if is_held_out(i, len(calls))] or list(range(len(calls)))
-    found = []
-    for choice in unit.choices:
-        swapped: dict[nn.Module, nn.Parameter | None] = {}
-        for name in unit.layers:
-            linear = block.linears[name]
-            Q = trials.solved[name][choice.bits, choice.group_size].weight()
-            swapped[linear] = nn.Parameter(weights.to_forward_layout(linear, Q), requires_grad=False)
-        errors = []
-        for i in windows:
-            original = originals[i] if originals else run_to_end(calls[i])
-            with swapped_weights(swapped):
-                errors.append(_relative_change(run_to_end(calls[i]), original))
-        found.append(sum(errors) / len(errors))
-    return _with_errors(unit, found)
+    swapped: dict[nn.Module, nn.Parameter | None] = {}
+    for name in unit.layers:
+        linear = block.linears[name]
+        Q = trials.solved[name][choice].weight()
+        swapped[linear] = nn.Parameter(weights.to_forward_layout(linear, Q), requires_grad=False)
+    errors = []
+    for i in windows:
+        original = originals[i] if originals else run_to_end(calls[i])
+        with swapped_weights(swapped):
+            errors.append(_relative_change(run_to_end(calls[i]), original))
+    return sum(errors) / len(errors)
 
 
 def _with_errors(unit: Unit, errors: list[float]) -> Unit:
