@@ -43,8 +43,9 @@ from gptq.pipeline.block_result import BlockResult
 from gptq.pipeline.journal import JOURNAL, Journal
 from tests.conftest import MakeModel, load_script
 
-changes, seeds = load_script("fuzz_changes"), load_script("fuzz_seeds")
-fuzz = load_script("fuzz_readers")
+changes, seeds, _, laws, _, fuzz = (
+    load_script(f"fuzz_{name}") for name in ("changes", "seeds", "targets", "laws", "coverage", "readers")
+)
 
 
 class Checkpoints(dict[str, Path]):
@@ -81,16 +82,16 @@ def test_whatever_is_changed_the_answer_is_a_sentence(checkpoints: dict[str, Pat
     campaign = fuzz.Campaign(inputs, random.Random(0), ["read", "original", "records", "inspect", "verify", "load"])
     for _ in range(60):
         change = campaign.next()
-        assert fuzz.broken_law(change, inputs) is None, str(change)
+        assert laws.broken_law(change, inputs) is None, str(change)
 
 
 @pytest.mark.parametrize("found", ["polish model/wide"])
 def test_what_a_change_has_found_stays_mended(found: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Also changes of nothing: a valid file that a command does not end well on."""
-    change = fuzz.Change.parse(found)
+    change = laws.Change.parse(found)
     inputs = {name: checkpoints[name.partition("/")[2]] for name in ("model/plain", change.seed)}
     data = seeds.make_data(tmp_path / "data")["a.txt"]
-    assert fuzz.broken_law(change, {**inputs, "data/a.txt": data}) is None
+    assert laws.broken_law(change, {**inputs, "data/a.txt": data}) is None
 
 
 # --- what lies in the folder ------------------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ def test_a_model_that_could_not_be_in_its_files_is_not_made(
     # `architectures` may be nonsense where model_type tells enough, and a plain model may have no layers.
     harmless = name == "plain" and ("architectures" in values or values == {"num_hidden_layers": -1})
     for read in (load, lambda f: quantize(f, tmp_path / "out", QuantConfig(method="rtn"))):
-        with fuzz.limited(), warnings.catch_warnings(), suppress(InputError) if harmless else not_by_allocating():
+        with laws.limited(), warnings.catch_warnings(), suppress(InputError) if harmless else not_by_allocating():
             warnings.simplefilter("ignore")
             read(folder)
 
@@ -375,14 +376,14 @@ def test_headers_are_held_against_the_file(values: dict[str, Any], tmp_path: Pat
     file = tmp_path / "model.safetensors"
     save_file({"a.weight": torch.ones(4, 4), "b": torch.ones(2)}, file)
     with_header(file, lambda header: header["a.weight"].update(values))
-    with fuzz.limited(), pytest.raises(InputError, match=r"model\.safetensors is damaged|which is not supported"):
+    with laws.limited(), pytest.raises(InputError, match=r"model\.safetensors is damaged|which is not supported"):
         Source(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 1, 10**8, 2**31, 2**63, 2**64 - 1])
 def test_the_length_of_a_header_is_held_against_the_file(size: int, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(size.to_bytes(8, "little") + b"{}      ")
-    with fuzz.limited(), pytest.raises(InputError, match=r"model\.safetensors is damaged"):
+    with laws.limited(), pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         Source(tmp_path)
 
 
@@ -399,7 +400,7 @@ def test_a_file_larger_than_the_address_space_is_planned_and_read(tmp_path: Path
         ones = torch.ones(columns).bfloat16().view(torch.uint8).numpy().tobytes()
         opened.seek(size - len(ones), os.SEEK_CUR)
         opened.write(ones + torch.tensor([1.5, -2.0]).numpy().tobytes())
-    with fuzz.limited():
+    with laws.limited():
         source = Source(tmp_path)
         assert source.nbytes == size + 8
         assert source.read("last").tolist() == [1.5, -2.0]
@@ -436,7 +437,7 @@ def test_layers_of_no_size_or_of_any_size_are_refused(name: str, checkpoints: di
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             if suffix in ("qweight", "weight_scale", "scales") and spoiled.shape == before.shape:
                 continue  # numbers like others
-            with fuzz.limited(), pytest.raises(InputError, match=layer):
+            with laws.limited(), pytest.raises(InputError, match=layer):
                 load(folder)
 
 
