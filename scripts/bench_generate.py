@@ -7,16 +7,18 @@ first token; prefill is one forward of a prompt. All models run in turns in ever
 printed, so that a slow phase of the machine affects all of them. "x best original" compares with the faster of the two
 originals, which is float32 on a CPU without bfloat16 products.
 
-`--llama-cpp` adds llama.cpp on GGUF files of the same model, in a virtual environment that is made below --environments
-from the package registry (compiling takes minutes). All its matrices have the given type, it rounds activations to
-int8, and it is driven through its C interface, in its own process that sleeps while the others run.
+`--llama-cpp` adds llama.cpp on our GGUF files of the same model. It is compiled below --environments from the package
+registry, which takes minutes. Layers have the given type; the embedding, which is the output head too, has 8 bits, and
+6 beside K types. It rounds activations to int8, and is driven through its C interface, in its own process that sleeps
+while the others run.
+
+`--cpu` counts CPU seconds instead of those on the clock, which other work on the machine changes less; for one thread.
 """
 
 import argparse
 import json
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,16 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_environment import TORCH, make_environment
+from check_llama_cpp import TYPES, Llama, compile_llama
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq import QuantConfig, load, quantize
+from gptq.formats import gguf_file
 from gptq.inference.quant_linear import QuantLinear
 
 SEED = 0
-WORKER = Path(__file__).with_name("llama_cpp_worker.py")
-LLAMA_CPP = [["llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", TORCH]]  # compiled for this machine
 
 
 @dataclass
@@ -86,27 +87,31 @@ def memory(model: torch.nn.Module) -> tuple[int, int]:
     return sum(whole.values()), sum(whole.values()) - sum(state.values())
 
 
+Clock = Callable[[], float]
+
+
 class Arrivals:
     """A streamer for `generate` that records the times at which the prompt and each token arrive."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Clock) -> None:
         self.times: list[float] = []
+        self.now = now
 
     def put(self, _: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
 
     def end(self) -> None: ...
 
 
-def measure(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float]:
+def measure(model: Any, prompt: Tensor, now: Clock, tokens: int) -> tuple[float, float]:
     """Tokens per second of decoding, from the first to the last of `tokens` new ones, and of prefill."""
-    arrivals = Arrivals()
+    arrivals = Arrivals(now)
     with torch.no_grad():
         model.generate(prompt[:, :8], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
                        streamer=arrivals)  # fmt: skip
-        start = time.perf_counter()
+        start = now()
         model(prompt, logits_to_keep=1)
-        prefill = prompt.shape[1] / (time.perf_counter() - start)
+        prefill = prompt.shape[1] / (now() - start)
     _, first, *_, last = arrivals.times
     return (tokens - 1) / (last - first), prefill
 
@@ -126,23 +131,22 @@ class Contestant:
     sizes: Sizes
 
 
-def ours(folders: dict[int, Path], dtypes: list[str], prompt: Tensor) -> Iterator[Contestant]:
+def ours(folders: dict[int, Path], dtypes: list[str], prompt: Tensor, now: Clock) -> Iterator[Contestant]:
     """Load the original and the quantized models in this process."""
     for bits, folder in folders.items():
         for dtype in dtypes:
             model = load(folder, device="cpu", dtype=dtype)
             width = 32 if bits == 16 and dtype == "float32" else bits
             name = "original" if bits == 16 else f"{bits} bits"
-            yield Contestant(name, dtype, width, partial(measure, model, prompt), partial(memory, model))
+            yield Contestant(name, dtype, width, partial(measure, model, prompt, now), partial(memory, model))
 
 
 class LlamaCpp:
     """A GGUF file of the same model in llama.cpp, in its own process, which waits while the others run."""
 
-    def __init__(self, python: str, file: Path, prompt: Tensor) -> None:
-        command = [python, str(WORKER), "serve", str(file), str(torch.get_num_threads())]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.file, self.prompt = file, prompt
+    def __init__(self, llama: Llama, file: Path, prompt: Tensor, cpu: bool) -> None:
+        self.process = llama.start(file, torch.get_num_threads())
+        self.file, self.prompt, self.cpu = file, prompt, cpu
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         if self.process.stdin is None or self.process.stdout is None:
@@ -152,7 +156,7 @@ class LlamaCpp:
         return answer
 
     def measure(self, tokens: int) -> tuple[float, float]:
-        found = self.ask({"prompt": self.prompt[0].tolist(), "tokens": tokens})
+        found = self.ask({"prompt": self.prompt[0].tolist(), "tokens": tokens, "cpu": self.cpu})
         return found["decode"], found["prefill"]
 
     def agreement(self, original: Any) -> float:
@@ -169,17 +173,17 @@ def file_size(file: Path) -> tuple[int, int]:
     return file.stat().st_size, 0
 
 
-def theirs(kinds: list[str], original: Path, folder: Path, prompt: Tensor, environments: Path) -> Iterator[Contestant]:
-    """Make llama.cpp's files of these types and load each."""
-    python = make_environment(environments / "llama.cpp", LLAMA_CPP)
-    subprocess.run([python, str(WORKER), "make", str(original), str(folder), *kinds], check=True)
+def theirs(args: argparse.Namespace, original: Path, folder: Path, prompt: Tensor) -> Iterator[Contestant]:
+    """Make our GGUF files of these types, and load each in llama.cpp."""
+    llama = compile_llama(args.environments / "llama.cpp")
     reference = load(original, device="cpu", dtype="bfloat16")
-    for kind in kinds:
-        file = folder / f"{kind}.gguf"
-        served = LlamaCpp(python, file, prompt)
+    for kind in args.llama_cpp:
+        options, _ = TYPES[kind]
+        quantize(original, folder / kind, QuantConfig.from_dict({"method": "rtn", **options}))
+        file = folder / kind / gguf_file.FILE
+        served = LlamaCpp(llama, file, prompt, args.cpu)
         print(f"llama.cpp {kind}: its logits correlate with the original's by {served.agreement(reference):.4f}")
-        bits = next(int(c) for c in kind if c.isdigit())
-        yield Contestant(f"llama.cpp {kind}", "int8", bits, served.measure, partial(file_size, file))
+        yield Contestant(f"llama.cpp {kind}", "int8", options["bits"], served.measure, partial(file_size, file))
 
 
 def run(args: argparse.Namespace) -> list[Result]:
@@ -193,9 +197,9 @@ def run(args: argparse.Namespace) -> list[Result]:
             options: dict[str, Any] = {"method": "rtn", "bits": bits, "group_size": args.group_size, "lm_head": True}
             folders[bits] = Path(temporary) / str(bits)
             quantize(original, folders[bits], QuantConfig.from_dict({**options, "format": "gptq"}))
-        contestants = [*ours(folders, args.dtypes, prompt)]
+        contestants = [*ours(folders, args.dtypes, prompt, time.process_time if args.cpu else time.perf_counter)]
         if args.llama_cpp:
-            contestants += theirs(args.llama_cpp, original, Path(temporary), prompt, args.environments)
+            contestants += theirs(args, original, Path(temporary), prompt)
         for contestant in contestants:  # warm up: make layouts and compile loops before the timed rounds
             contestant.measure(2)
         found: list[list[tuple[float, float]]] = [[] for _ in contestants]
@@ -253,7 +257,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2], choices=[2, 3, 4, 8])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"],
                         help="of activations (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--llama-cpp", nargs="+", default=[], metavar="TYPE", help="for example Q4_0 Q4_K_S Q2_K Q8_0")
+    parser.add_argument("--llama-cpp", nargs="+", default=[], choices=TYPES, help="ggml's types of our GGUF files")
+    parser.add_argument("--cpu", action="store_true", help="tokens per CPU second; for one thread, on a busy machine")
     default = Path(tempfile.gettempdir()) / "gptq-peers"
     parser.add_argument("--environments", type=Path, default=default, metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--group-size", type=int, default=128, help="default: %(default)s")

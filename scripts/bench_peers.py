@@ -4,10 +4,11 @@
 
 Each tool has its own virtual environment, made below --environments from the package registry, and each run its own
 process, from a safetensors folder to a safetensors folder: 4 bits, symmetric, groups of 128, each tool's own default
-order and grid. The model and its tokens are those of bench_quantize.py. The time excludes imports; the peak resident
-memory (VmHWM) includes them. Forwards are in bfloat16; on CPUs without bfloat16 products, where libraries are very slow
-in it, all tools use float32. Our run has the environment variables that its command sets. A round runs every tool once;
-every other round reverses the order. The paper's own code is not included, because it is in no package registry.
+order and grid. The model and its tokens are those of bench_quantize.py. Seconds exclude imports; those of the CPU, of
+all threads, are changed less by other work on the machine. The peak resident memory (VmHWM) includes imports. Forwards
+are in bfloat16; on CPUs without bfloat16 products, where libraries are very slow in it, all tools use float32. Our run
+has the environment variables that its command sets. A round runs every tool once; every other round reverses the order.
+The paper's own code is not included, because it is in no package registry.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from gptq.__main__ import ENVIRONMENT
 from gptq.models.hf_config import choose_dtype
 
 TELL = """
-print("MEASURED", json.dumps({"seconds": time.perf_counter() - start, "peak": 1024 * next(
-    int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))}))
+print("MEASURED", json.dumps({"seconds": time.perf_counter() - start[0], "cpu": time.process_time() - start[1],
+    "peak": 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))}))
 """
 BEGIN = """
 import json, os, sys, time
@@ -45,7 +46,7 @@ CODE = {
     OURS: """
 from gptq import QuantConfig, quantize
 import gptq.pipeline.quantize
-start = time.perf_counter()
+start = time.perf_counter(), time.process_time()
 config = QuantConfig(bits=4, group_size=128, sweeps=0, two_streams=False, tune_steps=0, format="pack-quantized")
 quantize(model, out, config, calibration=load_file(tokens)["input_ids"])
 """,
@@ -54,7 +55,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM
-start = time.perf_counter()
+start = time.perf_counter(), time.process_time()
 ids = load_file(tokens)["input_ids"]
 data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
 loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
@@ -65,7 +66,7 @@ loaded.save_pretrained(out, save_compressed=True)
 """,
     "gptqmodel": """
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-start = time.perf_counter()
+start = time.perf_counter(), time.process_time()
 ids = load_file(tokens)["input_ids"]
 loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=128), device="cpu", dtype=dtype,
                         backend=BACKEND.TORCH)
@@ -109,7 +110,8 @@ def compare(pythons: dict[str, str], model: Path, tokens: Path, rounds: int) -> 
         for tool in list(pythons)[:: -1 if turn % 2 else 1]:
             with tempfile.TemporaryDirectory() as folder:
                 found[tool].append(run(tool, pythons[tool], model, tokens, Path(folder) / "out"))
-            print(f"round {turn + 1}: {tool} {found[tool][-1]['seconds']:.1f} s", flush=True)
+            last = found[tool][-1]
+            print(f"round {turn + 1}: {tool} {last['seconds']:.1f} s, {last['cpu']:.1f} of the CPU", flush=True)
     return found
 
 
@@ -131,12 +133,16 @@ def main() -> None:
         add_tokenizer(model, args.vocabulary)
         save_file({"input_ids": calibration_tokens(args.windows, args.tokens, args.vocabulary)}, tokens)
         found = compare(pythons, model, tokens, args.rounds)
-    medians = {tool: statistics.median(one["seconds"] for one in runs) for tool, runs in found.items()}
-    print(f"{'tool':16}{'seconds':>10}{'range':>18}{'x ours':>8}{'peak MB':>9}")
+    print(f"{'tool':16}{'seconds':>10}{'range':>18}{'x ours':>8}{'CPU':>8}{'x ours':>8}{'peak MB':>9}")
     for tool, runs in found.items():
-        seconds, peak = [one["seconds"] for one in runs], max(one["peak"] for one in runs)
-        spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
-        print(f"{tool:16}{medians[tool]:10.1f}{spread:>18}{medians[tool] / medians[OURS]:8.2f}{peak / 1e6:9.0f}")
+        seconds, cpu = ([one[kind] for one in runs] for kind in ("seconds", "cpu"))
+        ratios = [
+            statistics.median(one[kind] for one in runs) / statistics.median(one[kind] for one in found[OURS])
+            for kind in ("seconds", "cpu")
+        ]
+        spread, peak = f"{min(seconds):.1f} to {max(seconds):.1f}", max(one["peak"] for one in runs)
+        print(f"{tool:16}{statistics.median(seconds):10.1f}{spread:>18}{ratios[0]:8.2f}"
+              f"{statistics.median(cpu):8.1f}{ratios[1]:8.2f}{peak / 1e6:9.0f}")  # fmt: skip
     if args.json:
         facts: dict[str, Any] = {"cores": os.cpu_count(), "windows": args.windows, "tokens": args.tokens}
         args.json.write_text(json.dumps(facts | {"runs": found}, indent=1), encoding="utf-8")

@@ -102,16 +102,19 @@ class Llama:
             raise RuntimeError(f"{tool} failed: {(done.stdout + done.stderr)[-1000:]}")
         return done.stdout + done.stderr
 
-    @contextmanager
-    def serve(self, file: Path) -> Iterator["Served"]:
-        """Load a file in llama.cpp."""
+    def start(self, file: Path, threads: int) -> "subprocess.Popen[str]":
+        """Start a worker that loads a file in llama.cpp."""
         worker = Path(__file__).with_name("llama_cpp_worker.py")
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["LLAMA_CPP_LIB_PATH"] = str(self.bin)
-        command = [str(part) for part in (self.python, worker, "serve", file, 1)]
-        with subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+        command = [str(part) for part in (self.python, worker, file, threads)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    @contextmanager
+    def serve(self, file: Path) -> Iterator["Served"]:
+        """Load a file in llama.cpp, on one thread."""
+        with self.start(file, 1) as process:
             yield Served(process)
             if process.stdin is not None:
                 process.stdin.close()

@@ -1,13 +1,11 @@
-"""Worker of bench_generate.py and check_llama_cpp.py in llama.cpp's environment: convert a Llama, load files, run them.
+"""Worker of bench_generate.py and check_llama_cpp.py in llama.cpp's environment: load a GGUF file and run it.
 
-    python llama_cpp_worker.py make MODEL OUT TYPE [TYPE ...]     write OUT/TYPE.gguf for each of Q4_0, Q4_K_S, ...
-    python llama_cpp_worker.py serve FILE.gguf THREADS            answer lines of JSON from stdin on stdout:
-        {"prompt": [tokens], "tokens": N}  ->  {"decode": tokens per second, "prefill": tokens per second}
-        {"logits": [tokens]}               ->  {"logits": the last token's}
-        {"all_logits": [tokens], "file": F.npy}  ->  {}, and the logits of all tokens, (tokens, vocabulary), in the file
-        {"text": T}                        ->  {"tokens": the numbers of its tokens, without a first or last one added}
-
-All matrices have the given type, including the embedding and the output head ("pure"). Files have no tokenizer.
+python llama_cpp_worker.py FILE.gguf THREADS            answer lines of JSON from stdin on stdout:
+    {"prompt": [tokens], "tokens": N, "cpu": whether seconds are the CPU's}
+                                       ->  {"decode": tokens per second, "prefill": tokens per second}
+    {"logits": [tokens]}               ->  {"logits": the last token's}
+    {"all_logits": [tokens], "file": F.npy}  ->  {}, and the logits of all tokens, (tokens, vocabulary), in the file
+    {"text": T}                        ->  {"tokens": the numbers of its tokens, without a first or last one added}
 """
 
 import ctypes
@@ -19,71 +17,8 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from gguf import GGUFWriter
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 CONTEXT = 1024
-
-
-def write_f16(model: Path, file: Path) -> None:
-    """Convert a Llama with tied embeddings to a GGUF file of float16 matrices."""
-    from safetensors import safe_open
-
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = GGUFWriter(file, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    with safe_open(model / "model.safetensors", "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - it is no mapping
-            values = tensors.get_tensor(name).float().numpy()
-            if values.ndim == 2:
-                values = values.astype(np.float16)
-            stored = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-            if name not in stored:
-                _, _, block, own = name.removesuffix(".weight").split(".", 3)
-                stored[name] = f"blk.{block}.{NAMES[own]}.weight"
-                if own in ("self_attn.q_proj", "self_attn.k_proj"):  # llama.cpp rotates neighbouring dimensions
-                    count = heads if own.endswith("q_proj") else kv_heads
-                    pairs = values.reshape(count, 2, -1, values.shape[1])
-                    values = np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(values.shape))
-            writer.add_tensor(stored[name], values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def make(model: Path, out: Path, kinds: list[str]) -> None:
-    """Write the model as F16.gguf, and quantize that to each type."""
-    whole = out / "F16.gguf"
-    write_f16(model, whole)
-    for kind in kinds:
-        options = llama_cpp.llama_model_quantize_default_params()
-        options.ftype, options.pure = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
-        matrices = getattr(llama_cpp, f"GGML_TYPE_{kind.removesuffix('_S')}")
-        options.output_tensor_type = options.token_embedding_type = matrices
-        if llama_cpp.llama_model_quantize(str(whole).encode(), str(out / f"{kind}.gguf").encode(), options):
-            raise RuntimeError(f"llama.cpp could not make {kind}")
 
 
 class Served:
@@ -144,26 +79,24 @@ class Served:
             return {}
         if "text" in asked:
             return {"tokens": self.tokenize(asked["text"])}
-        began = time.perf_counter()
+        now = time.process_time if asked.get("cpu") else time.perf_counter
+        began = now()
         self.run(asked["prompt"])
-        prefill = len(asked["prompt"]) / (time.perf_counter() - began)
+        prefill = len(asked["prompt"]) / (now() - began)
         self.forget()
         token = int(self.run(asked["prompt"][:8]).argmax())
-        began = time.perf_counter()
+        began = now()
         for _ in range(asked["tokens"] - 1):
             token = int(self.run([token]).argmax())
-        return {"decode": (asked["tokens"] - 1) / (time.perf_counter() - began), "prefill": prefill}
+        return {"decode": (asked["tokens"] - 1) / (now() - began), "prefill": prefill}
 
 
 def main() -> None:
-    command, *arguments = sys.argv[1:]
+    file, threads = sys.argv[1:]
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
     llama_cpp.llama_backend_init()
-    if command == "make":
-        make(Path(arguments[0]), Path(arguments[1]), arguments[2:])
-        return
-    served = Served(Path(arguments[0]), int(arguments[1]))
+    served = Served(Path(file), int(threads))
     for line in sys.stdin:
         print(json.dumps(served.answer(json.loads(line))), flush=True)
 
