@@ -20,46 +20,46 @@ import torch
 import gptq.cli.commands  # noqa: F401 (children of this process have it then)
 from tests.conftest import load_script
 
-harness = load_script("break")
-ROUNDED = harness.quantize_task("--method rtn --group-size 16", windows="")
-DRAWN = harness.result_task("report model", "wide")
+commands, laws, damage = (load_script(f"break_{part}") for part in ("commands", "laws", "damage"))
+ROUNDED = commands.quantize_task("--method rtn --group-size 16", windows="")
+DRAWN = commands.result_task("report model", "wide")
 
 
 def killed_while_writing(stage: Any, folder: Path) -> Iterator[str]:
     """Kill a command when a small file that it replaces is written and not yet synced; let it run again."""
-    trial = harness.Trial(stage, DRAWN, folder / "killed", Random(0))
-    harness.run(DRAWN.arguments, trial.place)
-    watch = harness.Watch(step=1, of="fsync", act=harness.die)
-    yield from trial.after(harness.run(DRAWN.arguments, trial.place, harness.Start(watch=watch)), signal.SIGKILL)
+    trial = laws.Trial(stage, DRAWN, folder / "killed", Random(0))
+    commands.run(DRAWN.arguments, trial.place)
+    watch = commands.Watch(step=1, of="fsync", act=damage.die)
+    yield from trial.after(commands.run(DRAWN.arguments, trial.place, commands.Start(watch=watch)), signal.SIGKILL)
     yield from trial.once_more()
 
 
 def stopped_after_a_block(stage: Any, folder: Path) -> Iterator[str]:
-    trial = harness.Trial(stage, ROUNDED, folder / "stopped", Random(0))
-    harness.run(ROUNDED.arguments, trial.place, harness.Start(partial(harness.do_after, 1)))
+    trial = laws.Trial(stage, ROUNDED, folder / "stopped", Random(0))
+    commands.run(ROUNDED.arguments, trial.place, commands.Start(partial(damage.do_after, 1)))
     yield from trial.once_more()
 
 
 def refused(stage: Any, folder: Path) -> Iterator[str]:
     """A call that fails at the end of a run that keeps nothing."""
-    trial = harness.Trial(stage, ROUNDED, folder / "refused", Random(0))
+    trial = laws.Trial(stage, ROUNDED, folder / "refused", Random(0))
 
     def fail() -> None:
         raise OSError(28, "No space left on device")
 
-    watch = harness.Watch(step=2, of="fsync", act=fail)
-    yield from trial.after(harness.run(ROUNDED.arguments, trial.place, harness.Start(watch=watch)))
+    watch = commands.Watch(step=2, of="fsync", act=fail)
+    yield from trial.after(commands.run(ROUNDED.arguments, trial.place, commands.Start(watch=watch)))
 
 
 def flipped_tensors(stage: Any, folder: Path) -> Iterator[str]:
     for number in range(2):
         place = folder / f"{number}"
-        stage.place(harness.result_task("verify model", "wide"), place)
+        stage.place(commands.result_task("verify model", "wide"), place)
         file = place / "model" / "model.safetensors"
         content = bytearray(file.read_bytes())
         content[-1 - number] ^= 1
         file.write_bytes(content)
-        yield from harness.judge_verify(harness.run("verify model", place), "flip", file.name)
+        yield from laws.judge_verify(commands.run("verify model", place), "flip", file.name)
 
 
 def write_in_place(path: Path, content: str) -> None:
@@ -67,13 +67,13 @@ def write_in_place(path: Path, content: str) -> None:
         path.write_text(content)
         return
     path.write_text(content[: len(content) // 2])
-    harness.die()
+    damage.die()
 
 
 def changed_after_a_block(stage: Any, folder: Path) -> Iterator[str]:
     """Change the last bit of every number of the source when a block is finished."""
-    trial = harness.Trial(stage, ROUNDED, folder / "changed source", Random(0))
-    changed = harness.place_beside(trial, "as it became")
+    trial = laws.Trial(stage, ROUNDED, folder / "changed source", Random(0))
+    changed = laws.place_beside(trial, "as it became")
 
     def change() -> None:
         file = trial.place / "model" / "model.safetensors"
@@ -82,8 +82,8 @@ def changed_after_a_block(stage: Any, folder: Path) -> Iterator[str]:
         content[begin::4] = bytes(byte ^ 1 for byte in content[begin::4])
         file.write_bytes(content)
 
-    ended = harness.run(ROUNDED.arguments, trial.place, harness.Start(partial(harness.do_after, 1, change)))
-    yield from harness.judge_sources(trial, ended, changed)
+    ended = commands.run(ROUNDED.arguments, trial.place, commands.Start(partial(damage.do_after, 1, change)))
+    yield from laws.judge_sources(trial, ended, changed)
     yield from trial.once_more()
 
 
@@ -119,7 +119,7 @@ FAULTS: dict[str, tuple[Any, Callable[[Any, Path], Iterator[str]]]] = {
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    stage = harness.Stage(folder)
+    stage = commands.Stage(folder)
     found = {}
     for number, (fault, (plant, provoke)) in enumerate(FAULTS.items()):
         (folder / f"{number} sound").mkdir()

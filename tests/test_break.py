@@ -5,17 +5,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from tests.conftest import load_script
 
-harness = load_script("break")
+commands, laws, damage = (load_script(f"break_{part}") for part in ("commands", "laws", "damage"))
 
 
 def ended(code: int = 0, said: str = "", signal: int = 0) -> Any:
-    return harness.Ended(code, signal, "", said)
+    return commands.Ended(code, signal, "", said)
 
 
 @pytest.mark.parametrize(
@@ -35,28 +36,28 @@ def ended(code: int = 0, said: str = "", signal: int = 0) -> Any:
     ],
 )
 def test_an_end_is_judged(how: Any, sent: int, wrong: str | None) -> None:
-    found = harness.complaint(how, sent)
+    found = laws.complaint(how, sent)
     assert found is None if wrong is None else found.startswith(wrong)
 
 
 def test_trees_are_compared(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "c").write_text("x")
-    before = harness.tree(tmp_path)
+    before = commands.tree(tmp_path)
     assert before.keys() == {"a/b/", "a/c"}
-    assert harness.difference(before, before) is None
+    assert laws.difference(before, before) is None
     (tmp_path / "a" / "c").write_text("y")
     (tmp_path / "a" / "b" / "d").touch()
-    assert harness.difference(harness.tree(tmp_path), before) == ("3 files: a/b/ missing, a/b/d left over, a/c differs")
+    assert laws.difference(commands.tree(tmp_path), before) == ("3 files: a/b/ missing, a/b/d left over, a/c differs")
 
 
-@pytest.mark.parametrize("edit", [*harness.EDITS])
+@pytest.mark.parametrize("edit", [*damage.EDITS])
 def test_edits_of_a_journal_change_it(edit: str) -> None:
     lines = [json.dumps({"sha256": "", "entry": {"block": {"name": str(n)}}}).encode() + b"\n" for n in range(3)]
     changed = 0
     for seed in range(8):
         edited = [*lines]
-        harness.EDITS[edit](edited, harness.Random(seed))
+        damage.EDITS[edit](edited, Random(seed))
         changed += edited != lines
     assert changed
 

@@ -477,6 +477,11 @@ NO_MEMORY = (
             "KeyError in .*'weight'; this is a fault of gptq or of a library",
         ),
         (partial(raises, MemoryError()), 2, "out of memory .MemoryError.; fewer --samples .*; nothing half-written"),
+        (
+            partial(raises, RuntimeError("could not create a primitive")),
+            2,
+            "out of memory .could not create a primitive",
+        ),
         (partial(raises, RuntimeError(NO_MEMORY)), 2, "out of memory .*; fewer --samples .*; nothing half-written was"),
     ],
 )

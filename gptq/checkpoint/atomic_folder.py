@@ -207,8 +207,12 @@ def atomic_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def require_unused(out: Path) -> None:
-    """Raises InputError if `out` exists and is not empty, is a mount point, or OUT.partial was not made by us."""
+    """Raises InputError if `out` exists and is not empty, cannot be made or read, or OUT.partial was not made by us."""
     where = out.resolve()
+    try:
+        os.fsencode(where).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is a path that is not UTF-8, which readers need; choose another name") from error
     if not where.name:
         raise InputError(f"{out} is the root of the file system, which cannot be replaced; name a folder inside it")
     partial = where.with_name(where.name + ".partial")

@@ -44,6 +44,7 @@ from gptq.polishing.polish import polish
 
 BAD_INPUT, UNEXPECTED, PIPE_CLOSED = 2, 3, 141  # exit codes; the last is that of shells, 128 and a signal's number
 PACKAGE = Path(__file__).parents[1]
+NO_MEMORY = ("allocate memory", "could not create a primitive")  # words of torch on a CPU, and of oneDNN
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,7 +99,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, InputError):
         print(f"gptq: {error}", file=sys.stderr)
         return BAD_INPUT
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):  # torch's, on a CPU
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in NO_MEMORY):
         first = printable((str(error) or type(error).__name__).splitlines()[0])
         needs_less = "fewer --samples or a smaller --batch-size need less"
         print(f"gptq: out of memory ({first}); {needs_less}; {_describe_leftovers(error)}", file=sys.stderr)
