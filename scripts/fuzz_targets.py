@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from gptq.output.record import read_record
 from gptq.output.results import RECORD
 from gptq.pipeline.journal import Journal
 
+PICKLE_SECONDS = 10  # of the processor, until a conversion is stopped; a minute and more in earnest
 UNRECORDED = {RECORD, "quality.json"}  # files of a result that `verify` does not compare with the record
 
 
@@ -175,15 +177,24 @@ def _read_journal(case: Case) -> None:
 
 
 def _unpickle(case: Case) -> None:
-    """Convert pickles as the confined process does, without confining."""
+    """Convert pickles as the confined process does, with its limit of time, without confining."""
     check_folder(case.folder)
+
+    def late(*_: object) -> None:
+        raise unpickle.TooLongError
+
     file = case.folder
+    before = signal.signal(signal.SIGVTALRM, late)
     try:
         for file in pickled.find_pickles(case.folder):
+            signal.setitimer(signal.ITIMER_VIRTUAL, PICKLE_SECONDS)
             with (case.place / "made.safetensors").open("wb") as out:
                 unpickle.convert(file, out, drop_tied=case.draw.random() < 0.5)
-    except (unpickle.UnreadableError, MemoryError, OSError) as error:  # of which `unpickle.main` makes sentences
+    except (unpickle.UnreadableError, unpickle.TooLongError, MemoryError, OSError) as error:  # as `unpickle.main` does
         raise InputError(f"{file} {error}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _unpickle_confined(case: Case) -> None:
@@ -195,7 +206,10 @@ def _unpickle_confined(case: Case) -> None:
             outs = [
                 stack.enter_context((case.place / f"{i}.safetensors").open("wb")).fileno() for i in range(len(files))
             ]
-            _fork({"files": list(map(str, files)), "descriptors": outs, "drop_tied": True, "seconds": 10}, outs)
+            _fork(
+                {"files": list(map(str, files)), "descriptors": outs, "drop_tied": True, "seconds": PICKLE_SECONDS},
+                outs,
+            )
 
 
 def _fork(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
@@ -226,7 +240,7 @@ def _fork(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
 def _allow_pickle(case: Case) -> int:
     """Quantize a model whose weights are pickled."""
     command = ["quantize", str(case.folder), str(case.out), "--method", "rtn", "--group-size", "16", "--allow-pickle"]
-    with mock.patch.object(pickled, "_run", _fork), mock.patch.object(pickled, "SECONDS", 10):
+    with mock.patch.object(pickled, "_run", _fork), mock.patch.object(pickled, "SECONDS", PICKLE_SECONDS):
         return cli.main(command)
 
 
