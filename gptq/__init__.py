@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from gptq.evaluation.evaluate import compare, perplexity
     from gptq.inference.load import load
     from gptq.output.convert import convert
-    from gptq.pipeline.quantize import quantize
     from gptq.polishing.polish import polish
+    from gptq.polishing.quantize import quantize
 
 __all__ = [
     "InputError", "Override", "PolishConfig", "QuantConfig", "__version__", "compare", "convert", "load", "perplexity",
@@ -30,7 +30,7 @@ _HOMES = {
     "load": "inference.load",
     "perplexity": "evaluation.evaluate",
     "polish": "polishing.polish",
-    "quantize": "pipeline.quantize",
+    "quantize": "polishing.quantize",
 }
 
 

@@ -10,10 +10,19 @@ from gptq.errors import InputError
 Method = Literal["gptq", "rtn"]
 METHODS: tuple[Method, ...] = get_args(Method)
 EFFORTS: dict[str, dict[str, Any]] = {  # for each level, the values of the options that are not given
-    "fast": {"search": True, "desc_act": True, "sweeps": 1, "two_streams": False, "tune_steps": 0},
-    "balanced": {"search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0},
-    "best": {"search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200},
-}
+    "fast": {
+        "search": True, "desc_act": True, "sweeps": 1, "two_streams": False, "tune_steps": 0, "polish_steps": 0,
+    },
+    "balanced": {
+        "search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0, "polish_steps": 0,
+    },
+    "best": {
+        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200, "polish_steps": 0,
+    },
+    "max": {
+        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200, "polish_steps": 200,
+    },
+}  # fmt: skip
 Format = Literal[
     "gptq", "gptq_v2", "pack-quantized", "pack-quantized-a8", "int-quantized", "float-quantized", "fp8",
     "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mlx", "gguf", "gguf-k", "gguf-iq4",
@@ -229,7 +238,7 @@ class QuantConfig:
             GGUF files what their blocks have, 32 or 16. If the group size does
             not divide a layer's inputs, the last group is shorter.
         sym: symmetric grid, the zero point in the middle; otherwise each group has its own zero point.
-        effort: "fast", "balanced" or "best"; sets those of the next five options that are None.
+        effort: "fast", "balanced", "best" or "max"; sets those of the next six options that are None.
         search: take for each group the best of many grids, weighted by the Hessian's diagonal; otherwise the smallest
             grid that clips nothing.
         desc_act: quantize columns in descending order of the Hessian's diagonal ("act-order"). By default not with
@@ -239,6 +248,9 @@ class QuantConfig:
             what the layers before it have changed. Twice the forward passes.
         tune_steps: steps of gradient descent on each solved block's scales, codes, norms and biases. Each step takes
             four windows forward and back; needs the original's activations, that is two_streams.
+        polish_steps: steps of gradient descent on the scales, norms and biases of the whole quantized model, towards
+            the original's predictions; what `gptq.polish` does, on the windows that calibrate. Needs memory for the
+            whole packed model, and text.
         static_groups: fit all scales to the original weights before the first column is quantized, so that act-order
             needs no group index at run time; otherwise each group is fitted when its first column is reached, to
             weights that carry the compensation so far, and groups follow the order in which columns are quantized.
@@ -273,8 +285,8 @@ class QuantConfig:
     sym: bool = option(True, "give every group a zero point of its own", flag="asym")
     effort: str = option(
         "balanced",
-        "fast: one forward per window; balanced: two, and lower perplexity; best: blocks tuned as well, some twenty "
-        "times as long; the five below follow from it",
+        "fast: one forward per window; balanced: two, and lower perplexity; best: blocks tuned as well, some ten "
+        "times as long; max: and the whole model polished; the six below follow from it",
         choices=tuple(EFFORTS),
     )
     search: bool | None = option(None, "search each group's grid instead of taking one without clipping")
@@ -282,6 +294,7 @@ class QuantConfig:
     sweeps: int | None = option(None, "rounds of refitting scales and codes after the solve", metavar="N")
     two_streams: bool | None = option(None, "make up for what earlier layers have changed")
     tune_steps: int | None = option(None, "steps of gradient descent on each solved block", metavar="N")
+    polish_steps: int | None = option(None, "steps of gradient descent on the whole model at the end", metavar="N")
     static_groups: bool = option(
         True, "fit scales as columns are reached; with --desc-act this needs g_idx", flag="dynamic-groups"
     )
@@ -352,6 +365,10 @@ class QuantConfig:
         _require(self.sweeps is not None and self.sweeps >= 0, f"sweeps is {self.sweeps}; it is 0 or more")
         _require(
             self.tune_steps is not None and self.tune_steps >= 0, f"tune_steps is {self.tune_steps}; it is 0 or more"
+        )
+        _require(
+            self.polish_steps is not None and self.polish_steps >= 0,
+            f"polish_steps is {self.polish_steps}; it is 0 or more",
         )
         _require(
             bool(self.two_streams) or not self.tune_steps,

@@ -30,7 +30,7 @@ class PartialFolder:
     """
 
     root: Path
-    content: Path  # subfolder that is renamed to OUT
+    content: Path  # subfolder that is renamed to OUT; a last step may name another one
     describe_kept: Callable[[], str] = str  # str() is empty
     descriptor: int | None = None  # of the folder that this run has locked
 
@@ -117,7 +117,7 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             working.require_ours()
             for file in (*working.content.rglob("*"), working.content):
                 sync_path(file)
-            os.rename(CONTENT, out, src_dir_fd=descriptor)
+            os.rename(working.content.name, out, src_dir_fd=descriptor)
             sync_path(out.parent)
         except BaseException as error:
             if not working.is_ours():

@@ -33,7 +33,7 @@ from gptq.models.hf_config import choose_device, choose_dtype, fit_seq_len
 from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.record import PerplexityRecord, public_name, read_record
-from gptq.pipeline.quantize import Result, quantize
+from gptq.pipeline.quantize import Result
 from gptq.pipeline.run import Observer
 from gptq.pipeline.search import MIN_WINDOWS
 from gptq.planning import cost, memory
@@ -41,6 +41,7 @@ from gptq.planning.device_models import DEVICE_MODELS
 from gptq.planning.plan import Plan, plan_checkpoint, refuse_other_grids
 from gptq.planning.shares import count_shares
 from gptq.polishing.polish import polish
+from gptq.polishing.quantize import quantize
 
 BAD_INPUT, UNEXPECTED, PIPE_CLOSED = 2, 3, 141  # exit codes; the last is that of shells, 128 and a signal's number
 PACKAGE = Path(__file__).parents[1]

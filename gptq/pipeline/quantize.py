@@ -1,6 +1,8 @@
 """Quantize a checkpoint, from top to bottom: one block in memory, one forward per block, every tensor accounted for.
 
 source tensors -> one block -> inputs of each layer -> Hessian -> solver -> codes -> packed words -> output shard
+
+`gptq.polishing.quantize` adds the step that takes the whole model.
 """
 
 import time
@@ -42,7 +44,7 @@ from gptq.pipeline.block_walk import BlockWalk
 from gptq.pipeline.journal import Journal
 from gptq.pipeline.offload import ActivationOffload
 from gptq.pipeline.resume import open_journal, run_finished_block
-from gptq.pipeline.run import Observer, Run
+from gptq.pipeline.run import Finished, LastStep, Observer, Run
 from gptq.pipeline.run_identity import decisive_files, describe_run
 from gptq.pipeline.search import choose_widths, find_enough_windows, note_on_samples
 from gptq.planning import memory
@@ -116,6 +118,7 @@ def quantize(
     allow_pickle: bool = False,
     also: Sequence[Format] = (),
     observer: Observer | None = None,
+    last: LastStep | None = None,
 ) -> Result:
     """Quantize a Hugging Face checkpoint into a new folder.
 
@@ -140,6 +143,7 @@ def quantize(
             in a confined process of its own, into the cache of the Hub's client.
         also: further formats to write the result in, which have to have the grid of `config.format`. Then `out` holds
             a folder for each format, called like it.
+        last: what changes the finished checkpoint as a whole before it gets its name.
 
     Raises:
         InputError: anything a user can fix; then nothing is left at `out`. This includes an OUT.partial that was begun
@@ -165,6 +169,8 @@ def quantize(
     ranks = current_ranks(where)
     if ranks.size > 1 and config.tune_steps:
         raise InputError("blocks are tuned in one process; start one, or choose another --effort than 'best'")
+    if ranks.size > 1 and last is not None:
+        raise InputError("a model is polished in one process; start one, or set --polish-steps 0")
 
     with ExitStack() as stack:
         stack.enter_context(malloc_policy(frugal=True))
@@ -173,6 +179,8 @@ def quantize(
         journal, notes = open_journal(working, begun, len(plan.blocks), ranks)
         prepared = _prepare(request, plan, where, compute, journal, ranks)
         refuse_other_grids(prepared.plan, also)  # now with the final widths
+        if last is not None:
+            last.check(prepared.plan, prepared.windows)
         plan, notes = prepared.plan, [*prepared.plan.notes, *notes, *prepared.notes]
         for note in notes:
             observer.note(note)
@@ -195,6 +203,9 @@ def quantize(
                 plan.folder, working.content, plan.format, linears_of(plan), record, writer.checksums, plan.changes
             )
             state.require_same()
+            if last is not None:
+                notes += last.run(Finished(working, plan, prepared.windows or [], where, compute))
+                state.require_same()
             written = _write_others(working.content, Path(out), also, trust_remote_code, observer)
     ranks.barrier()  # wait until the first process has moved the output into place
     prefetcher = prepared.weights.prefetcher

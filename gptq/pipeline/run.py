@@ -1,14 +1,19 @@
-"""`Run`, the constant context of a walk through the blocks; `Observer`, the interface for reporting progress."""
+"""`Run`, the context of a walk through the blocks; `Observer` reports progress; `LastStep` follows the last block."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
+
+from gptq.calibration.arrays import Inputs
+from gptq.checkpoint.atomic_folder import PartialFolder
 from gptq.compute.distributed import Ranks
 from gptq.compute.matrices import IN_MEMORY, Matrices
 from gptq.config import QuantConfig
 from gptq.models.weights import WeightStream
 from gptq.pipeline.offload import ActivationOffload
-from gptq.planning.plan import LayerPlan
+from gptq.planning.plan import LayerPlan, Plan
 
 
 class Observer:
@@ -40,6 +45,27 @@ class LayerProgress(Observer):
 
     def __init__(self, observer: Observer) -> None:
         self.layer_done = observer.layer_done  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A checkpoint that is whole but for its name, and what it was made with."""
+
+    working: PartialFolder
+    plan: Plan
+    windows: Sequence[Inputs]
+    device: torch.device
+    dtype: torch.dtype  # of forward passes
+
+
+class LastStep(Protocol):
+    """What changes a finished checkpoint as a whole before it gets its name."""
+
+    def check(self, plan: Plan, windows: Sequence[Inputs] | None) -> None:
+        """Raises InputError before the first block if the step cannot follow."""
+
+    def run(self, finished: Finished) -> list[str]:
+        """Write the changed checkpoint into a folder of its own, and make that the content; return notes."""
 
 
 @dataclass(frozen=True)

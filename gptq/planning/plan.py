@@ -196,6 +196,8 @@ def plan_checkpoint(
     notes += notes_on_unused(left_over, unused, source.tensors)
     notes += _notes_on_repeats(blocks, trial)
     notes += [f"which tensors the model computes with is not known: {trial.failure}"] if trial.failure else []
+    if config.polish_steps:
+        notes.append("polishing holds the whole packed model; its memory and its time are in no figure of the plan")
     notes += note_on_left_out(folder, {file.name for file in source.files})
     tensors, slices = list_result_tensors(source, layers, names)
     refuse_model(model, folder, tensors, next(iter(layers.values())).format)

@@ -64,7 +64,6 @@ class Polished:
         return asdict(self)
 
 
-@fresh_torch_state()
 def polish(
     model: str | Path,
     original: str | Path,
@@ -90,13 +89,33 @@ def polish(
         InputError: anything a user can fix; then nothing is left at `out`. This includes a model whose format has no
             scales that may change by a little, such as K-quants.
     """
-    started, out = time.monotonic(), Path(out)
-    config, observer = config or PolishConfig(), observer or Observer()
-    folder, original_folder = resolve(str(model), None), resolve(str(original), None, allow_pickle)
+    folders = resolve(str(model), None), resolve(str(original), None, allow_pickle)
+    return polish_folder(
+        *folders, Path(out), config or PolishConfig(), calibration, device, dtype, trust_remote_code,
+        observer or Observer(), Names(str(model), str(original), None),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Names:
+    """What messages and the record call things."""
+
+    model: str
+    original: str
+    calibration: str | None  # None: as the source of the windows is called
+
+
+@fresh_torch_state()
+def polish_folder(
+    folder: Path, original_folder: Path, out: Path, config: PolishConfig, calibration: Any, device: str, dtype: str,
+    trust_remote_code: bool, observer: Observer, names: Names,
+) -> Polished:  # fmt: skip
+    """Do what `polish` says, with folders in place of names."""
+    started = time.monotonic()
     states = [SourceState.of(folder), SourceState.of(original_folder)]
     opened = open_model(open_source(folder), trust_remote_code)
     if quantization_of(folder) is None:
-        raise InputError(f"{model} is not a quantized checkpoint: its config.json has no quantization_config")
+        raise InputError(f"{names.model} is not a quantized checkpoint: its config.json has no quantization_config")
     packed = describe_packed(opened)
     require_causal(opened.network)
     windows, name, notes = _read_windows(calibration, config, folder, opened, trust_remote_code)
@@ -106,7 +125,7 @@ def polish(
         observer.note(note)
     with partial_folder(out) as working, exact_float32(where):
         _resume(working, _describe(config, opened, original_folder, windows, where, compute))
-        observer.stage(f"reading what {original} predicts")
+        observer.stage(f"reading what {names.original} predicts")
         logits = compute_original_logits(original_folder, windows, where, dtype, trust_remote_code)
         teacher = record_teacher(working.root, logits, len(windows), windows.shape[1] - 1, observer)
         network = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -115,7 +134,7 @@ def polish(
         blocks = [network.get_submodule(block.name) for block in find_blocks(opened.network)]
         with scaled_layers(network) as layers, checkpointed(blocks):
             if not layers:
-                raise InputError(f"{model} has no scales that may change by a little; its format fixes them")
+                raise InputError(f"{names.model} has no scales that may change by a little; its format fixes them")
             variables = Variables(network, layers, WeightStream(opened.source, opened.names, where, compute))
             descent = Descent(network, windows.to(where), teacher, variables, config, working.root, observer)
             reached = descent.run()
@@ -125,9 +144,10 @@ def polish(
             notes.append("no step brought the model closer to the original, so it stays as it was")
             observer.note(notes[-1])
             codes, tensors, after = {}, {}, reached.before
-        record = inherit_record(model, folder).model_copy(
+        record = inherit_record(names.model, folder).model_copy(
             update={"polish": PolishRecord(
-                original=model_name(original), calibration=public_name(name), config=config.to_dict(),
+                original=model_name(names.original), calibration=public_name(names.calibration or name),
+                config=config.to_dict(),
                 steps=reached.best_step, kl_before=reached.before, kl_after=after,
             )}
         )  # fmt: skip
