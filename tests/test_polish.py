@@ -197,6 +197,24 @@ def test_it_predicts_more_like_the_original_with_the_same_codes(packed: tuple[Pa
     assert again.kl_after == made.kl_after
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"format": "mlx"}, {"format": "mlx", "sym": False}, {"format": "pack-quantized"}, {"format": "gptq"}],
+    ids=str,
+)
+def test_scales_of_a_bfloat16_model_are_rounded_to_what_the_file_holds(
+    options: dict[str, Any], make_model: MakeModel, tokens: Tensor, tmp_path: Path
+) -> None:
+    """MLX keeps the model's dtype for scales and offsets, others have float16; the file's checksums tell."""
+    source = make_model("llama", dtype=torch.bfloat16)
+    config = QuantConfig.from_dict({"method": "rtn", "bits": 2, "group_size": 32, **options})
+    quantize(source, tmp_path / "q", config)
+    given = PolishConfig(steps=2, num_samples=8, seq_len=32)
+    made = polish(tmp_path / "q", source, tmp_path / "out", given, calibration=tokens, dtype="float32")
+    assert made.kl_after < made.kl_before
+    assert verify.verify(tmp_path / "out").problems == []
+
+
 class Stop(Observer):
     """Ends a run after a number of steps, as a kill would."""
 

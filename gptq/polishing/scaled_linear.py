@@ -31,9 +31,9 @@ class ScaledLinear(nn.Module):
 
     @property
     def grid(self) -> Grid:
-        """The grid of the packed layer."""
+        """The grid of the packed layer, with scales in the dtype in which they are stored."""
         layer = self._layer[0]
-        return formats.FORMATS[layer.scheme.format].grid(layer.scheme)
+        return formats.FORMATS[layer.scheme.format].grid(layer.scheme, self.codes().scale.dtype)
 
     def codes(self) -> Codes:
         """Return the packed layer's codes and scales, as they are stored."""
