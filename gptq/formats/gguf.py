@@ -78,8 +78,11 @@ class Ggml(FileFormat):
         """
         found = self.find_type(scheme)
         if found is None:
-            raise ValueError(f"{self.name} has no type for {scheme}")
+            raise ValueError(self._explain_no_type(scheme))
         return found
+
+    def _explain_no_type(self, scheme: Scheme) -> str:
+        return f"{self.name} has no type for {'symmetric' if scheme.sym else 'asymmetric'} {scheme.bits} bits"
 
     def refusal(self, scheme: Scheme, outputs: int, inputs: int, transposed: bool) -> str | None:
         kind, columns = self.find_type(scheme), scheme.columns(inputs)
@@ -88,7 +91,7 @@ class Ggml(FileFormat):
         if scheme.scattered:
             return "llama.cpp has no g_idx, which act-order with dynamic groups needs"
         if kind is None:
-            return f"{self.name} has no type for {'symmetric' if scheme.sym else 'asymmetric'} {scheme.bits} bits"
+            return self._explain_no_type(scheme)
         if inputs % kind.inputs:
             return f"{kind.name} has blocks of {kind.inputs} inputs, which do not divide the {inputs} inputs"
         if columns % kind.group or inputs % columns:

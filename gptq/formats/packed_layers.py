@@ -75,7 +75,12 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
 def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme) -> PackedLayer:
     file_format = formats.FORMATS[scheme.format]
     infos = {suffix: source.tensors[f"{layer}.{suffix}"] for suffix in suffixes}
-    needed = file_format.layout(scheme, 32, 32)  # of any shape, for the names
+    try:
+        needed = file_format.layout(scheme, 32, 32)  # of any shape, for the names
+    except ValueError as error:
+        raise InputError(
+            f"{layer} in {source.folder} is not stored as its quantization_config says: {error}"
+        ) from error
     if not needed.keys() - file_format.optional_keys <= infos.keys() <= needed.keys():
         raise InputError(
             f"{layer} in {source.folder} has {', '.join(sorted(infos))}; as {scheme.format} with {scheme.bits} bits it "
