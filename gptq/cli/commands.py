@@ -45,7 +45,7 @@ from gptq.polishing.quantize import quantize
 
 BAD_INPUT, UNEXPECTED, PIPE_CLOSED = 2, 3, 141  # exit codes; the last is that of shells, 128 and a signal's number
 PACKAGE = Path(__file__).parents[1]
-NO_MEMORY = ("allocate memory", "could not create a primitive")  # words of torch on a CPU, and of oneDNN
+NO_MEMORY = ("allocate memory", "could not create a primitive", "can't start new thread")  # torch, oneDNN, Python
 
 
 def run(args: argparse.Namespace) -> int:
