@@ -19,7 +19,14 @@ from torch import Tensor
 
 from gptq import InputError, QuantConfig, cli, quantize
 from gptq.checkpoint import small_files
-from gptq.checkpoint.atomic_folder import CONTENT, MARKER, _exclusive_lock, partial_folder, require_unused
+from gptq.checkpoint.atomic_folder import (
+    CONTENT,
+    MARKER,
+    _exclusive_lock,
+    atomic_folder,
+    partial_folder,
+    require_unused,
+)
 from gptq.checkpoint.small_files import write_file, write_folder
 from gptq.checkpoint.source_state import SourceState
 from gptq.config import Format
@@ -29,6 +36,7 @@ from gptq.output.convert import convert
 from gptq.output.record import PerplexityRecord, digest_of, read_record, write_json, write_record
 from gptq.output.results import RECORD
 from gptq.pipeline.run import Observer
+from gptq.pipeline.run_identity import describe_run
 from tests.conftest import MakeModel
 
 CONFIG = QuantConfig(bits=4, group_size=32, effort="fast", format="gptq")
@@ -140,6 +148,22 @@ def test_every_file_that_may_be_read_is_watched(name: str, tmp_path: Path) -> No
     shutil.rmtree(tmp_path)
     with pytest.raises(InputError, match="was changed, replaced or removed"):
         state.require_same()
+
+
+def test_a_file_that_goes_before_the_run_is_described_leaves_no_journal(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the journal says that the run was begun without it, and the same command does not go on."""
+    source = make_model()
+
+    def describe(*arguments: Any) -> Any:
+        (source / "config.json").unlink()
+        return describe_run(*arguments)
+
+    monkeypatch.setattr("gptq.pipeline.quantize.describe_run", describe)
+    with pytest.raises(InputError, match=r"config.json was changed, replaced or removed"):
+        quantize(source, tmp_path / "out", CONFIG, calibration=windows)
+    assert [*tmp_path.iterdir()] == [source]
 
 
 def test_a_source_that_only_looks_newer_is_the_same(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
@@ -316,6 +340,26 @@ def test_folders_that_lead_to_a_result_go_with_it(tmp_path: Path, monkeypatch: p
     with pytest.raises(InputError, match="out cannot be written: Too many open"):
         partial_folder(tmp_path / "a" / "b" / "out").__enter__()
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_step_that_the_system_refuses_once_leaves_no_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[Path] = []
+    rmdir = Path.rmdir
+
+    def refuse_once(folder: Path) -> None:
+        if not refused:
+            refused.append(folder)
+            raise OSError(errno.EIO, "Input/output error")
+        rmdir(folder)
+
+    monkeypatch.setattr(Path, "rmdir", refuse_once)
+    with atomic_folder(tmp_path / "out", 0) as folder:
+        (folder / "config.json").touch()
+    assert refused == [tmp_path / "out.partial"]
+    assert files_of(tmp_path) == {"out/config.json"}
+    assert not refused[0].exists()
 
 
 def test_what_is_left_beside_a_finished_result_is_removed(tmp_path: Path) -> None:

@@ -179,11 +179,16 @@ def _remove_links(root: Path) -> None:
 
 
 def _remove(root: Path) -> None:
-    """Remove the working folder, the marker last; give up silently if the system refuses."""
-    with suppress(OSError):
-        _empty(root)
-        (root / MARKER).unlink(missing_ok=True)
-        root.rmdir()
+    """Remove the working folder, the marker last; give up silently if the system refuses a second time.
+
+    What is left of a finished run's is removed by the next command with the same OUT (`require_unused`).
+    """
+    for _ in range(2):
+        with suppress(OSError):
+            _empty(root)
+            (root / MARKER).unlink(missing_ok=True)
+            root.rmdir()
+            return
 
 
 def _remove_empty(*folders: Path) -> None:

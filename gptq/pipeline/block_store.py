@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from gptq import formats
@@ -12,6 +13,7 @@ from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.background import Background
 from gptq.compute.distributed import ALONE, Ranks
+from gptq.output.record import Record, layer_records
 from gptq.pipeline.block_result import BlockResult
 from gptq.pipeline.journal import Journal
 from gptq.planning.plan import LayerPlan
@@ -84,14 +86,16 @@ class BlockStore:
     def restore(self, planned: Mapping[str, Mapping[str, LayerPlan]]) -> list[str]:
         """Load the blocks that an earlier run finished; return notes for the user.
 
-        If a block's entry lacks a layer or a tensor, or the tensors on disk do not match its checksums, that block and
-        those after it are quantized again. `planned` has the layers of each block by their names in the model.
+        If a block's entry lacks a layer or a tensor, or holds what a record cannot, or the tensors on disk do not match
+        its checksums, that block and those after it are quantized again. `planned` has the layers of each block by
+        their names in the model.
         """
         for entry in self._journal.find("block"):
             result = BlockResult.from_entry(entry)
             layers = planned.get(result.name, {})
             tensors = {f"{one.stored}.{suffix}" for one in layers.values() for suffix in _layout(one)}
-            if not result.is_whole(layers.keys(), tensors) or not self._writer.adopt(result.checksums):
+            is_whole = result.is_whole(layers.keys(), tensors) and _fits_a_record(result, layers)
+            if not is_whole or not self._writer.adopt(result.checksums):
                 self._journal.forget_blocks_from(result.name)
                 return [f"{result.name} is damaged in the unfinished folder, so it and what follows is done again"]
             self.finished[result.name] = result
@@ -107,6 +111,22 @@ class BlockStore:
         """Read a tensor of the output, by its name in the checkpoint."""
         self.wait()
         return self._writer.read(stored)
+
+
+def _fits_a_record(result: BlockResult, layers: Mapping[str, LayerPlan]) -> bool:
+    """Whether a record can hold what an entry of the journal says of a block."""
+    histograms = {name: dict(counts) for name, counts in result.histograms.items()}
+    try:
+        values = {
+            "model": "", "config": None, "calibration": None,
+            "layers": layer_records({**layers}, [*result.layers], {**result.weight_checksums}, histograms),
+            "blocks": [asdict(error) for error in result.errors],
+            "experts": [asdict(seen) for seen in result.coverage],
+        }  # fmt: skip
+        Record.model_validate(values)
+    except ValidationError:
+        return False
+    return True
 
 
 def _layout(plan: LayerPlan) -> dict[str, TensorInfo]:

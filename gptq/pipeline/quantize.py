@@ -176,6 +176,8 @@ def quantize(
         stack.enter_context(malloc_policy(frugal=True))
         working = stack.enter_context(partial_folder(Path(out))) if ranks.rank == 0 else partial_folder_of(Path(out))
         begun = describe_run(config, plan.source, where, compute, trust_remote_code)
+        check = partial(state.require_same, decisive_files(plan.source, state.stamps))
+        check()  # that what was described is what was planned
         journal, notes = open_journal(working, begun, len(plan.blocks), ranks)
         prepared = _prepare(request, plan, where, compute, journal, ranks)
         refuse_other_grids(prepared.plan, also)  # now with the final widths
@@ -187,7 +189,6 @@ def quantize(
         observer.started(len(plan.blocks), sum(layer.outputs * layer.inputs for layer in plan.layers.values()))
         writer = _open_writer(working, plan.tensors, ranks)
         background = Background(where, profile_of(where, ranks.size).packing_threads)
-        check = partial(state.require_same, decisive_files(plan.source))
         store = BlockStore(writer, journal, check, background, ranks)
         try:
             notes += _quantize_checkpoint(request, prepared, store, writer, working.root, ranks)

@@ -45,10 +45,20 @@ def describe_run(
     }
 
 
-def decisive_files(source: Source) -> list[Path]:
-    """Return the files that decide on the weights of the result: those of the source's, config.json and the code."""
+def decisive_files(source: Source, known: Iterable[str] = ()) -> list[Path]:
+    """Return the files that decide on the weights of the result: those of the source's, config.json and the code.
+
+    Args:
+        known: names of files that the folder had; the decisive of these are returned though they be gone.
+    """
     folder = source.folder
-    return [*source.files, *folder.glob("config.json"), *folder.glob(MODELOPT_CONFIG), *folder.glob("*.py")]
+    gone = [folder / name for name in known if not (folder / name).exists()]
+    others = [path for path in (*folder.iterdir(), *gone) if path.parent == folder and _is_decisive(path.name)]
+    return [*source.files, *sorted({*others} - {*source.files})]
+
+
+def _is_decisive(name: str) -> bool:
+    return name in ("config.json", MODELOPT_CONFIG) or (name.endswith(".py") and not name.startswith("."))
 
 
 def checksum_of_windows(windows: Iterable[Mapping[str, Tensor]]) -> str:
