@@ -1,6 +1,9 @@
 """Quantize one model with this package and with other GPTQ tools, in turns, on the same tokens; compare times.
 
     python scripts/bench_peers.py [--peers llm-compressor,gptqmodel] [--rounds 2] [--width 1024 ...] [--json FILE]
+    python scripts/bench_peers.py --ours fast,balanced --peers llm-compressor,gptqmodel,auto-round --rounds 1 --steps 2
+
+The second line is enough for memory, which does not depend on the number of AutoRound's steps.
 
 Each tool has its own virtual environment, made below --environments from the package registry, and each run its own
 process, from a safetensors folder to a safetensors folder: 4 bits, symmetric, groups of 128, each tool's own default
@@ -38,18 +41,21 @@ import json, os, sys, time
 os.cpu_count = lambda: max(16, len(os.sched_getaffinity(0)))  # GPTQModel's thread pool fails on machines with few cores
 import torch
 from safetensors.torch import load_file
-model, tokens, out = sys.argv[1:4]
+model, tokens, out, steps = *sys.argv[1:4], int(sys.argv[5])
 dtype = getattr(torch, sys.argv[4])
 """
 OURS = "ours"
-CODE = {
-    OURS: """
+RUN_OURS = """
 from gptq import QuantConfig, quantize
 import gptq.pipeline.quantize
 start = time.perf_counter(), time.process_time()
-config = QuantConfig(bits=4, group_size=128, sweeps=0, two_streams=False, tune_steps=0, format="pack-quantized")
+config = QuantConfig(bits=4, group_size=128, format="pack-quantized", **{options})
 quantize(model, out, config, calibration=load_file(tokens)["input_ids"])
-""",
+"""
+LEVELS = {OURS: {"sweeps": 0, "two_streams": False, "tune_steps": 0}, "fast": {"effort": "fast"},
+          "balanced": {"effort": "balanced"}}  # fmt: skip
+CODE = {
+    **{level: RUN_OURS.format(options=options) for level, options in LEVELS.items()},
     "llm-compressor": """
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -73,21 +79,33 @@ loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=128), device="c
 loaded.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids], batch_size=1)
 loaded.save(out)
 """,
+    "auto-round": """
+from auto_round import AutoRound
+from transformers import AutoModelForCausalLM, AutoTokenizer
+start = time.perf_counter(), time.process_time()
+ids = load_file(tokens)["input_ids"]
+loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
+tool = AutoRound(loaded, AutoTokenizer.from_pretrained(model), bits=4, group_size=128, sym=True, iters=steps,
+                 dataset=data, seqlen=ids.shape[1], nsamples=len(ids), device_map="cpu", enable_torch_compile=False)
+tool.quantize_and_save(out, format="auto_round")
+""",
 }
 
 
-def run(tool: str, python: str, model: Path, tokens: Path, out: Path) -> dict[str, float]:
+def run(tool: str, python: str, model: Path, tokens: Path, out: Path, steps: int) -> dict[str, float]:
     """Seconds and peak bytes of one run; raises RuntimeError with the end of the tool's output if it fails."""
     command = [python, "-c", BEGIN + CODE[tool] + TELL, str(model), str(tokens), str(out)]
     command.append(str(choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))).partition(".")[2])
+    command.append(str(steps))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    if tool == OURS:
+    if tool in LEVELS:
         environment = ENVIRONMENT | environment
     else:
         environment.pop("PYTHONPATH", None)
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out.parent)
     lines = [line for line in found.stdout.splitlines() if line.startswith("MEASURED ")]
-    if found.returncode or not lines or not any(out.glob("*.safetensors")):
+    if found.returncode or not lines or not any(out.rglob("*.safetensors")):
         raise RuntimeError(f"{tool} failed:\n{found.stdout[-1500:]}\n{found.stderr[-3000:]}")
     measured: dict[str, float] = json.loads(lines[0].removeprefix("MEASURED "))
     return measured
@@ -103,27 +121,32 @@ def add_tokenizer(model: Path, vocabulary: int) -> None:
     made.save_pretrained(model)
 
 
-def compare(pythons: dict[str, str], model: Path, tokens: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
+def compare(
+    pythons: dict[str, str], model: Path, tokens: Path, rounds: int, steps: int
+) -> dict[str, list[dict[str, float]]]:
     """Run all tools in turns; return the measurements of each tool's runs."""
     found: dict[str, list[dict[str, float]]] = {tool: [] for tool in pythons}
     for turn in range(rounds):
         for tool in list(pythons)[:: -1 if turn % 2 else 1]:
             with tempfile.TemporaryDirectory() as folder:
-                found[tool].append(run(tool, pythons[tool], model, tokens, Path(folder) / "out"))
+                found[tool].append(run(tool, pythons[tool], model, tokens, Path(folder) / "out", steps))
             last = found[tool][-1]
-            print(f"round {turn + 1}: {tool} {last['seconds']:.1f} s, {last['cpu']:.1f} of the CPU", flush=True)
+            print(f"round {turn + 1}: {tool} {last['seconds']:.1f} s, {last['cpu']:.1f} of the CPU, "
+                  f"{last['peak'] / 1e6:.0f} MB", flush=True)  # fmt: skip
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default="llm-compressor,gptqmodel", help="default: %(default)s")
+    parser.add_argument("--ours", default=OURS, help=f"of {', '.join(LEVELS)} (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=200, help="of AutoRound for each block (default: %(default)s)")
     default = Path(tempfile.gettempdir()) / "gptq-peers"
     parser.add_argument("--environments", type=Path, default=default, metavar="FOLDER", help="default: %(default)s")
     add_model_options(parser)
     args = parser.parse_args()
-    tools = [OURS, *args.peers.split(",")]
+    tools = [*args.ours.split(","), *args.peers.split(",")]
     if unknown := set(tools) - set(CODE):
         parser.error(f"no tool is called {min(unknown)}; there are {', '.join(CODE)}")
     pythons = {tool: make_environment(args.environments / tool, PACKAGES.get(tool, [])) for tool in tools}
@@ -132,12 +155,12 @@ def main() -> None:
         make_model(model, args.width, args.blocks, args.intermediate, args.vocabulary)
         add_tokenizer(model, args.vocabulary)
         save_file({"input_ids": calibration_tokens(args.windows, args.tokens, args.vocabulary)}, tokens)
-        found = compare(pythons, model, tokens, args.rounds)
-    print(f"{'tool':16}{'seconds':>10}{'range':>18}{'x ours':>8}{'CPU':>8}{'x ours':>8}{'peak MB':>9}")
+        found = compare(pythons, model, tokens, args.rounds, args.steps)
+    print(f"{'tool':16}{'seconds':>10}{'range':>18}{'x first':>8}{'CPU':>8}{'x first':>8}{'peak MB':>9}")
     for tool, runs in found.items():
         seconds, cpu = ([one[kind] for one in runs] for kind in ("seconds", "cpu"))
         ratios = [
-            statistics.median(one[kind] for one in runs) / statistics.median(one[kind] for one in found[OURS])
+            statistics.median(one[kind] for one in runs) / statistics.median(one[kind] for one in found[tools[0]])
             for kind in ("seconds", "cpu")
         ]
         spread, peak = f"{min(seconds):.1f} to {max(seconds):.1f}", max(one["peak"] for one in runs)
