@@ -103,12 +103,15 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
         try:
             require_unused(out)
             root.mkdir(parents=True, exist_ok=True)
-            descriptor = stack.enter_context(_exclusive_lock(root, out))
-        except OSError as error:
+            working = partial_folder_of(out)
+            working.descriptor = stack.enter_context(_exclusive_lock(root, out))
+        except InputError:
+            raise  # the folder may be another run's
+        except BaseException as error:
             _remove_empty(root, *made)
-            raise InputError(f"{out} cannot be written: {error.strerror}") from error
-        working = partial_folder_of(out)
-        working.descriptor = descriptor
+            if isinstance(error, OSError):
+                raise InputError(f"{out} cannot be written: {error.strerror}") from error
+            raise
         try:
             require_unused(out)  # again, now that the folder is locked
             _remove_links(root)
@@ -117,7 +120,7 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             working.require_ours()
             for file in (*working.content.rglob("*"), working.content):
                 sync_path(file)
-            os.rename(working.content.name, out, src_dir_fd=descriptor)
+            os.rename(working.content.name, out, src_dir_fd=working.descriptor)
             sync_path(out.parent)
         except BaseException as error:
             if not working.is_ours():

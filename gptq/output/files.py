@@ -148,8 +148,12 @@ def _sizes(written: Source, layers: Layers, record: Record) -> dict[str, float]:
 
 
 def _files_below(out: Path, tensors: list[Path]) -> list[Path]:
-    """Return the files of a result except those with tensors; the files at the top come first."""
-    found = [path for path in out.rglob("*") if path.is_file() and path not in tensors]
+    """Return the files of a result except those with tensors; the files at the top come first.
+
+    A record and hidden files can only be another run's here, which writes on though its folder was taken away.
+    """
+    others = (path for path in out.rglob("*") if path.name != RECORD and not path.name.startswith("."))
+    found = [path for path in others if path.is_file() and path not in tensors]
     return sorted(found, key=lambda path: (path.parent != out, path))
 
 
