@@ -68,6 +68,7 @@ def _check_entry(path: Path, inside: list[Path]) -> None:
             raise InputError(f"{path} cannot be opened: {error}") from error
         return  # gone since the folder was listed: another process replaces files by renaming temporary ones
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
+        raise_if_refused(error, path)
         raise InputError(f"{path} cannot be opened: {error}") from error
     if not any(target.is_relative_to(place) for place in inside):
         raise InputError(f"{path} is a link to {target}, outside its folder; copy that file into the folder instead")
