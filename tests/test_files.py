@@ -509,3 +509,31 @@ def test_a_file_that_is_not_there_is_a_difference(written_once: Path, tmp_path: 
     problems = verify.verify(tmp_path / "out").problems
     assert "generation_config.json is missing" in problems
     assert len(problems) > 2
+
+
+def test_what_an_earlier_run_left_stays_until_a_run_has_looked_into_it(tmp_path: Path) -> None:
+    """Ctrl-C right after the start, or an early mistake, costs no finished block; a run that began anew cleans up."""
+    out, left = tmp_path / "out", tmp_path / "out.partial" / "journal.jsonl"
+    left.parent.mkdir()
+    (left.parent / MARKER).touch()
+    left.write_text("blocks")
+    with pytest.raises(KeyboardInterrupt) as caught, partial_folder(out):
+        raise KeyboardInterrupt
+    assert "keeps what an earlier run has left" in " ".join(caught.value.__notes__)
+    with pytest.raises(InputError, match=r"too few; .*out.partial keeps what an earlier run"), partial_folder(out):
+        raise InputError("too few")
+    assert left.read_text() == "blocks"
+    with pytest.raises(KeyboardInterrupt), partial_folder(out) as working:  # noqa: PT012
+        working.clear()
+        raise KeyboardInterrupt
+    assert not left.parent.exists()
+
+
+def test_an_empty_folder_that_a_killed_run_left_beside_its_result_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with atomic_folder(out, 0) as folder:
+        (folder / "a").touch()
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(InputError, match="exists and is not empty"):
+        require_unused(out)
+    assert not (tmp_path / "out.partial").exists()

@@ -26,7 +26,8 @@ class PartialFolder:
     """The working folder of a run, OUT.partial.
 
     When the run fails, `describe_kept` returns a sentence about what the folder keeps for resuming; it is shown with
-    the error. An empty string means that nothing is kept, and the folder is removed.
+    the error. An empty string means that nothing is kept, and the folder is removed. Until a run has cleared the folder
+    or looked into it, what an earlier run has left there is kept.
     """
 
     root: Path
@@ -49,6 +50,7 @@ class PartialFolder:
 
     def clear(self) -> None:
         """Remove all files of an earlier run."""
+        self.describe_kept = str
         _empty(self.root)
         self.content.mkdir()
         sync_path(self.root)
@@ -112,6 +114,8 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             if isinstance(error, OSError):
                 raise InputError(f"{out} cannot be written: {error.strerror}") from error
             raise
+        if any(file.name != MARKER for file in root.iterdir()):
+            working.describe_kept = lambda: f"{root} keeps what an earlier run has left there"
         try:
             require_unused(out)  # again, now that the folder is locked
             _remove_links(root)
@@ -240,6 +244,9 @@ def require_unused(out: Path) -> None:
 
 def _remove_finished(root: Path) -> None:
     """Remove a working folder whose content has become the result, if its run was killed right afterwards."""
+    with suppress(OSError):
+        root.rmdir()  # if the run was killed before the last step of removing it
+        return
     if not (root / MARKER).is_file() or (root / CONTENT).exists():
         return
     with suppress(OSError, InputError), _exclusive_lock(root, root):
