@@ -1,6 +1,7 @@
 """Commands for `break.py` to disturb, the children that run them, and the stage with models that they need."""
 
 import atexit
+import faulthandler
 import hashlib
 import io
 import os
@@ -204,6 +205,8 @@ def _open_output(where: str) -> int:
 def _main(watch: Watch | None) -> int:
     from gptq.__main__ import main
 
+    with suppress(OSError, RuntimeError):  # without threads or a place to write
+        faulthandler.dump_traceback_later(PATIENCE - 10, file=2)  # a command that hangs says where
     sys.setprofile(watch)
     try:
         return main()

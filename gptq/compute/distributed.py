@@ -174,6 +174,7 @@ class Ranks:
         return found
 
 
+SIGNAL_SECONDS = 0.1  # within which a signal ends the wait for other processes
 ALONE = Ranks()  # a run of a single process
 
 
@@ -196,7 +197,8 @@ def process_group(device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # an interrupt can come between
+            dist.destroy_process_group()
 
 
 def _meet(backend: str) -> None:
@@ -216,7 +218,8 @@ def _meet(backend: str) -> None:
 
     meeting = threading.Thread(target=meet, daemon=True)
     meeting.start()
-    meeting.join()
+    while meeting.is_alive():
+        meeting.join(SIGNAL_SECONDS)  # a signal that another thread received wakes nobody
     if failed:
         raise failed[0]
 

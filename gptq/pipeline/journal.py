@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel, Field, RootModel
 
 from gptq.calibration.arrays import Inputs
 from gptq.checkpoint.small_files import sync_path
@@ -40,7 +40,7 @@ class _Begun(BaseModel):
 
 
 class _Windows(BaseModel):
-    count: int
+    count: int = Field(gt=0)
     sha256: str
     notes: list[str]
 
