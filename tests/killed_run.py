@@ -14,14 +14,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptq import QuantConfig, quantize
+from gptq import InputError, QuantConfig, quantize
+from gptq.checkpoint.atomic_folder import require_unused
 from gptq.checkpoint.writer import ShardWriter
 from gptq.pipeline.journal import Journal
 
@@ -150,6 +151,9 @@ def main() -> None:
     shutil.rmtree(out)  # what a life that ended after the renaming left behind is in nobody's way
     run(model, out, windows)
     stepwise = {"lives": lives, "same": same and content(out) == whole}
+    for path in [*folder.iterdir()]:  # a kill right after the renaming leaves what the next command of the name removes
+        with suppress(InputError):
+            require_unused(path)
     left = [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
     json.dump({"seconds": seconds, "by_the_clock": by_the_clock, "stepwise": stepwise, "left": left}, sys.stdout)
 
