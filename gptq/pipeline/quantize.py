@@ -120,34 +120,13 @@ def quantize(
     observer: Observer | None = None,
     last: LastStep | None = None,
 ) -> Result:
-    """Quantize a Hugging Face checkpoint into a new folder.
+    """Quantize a checkpoint into a new folder; the arguments are those of `gptq.quantize`, which calls this.
 
     Args:
-        model: folder, or Hub id (then at `revision`).
-        out: folder to create; it appears only when the run has succeeded. When a run fails or is killed after the first
-            block, OUT.partial stays, and the same call resumes after the last finished block.
-        calibration: source of text, chats, images, sound or arrays (see `gptq.calibration.sources`); or a
-            `datasets.Dataset` or list of rows, a list of texts or of chats; or ready windows of tokens, (windows,
-            tokens) integers; or a list of the model's inputs, as dicts of arrays whose first dimension counts windows
-            (`input_ids` and `attention_mask` of padded texts, say), or as a processor returns them for one window.
-        device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one.
-        dtype: of the forward passes: "float32", "bfloat16", "float16"; "auto" is the dtype in config.json, but
-            float32 on a CPU without native bfloat16. The solver works in float32 on the stored weights.
-        batch_size: how many calibration windows are in mid-block at once (default all). The remaining windows
-            repeat the block's forward for each distinct layer input: less memory, more time, the same result.
-        memory_limit: largest resident memory of this process in bytes; by default most of the machine's free memory.
-            The limit decides on `batch_size` and on whether activations between blocks, and the Hessians of wide
-            layers, are in files; it
-            never changes the result. `gpu_memory_limit` limits the memory of the GPU in the same way.
-        allow_pickle: if the model has pickled weights alone (`pytorch_model*.bin`), convert these to safetensors first,
-            in a confined process of its own, into the cache of the Hub's client.
-        also: further formats to write the result in, which have to have the grid of `config.format`. Then `out` holds
-            a folder for each format, called like it.
-        last: what changes the finished checkpoint as a whole before it gets its name.
-
+        last: what changes the finished checkpoint as a whole before it gets its name, which is what `polish_steps` of
+            the config asks for.
     Raises:
-        InputError: anything a user can fix; then nothing is left at `out`. This includes an OUT.partial that was begun
-            with other options, another model or other calibration windows.
+        InputError: as `gptq.quantize`.
     """
     started = time.monotonic()
     observer, config = observer or Observer(), config or QuantConfig()

@@ -26,8 +26,7 @@ RATE = 5e-3  # learning rate of scales and small parameters, relative to their s
 CODE_RATE = 0.1  # learning rate of the logits of codes
 TEMPERATURES = (1.0, 0.05)  # of the softmax, first and last; it falls geometrically
 SMALLEST_POWER = 1e-30  # divisor in place of a mean square of 0
-JOINED_DIFFERENCE = 1e-3  # largest relative mean square by which windows may differ that are run together
-
+JOINED_DIFFERENCE = 1e-3  # largest relative root mean square by which windows may differ that are run together
 FUSED_ADAM = ("cpu", "cuda")  # devices on which torch updates a variable in one pass
 
 ParameterKey = tuple[nn.Module, str]  # a module, and the name of one of its parameters
@@ -72,6 +71,8 @@ class BlockToTune:
             return 1
         try:
             found = hidden_states(joined())  # (windows, tokens, features)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # memory may not decide
         except Exception:  # of any type: the block's own code does not take several windows
             return 1
         alone = torch.cat([hidden_states(self.forwards[i]()) for i in several])

@@ -10,7 +10,7 @@ very many for. Memory holds the packed model, one dequantized block, and one win
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import HELD_OUT_EVERY, make_windows, read_calibration
 from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder
@@ -170,12 +171,24 @@ def _read_windows(
     as_drawn = QuantConfig(num_samples=config.num_samples, seq_len=config.seq_len, seed=config.seed)
     source = read_calibration(given, as_drawn, folder, None, trust_remote_code)
     drawn, notes = make_windows(source, config.num_samples, folder, opened.network, as_drawn, trust_remote_code)
-    shapes = {tuple(window["input_ids"].shape) for window in drawn}
-    if len(shapes) > 1 or any(window.keys() != {"input_ids"} for window in drawn):
-        raise InputError(f"{source.name} gives windows of several lengths or of more than text; polishing takes text")
-    if len(drawn) < HELD_OUT_EVERY:
-        raise InputError(f"{len(drawn)} windows leave none to measure on; polishing needs {HELD_OUT_EVERY} or more")
-    return torch.cat([window["input_ids"] for window in drawn]), source.name, notes
+    return join_windows(drawn, source.name), source.name, notes
+
+
+def join_windows(windows: Sequence[Inputs], name: str) -> Tensor:
+    """Return windows of text as one array, (windows, tokens); `name` is that of their source.
+
+    Raises:
+        InputError: they are not all of text and of one length, or too few to measure on some of them.
+    """
+    of_text = all(window.keys() == {"input_ids"} for window in windows)
+    if not of_text or len({window["input_ids"].shape for window in windows}) > 1:
+        raise InputError(
+            f"{name} gives windows of several lengths or of more than text; polishing takes windows of text of one "
+            "length"
+        )
+    if len(windows) < HELD_OUT_EVERY:
+        raise InputError(f"{len(windows)} windows leave none to measure on; polishing needs {HELD_OUT_EVERY} or more")
+    return torch.cat([window["input_ids"] for window in windows])
 
 
 def _describe(

@@ -25,15 +25,10 @@ class ScaledLinear(nn.Module):
         super().__init__()
         self._layer = [layer]  # in a list, so that its buffers are not this module's
         scale = self.codes().scale
+        self.grid: Grid = formats.FORMATS[layer.scheme.format].grid(layer.scheme, scale.dtype)
         self.change = nn.Parameter(torch.zeros(scale.shape, device=scale.device))
         self.shift = nn.Parameter(torch.zeros_like(self.change)) if self.grid.tunes_offsets else None
         self.out_features, self.in_features = layer.out_features, layer.in_features
-
-    @property
-    def grid(self) -> Grid:
-        """The grid of the packed layer, with scales in the dtype in which they are stored."""
-        layer = self._layer[0]
-        return formats.FORMATS[layer.scheme.format].grid(layer.scheme, self.codes().scale.dtype)
 
     def codes(self) -> Codes:
         """Return the packed layer's codes and scales, as they are stored."""
