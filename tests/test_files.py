@@ -1,7 +1,6 @@
 """Files beside the weights come along; files that change meanwhile, or that are written by several, spoil no result."""
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -480,13 +479,13 @@ def test_a_converted_folder_has_its_own_sizes(chosen: Format, written_once: Path
 def test_what_the_system_does_not_let_read_is_no_difference(
     name: str, number: int, written_once: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
-        if Path(path).name == name:
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == name:
             raise OSError(number, os.strerror(number))
-        return open_file(path, *arguments, **options)
+        return open_path(path, *arguments, **options)
 
-    open_file = io.open
-    monkeypatch.setattr(io, "open", refuse)
+    open_path = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
     assert cli.main(["verify", str(written_once)]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert os.strerror(number) in said
