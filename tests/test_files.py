@@ -528,6 +528,23 @@ def test_what_an_earlier_run_left_stays_until_a_run_has_looked_into_it(tmp_path:
     assert not left.parent.exists()
 
 
+def test_what_cannot_be_removed_is_not_called_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "out", 0) as folder:
+            (folder / "a").touch()
+            monkeypatch.setattr(shutil, "rmtree", refuse)
+            refuse()
+
+    with pytest.raises(InputError, match=r"out\.partial keeps what could not be removed"):
+        write()
+    monkeypatch.undo()
+    with atomic_folder(tmp_path / "out", 0) as folder:
+        assert not any(folder.iterdir())
+
+
 def test_an_empty_folder_that_a_killed_run_left_beside_its_result_is_removed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with atomic_folder(out, 0) as folder:

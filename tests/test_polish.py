@@ -248,7 +248,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 def test_what_a_stopped_run_left_is_checked_before_it_is_used(
     packed: tuple[Path, Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A changed byte in any file of OUT.partial: the result is that of an undisturbed run, or there is none."""
+    """A changed byte in any file of OUT.partial, or one gone: the result is an undisturbed run's, or there is none."""
     monkeypatch.setattr(descent, "CHECK_EVERY", 2)
     source, folder = packed
     whole, out = folder.with_name("whole"), folder.with_name("out")
@@ -259,13 +259,17 @@ def test_what_a_stopped_run_left_is_checked_before_it_is_used(
     partial.rename(kept)
     for name, byte, said in (
         (STATE, -9, "all steps are taken again"),
+        (BEGUN, None, ""),
         (BEGUN, 5, "remove it"),
     ):
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(kept, partial)
-        flip(partial / name, byte)
+        if byte is None:
+            (partial / name).unlink()
+        else:
+            flip(partial / name, byte)
         observer = Notes()
-        if name == BEGUN:
+        if said == "remove it":
             with pytest.raises(InputError, match=said):
                 polish(folder, source, out, options, calibration=tokens)
             return
@@ -273,6 +277,23 @@ def test_what_a_stopped_run_left_is_checked_before_it_is_used(
         assert said in " ".join(observer.notes)
         assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
         shutil.rmtree(out)
+
+
+class Sweeps(Observer):
+    """Removes the working folder when a step is done."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def step_done(self, done: int, total: int) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+def test_a_working_folder_that_is_gone_is_told_as_that(packed: tuple[Path, Path], tokens: Tensor) -> None:
+    source, folder = packed
+    out = folder.with_name("out")
+    with pytest.raises(InputError, match=r"out\.partial"):
+        polish(folder, source, out, OPTIONS, calibration=tokens, observer=Sweeps(out.with_name("out.partial")))
 
 
 class Changes(Observer):

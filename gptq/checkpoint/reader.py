@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from gptq.checkpoint.header import StoredTensor, UnsupportedError, read_header
 from gptq.checkpoint.tensors import INDEX, SINGLE, TensorInfo
-from gptq.checkpoint.untrusted import raise_if_refused, read_json
+from gptq.checkpoint.untrusted import check_path, raise_if_refused, read_json
 from gptq.errors import InputError
 
 EVERY = slice(None)  # all rows of a tensor
@@ -227,10 +226,7 @@ def _header_of(file: Path) -> dict[str, StoredTensor]:
         InputError: the file is damaged or gone, or its path is not UTF-8, which other libraries need.
         OSError: the system refuses to read the file.
     """
-    try:
-        os.fsencode(file).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} cannot be opened, because its path is not UTF-8; rename the folder") from error
+    check_path(file)
     try:
         return read_header(file)
     except UnsupportedError as error:

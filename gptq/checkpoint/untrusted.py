@@ -7,6 +7,7 @@ upload.
 
 import errno
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def check_folder(folder: Path) -> None:
     """
     if folder.is_dir():
         check_files(folder, [*sorted(path.name for path in folder.iterdir()), *companions(folder)[0]])
+
+
+def check_path(path: Path) -> None:
+    """Raises InputError if the path is not UTF-8, which other libraries need."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} cannot be opened, because its path is not UTF-8; rename the folder") from error
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:

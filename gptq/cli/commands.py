@@ -305,7 +305,7 @@ def _convert(args: argparse.Namespace) -> int:
             progress=progress.layer_written,
         )
     for note in made.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     if args.json:
         _print_json(made.to_dict())
     else:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from gptq.errors import printable
 from gptq.pipeline.run import Observer
 
 
@@ -30,7 +31,7 @@ class Progress(Observer):
 
     def stage(self, text: str) -> None:
         if self._bar:
-            self._bar.set_description(text)
+            self._bar.set_description(printable(text))
         else:
             _print_above_bar(text)
 
@@ -108,5 +109,5 @@ def _is_notebook() -> bool:
 
 def _print_above_bar(text: str) -> None:
     """Print a line above the bar, without buffering."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
     sys.stderr.flush()

@@ -14,7 +14,7 @@ from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.companions import WEIGHTS
 from gptq.checkpoint.reader import Source, headers_of, readable_tensors
 from gptq.checkpoint.tensors import INDEX, sha256, sha256_file
-from gptq.checkpoint.untrusted import check_files, check_folder, read_json
+from gptq.checkpoint.untrusted import check_files, check_folder, check_path, read_json
 from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import Format
 from gptq.errors import InputError
@@ -181,9 +181,11 @@ def verify(folder: str | Path) -> Verification:
     This finds damage, not forgery: whoever changes a file on purpose can also change the record.
 
     Raises:
-        InputError: the record cannot be read, or there is none and the checkpoint cannot be opened.
+        InputError: the record cannot be read, or there is none and the checkpoint cannot be opened; or the path is not
+            UTF-8.
     """
     folder = Path(folder)
+    check_path(folder)
     if not os.path.lexists(folder / RECORD):
         source, quantization = _open_checkpoint(folder)
         packed = packed_layers(source, quantization)

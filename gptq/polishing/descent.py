@@ -3,9 +3,12 @@
 Only the inputs of blocks are kept for the backward pass. Windows are run one at a time, short ones together.
 """
 
+import errno
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -186,11 +189,11 @@ class Descent:
             tensors |= {f"{i}.{moment}": self._optimizer.state[variable][moment] for moment in MOMENTS}
         temporary = self._file.with_suffix(".new")
         said = json.dumps(asdict(reached))
-        save_file(
-            {name: x.contiguous() for name, x in tensors.items()},
-            temporary,
-            {"reached": said, "sha256": _digest(said, tensors)},
-        )
+        metadata = {"reached": said, "sha256": _digest(said, tensors)}
+        try:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise _system_error(error, temporary) from error
         sync_path(temporary)
         temporary.replace(self._file)
 
@@ -227,3 +230,10 @@ class Descent:
     def _set_best(self) -> None:
         for variable, best in zip(self._variables.tensors(), self._best, strict=True):
             variable.copy_(best)
+
+
+def _system_error(error: SafetensorError, file: Path) -> OSError:
+    """Return what the system said of a file, which the library puts into words."""
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number), str(file))

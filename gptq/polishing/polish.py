@@ -211,10 +211,10 @@ def _resume(working: PartialFolder, begun: dict[str, Any]) -> None:
         InputError: the earlier run was begun with something else.
     """
     file, state = working.root / BEGUN, working.root / STATE
-    changed = list_changes(read_json(file), begun) if file.is_file() else [""]
+    changed = list_changes(read_json(file), begun) if file.is_file() else []
     if changed and state.is_file():
         raise InputError(f"{working.root} was begun with {' and '.join(changed)}; give the same, or remove it")
-    if changed:
+    if changed or not file.is_file():  # a state without the file is what a removal has left that was stopped midway
         working.clear()
         write_file(file, json.dumps(begun))
     working.describe_kept = lambda: (
