@@ -44,6 +44,7 @@ def test_freed_blocks_are_kept_by_a_generous_policy_and_afterwards_as_usual() ->
     assert done.stdout.split() == ["True", "False", "False", "False", "True", "False"]
 
 
+@pytest.mark.slow
 def test_planning_leaves_malloc_alone(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

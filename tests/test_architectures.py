@@ -69,6 +69,7 @@ def dequantized(source: Path, out: Path, folder: Path) -> PreTrainedModel:
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*EXPERTS, *OTHERS])
 def test_every_other_architecture_from_file_to_file(
     kind: str, make_model: MakeModel, rng: torch.Generator, tmp_path: Path
@@ -239,6 +240,7 @@ def test_weights_that_are_computed_with_in_lists_and_transposed() -> None:
     assert find_uncalled_layers(network, blocks, trial) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"two_streams": False}, {"tune_steps": 2}])
 def test_experts_come_out_the_same_for_every_batch_size(
     options: dict[str, Any], make_model: MakeModel, rng: torch.Generator, tmp_path: Path
@@ -272,6 +274,7 @@ def test_experts_that_compute_something_else_are_not_taken_apart() -> None:
 # --- other inputs, other heads ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_encoders_calibrate_on_text_and_two_stacks_on_its_halves(
     make_model: MakeModel, text_file: str, tmp_path: Path
 ) -> None:

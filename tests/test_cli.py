@@ -255,6 +255,7 @@ def test_a_mistake_that_needs_no_library_is_found_before_torch_is_imported(tmp_p
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_bad_input(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli.main(["quantize", str(make_model("llama")), str(out), *FAST, "--calibration", text_file]) == 0

@@ -79,6 +79,7 @@ def test_every_architecture_from_file_to_file(
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_file_holds_is_what_the_solver_chose_and_the_forward_used(
     make_model: MakeModel, windows: Tensor, tmp_path: Path
 ) -> None:
@@ -536,6 +537,7 @@ def test_bytes_do_not_depend_on_the_global_generator(make_model: MakeModel, text
     assert other != digests[0]
 
 
+@pytest.mark.slow
 def test_samples_auto_stops_when_more_would_not_help(
     make_model: MakeModel, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

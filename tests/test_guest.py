@@ -229,6 +229,7 @@ def test_a_packed_layer_is_one_graph_for_a_compiler(packed: Packed) -> None:
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_packed_layer_is_exported_without_this_package(packed: Packed) -> None:
     layer, x = packed.layer(), torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -344,6 +345,7 @@ STATES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_modes_of_the_caller_change_no_byte(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
     source, plain = make_model(num_hidden_layers=1), tmp_path / "plain"
     quantize(source, plain, CONFIG, calibration=windows)
@@ -383,6 +385,7 @@ def test_threads_share_one_default_dtype_and_the_last_restores_it() -> None:
     assert found == [torch.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_packed_model_can_be_traced(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
     quantize(make_model(), tmp_path / "out", QuantConfig(method="rtn", group_size=32))

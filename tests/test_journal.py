@@ -185,6 +185,7 @@ def test_a_target_is_not_measured_twice(
     assert all_bytes(out) == all_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_enough_windows_are_not_searched_twice(
     make_model: MakeModel, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +198,7 @@ def test_enough_windows_are_not_searched_twice(
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_and_is_freed(
     make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +387,7 @@ def test_a_flipped_bit_anywhere_in_an_unfinished_file_does_not_reach_the_result(
         assert (tmp_path / "model.safetensors").read_bytes() == whole, byte
 
 
+@pytest.mark.slow
 def test_links_and_strange_files_in_an_unfinished_folder_reach_neither_the_result_nor_what_they_point_to(
     make_model: MakeModel, windows: Tensor, tmp_path: Path
 ) -> None:

@@ -194,6 +194,7 @@ def test_cifar10_has_the_ranges_that_are_known_of_it() -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_is_seeded_learns_and_leaves_the_global_generator_alone() -> None:
     digits = data.load()
     before = torch.get_rng_state()

@@ -52,6 +52,7 @@ def test_words_are_the_bit_string_and_biases_undo_the_middle(bits: int, rng: tor
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
 def test_to_other_formats_and_back_are_the_same_bytes(kind: str, make_model: MakeModel, tmp_path: Path) -> None:
     first, there, back = tmp_path / "mlx", tmp_path / "gptq", tmp_path / "back"

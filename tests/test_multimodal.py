@@ -148,6 +148,7 @@ def test_windows_of_patches_quantize_the_tower_too(qwen: Path, rng: torch.Genera
     assert (found - expected).norm() < 0.25 * expected.norm()
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_a_byte(qwen: Path, rng: torch.Generator, tmp_path: Path) -> None:
     """A window's pictures stay; of its tokens the masked ones are as if they were not there."""
     plain = [dict(window) for window in qwen_windows(rng, 2)]
@@ -226,6 +227,7 @@ SAYINGS = [f"the picture number {number} shows noise and nothing else" for numbe
 TALKS = [[{"role": "user", "content": "what is this?"}, {"role": "assistant", "content": saying}] for saying in SAYINGS]
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_goes_through_the_models_processor(llava: Path, tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "pictures", [{"messages": talk} for talk in TALKS])
     out, given = tmp_path / "out", tmp_path / "given"

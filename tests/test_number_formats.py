@@ -79,6 +79,7 @@ def test_bytes_of_powers_of_two_are_read_and_written() -> None:
     assert torch.isinf(number_formats.powers_of_two(torch.tensor([255], dtype=torch.uint8)))
 
 
+@pytest.mark.slow
 @EVERY
 def test_quantized_loaded_verified_and_inspected(
     kind: Format, make_model: MakeModel, windows: Tensor, tmp_path: Path
@@ -107,6 +108,7 @@ def test_quantized_loaded_verified_and_inspected(
         convert(out, tmp_path / "no", kind)
 
 
+@pytest.mark.slow
 def test_fused_layers_share_their_global_scale(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
     """vLLM takes one of the scales for all; experts too have one for gate and up."""
     for kind in ("llama", "qwen3_moe"):

@@ -81,6 +81,7 @@ def test_a_plain_text_file_gives_the_rows_of_the_hubs_data_set(tmp_path: Path) -
         script.read_rows(c4, str(sentences))
 
 
+@pytest.mark.slow
 def test_the_script_agrees_with_the_package(
     make_model: MakeModel,
     text: str,

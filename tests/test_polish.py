@@ -180,6 +180,7 @@ def packed(make_model: MakeModel, tmp_path: Path, tokens: Tensor) -> tuple[Path,
     return source, tmp_path / "q"
 
 
+@pytest.mark.slow
 def test_it_predicts_more_like_the_original_with_the_same_codes(packed: tuple[Path, Path], tokens: Tensor) -> None:
     source, folder = packed
     out = folder.with_name("out")
@@ -226,6 +227,7 @@ class Stop(Observer):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     packed: tuple[Path, Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +328,7 @@ def test_what_cannot_be_polished_is_refused(make_model: MakeModel, packed: tuple
     assert not out.with_name("out.partial").exists()
 
 
+@pytest.mark.slow
 def test_what_is_measured_afterwards_is_better_on_text_that_was_not_seen(
     make_model: MakeModel, tmp_path: Path, text: str
 ) -> None:

@@ -355,6 +355,7 @@ def test_the_operator_is_what_compilers_are_told_of_it(dtype: torch.dtype) -> No
         assert torch.equal(torch.ops.gptq.multiply(x, *layer._operands), layer(x))
 
 
+@pytest.mark.slow
 def test_what_leaves_the_process_or_wants_gradients_is_unpacked() -> None:
     rng = torch.Generator().manual_seed(0)
     layer = random_layer(rng, Scheme(4, 32, False, "gptq"), 64, 64).eval()

@@ -27,6 +27,7 @@ def test_every_preset_is_a_configuration_and_plain_gptq_pins_what_it_means() -> 
     assert levers == (False, False, 0, False, 0)
 
 
+@pytest.mark.slow
 def test_the_table_agrees_with_the_package_and_goes_on_where_it_stopped(
     make_model: MakeModel,
     text_file: str,

@@ -210,6 +210,7 @@ def plain(make_model: MakeModel) -> Path:
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_are_decoded_bit_for_bit_and_quantized_as_the_decoded_model_is(
     layout: str, plain: Path, windows: Tensor, tmp_path: Path
