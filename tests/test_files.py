@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -526,6 +526,28 @@ def test_what_an_earlier_run_left_stays_until_a_run_has_looked_into_it(tmp_path:
         working.clear()
         raise KeyboardInterrupt
     assert not left.parent.exists()
+
+
+def test_a_working_folder_that_cannot_be_listed_is_not_left_and_nothing_in_it_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> Iterator[Path]:
+        if path.name == "out.partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return iterdir(path)
+
+    iterdir = Path.iterdir
+    for kept in (False, True):
+        if kept:
+            (tmp_path / "out.partial").mkdir()
+            (tmp_path / "out.partial" / MARKER).touch()
+            (tmp_path / "out.partial" / "journal.jsonl").touch()
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "iterdir", refuse)
+            with pytest.raises((InputError, OSError)), partial_folder(tmp_path / "out"):
+                pytest.fail("was entered")
+        assert (tmp_path / "out.partial" / "journal.jsonl").exists() == kept
+        assert (tmp_path / "out.partial").exists() == kept
 
 
 def test_what_cannot_be_removed_is_not_called_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

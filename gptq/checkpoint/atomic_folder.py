@@ -107,6 +107,8 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             root.mkdir(parents=True, exist_ok=True)
             working = partial_folder_of(out)
             working.descriptor = stack.enter_context(_exclusive_lock(root, out))
+            if any(file.name != MARKER for file in root.iterdir()):
+                working.describe_kept = lambda: f"{root} keeps what an earlier run has left there"
         except InputError:
             raise  # the folder may be another run's
         except BaseException as error:
@@ -114,8 +116,6 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             if isinstance(error, OSError):
                 raise InputError(f"{out} cannot be written: {error.strerror}") from error
             raise
-        if any(file.name != MARKER for file in root.iterdir()):
-            working.describe_kept = lambda: f"{root} keeps what an earlier run has left there"
         try:
             require_unused(out)  # again, now that the folder is locked
             _remove_links(root)
