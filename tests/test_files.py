@@ -560,7 +560,7 @@ def test_what_cannot_be_removed_is_not_called_removed(tmp_path: Path, monkeypatc
             monkeypatch.setattr(shutil, "rmtree", refuse)
             refuse()
 
-    with pytest.raises(InputError, match=r"out\.partial keeps what could not be removed"):
+    with pytest.raises(InputError, match=r"out\.partial could not be removed"):
         write()
     monkeypatch.undo()
     with atomic_folder(tmp_path / "out", 0) as folder:

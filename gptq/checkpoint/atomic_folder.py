@@ -135,7 +135,7 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
                 _remove(root)
                 _remove_empty(*made)
                 if root.exists():  # each folder to empty takes a descriptor
-                    kept = f"{root} keeps what could not be removed, and the next command with the same OUT removes it"
+                    kept = f"{root} could not be removed; the next command with the same OUT removes it"
             _raise_with_remedy(error, out, root, kept)
             raise
         _remove(root)
