@@ -220,13 +220,20 @@ def atomic_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
         yield working.content
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether the bytes of the path are UTF-8, which safetensors and other libraries need."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def require_unused(out: Path) -> None:
     """Raises InputError if `out` exists and is not empty, cannot be made or read, or OUT.partial was not made by us."""
     where = out.resolve()
-    try:
-        os.fsencode(where).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is a path that is not UTF-8, which readers need; choose another name") from error
+    if not is_utf8(where):
+        raise InputError(f"{where} is a path that is not UTF-8, which readers need; choose another name")
     if not where.name:
         raise InputError(f"{out} is the root of the file system, which cannot be replaced; name a folder inside it")
     partial = where.with_name(where.name + ".partial")

@@ -7,11 +7,11 @@ upload.
 
 import errno
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gptq.checkpoint.atomic_folder import is_utf8
 from gptq.checkpoint.companions import companions
 from gptq.errors import InputError, first_line
 
@@ -52,10 +52,8 @@ def check_folder(folder: Path) -> None:
 
 def check_path(path: Path) -> None:
     """Raises InputError if the path is not UTF-8, which other libraries need."""
-    try:
-        os.fsencode(path).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} cannot be opened, because its path is not UTF-8; rename the folder") from error
+    if not is_utf8(path):
+        raise InputError(f"{path} cannot be opened, because its path is not UTF-8; rename the folder")
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:

@@ -58,8 +58,8 @@ def quantize(
             repeat the block's forward for each distinct layer input: less memory, more time, the same result.
         memory_limit: largest resident memory of this process in bytes; by default most of the machine's free memory.
             The limit decides on `batch_size` and on whether activations between blocks, and the Hessians of wide
-            layers, are in files; it
-            never changes the result. `gpu_memory_limit` limits the memory of the GPU in the same way.
+            layers, are in files; it never changes the result. `gpu_memory_limit` limits the memory of the GPU in the
+            same way.
         allow_pickle: if the model has pickled weights alone (`pytorch_model*.bin`), convert these to safetensors first,
             in a confined process of its own, into the cache of the Hub's client.
         also: further formats to write the result in, which have to have the grid of `config.format`. Then `out` holds
