@@ -462,6 +462,24 @@ def interrupt_inside_a_library(number: int, *_: object) -> None:
         raise ValueError("a library's own words") from error
 
 
+class Callback:
+    """An object whose finalizer runs Python, from which no exception comes out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+        time.sleep(0.001)
+
+
+def interrupt_inside_a_finalizer(number: int, *_: object) -> None:
+    """As a signal that arrives while Python collects garbage: the work must not go on as if nothing had been asked."""
+    Callback(number)
+    time.sleep(5)
+    raise AssertionError("the interrupt got lost")
+
+
 def raises(error: Exception, *_: object) -> None:
     raise error
 
@@ -476,6 +494,8 @@ NO_MEMORY = (
     [
         (partial(interrupt_inside_a_library, signal.SIGINT), 130, "interrupted; nothing half-written was left behind"),
         (partial(interrupt_inside_a_library, signal.SIGTERM), 143, "interrupted; nothing half-written was left behind"),
+        (partial(interrupt_inside_a_finalizer, signal.SIGINT), 130, "interrupted; nothing half-written"),
+        (partial(interrupt_inside_a_finalizer, signal.SIGTERM), 143, "interrupted; nothing half-written"),
         (
             partial(raises, KeyError("weight")),
             3,

@@ -5,10 +5,8 @@ import json
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import is_held_out, read_calibration
 from gptq.checkpoint import hub
 from gptq.cli.early import polished_folder, read_config, read_polish_config
+from gptq.cli.interrupts import noticing_interrupts
 from gptq.cli.progress import Progress
 from gptq.compute.distributed import current_ranks, process_group
 from gptq.config import QuantConfig
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
-    with _noticing_interrupts() as interrupts:
+    with noticing_interrupts() as interrupts:
         try:
             code = COMMANDS[args.command](args)
             if sys.stdout is not None:  # as it is where the output is closed
@@ -66,30 +65,6 @@ def run(args: argparse.Namespace) -> int:
             if sys.flags.dev_mode:
                 raise
             return _explain(error)
-
-
-@contextmanager
-def _noticing_interrupts() -> Iterator[list[int]]:
-    """Yield a list of the signals that asked this process to end: Ctrl-C's, and SIGTERM, which job schedulers send.
-
-    Both become a KeyboardInterrupt, which some libraries turn into errors of their own.
-    """
-    seen: list[int] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    watched = [number for number, handler in usual.items() if in_main_thread and signal.getsignal(number) is handler]
-    for number in watched:
-        signal.signal(number, interrupt)
-    try:
-        yield seen
-    finally:
-        for number in watched:
-            signal.signal(number, usual[number])
 
 
 def _explain(error: Exception) -> int:
