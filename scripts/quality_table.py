@@ -64,9 +64,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
+    "max": {"effort": "max"},
     "balanced, asym": {"effort": "balanced", "sym": False},
     "best, asym": {"effort": "best", "sym": False},
+    "max, asym": {"effort": "max", "sym": False},
     "balanced, damping 0.05": {"effort": "balanced", "damp_percent": 0.05},
+}
+MIXED: dict[str, dict[str, Any]] = {  # widths and groups by layer, in the stored bits of a GPTQ file of one width
+    f"{method}, mixed": PRESETS[method] for method in ("balanced", "best", "max", "balanced, asym", "max, asym")
 }
 
 Row = dict[str, Any]  # one quantized model: "method", "config" and the measurements
@@ -82,7 +87,9 @@ def configurations(args: argparse.Namespace) -> list[tuple[str, QuantConfig]]:
                 seeds = range(args.seeds)
                 found += [(name, PEERS[name].config(bits, group_size, seed=seed, **common)) for seed in seeds]
             for method in args.methods:
-                options = {"bits": bits, "group_size": group_size, **common, **PRESETS[method]}
+                options = {"bits": bits, "group_size": group_size, **common, **(PRESETS | MIXED)[method]}
+                if method in MIXED:
+                    options["target_bits"] = bits + (16 + bits) / group_size  # a scale and a zero point for each group
                 options |= {"format": args.format, "overrides": tuple(args.override)}
                 seeds = range(1 if options.get("method") == "rtn" else args.seeds)
                 found += [(method, QuantConfig(**options, seed=seed)) for seed in seeds]
@@ -264,7 +271,9 @@ def _fill(folder: Path, args: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder or Hub id; default: demo")
-    parser.add_argument("--methods", nargs="*", choices=PRESETS, default=list(PRESETS), help="default: all")
+    parser.add_argument(
+        "--methods", nargs="*", choices=[*PRESETS, *MIXED], default=list(PRESETS), help="default: all but mixed widths"
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="other tools; default: none")
     there = Path(tempfile.gettempdir()) / "gptq-peers"
     parser.add_argument("--environments", type=Path, default=there, metavar="FOLDER", help="of peers; %(default)s")

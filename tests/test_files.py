@@ -528,6 +528,25 @@ def test_what_an_earlier_run_left_stays_until_a_run_has_looked_into_it(tmp_path:
     assert not left.parent.exists()
 
 
+def test_a_folder_that_someone_half_removed_is_still_known_as_ours(tmp_path: Path) -> None:
+    """As by `rm -r OUT.partial` while a run writes into it: the marker goes, the folder, not empty, stays."""
+    out = tmp_path / "out"
+
+    def half_remove() -> None:
+        with partial_folder(out) as working:
+            working.clear()
+            working.describe_kept = lambda: "something is kept"
+            (working.root / MARKER).unlink()
+            raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="stopped"):
+        half_remove()
+    with partial_folder(out) as working:
+        working.keep_shards()
+    assert out.is_dir()
+    assert not working.root.exists()
+
+
 def test_a_working_folder_that_cannot_be_listed_is_not_left_and_nothing_in_it_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ class PartialFolder:
     content: Path  # subfolder that is renamed to OUT; a last step may name another one
     describe_kept: Callable[[], str] = str  # str() is empty
     descriptor: int | None = None  # of the folder that this run has locked
+    is_marked: bool = False  # with MARKER, by this run
 
     def is_ours(self) -> bool:
         """Whether the folder at `root` is still the one that this run has locked, and not removed or replaced."""
@@ -120,6 +121,7 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             require_unused(out)  # again, now that the folder is locked
             _remove_links(root)
             (root / MARKER).touch()
+            working.is_marked = True
             yield working
             working.require_ours()
             for file in (*working.content.rglob("*"), working.content):
@@ -130,15 +132,24 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
             if not working.is_ours():
                 _raise_if_replaced(error, working)
                 raise
-            kept = working.describe_kept()
-            if not kept:
-                _remove(root)
-                _remove_empty(*made)
-                if root.exists():  # each folder to empty takes a descriptor
-                    kept = f"{root} could not be removed; the next command with the same OUT removes it"
+            kept = _clean_up(working, made)
             _raise_with_remedy(error, out, root, kept)
             raise
         _remove(root)
+
+
+def _clean_up(working: PartialFolder, made: Iterable[Path]) -> str:
+    """Remove the folder of a run that failed, unless it keeps something; return a sentence on what is left."""
+    kept, root = working.describe_kept(), working.root
+    if not kept:
+        _remove(root)
+        _remove_empty(*made)
+        if root.exists():  # each folder to empty takes a descriptor
+            kept = f"{root} could not be removed; the next command with the same OUT removes it"
+    if working.is_marked and root.exists():
+        with suppress(OSError):
+            (root / MARKER).touch()  # again: somebody who tried to remove the folder meanwhile may have removed it
+    return kept
 
 
 def _raise_if_replaced(error: BaseException, working: PartialFolder) -> None:
