@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq import InputError, QuantConfig, cli, convert, load, quantize
+from gptq.checkpoint.atomic_folder import MARKER, partial_folder_of
 from gptq.checkpoint.tensors import sha256
 from gptq.checkpoint.writer import ShardWriter
 from gptq.config import Format
@@ -101,7 +102,11 @@ def test_a_run_that_stops_between_two_formats_goes_on(
         quantize(source, tmp_path / "out", config, also=["mlx", "pack-quantized"])
     assert not (tmp_path / "out" / "gptq").exists()
     monkeypatch.undo()
+    left = partial_folder_of(tmp_path / "out" / "mlx").root
+    left.mkdir()
+    (left / MARKER).touch()  # as by a signal while the folder of a finished conversion is removed
     quantize(source, tmp_path / "out", config, also=["mlx", "pack-quantized"])
+    assert not left.exists()
     for chosen in ("gptq", "mlx", "pack-quantized"):
         assert all_bytes(tmp_path / "out" / chosen) == all_bytes(tmp_path / "whole" / chosen)
     (tmp_path / "out" / "gptq").rename(tmp_path / "elsewhere")

@@ -249,7 +249,7 @@ def require_unused(out: Path) -> None:
         raise InputError(f"{out} is the root of the file system, which cannot be replaced; name a folder inside it")
     partial = where.with_name(where.name + ".partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        _remove_finished(partial)
+        remove_finished(partial)
         raise InputError(f"{out} exists and is not empty; choose another name or remove it")
     parent = next(path for path in where.parents if path.exists())
     if not parent.is_dir():
@@ -262,8 +262,8 @@ def require_unused(out: Path) -> None:
         raise InputError(f"{partial} is in the way, and no left-over of an earlier run; rename or remove it")
 
 
-def _remove_finished(root: Path) -> None:
-    """Remove a working folder whose content has become the result, if its run was killed right afterwards."""
+def remove_finished(root: Path) -> None:
+    """Remove a working folder, if it is there, whose content is a result now; its run was killed right afterwards."""
     with suppress(OSError):
         root.rmdir()  # if the run was killed before the last step of removing it
         return

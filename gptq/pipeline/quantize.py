@@ -18,7 +18,13 @@ from torch import Tensor
 
 from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import Calibration, count_tokens, is_held_out, read_calibration
-from gptq.checkpoint.atomic_folder import PartialFolder, partial_folder, partial_folder_of, require_unused_beside
+from gptq.checkpoint.atomic_folder import (
+    PartialFolder,
+    partial_folder,
+    partial_folder_of,
+    remove_finished,
+    require_unused_beside,
+)
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.allocator import malloc_policy
@@ -219,6 +225,7 @@ def _write_others(
         observer.stage(f"writing the same integers as {chosen}")
         beside = out.with_name(chosen)
         if _holds_same_weights(beside, content):
+            remove_finished(partial_folder_of(beside).root)
             written.append(str(beside))
             continue
         converted = convert(content, beside, chosen, trust_remote_code=trust_remote_code)
