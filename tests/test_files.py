@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq import InputError, QuantConfig, cli, quantize
+from gptq.checkpoint import atomic_folder as atomic_folder_module
 from gptq.checkpoint import small_files
 from gptq.checkpoint.atomic_folder import (
     CONTENT,
@@ -526,6 +527,33 @@ def test_what_an_earlier_run_left_stays_until_a_run_has_looked_into_it(tmp_path:
         working.clear()
         raise KeyboardInterrupt
     assert not left.parent.exists()
+
+
+@pytest.mark.parametrize("step", ["sync_path", "_remove"])
+def test_a_signal_after_the_result_has_its_name_leaves_the_result_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    out, do = tmp_path / "out", getattr(atomic_folder_module, step)
+
+    def interrupted_once(path: Path) -> None:
+        if out.exists():
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        do(path)
+
+    def make() -> None:
+        with partial_folder(out) as working:
+            working.clear()
+            working.describe_kept = lambda: "some blocks are kept"
+            (working.content / "file").touch()
+            (working.root / "journal.jsonl").touch()
+            monkeypatch.setattr(atomic_folder_module, step, interrupted_once)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        make()
+    assert vars(caught.value)["__notes__"] == [f"{out} is complete"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["file"]
 
 
 def test_a_folder_that_someone_half_removed_is_still_known_as_ours(tmp_path: Path) -> None:

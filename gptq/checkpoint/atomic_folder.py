@@ -128,19 +128,23 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
                 sync_path(file)
             os.rename(working.content.name, out, src_dir_fd=working.descriptor)
             sync_path(out.parent)
+            _remove(root)
         except BaseException as error:
             if not working.is_ours():
                 _raise_if_replaced(error, working)
                 raise
-            kept = _clean_up(working, made)
+            kept = _clean_up(working, out, made)
             _raise_with_remedy(error, out, root, kept)
             raise
-        _remove(root)
 
 
-def _clean_up(working: PartialFolder, made: Iterable[Path]) -> str:
+def _clean_up(working: PartialFolder, out: Path, made: Iterable[Path]) -> str:
     """Remove the folder of a run that failed, unless it keeps something; return a sentence on what is left."""
-    kept, root = working.describe_kept(), working.root
+    root = working.root
+    if working.is_marked and not working.content.exists() and out.is_dir() and any(out.iterdir()):
+        _remove(root)
+        return f"{out} is complete"
+    kept = working.describe_kept()
     if not kept:
         _remove(root)
         _remove_empty(*made)
