@@ -5,12 +5,13 @@
 
 The second line is enough for memory, which does not depend on the number of AutoRound's steps.
 
-Each tool has its own virtual environment, made below --environments from the package registry, and each run its own
-process, from a safetensors folder to a safetensors folder: 4 bits, symmetric, groups of 128, each tool's own default
-order and grid. The model and its tokens are those of bench_quantize.py. Seconds exclude imports; those of the CPU, of
-all threads, are changed less by other work on the machine. The peak resident memory (VmHWM) includes imports. Forwards
-are in bfloat16; on CPUs without bfloat16 products, where libraries are very slow in it, all tools use float32. Our run
-has the environment variables that its command sets. A round runs every tool once; every other round reverses the order.
+Each tool, this package too, has its own virtual environment, made below --environments with nothing in it but what the
+tool requires, because packages that transformers finds and imports take memory. Each run is its own process, from a
+safetensors folder to a safetensors folder: 4 bits, symmetric, groups of 128, each tool's own default order and grid.
+The model and its tokens are those of bench_quantize.py. Seconds exclude imports; those of the CPU, of all threads, are
+changed less by other work on the machine. The peak resident memory (VmHWM) includes imports. Forwards are in bfloat16;
+on CPUs without bfloat16 products, where libraries are very slow in it, all tools use float32. Our run has the
+environment variables that its command sets. A round runs every tool once; every other round reverses the order.
 The paper's own code is not included, because it is in no package registry.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from bench_quantize import add_model_options, calibration_tokens, make_model
-from peer_environment import PACKAGES, make_environment
+from peer_environment import PACKAGES, TORCH, make_environment
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -44,6 +45,7 @@ from safetensors.torch import load_file
 model, tokens, out, steps = *sys.argv[1:4], int(sys.argv[5])
 dtype = getattr(torch, sys.argv[4])
 """
+ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
 RUN_OURS = """
 from gptq import QuantConfig, quantize
@@ -99,10 +101,9 @@ def run(tool: str, python: str, model: Path, tokens: Path, out: Path, steps: int
     command.append(str(choose_dtype("auto", AutoConfig.from_pretrained(model), torch.device("cpu"))).partition(".")[2])
     command.append(str(steps))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
     if tool in LEVELS:
         environment = ENVIRONMENT | environment
-    else:
-        environment.pop("PYTHONPATH", None)
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out.parent)
     lines = [line for line in found.stdout.splitlines() if line.startswith("MEASURED ")]
     if found.returncode or not lines or not any(out.rglob("*.safetensors")):
@@ -149,7 +150,10 @@ def main() -> None:
     tools = [*args.ours.split(","), *args.peers.split(",")]
     if unknown := set(tools) - set(CODE):
         parser.error(f"no tool is called {min(unknown)}; there are {', '.join(CODE)}")
-    pythons = {tool: make_environment(args.environments / tool, PACKAGES.get(tool, [])) for tool in tools}
+    own = make_environment(args.environments / "gptq", [[TORCH], ["--editable", str(ROOT)]])
+    pythons = {
+        tool: own if tool in LEVELS else make_environment(args.environments / tool, PACKAGES[tool]) for tool in tools
+    }
     with tempfile.TemporaryDirectory() as folder:
         model, tokens = Path(folder) / "model", Path(folder) / "tokens.safetensors"
         make_model(model, args.width, args.blocks, args.intermediate, args.vocabulary)
