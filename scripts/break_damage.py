@@ -400,7 +400,7 @@ def start_ranks(trial: Trial, count: int, watches: list[Watch | None]) -> list[i
 
 def two_ranks(stage: Stage, place: Path, draw: Random) -> Iterator[str]:
     """Kill one of two processes that share a run; then the other is ended as torchrun does it."""
-    names = [name for name in QUANTIZE if name not in ("both", "best")]
+    names = [name for name in QUANTIZE if name != "both"]
     trial = Trial(stage, QUANTIZE[draw.choice(names)], place, draw)
     number, victim = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), draw.randrange(2)
     watch = Watch(act=lambda: os.kill(os.getpid(), number), step=draw.randint(1, trial.usual.steps))

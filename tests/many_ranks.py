@@ -3,8 +3,9 @@
     python -m tests.many_ranks SOURCE FOLDER CASES
 
 CASES is JSON: a list of {"out": name, "ranks": number, "config": options, "stop": [rank, blocks] or null,
-"count": bool}. Prints for each case the outcome in every process: "done", or what the error said; with "count", the
-bytes of experts' weights that the process has read, those read ahead, and how many widths of layers it has measured.
+"count": bool, "tune_tokens": number, "pieces": bool}. Prints for each case the outcome in every process: "done", or
+what the error said; with "count", the bytes of experts' weights that the process has read, those read ahead, and how
+many widths of layers it has measured; with "pieces", how many pieces of tuning it has taken.
 """
 
 import json
@@ -23,8 +24,10 @@ from gptq import InputError, QuantConfig, quantize
 from gptq.checkpoint.prefetch import ReadAhead
 from gptq.checkpoint.reader import Source
 from gptq.compute import device_profile
-from gptq.pipeline import search
+from gptq.config import TUNE_TOKENS
+from gptq.pipeline import search, tune
 from gptq.pipeline.run import Observer
+from gptq.pipeline.tune import BlockToTune
 
 torch.set_num_threads(1)
 # Small enough that the processes share the work on tiny layers; panels are a multiple of simd.WIDE.
@@ -70,11 +73,26 @@ class Counted:
         Source.read, ReadAhead.start = counting_read, counting_start  # type: ignore[method-assign, assignment]
 
 
+def count_pieces() -> list[int]:
+    """Return a list that gets the number of windows of each piece that this process takes from now on."""
+    found: list[int] = []
+    distance = BlockToTune.distance
+
+    def counting(block: BlockToTune, call: Any, windows: list[int]) -> Tensor:
+        found.append(len(windows))
+        return distance(block, call, windows)
+
+    BlockToTune.distance = counting  # type: ignore[method-assign, assignment]
+    return found
+
+
 def run(source: str, out: Path, case: dict[str, Any], rank: int, meeting: str) -> str:
     windows = torch.randint(1, 300, (9, 12), generator=torch.Generator().manual_seed(0))
     stop = case.get("stop")
     observer = Leaves(stop[1]) if stop and stop[0] == rank else Observer()
     counted = Counted() if case.get("count") else None
+    pieces = count_pieces() if case.get("pieces") else None
+    vars(tune)["TUNE_TOKENS"] = case.get("tune_tokens", TUNE_TOKENS)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=case["ranks"])
     try:
         config = QuantConfig(**{"group_size": 16, **case["config"]})
@@ -82,6 +100,8 @@ def run(source: str, out: Path, case: dict[str, Any], rank: int, meeting: str) -
     except InputError as error:
         return str(error)
     dist.destroy_process_group()
+    if pieces is not None:
+        return str(len(pieces))
     return f"{counted.read} {counted.ahead} {counted.measured}" if counted else "done"
 
 

@@ -93,10 +93,23 @@ def test_a_lost_rank_ends_the_run_and_any_number_goes_on(make_model: MakeModel, 
     assert content(tmp_path / "first") == content(tmp_path / "second") == content(tmp_path / "whole")
 
 
-def test_what_several_ranks_cannot_do_is_said(make_model: MakeModel, tmp_path: Path) -> None:
-    cases = [{"out": "tuned", "ranks": 2, "config": {"effort": "best", "tune_steps": 2}}]
-    assert all("tuned in one process" in words for words in run(make_model("llama"), tmp_path, cases)["tuned"])
-    assert not list(tmp_path.glob("tuned*"))
+@pytest.mark.parametrize("together", [True, False])
+def test_ranks_tune_a_block_together(make_model: MakeModel, tmp_path: Path, together: bool) -> None:
+    """Each takes its own pieces of a step: windows that are run together, or single ones."""
+    config = {"effort": "best", "tune_steps": 3, "bits": 3}
+    cases: list[dict[str, Any]] = [
+        {"out": f"r{n}", "ranks": n, "config": config, "tune_tokens": 2048 if together else 1, "pieces": True}
+        for n in (1, 2, 3)
+    ]
+    said = run(make_model("mixtral"), tmp_path, cases)
+    one = content(tmp_path / "r1")
+    assert content(tmp_path / "r2") == one
+    assert content(tmp_path / "r3") == one
+    pieces = {out: [int(words) for words in own] for out, own in said.items()}
+    for own in pieces.values():
+        assert sum(own) == pieces["r1"][0]
+    if not together:  # otherwise a step has one piece
+        assert max(pieces["r2"]) <= 0.6 * sum(pieces["r2"])
 
 
 def test_torchrun_starts_the_command(make_model: MakeModel, text_file: str, tmp_path: Path) -> None:

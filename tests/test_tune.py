@@ -148,7 +148,7 @@ def test_short_windows_are_run_together_where_that_gives_the_same(mixes: bool, r
     with torch.no_grad():
         wanted = [call()[0] + 1 for call in calls]
         to_tune = BlockToTune(block, calls, wanted, [], {}, {}, lambda _, w: w)
-        distances = list(to_tune.distances(range(3, 10)))
+        distances = [to_tune.distance(*piece) for piece in to_tune.pieces(range(3, 10))]
     assert to_tune.together == (1 if mixes else 4)
     assert block.rows == (1 if mixes else 3)
     assert len(distances) == (7 if mixes else 2)

@@ -21,6 +21,7 @@ from gptq.pipeline.block_walk import Calls, Outputs
 from gptq.pipeline.layer import BlockState, quantize_layer
 from gptq.pipeline.layer_walk import solve_block
 from gptq.pipeline.run import Run
+from gptq.pipeline.shared_calls import share_calls
 from gptq.pipeline.tune import BlockToTune, hidden_states, tune
 
 Pack = Callable[[Background], BlockResult]  # packs a block, on its threads
@@ -57,13 +58,15 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
     """
     block, run = state.block, state.run
     layers = {block.linears[name]: solution.solved for name, solution in state.solutions.items()}
-    held_out = [i for i in range(len(calls)) if is_held_out(i, len(calls))]
+    all_calls, targets = share_calls(calls, [hidden_states(out) for out in outputs[1]], run)
+    held_out = [i for i in range(len(all_calls)) if is_held_out(i, len(all_calls))]
     full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
     named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
     kept = {key for key, name in named.items() if not run.weights.is_stored_whole(name)}
     grids = {linear: run.layers[name].grid for name, linear in block.linears.items()}
-    targets = [hidden_states(out) for out in outputs[1]]
-    to_tune = BlockToTune(block.module, calls, targets, held_out, layers, grids, run.weights.to_forward_layout, kept)
+    to_tune = BlockToTune(
+        block.module, all_calls, targets, held_out, layers, grids, run.weights.to_forward_layout, kept, run.ranks
+    )
     tuned = tune(to_tune, run.config.tune_steps or 0, run.config.seed)
     error = BlockError(block.name, tuned.error_before, tuned.error_after)
     if tuned.layers is layers:
@@ -117,5 +120,5 @@ def _pack_block(
         errors=errors,
         coverage=tuple(state.coverage),
         notes=tuple(state.notes),
-        tensors=tensors | dict(stored.values()),
+        tensors=tensors | (dict(stored.values()) if run.ranks.rank == 0 else {}),  # of what all have, the first's
     )

@@ -152,8 +152,6 @@ def quantize(
     where = choose_device(device)
     compute = choose_dtype(dtype, plan.hf_config, where)
     ranks = current_ranks(where)
-    if ranks.size > 1 and config.tune_steps:
-        raise InputError("blocks are tuned in one process; start one, or choose another --effort than 'best'")
     if ranks.size > 1 and last is not None:
         raise InputError("a model is polished in one process; start one, or set --polish-steps 0")
 
@@ -296,7 +294,7 @@ def _quantize_checkpoint(
     """Quantize the blocks that an earlier run has not finished; return the notes on all blocks."""
     plan, observer, config = prepared.plan, request.observer, request.config
     windows = _own_windows(prepared.windows, ranks)
-    memory_plan = _decide_memory(request, prepared, windows)
+    memory_plan = _decide_memory(request, prepared, prepared.windows if config.tune_steps else windows)
     run = Run(
         config,
         plan.layers,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq.compute.distributed import ALONE, Ranks
 from gptq.compute.torch_state import same_gradients
 from gptq.config import TUNE_TOKENS, TUNE_WINDOWS
 from gptq.pipeline.joined_calls import join_calls
@@ -44,6 +45,7 @@ class BlockToTune:
     grids: dict[nn.Module, Grid]  # that each quantized layer was solved on
     to_layout: Callable[[nn.Module, Tensor], Tensor]  # turns a layer's weight (outputs, inputs) into its parameter
     kept: Collection[ParameterKey] = ()  # parameters that must not change
+    ranks: Ranks = ALONE  # the processes that tune it together; each has all of the above
 
     @cached_property
     def power(self) -> float:
@@ -81,28 +83,34 @@ class BlockToTune:
         difference = (found.float() - alone.float()).square().mean()
         return len(several) if float(difference) <= JOINED_DIFFERENCE**2 * self.power else 1
 
-    def distances(self, windows: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the sums over some of the windows of the mean squared difference from the original output."""
+    def pieces(self, windows: Sequence[int]) -> Iterator[tuple[partial[Any], list[int]]]:
+        """Yield calls, each of one of these windows or of several that are run together, and their windows.
+
+        A piece is the work of one process. Its result does not depend on the number of processes.
+        """
         size = self.together
         for start in range(0, len(windows), size):
-            part = windows[start : start + size]
+            part = [*windows[start : start + size]]
             call = join_calls([self.forwards[i] for i in part])
-            if call is None:
-                yield from (self._distance(self.forwards[i], [i]) for i in part)
-            else:
-                yield self._distance(call, part)
+            yield from [(call, part)] if call else ((self.forwards[i], [i]) for i in part)
 
-    def _distance(self, call: partial[Any], windows: Sequence[int]) -> Tensor:
+    def distance(self, call: partial[Any], windows: Sequence[int]) -> Tensor:
+        """Return the sum over a piece's windows of the mean squared difference from the original output."""
         wanted = torch.cat([self.targets[i] for i in windows])  # (windows, tokens, features)
         return (hidden_states(call()).float() - wanted.float()).square().mean() * len(windows)
 
     def error(self, tensors: dict[ParameterKey, Tensor]) -> float:
         """Return the mean squared difference relative to `power`, with these parameters, on the held-out windows."""
         judges = self.held_out or range(len(self.forwards))
+        own: dict[int, Tensor] = {}
+        count = 0
         with substituted(tensors):
-            total = torch.zeros((), dtype=torch.float64, device=self.targets[0].device)
-            for distance in self.distances(judges):
-                total += distance
+            for count, piece in enumerate(self.pieces(judges), 1):
+                if self.ranks.owns(count - 1):
+                    own[count - 1] = self.distance(*piece)
+        total = torch.zeros((), dtype=torch.float64, device=self.targets[0].device)
+        for distance in self.ranks.gather_pieces(own, count):
+            total += distance
         return float(total) / len(judges) / self.power
 
 
@@ -213,14 +221,36 @@ def _draw(windows: list[int], seed: int) -> Iterator[list[int]]:
 def _backpropagate(block: BlockToTune, tensors: dict[ParameterKey, Tensor], windows: list[int]) -> None:
     """Add the gradient of the mean error over `windows` to the variables that `tensors` are functions of.
 
-    Windows are run against detached copies, so that no more activations are held than of those run together.
+    Pieces are run against detached copies, so that no more activations are held than of one piece. Gradients of pieces
+    are added in order, whichever process computes them.
     """
     leaves = {key: t.detach().requires_grad_() for key, t in tensors.items()}
+    sums: dict[ParameterKey, Tensor] = {}
+    pieces, ranks = [*block.pieces(windows)], block.ranks
     with substituted(leaves):
-        for distance in block.distances(windows):
-            (distance / (len(windows) * block.power)).backward()
-    reached = [key for key, leaf in leaves.items() if leaf.grad is not None]
-    torch.autograd.backward([tensors[key] for key in reached], [leaves[key].grad for key in reached])
+        for start in range(0, len(pieces), ranks.size):  # of each turn a process has one piece at most
+            turn = range(start, min(start + ranks.size, len(pieces)))
+            for number in filter(ranks.owns, turn):
+                (block.distance(*pieces[number]) / (len(windows) * block.power)).backward()
+            if ranks.size > 1:
+                _add_gradients(sums, leaves, turn, ranks)
+    if ranks.size == 1:
+        sums = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+    torch.autograd.backward([tensors[key] for key in sums], [*sums.values()])
+
+
+def _add_gradients(
+    sums: dict[ParameterKey, Tensor], leaves: dict[ParameterKey, Tensor], turn: range, ranks: Ranks
+) -> None:
+    """Add the gradients of a turn's pieces to `sums` in order; clear those of this process."""
+    own = {key: leaf.grad for key, leaf in leaves.items()}
+    for leaf in leaves.values():
+        leaf.grad = None
+    for number in turn:
+        for key in leaves:
+            found = ranks.broadcast_piece(own[key] if ranks.owns(number) else None, number)
+            if found is not None:
+                sums[key] = sums[key].add_(found) if key in sums else found
 
 
 def _is_free(variable: Tensor) -> bool:
