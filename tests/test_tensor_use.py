@@ -40,6 +40,14 @@ def test_what_the_plan_says_of_each_tensor_is_what_the_readers_do(kind: str, tmp
     assert sweep.use_problems(built, tmp_path / "model")[0] == []
 
 
+@pytest.mark.parametrize("kind", ["bart", "marian"])  # one shifts input_ids for its decoder, the other wants them
+def test_text_runs_through_encoder_and_decoder_before_the_work(kind: str, tmp_path: Path) -> None:
+    built = sweep.build_and_save(kind, "AutoModelForSeq2SeqLM", tmp_path / "model")
+    assert not isinstance(built, str), built
+    plan = plan_checkpoint(str(tmp_path / "model"), CONFIG, None, False)
+    assert not [note for note in plan.notes if "is not known" in note]
+
+
 def test_tensors_that_nothing_reads_are_named_one_note_a_kind(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model("llama")
     tensors = load_file(source / "model.safetensors")

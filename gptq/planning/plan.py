@@ -261,7 +261,9 @@ def _probe_inputs(
         return accepted_inputs(sample, network)
     if config.method == "rtn" and network.main_input_name != "input_ids":
         return None
-    return {"input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long)}
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
+    takes_two = network.config.is_encoder_decoder and network.main_input_name == "input_ids"
+    return {"input_ids": tokens, "decoder_input_ids": tokens} if takes_two else {"input_ids": tokens}
 
 
 def _asked_for(overrides: Iterable[Override], blocks: Iterable[Block], unreached: Collection[str]) -> set[str]:
