@@ -164,3 +164,14 @@ def test_dots_spread_over_decades_stand_on_a_logarithmic_axis() -> None:
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', charts.render_svg(chart))]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
     assert charts.y_ticks(chart) == pytest.approx([0.001, 0.01, 0.1])
+
+
+def test_every_dot_is_seen_and_every_label_is_whole() -> None:
+    same = [Series(name, [0.5, 0.5]) for name in "abc"]
+    radii = [float(r) for r in re.findall(r' r="([\d.]+)"', charts.render_svg(Chart("t", "x", "y", same, "dots")))]
+    assert radii[0] > radii[2] > radii[4] > 0  # what lies on top is smaller
+    values = [1.0] * 31
+    chart = Chart("t", "x", "y", [Series("a", values)], "bars", ticks={30: "0.4743"}, width=440)
+    drawn = charts.render_svg(chart)
+    (x,) = re.findall(r'<text x="([\d.]+)"[^>]*>0\.4743<', drawn)
+    assert float(x) + charts.HALF_LETTER * 6 <= 440

@@ -8,6 +8,7 @@ from html import escape
 HEIGHT = 250  # height of an SVG, in SVG units; a unit is a pixel unless the page is too narrow
 MIN_POWER = -300  # lowest power of ten on an axis, still a normal float
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 30, 44  # margins
+HALF_LETTER = 4  # half the width of a letter, or a little more
 HEAD = 40  # height added above the chart if it is a separate file, for the title and the names of the series
 ON_WHITE = (  # CSS of a chart in a separate file
     "text { font: 12px system-ui, sans-serif; fill: #5d656d } .grid { stroke: #d9dde1 } .paper { fill: #fff } "
@@ -105,7 +106,9 @@ def _draw_marks(chart: Chart) -> str:
     for tick in ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{chart.width - RIGHT}"/>')
         parts.append(_draw_text(LEFT - 6, y(tick) + 4, format_number(tick, chart.percent), "end"))
-    parts += [_draw_text(x(at), HEIGHT - BOTTOM + 17, text, "middle") for at, text in chart.ticks.items()]
+    for at, text in chart.ticks.items():
+        inside = min(x(at), chart.width - HALF_LETTER * len(text))
+        parts.append(_draw_text(inside, HEIGHT - BOTTOM + 17, text, "middle"))
     parts.append(_draw_text((chart.width + LEFT) / 2, HEIGHT - 6, chart.x_label, "middle"))
     parts += _draw_bars(chart, x, y, count) if chart.kind == "bars" else _draw_dots(chart, x, y)
     return "".join(parts)
@@ -141,10 +144,11 @@ def _draw_dots(chart: Chart, x: Callable[[float], float], y: Callable[[float], f
             parts.append(f'<path class="stem" d="M{x(at):.1f} {min(found):.1f}V{max(found):.1f}"/>')
     radius = 4 if len(chart.names) <= 80 else 2.5
     for i, series in enumerate(chart.series):
+        own = radius * (1 - i / 4)  # smaller, so that what lies below is seen
         for at, value in enumerate(series.values):
             if value:
                 tip = _tooltip(chart, series, at, value)
-                circle = f'<circle class="c{i}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="{radius}">'
+                circle = f'<circle class="c{i}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="{own:.1f}">'
                 parts.append(f"{circle}{tip}</circle>")
     return parts
 
