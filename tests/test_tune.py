@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gptq import InputError, QuantConfig, load, quantize, solver
 from gptq.output import verify
 from gptq.pipeline import soft_codes
+from gptq.pipeline.shared_calls import _Packer, _unpack
 from gptq.pipeline.tune import BlockToTune, tune
 from gptq.solver import Grid, IntegerGrid
 from gptq.solver.grids.affine import AffineGrid
@@ -201,3 +202,18 @@ def test_a_tuned_checkpoint_holds_what_was_tuned(make_model: MakeModel, windows:
 def test_tuning_needs_the_original_stream() -> None:
     with pytest.raises(InputError, match="tune_steps needs two_streams"):
         QuantConfig(effort="best", two_streams=False)
+
+
+def test_a_call_that_is_sent_comes_back_and_what_windows_have_in_common_is_known() -> None:
+    everywhere, twice, alone = torch.zeros(3), torch.ones(2), torch.full((2,), 2.0)
+    windows = [((twice, [twice, None]), {"mask": everywhere, "flag": True}), ((alone,), {"mask": everywhere, "x": 0.1})]
+    packer = _Packer()
+    sent = json.loads(json.dumps([packer.pack(window) for window in windows]))
+    assert [len(own) for own in packer.windows_of] == [1, 2, 1]
+    first, second = (_unpack(window, packer.tensors) for window in sent)
+    assert first[0][0] is first[0][1][0] is twice
+    assert first[0][1][1] is None
+    assert first[1]["mask"] is second[1]["mask"] is everywhere
+    assert (first[1]["flag"], second[1]["x"], type(first[0]), type(first[0][1])) == (True, 0.1, tuple, list)
+    with pytest.raises(InputError, match="gets a dtype, which cannot be sent"):
+        packer.pack((torch.float32,))

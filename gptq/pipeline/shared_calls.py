@@ -36,12 +36,13 @@ def _gather(own: Sequence[Any], run: Run) -> Iterator[Any]:
     calls are joined by what they have in common.
     """
     ranks, packer = run.ranks, _Packer()
-    mine = json.dumps([[packer.pack(window) for window in own], packer.uses])
+    packed = [packer.pack(window) for window in own]
+    mine = json.dumps([packed, [len(windows) for windows in packer.windows_of]])
     common: list[Tensor] = []
     for owner, text in enumerate(ranks.gather_texts(mine)):
-        windows, uses = json.loads(text)
+        windows, users = json.loads(text)
         tensors = []
-        for number, several in enumerate(uses):
+        for number, several in enumerate(users):
             x = packer.tensors[number] if owner == ranks.rank else None
             received = ranks.broadcast(x if x is None else x.to(ranks.device), owner)
             found = received if x is None else x
@@ -60,28 +61,33 @@ def _as_before(x: Tensor, common: list[Tensor]) -> Tensor:
 
 
 class _Packer:
-    """Turns nested containers into JSON with numbers in the place of tensors."""
+    """Turns windows, which are nested containers, into JSON with numbers in the place of tensors."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
-        self.uses: list[int] = []  # of each tensor
+        self.windows_of: list[set[int]] = []  # numbers of the windows that have each tensor
         self._numbers: dict[int, int] = {}  # of tensors, by id
+        self._window = -1
 
-    def pack(self, value: Any) -> Any:
-        """Raises InputError for a value that is none of those that are usual in a call of a block."""
+    def pack(self, window: Any) -> Any:
+        """Raises InputError if a window holds a value that is none of those that are usual in a call of a block."""
+        self._window += 1
+        return self._pack(window)
+
+    def _pack(self, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, Tensor):
             number = self._numbers.setdefault(id(value), len(self.tensors))
             if number == len(self.tensors):
                 self.tensors.append(value)
-                self.uses.append(0)
-            self.uses[number] += 1
+                self.windows_of.append(set())
+            self.windows_of[number].add(self._window)
             return ["tensor", number]
         if type(value) in (tuple, list):
-            return [type(value).__name__, *map(self.pack, value)]
+            return [type(value).__name__, *map(self._pack, value)]
         if type(value) is dict and all(isinstance(key, str) for key in value):
-            return ["dict", {key: self.pack(item) for key, item in value.items()}]
+            return ["dict", {key: self._pack(item) for key, item in value.items()}]
         raise InputError(
             f"a block of this model gets a {type(value).__name__}, which cannot be sent to other processes; start one "
             "process, or choose another --effort than 'best'"
