@@ -18,7 +18,7 @@ from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.source_state import SourceState
 from gptq.config import QuantConfig
 from gptq.errors import InputError
-from gptq.models.forward import accepted_inputs, check_tokens
+from gptq.models.forward import accepted_inputs, check_tokens, text_inputs
 from gptq.models.hf_config import fit_seq_len, read_config, read_processor, read_tokenizer
 
 MAX_WINDOWS = 1024  # most windows that num_samples="auto" tries
@@ -155,11 +155,9 @@ def make_windows(
         drawn, fitted = _draw(given, num_samples, folder, network, config, trust_remote_code)
         notes += fitted
     check_tokens(torch.cat(drawn), network)
-    if not network.config.is_encoder_decoder:
-        return [{"input_ids": window[None]} for window in drawn], notes
-    notes.append("the encoder reads the first half of each window, the decoder the second")
-    halves = [(window[None, : len(window) // 2], window[None, len(window) // 2 :]) for window in drawn]
-    return [{"input_ids": first, "decoder_input_ids": second} for first, second in halves], notes
+    if network.config.is_encoder_decoder:
+        notes.append("the encoder reads the first half of each window, the decoder the second")
+    return [text_inputs(window, network) for window in drawn], notes
 
 
 def _draw(

@@ -187,6 +187,14 @@ def check_tokens(windows: Tensor, network: PreTrainedModel, where: str = "") -> 
         )
 
 
+def text_inputs(tokens: Tensor, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the inputs for a window of text, (tokens,): an encoder reads the first half, its decoder the rest."""
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": tokens[None]}
+    half = len(tokens) // 2
+    return {"input_ids": tokens[None, :half], "decoder_input_ids": tokens[None, half:]}
+
+
 def accepted_inputs(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the inputs without those that a tokenizer adds for other models.
 

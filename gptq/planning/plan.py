@@ -24,7 +24,7 @@ from gptq.formats.original import open_original
 from gptq.formats.scheme import Layers, Scheme
 from gptq.models.blocks import Block, find_blocks, find_gates, find_head, group_fused_siblings, is_transposed, shape_of
 from gptq.models.build import OpenModel, check_untied, open_model
-from gptq.models.forward import accepted_inputs
+from gptq.models.forward import accepted_inputs, text_inputs
 from gptq.models.reached_layers import find_uncalled_layers, find_unreached_layers
 from gptq.models.tensor_names import Names, check_tensors
 from gptq.models.tensor_use import find_used_tensors, notes_on_unused
@@ -261,9 +261,7 @@ def _probe_inputs(
         return accepted_inputs(sample, network)
     if config.method == "rtn" and network.main_input_name != "input_ids":
         return None
-    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
-    takes_two = network.config.is_encoder_decoder and network.main_input_name == "input_ids"
-    return {"input_ids": tokens, "decoder_input_ids": tokens} if takes_two else {"input_ids": tokens}
+    return text_inputs(torch.zeros(PROBE_TOKENS, dtype=torch.long), network)
 
 
 def _asked_for(overrides: Iterable[Override], blocks: Iterable[Block], unreached: Collection[str]) -> set[str]:
