@@ -102,8 +102,8 @@ def run(tool: str, python: str, model: Path, tokens: Path, out: Path, steps: int
     command.append(str(steps))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    if tool in LEVELS:
-        environment = ENVIRONMENT | environment
+    if tool in LEVELS:  # PYTHONPATH: the environment may be from another checkout
+        environment = ENVIRONMENT | environment | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out.parent)
     lines = [line for line in found.stdout.splitlines() if line.startswith("MEASURED ")]
     if found.returncode or not lines or not any(out.rglob("*.safetensors")):
