@@ -102,14 +102,12 @@ class BlockToTune:
     def error(self, tensors: dict[ParameterKey, Tensor]) -> float:
         """Return the mean squared difference relative to `power`, with these parameters, on the held-out windows."""
         judges = self.held_out or range(len(self.forwards))
-        own: dict[int, Tensor] = {}
-        count = 0
+        pieces = enumerate(self.pieces(judges))
         with substituted(tensors):
-            for count, piece in enumerate(self.pieces(judges), 1):
-                if self.ranks.owns(count - 1):
-                    own[count - 1] = self.distance(*piece)
+            found = [self.distance(*piece) if self.ranks.owns(number) else None for number, piece in pieces]
+        own = {number: distance for number, distance in enumerate(found) if distance is not None}
         total = torch.zeros((), dtype=torch.float64, device=self.targets[0].device)
-        for distance in self.ranks.gather_pieces(own, count):
+        for distance in self.ranks.gather_pieces(own, len(found)):
             total += distance
         return float(total) / len(judges) / self.power
 
