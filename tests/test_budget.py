@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from gptq import InputError, Override, QuantConfig, quantize
+from gptq.formats import FORMATS
 from gptq.output import verify
-from gptq.planning.bit_allocation import StorageChoice, Unit, allocate
+from gptq.planning.bit_allocation import StorageChoice, Unit, allocate, find_units
+from gptq.planning.plan import plan_checkpoint
 from tests.conftest import MakeModel
 
 
@@ -40,6 +42,49 @@ def test_less_than_the_smallest_is_refused(rng: torch.Generator) -> None:
     units = random_units(rng)
     with pytest.raises(InputError, match="which take"):
         allocate(units, sum(min(c.nbytes for c in unit.choices) for unit in units) - 1)
+
+
+def unit_of(errors: dict[tuple[int, int], float]) -> Unit:
+    return Unit(("layer",), tuple(StorageChoice(bits, group, 1, error) for (bits, group), error in errors.items()))
+
+
+def test_errors_that_are_not_measured_follow_from_the_ratio_of_two_group_sizes() -> None:
+    """Where an error is a factor of the width times one of the group size, and bits quarter it, estimates are exact."""
+    of_width = {2: 0.31, 3: 0.07, 4: 0.02, 5: 0.02 / 4, 6: 0.02 / 16, 8: 0.02 / 256}
+    of_group = {64: 1.0, 32: 0.8, 128: 1.1, -1: 1.7}
+    true = {(bits, group): x * y for bits, x in of_width.items() for group, y in of_group.items()}
+    unit = unit_of(true)
+    measured = {(choice.bits, choice.group_size) for choice in unit.measured}
+    assert measured == {(2, 64), (3, 64), (4, 64), (3, 32), (3, 128), (3, -1)}
+    blank = unit_of(dict.fromkeys(true, 0.0))
+    found = blank.with_errors([true[choice.bits, choice.group_size] for choice in blank.measured])
+    assert [choice.error for choice in found.choices] == pytest.approx([*true.values()], rel=1e-12)
+    # An error of 0 gives no ratio; then both group sizes have it.
+    zero = blank.with_errors([0.5 * (choice.bits != 3) for choice in blank.measured])
+    assert {c.error for c in zero.choices if c.bits in (2, 4)} == {0.5}
+
+
+def test_widths_that_have_group_sizes_of_their_own_are_all_measured() -> None:
+    """As those of K-quants: no other width has the group sizes whose ratio would be needed."""
+    unit = unit_of({(2, 16): 0.3, (4, 32): 0.1, (6, 16): 0.01})
+    assert unit.measured == unit.choices
+    assert unit.with_errors([0.3, 0.1, 0.01]) == unit
+
+
+def test_a_layer_is_stored_in_each_way_once(make_model: MakeModel) -> None:
+    """Group sizes beside the configured one divide the inputs, and a group is no longer than a row."""
+    config = QuantConfig(bits=3, group_size=32)
+    plan = plan_checkpoint(str(make_model("llama")), config, None, trust_remote_code=False)
+    units, chosen = find_units(plan, config)
+    assert chosen == "pack-quantized"
+    for unit in units:
+        inputs = plan.layers[unit.layers[0]].inputs
+        columns = [c.group_size if c.group_size > 0 else inputs for c in unit.choices if c.bits == 3]
+        assert columns[0] == 32
+        assert len(set(columns)) == len(columns)
+        assert all(inputs % one == 0 for one in columns[1:])
+        assert inputs in columns  # a row with one scale is always a way
+        assert len(unit.choices) == len(columns) * len(FORMATS[chosen].widths)
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ STACKED_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # mlx-l
 class Mlx(FileFormat):
     name: Format = "mlx"
     quant_method = METHOD
+    widths = MLX_BITS
     stacks_experts = True
     codes_key, scale_key, zero_key, g_idx_key = PLAIN_KEY, "scales", "biases", ""
     usage = (

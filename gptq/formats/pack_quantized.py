@@ -37,6 +37,7 @@ from gptq.solver import Codes
 class PackQuantized(CompressedTensors):
     name: Format = "pack-quantized"
     stored_as = "pack-quantized"
+    widths = (2, 3, 4, 5, 6, 8)
     codes_key, scale_key, zero_key, g_idx_key = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
     other_keys = ("weight_shape",)
     transposed_words = True

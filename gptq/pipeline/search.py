@@ -151,15 +151,15 @@ def choose_widths(
     with torch.no_grad(), exact_float32(weights.device), walk:
         for block, calls in walk:
             inside = [unit for unit in units if unit.layers[0] in block.linears]
-            if [len(errors) for errors in known.get(block.name, [])] == [len(unit.choices) for unit in inside]:
-                measured += map(_with_errors, inside, known[block.name])
+            if [len(errors) for errors in known.get(block.name, [])] == [len(unit.measured) for unit in inside]:
+                measured += map(Unit.with_errors, inside, known[block.name])
                 walk.resume_with(run_original(block, calls[0], run))
                 continue
             outputs = solve_block(calls, in_flight, BlockState(block, run), trials.solve)
             originals = outputs[0] if outputs else None
             errors = _measure_choices(inside, block, calls[0], originals, trials, weights)
             trials.solved.clear()
-            measured += map(_with_errors, inside, errors)
+            measured += map(Unit.with_errors, inside, errors)
             journal.append("measured", {"name": block.name, "errors": errors})
             walk.resume_with(outputs)
     # Blocks that no input reaches keep an error of 0 for every choice.
@@ -176,16 +176,16 @@ class _TrialSolver:
         self.ranks = ranks
         self._units = {name: unit for unit in units for name in unit.layers}
         numbers = count()
-        self._numbers = {(unit.layers, choice): next(numbers) for unit in units for choice in unit.choices}
+        self._numbers = {(unit.layers, choice): next(numbers) for unit in units for choice in unit.measured}
         self.solved: dict[str, dict[StorageChoice, solver.SolvedLayer]] = {}  # by name and choice
 
     def number(self, unit: Unit, choice: StorageChoice) -> int:
-        """The number of a choice among all choices of all units."""
+        """The number of a choice among all that are measured."""
         return self._numbers[unit.layers, choice]
 
     def own_choices(self, unit: Unit) -> list[StorageChoice]:
         """The choices that this process solves and measures."""
-        return [choice for choice in unit.choices if self.ranks.owns(self.number(unit, choice))]
+        return [choice for choice in unit.measured if self.ranks.owns(self.number(unit, choice))]
 
     def solve(self, name: str, shared: SharedInput | None, state: BlockState) -> None:
         """Solve a layer for each of this process's choices, and give it its original weight; a LayerSolver."""
@@ -209,7 +209,7 @@ def _measure_choices(
     units: Sequence[Unit], block: Block, calls: list[partial[Any]], originals: list[Any] | None, trials: _TrialSolver,
     weights: WeightStream,
 ) -> list[list[float]]:  # fmt: skip
-    """Return the error of each choice of each unit of a block, from all processes; arguments as in `_measure`."""
+    """Return the error of each measured choice of each unit, from all processes; arguments as in `_measure`."""
     own = [
         (trials.number(unit, choice), _measure(unit, choice, block, calls, originals, trials, weights))
         for unit in units
@@ -217,7 +217,7 @@ def _measure_choices(
     ]
     texts = trials.ranks.gather_texts(json.dumps(own))  # a float is the same again when its text is read
     errors: dict[int, float] = dict(one for text in texts for one in json.loads(text))
-    return [[errors[trials.number(unit, choice)] for choice in unit.choices] for unit in units]
+    return [[errors[trials.number(unit, choice)] for choice in unit.measured] for unit in units]
 
 
 def _measure(
@@ -241,10 +241,6 @@ def _measure(
         with swapped_weights(swapped):
             errors.append(_relative_change(run_to_end(calls[i]), original))
     return sum(errors) / len(errors)
-
-
-def _with_errors(unit: Unit, errors: list[float]) -> Unit:
-    return replace(unit, choices=tuple(replace(c, error=e) for c, e in zip(unit.choices, errors, strict=True)))
 
 
 def _relative_change(output: Any, original: Any) -> float:
