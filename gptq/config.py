@@ -20,7 +20,7 @@ EFFORTS: dict[str, dict[str, Any]] = {  # for each level, the values of the opti
         "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200, "polish_steps": 0,
     },
     "max": {
-        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200, "polish_steps": 200,
+        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200, "polish_steps": 100,
     },
 }  # fmt: skip
 Format = Literal[
@@ -248,9 +248,9 @@ class QuantConfig:
             what the layers before it have changed. Twice the forward passes.
         tune_steps: steps of gradient descent on each solved block's scales, codes, norms and biases. Each step takes
             four windows forward and back; needs the original's activations, that is two_streams.
-        polish_steps: steps of gradient descent on the scales, norms and biases of the whole quantized model, towards
-            the original's predictions; what `gptq.polish` does, on the windows that calibrate. Needs memory for the
-            whole packed model, and text.
+        polish_steps: steps of gradient descent on the scales, norms, biases and embeddings of the whole quantized
+            model, towards the original's predictions; what `gptq.polish` does, on the windows that calibrate. Needs
+            memory for the whole packed model, and text.
         static_groups: fit all scales to the original weights before the first column is quantized, so that act-order
             needs no group index at run time; otherwise each group is fitted when its first column is reached, to
             weights that carry the compensation so far, and groups follow the order in which columns are quantized.
@@ -431,7 +431,7 @@ class PolishConfig:
         InputError: an option is out of its range.
     """
 
-    steps: int = option(200, "of gradient descent on the whole model", metavar="N")
+    steps: int = option(100, "of gradient descent on the whole model", metavar="N")
     num_samples: int = option(256, "calibration windows; one in eight measures", flag="samples", metavar="N")
     seq_len: int = option(2048, "tokens per window", metavar="N")
     seed: int = option(0, "of the choice of windows", metavar="N")

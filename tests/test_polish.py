@@ -9,16 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from gptq import InputError, PolishConfig, QuantConfig, compare, formats, load, polish, quantize
+from gptq.checkpoint.assembled import open_source
 from gptq.inference.quant_linear import QuantLinear, round_to_int8
+from gptq.models.build import open_model
+from gptq.models.weights import WeightStream
 from gptq.output import verify
 from gptq.pipeline.run import Observer
+from gptq.pipeline.tune import substituted
 from gptq.polishing import descent
 from gptq.polishing.descent import STATE
 from gptq.polishing.polish import BEGUN
 from gptq.polishing.scaled_linear import ScaledLinear
 from gptq.polishing.teacher import LOWEST, Teacher, record_teacher
+from gptq.polishing.token_rows import find_token_rows
 from tests.conftest import VOCAB, MakeModel
 
 OPTIONS = PolishConfig(steps=20, num_samples=16, seq_len=32)
@@ -189,9 +195,8 @@ def test_it_predicts_more_like_the_original_with_the_same_codes(packed: tuple[Pa
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {name.rpartition(".")[2] for name, x in before.items() if not torch.equal(x, after[name])}
-    assert changed == {"scales", "weight"}  # weights of norms
+    assert changed == {"scales", "weight"}  # weights of norms and embeddings
     assert all(before[name].dtype == x.dtype for name, x in after.items())
-    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     assert verify.verify(out).problems == []
     again = polish(folder, source, folder.with_name("again"), OPTIONS, calibration=tokens)
     assert (folder.with_name("again") / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
@@ -214,6 +219,53 @@ def test_scales_of_a_bfloat16_model_are_rounded_to_what_the_file_holds(
     made = polish(tmp_path / "q", source, tmp_path / "out", given, calibration=tokens, dtype="float32")
     assert made.kl_after < made.kl_before
     assert verify.verify(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_rows_of_tokens_in_the_text_change(
+    tied: bool, make_model: MakeModel, tokens: Tensor, tmp_path: Path
+) -> None:
+    """Whatever the forward computes in: bfloat16 here, which would round the float32 of the file."""
+    source = make_model("llama", tie_word_embeddings=tied)
+    quantize(source, tmp_path / "q", QuantConfig(method="rtn", bits=2, group_size=32))
+    given = PolishConfig(steps=2, num_samples=8, seq_len=32)
+    text = tokens % 50 + 7  # of 50 tokens
+    polish(tmp_path / "q", source, tmp_path / "out", given, calibration=text, dtype="bfloat16")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("q", "out"))
+    names = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
+    assert ("lm_head.weight" in before) == (not tied)
+    for name in names:
+        rows = set((before[name] != after[name]).any(1).nonzero()[:, 0].tolist())
+        assert rows
+        assert rows <= set(text.unique().tolist())
+    assert verify.verify(tmp_path / "out").problems == []
+
+
+def test_gradients_of_rows_are_those_of_the_dense_matrix(make_model: MakeModel, rng: torch.Generator) -> None:
+    """A matrix that is the embedding and the head, by autograd in float64."""
+    source = str(make_model("llama", tie_word_embeddings=True))
+    network = AutoModelForCausalLM.from_pretrained(source)
+    opened = open_model(open_source(Path(source)), False)
+    weights = WeightStream(opened.source, opened.names, torch.device("cpu"), torch.float32)
+    tokens = torch.tensor([3, 4, 9])
+    (rows,) = find_token_rows(network, weights, tokens)
+    E = network.get_input_embeddings().weight.detach().double()  # (vocabulary, features)
+    change = torch.randn(3, E.shape[1], generator=rng, dtype=torch.float64, requires_grad=True)
+    dense = E.index_add(0, tokens, E.square().mean().sqrt() * change)
+    ids, target = torch.tensor([3, 9, 9, 5]), torch.randn(4, len(E), generator=rng, dtype=torch.float64)
+    ((dense[ids].tanh() @ dense.T - target).square().mean()).backward()
+    with torch.no_grad():
+        rows.change.copy_(change)
+    own = rows.parameters()
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    assert isinstance(head, nn.Linear)
+    assert {module for module, _ in own} == {embedding, head}
+    with substituted(own):
+        (head(embedding(ids).tanh()) - target.float()).square().mean().backward()
+    assert change.grad is not None
+    assert rows.change.grad is not None
+    assert torch.allclose(rows.change.grad.double(), change.grad, rtol=1e-4, atol=1e-6)
 
 
 class Stop(Observer):

@@ -1,4 +1,4 @@
-"""Adam on the scales, offsets, norms and biases of a whole model, towards the predictions of the original.
+"""Adam on the scales, offsets, norms, biases and embeddings of a whole model, towards the predictions of the original.
 
 Only the inputs of blocks are kept for the backward pass. Windows are run one at a time, short ones together.
 """
@@ -32,9 +32,10 @@ from gptq.pipeline.run import Observer
 from gptq.pipeline.tune import ParameterKey, is_small, substituted
 from gptq.polishing.scaled_linear import ScaledLinear
 from gptq.polishing.teacher import Teacher
+from gptq.polishing.token_rows import find_token_rows
 from gptq.solver.codes import Codes
 
-RATE = 2e-3  # learning rate at the start, relative to the size of what changes
+RATE = 4e-3  # learning rate at the start, relative to the size of what changes
 STEP_WINDOWS = 4  # calibration windows per step
 CHECK_EVERY = 20  # steps between two measurements on held-out windows; then the state is saved too
 STEP_SEEDS = 1_000_003  # distance of the seeds of two runs, so that no two steps of them draw alike
@@ -57,10 +58,16 @@ def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class Variables:
-    """What Adam changes: relative changes of scales, offsets, norms and biases. All start at 0."""
+    """What Adam changes: relative changes of scales, offsets, norms, biases and rows of embeddings. All start at 0."""
 
-    def __init__(self, network: nn.Module, layers: dict[str, ScaledLinear], weights: WeightStream) -> None:
+    def __init__(
+        self, network: PreTrainedModel, layers: dict[str, ScaledLinear], weights: WeightStream, tokens: Tensor
+    ) -> None:
+        """Args:
+        tokens: whose rows of the embedding and the output head may change, (tokens,) integers, each once.
+        """  # fmt: skip
         self._layers, self._weights = layers, weights
+        self._rows = find_token_rows(network, weights, tokens)
         self._names = {
             (module, key): join_names(path, key)
             for path, module in network.named_modules()
@@ -75,10 +82,17 @@ class Variables:
 
     def tensors(self) -> list[Tensor]:
         """All of them, in the order of the model."""
-        return [*(own for layer in self._layers.values() for own in layer.parameters()), *self._changes.values()]
+        of_layers = [own for layer in self._layers.values() for own in layer.parameters()]
+        return [*of_layers, *self._changes.values(), *(rows.change for rows in self._rows)]
 
-    def small_parameters(self) -> dict[ParameterKey, Tensor]:
-        """Return norms and biases with their changes applied; gradients reach the changes."""
+    def parameters(self) -> dict[ParameterKey, Tensor]:
+        """Return norms, biases and embeddings with their changes applied; gradients reach the changes."""
+        found = self._small_parameters()
+        for rows in self._rows:
+            found |= rows.parameters()
+        return found
+
+    def _small_parameters(self) -> dict[ParameterKey, Tensor]:
         return {key: (p + self._sizes[key] * self._changes[key]).to(p.dtype) for key, p in self._small.items()}
 
     @torch.no_grad()
@@ -93,8 +107,9 @@ class Variables:
             rounded = layer.round()
             if rounded is not None:
                 codes[names[name]] = rounded
-        small = {self._names[key]: tensor for key, tensor in self.small_parameters().items()}
-        return codes, dict(self._weights.to_stored(name, tensor) for name, tensor in small.items())
+        small = {self._names[key]: tensor for key, tensor in self._small_parameters().items()}
+        tensors = dict(self._weights.to_stored(name, tensor) for name, tensor in small.items())
+        return codes, tensors | dict(rows.stored(self._weights) for rows in self._rows)
 
 
 @dataclass
@@ -149,7 +164,7 @@ class Descent:
         for group in self._optimizer.param_groups:
             group["lr"] = RATE * (1 + math.cos(math.pi * number / self._config.steps)) / 2
         for part in self._parts([self._learned[i] for i in chosen]):
-            with torch.enable_grad(), substituted(self._variables.small_parameters()):
+            with torch.enable_grad(), substituted(self._variables.parameters()):
                 (self._divergence(part) / STEP_WINDOWS).backward()  # runs the blocks again
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -168,7 +183,7 @@ class Descent:
     @torch.no_grad()
     def held_out_divergence(self) -> float:
         """KL(original || model) per token on the held-out windows; 0 where rounding alone would make it less."""
-        with substituted(self._variables.small_parameters()):
+        with substituted(self._variables.parameters()):
             total = sum(float(self._divergence(part)) for part in self._parts(self._held_out))
         return max(0.0, total / len(self._held_out))
 

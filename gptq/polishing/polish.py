@@ -1,9 +1,10 @@
-"""Polish a quantized checkpoint: change its scales, norms and biases so that the whole model predicts as the original.
+"""Polish a quantized checkpoint: change its scales, norms and embeddings so that it predicts as the original does.
 
 Quantization minimizes the error of layers and blocks. What counts is the model's output, so that this last step
 minimizes KL(original || quantized) over the calibration windows (as DWQ of mlx-lm does, and the second phase of
 EfficientQAT, arXiv 2407.11062). Codes stay: one number per group learns from few tokens what one per weight would need
-very many for. Memory holds the packed model, one dequantized block, and one window's activations between blocks.
+very many for. Embeddings, which have no codes, move in the rows of the tokens that the windows have. Memory holds the
+packed model, these rows five times in float32, one dequantized block, and one window's activations between blocks.
 
     original -> its most probable tokens, in a file -> steps of Adam on relative changes -> the best on held-out windows
 """
@@ -78,7 +79,7 @@ def polish(
     allow_pickle: bool = False,
     observer: Observer | None = None,
 ) -> Polished:
-    """Write a quantized checkpoint with scales, norms and biases that bring its predictions closer to the original's.
+    """Write a quantized checkpoint with scales, norms and embeddings that bring it closer to its original.
 
     Args:
         model: folder or Hub id of a quantized checkpoint that `gptq.load` reads, of any tool.
@@ -136,8 +137,10 @@ def polish_folder(
         with scaled_layers(network) as layers, checkpointed(blocks):
             if not layers:
                 raise InputError(f"{names.model} has no scales that may change by a little; its format fixes them")
-            variables = Variables(network, layers, WeightStream(opened.source, opened.names, where, compute))
-            descent = Descent(network, windows.to(where), teacher, variables, config, working.root, observer)
+            own = WeightStream(opened.source, opened.names, where, compute)
+            tokens = windows.to(where)
+            variables = Variables(network, layers, own, tokens.unique())
+            descent = Descent(network, tokens, teacher, variables, config, working.root, observer)
             reached = descent.run()
             codes, tensors = variables.stored(packed.stored)
             after = descent.held_out_divergence()

@@ -87,7 +87,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class Polishing:
-    """The `LastStep` that tunes scales, norms and biases on the windows that calibrated."""
+    """The `LastStep` that tunes scales, norms and embeddings on the windows that calibrated."""
 
     config: QuantConfig
     trust_remote_code: bool
