@@ -264,9 +264,10 @@ class QuantConfig:
         seed: of the choice of calibration windows.
         format: of the file: "gptq" (v1), "gptq_v2", or compressed-tensors' "pack-quantized"; "auto" is the
             format that most engines read, given the other options.
-        target_bits: choose width and group size of each layer so that a weight takes at most this many bits on average,
-            scales and zero points included, and the block outputs change least.
-        target_size: like target_bits, but the safetensors files take at most this many bytes.
+        mixed: choose width and group size of each layer so that the block outputs change least, in the size that `bits`
+            and `group_size` take with a zero point for each group, as GPTQ files have it.
+        target_bits: like mixed, but a weight takes at most this many bits on average, scales and zero points included.
+        target_size: like mixed, but the safetensors files take at most this many bytes.
         lm_head: quantize the output head too. If the head shares its weight with the embedding, the two are untied:
             the embedding stays, and the head gets codes of its own.
         overrides: options of single layers (or pairs of a pattern and options); if several name a layer, the last
@@ -317,6 +318,9 @@ class QuantConfig:
         "of the file; auto is what most engines take. Given several times, the result is written in each format, into "
         "OUT/FORMAT; they need the same grid",
         choices=("auto", *FORMATS),
+    )
+    mixed: bool = option(
+        False, "choose width and group size of each layer, in the size that --bits and --group-size take"
     )
     target_bits: float | None = option(
         None, "mixed widths: bits per weight on the average", metavar="X", parse=parse_number
@@ -383,16 +387,24 @@ class QuantConfig:
 
     def _check_target(self) -> None:
         bits, size = self.target_bits, self.target_size
-        _require(bits is None or size is None, "target_bits and target_size are both given; one of them is enough")
+        targets = {"mixed": self.mixed, "target_bits": bits is not None, "target_size": size is not None}
+        given = [name for name, is_given in targets.items() if is_given]
+        _require(len(given) < 2, f"{' and '.join(given)} are given; one of them is enough")
         _require(
             bits is None or (type(bits) in (int, float) and bits > 0),
             f"target_bits is {bits!r}; it is a positive number",
         )
         _require(size is None or (type(size) is int and size > 0), f"target_size is {size!r}; it is a number of bytes")
         _require(
-            (bits is None and size is None) or (self.method == "gptq" and self.static_groups),
-            "a target needs the method 'gptq' and static groups: widths are chosen by what layers do to their block",
+            not given or (self.method == "gptq" and self.static_groups),
+            f"{''.join(given)} needs the method 'gptq' and static groups: widths are chosen by what layers do to their "
+            "block",
         )
+
+    @property
+    def chooses_widths(self) -> bool:
+        """Whether each layer has a width and a group size of its own."""
+        return self.mixed or self.target_bits is not None or self.target_size is not None
 
     @property
     def streams(self) -> int:

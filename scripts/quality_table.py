@@ -71,7 +71,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced, damping 0.05": {"effort": "balanced", "damp_percent": 0.05},
 }
 MIXED: dict[str, dict[str, Any]] = {  # widths and groups by layer, in the stored bits of a GPTQ file of one width
-    f"{method}, mixed": PRESETS[method] for method in ("balanced", "best", "max", "balanced, asym", "max, asym")
+    f"{method}, mixed": PRESETS[method] | {"mixed": True}
+    for method in ("balanced", "best", "max", "balanced, asym", "max, asym")
 }
 
 Row = dict[str, Any]  # one quantized model: "method", "config" and the measurements
@@ -88,8 +89,6 @@ def configurations(args: argparse.Namespace) -> list[tuple[str, QuantConfig]]:
                 found += [(name, PEERS[name].config(bits, group_size, seed=seed, **common)) for seed in seeds]
             for method in args.methods:
                 options = {"bits": bits, "group_size": group_size, **common, **(PRESETS | MIXED)[method]}
-                if method in MIXED:
-                    options["target_bits"] = bits + (16 + bits) / group_size  # a scale and a zero point for each group
                 options |= {"format": args.format, "overrides": tuple(args.override)}
                 seeds = range(1 if options.get("method") == "rtn" else args.seeds)
                 found += [(method, QuantConfig(**options, seed=seed)) for seed in seeds]

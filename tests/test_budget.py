@@ -1,5 +1,6 @@
 """Mixed widths: the knapsack against all combinations, and targets that are met by what lies on disk."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,24 @@ def test_targets_are_met_on_disk(make_model: MakeModel, windows: Tensor, tmp_pat
     assert 4 < by_bits.bits_per_weight <= 5
 
 
+@pytest.mark.slow
+def test_mixed_widths_take_no_more_than_one_width_with_zero_points(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    source, eight = make_model("llama"), Override("o_proj", bits=8)
+    config = QuantConfig(bits=3, group_size=32, mixed=True, seq_len=32, effort="fast", overrides=(eight,))
+    made = quantize(source, tmp_path / "out", config, calibration=windows)
+    plan = plan_checkpoint(str(source), replace(config, mixed=False), None, trust_remote_code=False)
+    most = 0
+    for layer in plan.layers.values():
+        groups = -(-layer.inputs // 32)
+        most += layer.outputs * (layer.bits * layer.inputs + groups * (16 + layer.bits))
+    weights = sum(layer.outputs * layer.inputs for layer in plan.layers.values())
+    assert 0.9 * most / weights < made.bits_per_weight <= most / weights
+    assert {layer.bits for layer in made.layers if layer.name.endswith("o_proj")} == {8}
+    assert len({(layer.bits, layer.group_size) for layer in made.layers}) > 2
+
+
 def test_overrides_stay_and_impossible_targets_cost_nothing(
     make_model: MakeModel, windows: Tensor, tmp_path: Path
 ) -> None:
@@ -123,6 +142,9 @@ def test_overrides_stay_and_impossible_targets_cost_nothing(
         {"target_bits": -1},
         {"target_size": 3.5},
         {"target_bits": 4, "method": "rtn"},
+        {"mixed": True, "method": "rtn"},
+        {"mixed": True, "target_bits": 4},
+        {"mixed": True, "static_groups": False},
     ]
     for wrong in refused:
         with pytest.raises(InputError):

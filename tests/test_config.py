@@ -37,7 +37,7 @@ def test_every_option_is_explained_and_has_a_flag_that_sets_it() -> None:
     explained = re.findall(r"^ {4}(\w+): ", arguments, re.MULTILINE)
     assert explained == [one.name for one in fields(QuantConfig)] == [*flags(QuantConfig)]
     given = {"sym": False, "search": True, "desc_act": True, "two_streams": True, "static_groups": False,
-             "lm_head": True, "pack_chats": False}  # fmt: skip
+             "lm_head": True, "pack_chats": False, "mixed": True}  # fmt: skip
     texts = {"method": "rtn", "effort": "best", "format": "gptq_v2", "overrides": "down_proj:bits=8",
              "num_samples": "auto", "damp_percent": "0.5", "target_bits": "3.5", "target_size": "3GB"}  # fmt: skip
     values = {

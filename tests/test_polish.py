@@ -249,7 +249,10 @@ def test_gradients_of_rows_are_those_of_the_dense_matrix(make_model: MakeModel, 
     weights = WeightStream(opened.source, opened.names, torch.device("cpu"), torch.float32)
     tokens = torch.tensor([3, 4, 9])
     (rows,) = find_token_rows(network, weights, tokens)
-    E = network.get_input_embeddings().weight.detach().double()  # (vocabulary, features)
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    assert isinstance(head, nn.Linear)
+    E = embedding.weight.detach().double()  # (vocabulary, features)
     change = torch.randn(3, E.shape[1], generator=rng, dtype=torch.float64, requires_grad=True)
     dense = E.index_add(0, tokens, E.square().mean().sqrt() * change)
     ids, target = torch.tensor([3, 9, 9, 5]), torch.randn(4, len(E), generator=rng, dtype=torch.float64)
@@ -257,9 +260,6 @@ def test_gradients_of_rows_are_those_of_the_dense_matrix(make_model: MakeModel, 
     with torch.no_grad():
         rows.change.copy_(change)
     own = rows.parameters()
-    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    assert isinstance(head, nn.Linear)
     assert {module for module, _ in own} == {embedding, head}
     with substituted(own):
         (head(embedding(ids).tanh()) - target.float()).square().mean().backward()

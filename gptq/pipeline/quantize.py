@@ -253,7 +253,7 @@ def _prepare(
     windows, notes = find_enough_windows(
         request.calibration, plan, config, weights, request.trust_remote_code, observer, journal
     )
-    if config.target_bits is not None or config.target_size is not None:
+    if config.chooses_widths:
         in_flight = request.batch_size or len(windows)
         plan = request.plan(_widths_from_journal(plan, config, windows, in_flight, weights, observer, journal, ranks))
         weights = WeightStream(plan.source, plan.names, device, dtype)

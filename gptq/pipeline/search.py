@@ -76,7 +76,8 @@ def _search_windows(
     windows, notes = make_windows(given, MIN_WINDOWS, plan.folder, plan.network, config, trust_remote_code)
     if not given.is_drawn:
         return windows, notes
-    alone = replace(config, effort="fast", two_streams=False, tune_steps=0, target_bits=None, target_size=None)
+    one_width = replace(config, mixed=False, target_bits=None, target_size=None)
+    alone = replace(one_width, effort="fast", two_streams=False, tune_steps=0)
     while True:
         excess = held_out_excess(_results_of_first_block(windows, plan, alone, weights))
         observer.stage(

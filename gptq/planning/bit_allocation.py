@@ -161,12 +161,21 @@ def _nbytes(layer: LayerPlan, bits: int, group_size: int, chosen: Format) -> int
     return sum(info.nbytes for info in formats.layout(scheme, layer.outputs, layer.inputs, layer.scale_dtype).values())
 
 
+def _uniform_bytes(layer: LayerPlan, chosen: Format) -> int:
+    """Return the bytes of a layer as planned: with a zero point for each group, or what the format needs, if more."""
+    groups = layer.scheme.groups(layer.inputs)
+    bits = layer.outputs * (layer.inputs * layer.bits + groups * (8 * layer.scale_dtype.itemsize + layer.bits))
+    return max(bits // 8, _nbytes(layer, layer.bits, layer.group_size, chosen))
+
+
 def choose_storage(plan: Plan, config: QuantConfig, units: Sequence[Unit], chosen: Format) -> list[StorageChoice]:
-    """Choose how each unit is stored, within the config's target_bits or target_size.
+    """Choose how each unit is stored, within what `mixed`, target_bits or target_size of the config allow.
 
     Raises:
         InputError: the target is too small.
     """
+    if config.mixed:
+        return allocate(units, sum(_uniform_bytes(layer, chosen) for layer in plan.layers.values()))
     weights = sum(layer.outputs * layer.inputs for layer in plan.layers.values())
     if config.target_bits is not None:
         return allocate(units, int(config.target_bits * weights / 8))
