@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gptq import InputError, Override, QuantConfig, quantize
 from gptq.formats import FORMATS
 from gptq.output import verify
+from gptq.pipeline.run import Observer
 from gptq.planning.bit_allocation import StorageChoice, Unit, allocate, find_units
 from gptq.planning.plan import plan_checkpoint
 from tests.conftest import MakeModel
@@ -123,6 +125,31 @@ def test_mixed_widths_take_no_more_than_one_width_with_zero_points(
     assert 0.9 * most / weights < made.bits_per_weight <= most / weights
     assert {layer.bits for layer in made.layers if layer.name.endswith("o_proj")} == {8}
     assert len({(layer.bits, layer.group_size) for layer in made.layers}) > 2
+
+
+def test_a_format_with_one_width_leaves_nothing_to_choose_and_nothing_is_measured(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    source = make_model("llama")
+    options: dict[str, Any] = {"format": "nvfp4-pack-quantized", "seq_len": 32, "effort": "fast"}
+    for name, mixed in (("one", False), ("mixed", True)):
+        stages = Stages()
+        config = QuantConfig(mixed=mixed, **options)
+        quantize(source, tmp_path / name, config, calibration=windows, observer=stages)
+        assert not any("each width" in text for text in stages.seen)
+    one, mixed_too = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "mixed"))
+    assert one.keys() == mixed_too.keys()
+    assert all(torch.equal(one[name].view(torch.uint8), mixed_too[name].view(torch.uint8)) for name in one)
+
+
+class Stages(Observer):
+    """Keeps what a run says that it does."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def stage(self, text: str) -> None:
+        self.seen.append(text)
 
 
 def test_overrides_stay_and_impossible_targets_cost_nothing(

@@ -218,6 +218,15 @@ def test_a_plan_reads_no_weights(make_model: MakeModel) -> None:
 
 
 @pytest.mark.slow
+def test_a_plan_with_widths_to_choose_says_that_it_is_of_one_width(
+    make_model: MakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(make_model("llama"))
+    for options, said in (([], 0), (["--mixed"], 1), (["--target-bits", "4"], 1)):
+        assert cli.main(["plan", source, *options]) == 0
+        assert capsys.readouterr().out.count("what width and group size each layer needs") == said
+
+
 def test_plan_and_inspect_say_it(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = make_model("llama"), tmp_path / "out"
     options = ["--bits", "3", "--group-size", "32", "--override", "down_proj:bits=5", "--method", "rtn"]

@@ -44,6 +44,10 @@ from gptq.polishing.quantize import quantize
 
 BAD_INPUT, UNEXPECTED, PIPE_CLOSED = 2, 3, 141  # exit codes; the last is that of shells, 128 and a signal's number
 PACKAGE = Path(__file__).parents[1]
+CHOSEN_LATER = (
+    "the run measures what width and group size each layer needs; layers, engines and seconds are said here for one "
+    "width for all, without that"
+)
 NO_MEMORY = ("allocate memory", "could not create a primitive", "can't start new thread")  # torch, oneDNN, Python
 
 
@@ -151,6 +155,7 @@ def _plan(args: argparse.Namespace) -> int:
     layers = list(plan.layers.values())
     divided = _divide(args, config, plan) if args.ranks is not None else {}
     needs = _estimate_needs(args, config, plan)
+    notes = [*plan.notes, *([CHOSEN_LATER] if config.chooses_widths else [])]
     if args.json:
         _print_json(
             {
@@ -160,7 +165,7 @@ def _plan(args: argparse.Namespace) -> int:
                 "tensor_bytes": sum(info.nbytes for info in plan.tensors.values()),
                 "layers": [layer.to_dict() for layer in layers],
                 "engines": [vars(engine) for engine in found],
-                "notes": plan.notes,
+                "notes": notes,
                 "file_bytes": plan.file_bytes,
                 **needs,
                 **({"ranks": divided} if divided else {}),
@@ -182,7 +187,7 @@ def _plan(args: argparse.Namespace) -> int:
     )
     if divided:
         _print_divided(divided)
-    for note in plan.notes:
+    for note in notes:
         print(f"note: {note}")
     _print_engines(found)
     return 0

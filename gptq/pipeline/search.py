@@ -15,7 +15,7 @@ from gptq.calibration.arrays import Inputs
 from gptq.calibration.windows import MAX_WINDOWS, Calibration, is_held_out, make_windows
 from gptq.compute.distributed import Ranks
 from gptq.compute.matmul import exact_float32
-from gptq.config import QuantConfig
+from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.forward import run_to_end
@@ -140,7 +140,9 @@ def choose_widths(
         InputError: the target cannot be met.
     """
     units, chosen_format = find_units(plan, config)
-    choose_storage(plan, config, units, chosen_format)  # refuse an impossible target before measuring
+    only = choose_storage(plan, config, units, chosen_format)  # refuses an impossible target before measuring
+    if all(len(unit.choices) == 1 for unit in units):
+        return _with_widths(config, units, only, chosen_format)
     observer.stage("measuring what each width does to each layer")
     observer.started(len(plan.blocks), sum(p.outputs * p.inputs for p in plan.layers.values()))
     known: dict[str, list[list[float]]] = {entry["name"]: entry["errors"] for entry in journal.find("measured")}
@@ -168,8 +170,14 @@ def choose_widths(
     # Blocks that no input reaches keep an error of 0 for every choice.
     measured += [unit for block in walk.unreached for unit in units if unit.layers[0] in block.linears]
     observer.finished()
-    overrides = make_overrides(measured, choose_storage(plan, config, measured, chosen_format))
-    return replace(config, overrides=(*config.overrides, *overrides), format=chosen_format)
+    return _with_widths(config, measured, choose_storage(plan, config, measured, chosen_format), chosen_format)
+
+
+def _with_widths(
+    config: QuantConfig, units: Sequence[Unit], choices: Sequence[StorageChoice], chosen_format: Format
+) -> QuantConfig:
+    """Return the config with the format and an override for every layer."""
+    return replace(config, overrides=(*config.overrides, *make_overrides(units, choices)), format=chosen_format)
 
 
 class _TrialSolver:
