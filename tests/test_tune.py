@@ -102,9 +102,17 @@ def test_a_soft_weight_is_the_mean_of_three_values_and_ends_as_one_of_them(grid:
     assert torch.allclose(kept.weight(), chosen, atol=2e-3)
 
 
+def offset_of(solved: solver.SolvedLayer) -> Tensor:
+    """The offset of each weight, (outputs, inputs) or a number."""
+    return torch.zeros(()) if solved.offset is None else solved.offset[:, solved.g_idx.long()]
+
+
+@pytest.mark.parametrize("noise", [None, 5])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_the_gradient_of_a_soft_weight_is_that_of_its_definition(grid: Grid, rng: torch.Generator) -> None:
-    """Against torch's own derivative of a sum over the values of three codes."""
+def test_the_gradient_of_a_soft_weight_is_that_of_its_definition(
+    grid: Grid, noise: int | None, rng: torch.Generator
+) -> None:
+    """Against torch's own derivative of a sum over the values of three codes, with a Gumbel variable for each."""
     solved = solver.round_to_nearest(torch.randn(8, 256, generator=rng), grid, getattr(grid, "columns", 32))
     ranks, logits = grid.ranks(solved.codes), soft_codes.first_logits(solved, grid)
     logits = (logits + torch.randn(2, 8, 256, generator=rng)).requires_grad_()
@@ -115,12 +123,21 @@ def test_the_gradient_of_a_soft_weight_is_that_of_its_definition(grid: Grid, rng
     low, value, high = (
         replace(unit, codes=grid.codes_of((ranks + move).clamp(0, grid.top))).weight() for move in (-1, 0, 1)
     )
-    p = (torch.stack([logits[0], torch.zeros_like(logits[0]), logits[1]]) / 0.7).softmax(0)
+    z = torch.stack([logits[0], torch.zeros_like(logits[0]), logits[1]]) / 0.7
+    if noise is not None:
+        draws = torch.Generator().manual_seed(noise)
+        own, lower, higher = (-torch.empty(8, 256).exponential_(generator=draws).log() for _ in range(3))
+        z = z + soft_codes.NOISE * torch.stack([lower, own, higher])
+    p = z.softmax(0)
     mean = p[0] * low + p[1] * value + p[2] * high
     expected = torch.autograd.grad(
         ((solved.scale * (1 + scale))[:, solved.g_idx.long()] * mean * G).sum(), [scale, logits]
     )
-    found = torch.autograd.grad((soft_codes.soft_weight(solved, scale, logits, 0.7, grid) * G).sum(), [scale, logits])
+    ours = soft_codes.soft_weight(solved, scale, logits, 0.7, grid, noise)
+    assert torch.allclose(
+        ours, (solved.scale * (1 + scale))[:, solved.g_idx.long()] * mean + offset_of(solved), atol=1e-5
+    )
+    found = torch.autograd.grad((ours * G).sum(), [scale, logits])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 

@@ -1,9 +1,9 @@
 """Weights as smooth functions of their codes, for block tuning.
 
 A code is relaxed to a mean of itself and its two neighbours on the grid, under a softmax of logits that Adam changes.
-The softmax's temperature falls to nearly 0, so that the means end as codes (the relaxation of GSQ, arXiv 2604.18556,
-without its noise). A gradient then sees where a code is going before it is there; a straight-through gradient
-(AutoRound, arXiv 2309.05516) sees a jump after it was made.
+The softmax's temperature falls to nearly 0, so that the means end as codes, and Gumbel noise keeps codes from learning
+the windows by heart (the relaxation of GSQ, arXiv 2604.18556, with less noise). A gradient then sees where a code is
+going before it is there; a straight-through gradient (AutoRound, arXiv 2309.05516) sees a jump after it was made.
 """
 
 from dataclasses import replace
@@ -15,6 +15,8 @@ from torch import Tensor
 from gptq.solver import Grid
 from gptq.solver.solve import SolvedLayer
 
+NOISE = 0.3  # Gumbel variables that are added to logits / temperature are scaled by this
+SMALLEST_DRAW = 1e-30  # in place of an exponential variable of 0, whose logarithm is not finite
 FIRST_LOGIT = -2.0  # of a code's neighbours at the start; the code's own logit is 0
 
 
@@ -27,7 +29,9 @@ def first_logits(solved: SolvedLayer, grid: Grid) -> Tensor:
     return logits
 
 
-def soft_weight(solved: SolvedLayer, scale: Tensor, logits: Tensor, temperature: float, grid: Grid) -> Tensor:
+def soft_weight(
+    solved: SolvedLayer, scale: Tensor, logits: Tensor, temperature: float, grid: Grid, noise: int | None = None
+) -> Tensor:
     """Dequantize with scales changed by the fraction `scale`, and codes as means under a softmax of their logits.
 
     A layer's own offsets, where the grid has them, stay as they are.
@@ -35,8 +39,9 @@ def soft_weight(solved: SolvedLayer, scale: Tensor, logits: Tensor, temperature:
     Args:
         scale: (outputs, groups).
         logits: (2, outputs, inputs), as `first_logits` makes them.
+        noise: seed of the noise; None for none.
     """
-    weight: Tensor = _SoftWeight.apply(scale, logits, temperature, solved, grid)
+    weight: Tensor = _SoftWeight.apply(scale, logits, (temperature, noise), solved, grid)
     return weight
 
 
@@ -51,18 +56,22 @@ def round_layer(solved: SolvedLayer, scale: Tensor, logits: Tensor, grid: Grid) 
 
 
 class _SoftWeight(torch.autograd.Function):
-    """w = s (1 + change) m + offset, m = v + p_lower (v_lower - v) + p_higher (v_higher - v), p = softmax(logits / t).
+    """w = s (1 + change) m + offset, m = v + p_lower (v_lower - v) + p_higher (v_higher - v).
+
+    p = softmax(logits / t + noise), the code's own logit being 0.
 
     With G = dL/dw: dL/dlogit = G s (1 + change) p (v_neighbour - m) / t, and dL/dchange is the sum of G s m over a
     group. Everything but the variables is computed again for the backward pass instead of being kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, logits: Tensor, temperature: float, solved: SolvedLayer, grid: Grid) -> Tensor:
+    def forward(
+        ctx: Any, scale: Tensor, logits: Tensor, softmax: tuple[float, int | None], solved: SolvedLayer, grid: Grid
+    ) -> Tensor:
         ctx.save_for_backward(scale, logits)
-        ctx.rest = temperature, solved, grid
+        ctx.rest = softmax, solved, grid
         groups = solved.g_idx.long()
-        mean = _mean(solved, grid, _probabilities(logits, temperature))[0]
+        mean = _mean(solved, grid, _probabilities(logits, *softmax))[0]
         weight = (solved.scale * (1 + scale)).index_select(1, groups).mul_(mean)
         return weight if solved.offset is None else weight.add_(solved.offset.index_select(1, groups))
 
@@ -70,9 +79,9 @@ class _SoftWeight(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (G,) = gradients  # (outputs, inputs)
         scale, logits = ctx.saved_tensors
-        temperature, solved, grid = ctx.rest
+        (temperature, noise), solved, grid = ctx.rest
         groups = solved.g_idx.long()
-        p = _probabilities(logits, temperature)  # (2, outputs, inputs)
+        p = _probabilities(logits, temperature, noise)  # (2, outputs, inputs)
         mean, moves = _mean(solved, grid, p)
         of_scale = None
         if ctx.needs_input_grad[0]:
@@ -84,12 +93,22 @@ class _SoftWeight(torch.autograd.Function):
         return of_scale, of_logits, None, None, None
 
 
-def _probabilities(logits: Tensor, temperature: float) -> Tensor:
+def _probabilities(logits: Tensor, temperature: float, noise: int | None) -> Tensor:
     """Probabilities (2, outputs, inputs) of the two neighbours; the rest is the code's own."""
     z = logits / temperature
+    if noise is not None:
+        _add_noise(z, torch.Generator(z.device).manual_seed(noise))
     largest = z.amax(0).clamp_(min=0)  # (outputs, inputs): of all three logits
     z.sub_(largest).exp_()
     return z.div_(z[0] + z[1] + largest.neg_().exp_())
+
+
+def _add_noise(z: Tensor, generator: torch.Generator) -> None:
+    """Add NOISE (g_neighbour - g_own) to z (2, outputs, inputs); each g = -log(exponential) is a Gumbel variable."""
+    drawn = torch.empty_like(z[0])  # (outputs, inputs)
+    z.add_(drawn.exponential_(generator=generator).clamp_(min=SMALLEST_DRAW).log_(), alpha=NOISE)
+    for one in z:
+        one.sub_(drawn.exponential_(generator=generator).clamp_(min=SMALLEST_DRAW).log_(), alpha=NOISE)
 
 
 def _mean(solved: SolvedLayer, grid: Grid, p: Tensor) -> tuple[Tensor, tuple[Any, Any]]:

@@ -158,13 +158,14 @@ class _Variables:
         """Return norms and biases with their changes applied."""
         return {key: (p + self._sizes[key] * self.changes[key]).to(p.dtype) for key, p in self._small.items()}
 
-    def soft_parameters(self, temperature: float) -> dict[ParameterKey, Tensor]:
-        """Return all parameters as differentiable functions of the variables."""
+    def soft_parameters(self, temperature: float, noise: torch.Generator) -> dict[ParameterKey, Tensor]:
+        """Return all parameters as differentiable functions of the variables, with noise that each layer draws anew."""
+        seeds = torch.randint(2**62, (len(self._block.layers),), generator=noise).tolist()
         weights = {
             linear: soft_weight(
-                solved, self.scales[linear], self.logits[linear], temperature, self._block.grids[linear]
+                solved, self.scales[linear], self.logits[linear], temperature, self._block.grids[linear], seed
             )
-            for linear, solved in self._block.layers.items()
+            for (linear, solved), seed in zip(self._block.layers.items(), seeds, strict=True)
         }
         return self._as_parameters(weights) | self.small_parameters()
 
@@ -195,10 +196,11 @@ def _optimize(block: BlockToTune, variables: _Variables, steps: int, seed: int) 
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     first, last = TEMPERATURES
+    noise = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for step, chosen in zip(range(steps), _draw(block.learned, seed), strict=False):
             temperature = first * (last / first) ** (step / steps)
-            _backpropagate(block, variables.soft_parameters(temperature), chosen)
+            _backpropagate(block, variables.soft_parameters(temperature, noise), chosen)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
