@@ -217,7 +217,6 @@ def test_a_plan_reads_no_weights(make_model: MakeModel) -> None:
         quantize(source, source.with_name("out"), QuantConfig(method="rtn", group_size=32))
 
 
-@pytest.mark.slow
 def test_a_plan_with_widths_to_choose_says_that_it_is_of_one_width(
     make_model: MakeModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +226,7 @@ def test_a_plan_with_widths_to_choose_says_that_it_is_of_one_width(
         assert capsys.readouterr().out.count("what width and group size each layer needs") == said
 
 
+@pytest.mark.slow
 def test_plan_and_inspect_say_it(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = make_model("llama"), tmp_path / "out"
     options = ["--bits", "3", "--group-size", "32", "--override", "down_proj:bits=5", "--method", "rtn"]

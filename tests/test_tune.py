@@ -130,14 +130,11 @@ def test_the_gradient_of_a_soft_weight_is_that_of_its_definition(
         z = z + soft_codes.NOISE * torch.stack([lower, own, higher])
     p = z.softmax(0)
     mean = p[0] * low + p[1] * value + p[2] * high
-    expected = torch.autograd.grad(
-        ((solved.scale * (1 + scale))[:, solved.g_idx.long()] * mean * G).sum(), [scale, logits]
-    )
-    ours = soft_codes.soft_weight(solved, scale, logits, 0.7, grid, noise)
-    assert torch.allclose(
-        ours, (solved.scale * (1 + scale))[:, solved.g_idx.long()] * mean + offset_of(solved), atol=1e-5
-    )
-    found = torch.autograd.grad((ours * G).sum(), [scale, logits])
+    weight = soft_codes.soft_weight(solved, scale, logits, 0.7, grid, noise)
+    dense = (solved.scale * (1 + scale))[:, solved.g_idx.long()] * mean
+    assert torch.allclose(weight, dense + offset_of(solved), atol=1e-5)
+    expected = torch.autograd.grad((dense * G).sum(), [scale, logits])
+    found = torch.autograd.grad((weight * G).sum(), [scale, logits])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 

@@ -21,26 +21,25 @@ class TokenRows:
         keys: the modules that compute with it; two if the head shares it with the embedding.
         tokens: the rows that may change, (tokens,) integers, each once.
         """  # fmt: skip
-        self.name, self.keys, self._weight, self._tokens = name, keys, weight, tokens
+        self._name, self._keys, self._weight, self._tokens = name, keys, weight, tokens
         self._size = torch.linalg.vector_norm(weight, dtype=torch.float32) / weight.numel() ** 0.5
         self.change = torch.zeros(
             len(tokens), weight.shape[1], dtype=torch.float32, device=weight.device, requires_grad=True
         )
 
-    def changed(self, weight: Tensor) -> Tensor:
+    def _changed(self, weight: Tensor) -> Tensor:
         """Return `weight`, this matrix in any dtype, with the changes added; gradients reach `change`."""
         rows = weight[self._tokens].float() + self._size * self.change  # (tokens, features)
         return weight.index_copy(0, self._tokens, rows.to(weight.dtype))
 
     def parameters(self) -> dict[ParameterKey, Tensor]:
         """Return what the modules compute with."""
-        weight = self.changed(self._weight)
-        return dict.fromkeys(self.keys, weight)
+        return dict.fromkeys(self._keys, self._changed(self._weight))
 
     @torch.no_grad()
     def stored(self, weights: WeightStream) -> tuple[str, Tensor]:
         """Return the matrix in its stored dtype, other rows as they were, and its name in the checkpoint before it."""
-        return weights.to_stored(self.name, self.changed(weights.read(self.name, torch.float32)))
+        return weights.to_stored(self._name, self._changed(weights.read(self._name, torch.float32)))
 
 
 def find_token_rows(network: PreTrainedModel, weights: WeightStream, tokens: Tensor) -> list[TokenRows]:
