@@ -1,6 +1,7 @@
 """Tuning a block: closer to the original on windows it has not learned from, and what was tuned is what is stored."""
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,8 +126,7 @@ def test_the_gradient_of_a_soft_weight_is_that_of_its_definition(
     )
     z = torch.stack([logits[0], torch.zeros_like(logits[0]), logits[1]]) / 0.7
     if noise is not None:
-        draws = torch.Generator().manual_seed(noise)
-        own, lower, higher = (-torch.empty(8, 256).exponential_(generator=draws).log() for _ in range(3))
+        own, lower, higher = soft_codes.draw_gumbel(3, G, torch.Generator().manual_seed(noise))
         z = z + soft_codes.NOISE * torch.stack([lower, own, higher])
     p = z.softmax(0)
     mean = p[0] * low + p[1] * value + p[2] * high
@@ -137,6 +137,19 @@ def test_the_gradient_of_a_soft_weight_is_that_of_its_definition(
     found = torch.autograd.grad((weight * G).sum(), [scale, logits])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_noise_is_of_gumbel_variables_that_do_not_depend_on_each_other() -> None:
+    """Their distribution function is exp(-exp(-x)), their mean Euler's constant, their variance pi^2 / 6."""
+    n = 30_001  # no multiple of the bytes in a word
+    drawn = soft_codes.draw_gumbel(3, torch.empty(n), torch.Generator().manual_seed(0)).double()  # (3, n)
+    below = torch.arange(1, n + 1) / n
+    for one in drawn:
+        assert float((torch.exp(-torch.exp(-one.sort().values)) - below).abs().max()) < 1 / soft_codes.LEVELS + 0.01
+    assert float(drawn.mean()) == pytest.approx(0.5772, abs=0.02)
+    assert float(drawn.var()) == pytest.approx(math.pi**2 / 6, rel=0.03)
+    assert float((torch.corrcoef(drawn) - torch.eye(3)).abs().max()) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([drawn[0, 1:], drawn[0, :-1]]))[0, 1])) < 0.02
 
 
 class Attention(nn.Module):

@@ -16,7 +16,7 @@ from gptq.solver import Grid
 from gptq.solver.solve import SolvedLayer
 
 NOISE = 0.3  # Gumbel variables that are added to logits / temperature are scaled by this
-SMALLEST_DRAW = 1e-30  # in place of an exponential variable of 0, whose logarithm is not finite
+LEVELS = 256  # that a Gumbel variable takes here, all equally often: a random byte costs a twentieth of a logarithm
 FIRST_LOGIT = -2.0  # of a code's neighbours at the start; the code's own logit is 0
 
 
@@ -97,18 +97,20 @@ def _probabilities(logits: Tensor, temperature: float, noise: int | None) -> Ten
     """Probabilities (2, outputs, inputs) of the two neighbours; the rest is the code's own."""
     z = logits / temperature
     if noise is not None:
-        _add_noise(z, torch.Generator(z.device).manual_seed(noise))
+        own, lower, higher = draw_gumbel(3, z[0], torch.Generator(z.device).manual_seed(noise))
+        for one, drawn in zip(z, (lower, higher), strict=True):
+            one.add_(drawn.sub_(own), alpha=NOISE)
     largest = z.amax(0).clamp_(min=0)  # (outputs, inputs): of all three logits
     z.sub_(largest).exp_()
     return z.div_(z[0] + z[1] + largest.neg_().exp_())
 
 
-def _add_noise(z: Tensor, generator: torch.Generator) -> None:
-    """Add NOISE (g_neighbour - g_own) to z (2, outputs, inputs); each g = -log(exponential) is a Gumbel variable."""
-    drawn = torch.empty_like(z[0])  # (outputs, inputs)
-    z.add_(drawn.exponential_(generator=generator).clamp_(min=SMALLEST_DRAW).log_(), alpha=NOISE)
-    for one in z:
-        one.sub_(drawn.exponential_(generator=generator).clamp_(min=SMALLEST_DRAW).log_(), alpha=NOISE)
+def draw_gumbel(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw Gumbel variables, (count, *like.shape) in float32; each is one of LEVELS quantiles."""
+    words = torch.empty(-(-count * like.numel() // 8), dtype=torch.int64, device=like.device)
+    drawn = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: count * like.numel()]
+    quantiles = (torch.arange(LEVELS, device=like.device) + 0.5) / LEVELS
+    return quantiles.log_().neg_().log_().neg_().index_select(0, drawn.int()).view(count, *like.shape)
 
 
 def _mean(solved: SolvedLayer, grid: Grid, p: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
