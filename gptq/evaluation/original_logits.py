@@ -24,7 +24,7 @@ from gptq.models.tensor_names import check_tensors
 from gptq.models.trial_forward import run_trial
 from gptq.models.weights import WeightStream
 from gptq.pipeline.block_walk import BlockWalk
-from gptq.planning.memory import available_bytes
+from gptq.planning.memory import free_bytes
 from gptq.planning.plan import without_blocks_of
 
 MOST_OF_MEMORY = 0.7  # of what is free, that the original may take when all of it is loaded
@@ -65,8 +65,7 @@ def _fits_into_memory(folder: Path, device: torch.device, dtype: str, trust_remo
     """Whether a checkpoint takes less than MOST_OF_MEMORY of the device's free memory, all of it loaded."""
     compute = choose_dtype(dtype, read_config(folder, trust_remote_code), device)
     needed = _bytes_of_all(open_original(folder), compute)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-    return needed < MOST_OF_MEMORY * free
+    return needed < MOST_OF_MEMORY * free_bytes(device)
 
 
 def _bytes_of_all(source: Source, dtype: torch.dtype) -> int:

@@ -95,6 +95,11 @@ def _read_status(key: str) -> int:
     return 1024 * int(file.read_text().split(f"{key}:")[1].split()[0]) if file.is_file() else 0
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of a device that this process can still use."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
 def available_bytes(root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
     """Return the host memory that this process can still use: the machine's free memory, or less in a container."""
     if meminfo.is_file():
@@ -335,7 +340,7 @@ def decide_memory(
     """
     on_gpu, profile = device.type == "cuda", profile_of(device)
     if on_gpu:
-        given, most, base = gpu_limit, gpu_limit or int(DEFAULT_LIMIT * torch.cuda.mem_get_info(device)[0]), 0
+        given, most, base = gpu_limit, gpu_limit or int(DEFAULT_LIMIT * free_bytes(device)), 0
     else:
         base = warm_up()
         given, most = limit, limit or base + int(DEFAULT_LIMIT * available_bytes())

@@ -1,6 +1,6 @@
 """Adam on the scales, offsets, norms, biases and embeddings of a whole model, towards the predictions of the original.
 
-Only the inputs of blocks are kept for the backward pass. Windows are run one at a time, short ones together.
+Windows are run one at a time, short ones together.
 """
 
 import errno
@@ -9,17 +9,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gptq.calibration.windows import is_held_out
@@ -42,19 +39,6 @@ STEP_SEEDS = 1_000_003  # distance of the seeds of two runs, so that no two step
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by the names that torch gives them
 PATIENCE = 3  # measurements without an improvement, after which the run ends
 STATE = "polish.safetensors"  # file of OUT.partial: how far a run has come
-
-
-@contextmanager
-def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, each module keeps its inputs for the backward pass, and is run again there."""
-    own = {module: module.forward for module in modules}
-    try:
-        for module, forward in own.items():
-            module.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-        yield
-    finally:
-        for module in own:
-            del module.forward  # uncovers the method of the class
 
 
 class Variables:
@@ -165,7 +149,7 @@ class Descent:
             group["lr"] = RATE * (1 + math.cos(math.pi * number / self._config.steps)) / 2
         for part in self._parts([self._learned[i] for i in chosen]):
             with torch.enable_grad(), substituted(self._variables.parameters()):
-                (self._divergence(part) / STEP_WINDOWS).backward()  # runs the blocks again
+                (self._divergence(part) / STEP_WINDOWS).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
 

@@ -4,7 +4,8 @@ Quantization minimizes the error of layers and blocks. What counts is the model'
 minimizes KL(original || quantized) over the calibration windows (as DWQ of mlx-lm does, and the second phase of
 EfficientQAT, arXiv 2407.11062). Codes stay: one number per group learns from few tokens what one per weight would need
 very many for. Embeddings, which have no codes, move in the rows of the tokens that the windows have. Memory holds the
-packed model, these rows five times in float32, one dequantized block, and one window's activations between blocks.
+packed model, these rows five times in float32, one dequantized block, one window's activations between blocks, and
+those inside blocks while they take less than MOST_OF_MEMORY.
 
     original -> its most probable tokens, in a file -> steps of Adam on relative changes -> the best on held-out windows
 """
@@ -43,12 +44,15 @@ from gptq.output.record import PolishRecord, model_name, public_name
 from gptq.output.rewrite import describe_packed, rewrite
 from gptq.pipeline.run import Observer
 from gptq.pipeline.run_identity import checksum_of_windows, decisive_files, list_changes
-from gptq.polishing.descent import STATE, Descent, Variables, checkpointed
+from gptq.planning.memory import free_bytes
+from gptq.polishing.activations import bounded_activations
+from gptq.polishing.descent import STATE, Descent, Variables
 from gptq.polishing.scaled_linear import scaled_layers
 from gptq.polishing.teacher import record_teacher
 from gptq.version import __version__
 
 BEGUN = "polish.json"  # file of OUT.partial: everything that the result depends on
+MOST_OF_MEMORY = 0.25  # of what is free, that activations inside blocks may take instead of being computed again
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ def polish_folder(
         for state in states:  # while nothing is kept of what was read
             state.require_same()
         blocks = [network.get_submodule(block.name) for block in find_blocks(opened.network)]
-        with scaled_layers(network) as layers, checkpointed(blocks):
+        most = int(MOST_OF_MEMORY * free_bytes(where))
+        with scaled_layers(network) as layers, bounded_activations(blocks, most):
             if not layers:
                 raise InputError(f"{names.model} has no scales that may change by a little; its format fixes them")
             own = WeightStream(opened.source, opened.names, where, compute)

@@ -126,6 +126,6 @@ def _record_window(teacher: Teacher, window: int, logits: Tensor) -> None:
     kept, step = teacher.tokens.shape[2], max(1, CHUNK_LOGITS // teacher.vocabulary)
     for start in range(0, len(logits), step):
         part = slice(start, start + step)
-        found = logits[part].float().log_softmax(1).clamp(min=LOWEST).topk(kept, dim=1)  # (step, kept)
+        found = logits[part].float().log_softmax(1).clamp(min=LOWEST).topk(kept, dim=1, sorted=False)
         teacher.log_probabilities[window, part] = found.values.half().cpu().numpy()
         teacher.tokens[window, part] = found.indices.int().cpu().numpy()
