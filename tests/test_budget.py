@@ -14,6 +14,7 @@ from gptq import InputError, Override, QuantConfig, quantize
 from gptq.formats import FORMATS
 from gptq.output import verify
 from gptq.pipeline.run import Observer
+from gptq.pipeline.search import trial_windows
 from gptq.planning.bit_allocation import StorageChoice, Unit, allocate, find_units
 from gptq.planning.plan import plan_checkpoint
 from tests.conftest import MakeModel
@@ -140,6 +141,28 @@ def test_a_format_with_one_width_leaves_nothing_to_choose_and_nothing_is_measure
     one, mixed_too = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "mixed"))
     assert one.keys() == mixed_too.keys()
     assert all(torch.equal(one[name].view(torch.uint8), mixed_too[name].view(torch.uint8)) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "expected"),
+    [(512, 64, 32), (128, 64, 128), (64, 64, 200), (512, 4096, 64)],
+    ids=["held_out", "tokens", "too_few", "inputs"],
+)
+def test_widths_are_measured_on_as_many_windows_as_that_takes(
+    tokens: int, inputs: int, expected: int, make_model: MakeModel
+) -> None:
+    """4 windows of those held out, which are one in 8; 16,384 tokens; 8 tokens for each input of the widest layer."""
+    plan = plan_checkpoint(str(make_model("llama")), QuantConfig(bits=3), None, trust_remote_code=False)
+    widest = next(iter(plan.layers))
+    plan = replace(plan, layers=plan.layers | {widest: replace(plan.layers[widest], inputs=inputs)})
+    windows = [{"input_ids": torch.full((1, tokens), i)} for i in range(200)]
+    assert trial_windows(windows, plan) == windows[:expected]
+
+
+def test_experts_are_measured_on_all_windows(make_model: MakeModel) -> None:
+    plan = plan_checkpoint(str(make_model("mixtral")), QuantConfig(bits=3), None, trust_remote_code=False)
+    windows = [{"input_ids": torch.full((1, 512), i)} for i in range(200)]
+    assert len(trial_windows(windows, plan)) == 200
 
 
 class Stages(Observer):

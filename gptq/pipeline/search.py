@@ -12,7 +12,14 @@ from torch import nn
 
 from gptq import solver
 from gptq.calibration.arrays import Inputs
-from gptq.calibration.windows import MAX_WINDOWS, Calibration, is_held_out, make_windows
+from gptq.calibration.windows import (
+    HELD_OUT_EVERY,
+    MAX_WINDOWS,
+    Calibration,
+    count_tokens,
+    is_held_out,
+    make_windows,
+)
 from gptq.compute.distributed import Ranks
 from gptq.compute.matmul import exact_float32
 from gptq.config import Format, QuantConfig
@@ -37,6 +44,8 @@ MIN_WINDOWS = 16  # where the search for enough windows starts
 MAX_EXCESS = 0.1
 # The error of a choice is a mean over tokens; more of them change it by little, and each costs a forward per choice.
 MEASURED_WINDOWS, MEASURED_TOKENS = 4, 4096  # at least; fewer if fewer are held out
+# The trials compare layers that are all solved on the same Hessians, which takes fewer tokens than solving them well.
+TRIAL_TOKENS, TRIAL_TOKENS_PER_INPUT = 16_384, 8  # at least; the second times the inputs of the widest layer
 
 
 def find_enough_windows(
@@ -129,12 +138,12 @@ def choose_widths(
 ) -> QuantConfig:
     """Choose the bit widths that meet the target; return the config with an override for every layer.
 
-    Takes one pass over the original model. The error of a choice is measured in the block's output when only that unit
-    is quantized: ||change||^2 / ||output||^2 of each token, because the norm layers of later blocks rescale each token.
-    Blocks whose errors the journal holds are not measured again.
+    Takes one pass over the original model, with the windows of `trial_windows`. The error of a choice is measured in
+    the block's output when only that unit is quantized: ||change||^2 / ||output||^2 of each token, because the norm
+    layers of later blocks rescale each token. Blocks whose errors the journal holds are not measured again.
 
-    Every process takes all windows through the model. Each solves and measures its own choices, which is most of the
-    work, and tells the others their errors.
+    Every process takes all these windows through the model. Each solves and measures its own choices, which is most of
+    the work, and tells the others their errors.
 
     Raises:
         InputError: the target cannot be met.
@@ -144,6 +153,7 @@ def choose_widths(
     if all(len(unit.choices) == 1 for unit in units):
         return _with_widths(config, units, only, chosen_format)
     observer.stage("measuring what each width does to each layer")
+    windows = trial_windows(windows, plan)
     observer.started(len(plan.blocks), sum(p.outputs * p.inputs for p in plan.layers.values()))
     known: dict[str, list[list[float]]] = {entry["name"]: entry["errors"] for entry in journal.find("measured")}
     if known:
@@ -160,7 +170,7 @@ def choose_widths(
                 measured += map(Unit.with_errors, inside, known[block.name])
                 walk.resume_with(run_original(block, calls[0], run))
                 continue
-            outputs = solve_block(calls, in_flight, BlockState(block, run), trials.solve)
+            outputs = solve_block(calls, min(in_flight, len(windows)), BlockState(block, run), trials.solve)
             originals = outputs[0] if outputs else None
             errors = _measure_choices(inside, block, calls[0], originals, trials, weights)
             trials.solved.clear()
@@ -171,6 +181,15 @@ def choose_widths(
     measured += [unit for block in walk.unreached for unit in units if unit.layers[0] in block.linears]
     observer.finished()
     return _with_widths(config, measured, choose_storage(plan, config, measured, chosen_format), chosen_format)
+
+
+def trial_windows(windows: list[Inputs], plan: Plan) -> list[Inputs]:
+    """Return the first windows, as many as measuring widths takes; all where experts see a part of the tokens each."""
+    tokens = count_tokens(windows)
+    if not tokens or any(block.expert_layers() for block in plan.blocks):
+        return windows
+    enough = max(TRIAL_TOKENS, TRIAL_TOKENS_PER_INPUT * max(layer.inputs for layer in plan.layers.values()))
+    return windows[: max(HELD_OUT_EVERY * MEASURED_WINDOWS, -(-len(windows) * enough // tokens))]
 
 
 def _with_widths(
