@@ -17,10 +17,10 @@ EFFORTS: dict[str, dict[str, Any]] = {  # for each level, the values of the opti
         "search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0, "polish_steps": 0,
     },
     "best": {
-        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200, "polish_steps": 0,
+        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 300, "polish_steps": 0,
     },
     "max": {
-        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 200, "polish_steps": 100,
+        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 300, "polish_steps": 150,
     },
 }  # fmt: skip
 Format = Literal[
@@ -37,7 +37,7 @@ GROUP_SIZES: dict[str, int] = {  # of formats that have one size
     "gguf": 32, "gguf-k": 32, "gguf-iq4": 32, "int-quantized": -1, "float-quantized": -1, "fp8": 128,
     "nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32,
 }  # fmt: skip
-TUNE_WINDOWS = 4  # calibration windows per gradient step of block tuning
+TUNE_WINDOWS = 2  # calibration windows per gradient step of block tuning
 TUNE_TOKENS = 2048  # windows that together have no more tokens are run together, there and by `polish`
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of forward passes
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -247,7 +247,7 @@ class QuantConfig:
         two_streams: carry the original model's activations beside the quantized model's, and make up in each layer for
             what the layers before it have changed. Twice the forward passes.
         tune_steps: steps of gradient descent on each solved block's scales, codes, norms and biases. Each step takes
-            four windows forward and back; needs the original's activations, that is two_streams.
+            two windows forward and back; needs the original's activations, that is two_streams.
         polish_steps: steps of gradient descent on the scales, norms, biases and embeddings of the whole quantized
             model, towards the original's predictions; what `gptq.polish` does, on the windows that calibrate. Needs
             memory for the whole packed model, and text.
@@ -435,7 +435,7 @@ class PolishConfig:
     """Options of `gptq.polish` that decide which bytes it writes.
 
     Args:
-        steps: of Adam, each on four windows; fewer are taken once the held-out windows no longer gain.
+        steps: of Adam, each on two windows; fewer are taken once the held-out windows no longer gain.
         num_samples: calibration windows. More than a quantization takes pay here.
         seq_len, seed: as for `QuantConfig`.
 
@@ -443,7 +443,7 @@ class PolishConfig:
         InputError: an option is out of its range.
     """
 
-    steps: int = option(100, "of gradient descent on the whole model", metavar="N")
+    steps: int = option(150, "of gradient descent on the whole model", metavar="N")
     num_samples: int = option(256, "calibration windows; one in eight measures", flag="samples", metavar="N")
     seq_len: int = option(2048, "tokens per window", metavar="N")
     seed: int = option(0, "of the choice of windows", metavar="N")

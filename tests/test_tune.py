@@ -176,11 +176,10 @@ def test_short_windows_are_run_together_where_that_gives_the_same(mixes: bool, r
     with torch.no_grad():
         wanted = [call()[0] + 1 for call in calls]
         to_tune = BlockToTune(block, calls, wanted, [], {}, {}, lambda _, w: w)
-        distances = [to_tune.distance(*piece) for piece in to_tune.pieces(range(3, 10))]
-    assert to_tune.together == (1 if mixes else 4)
-    assert block.rows == (1 if mixes else 3)
-    assert len(distances) == (7 if mixes else 2)
-    assert float(sum(distances)) == pytest.approx(7.0)
+        found = [(to_tune.distance(*piece), block.rows) for piece in to_tune.pieces(range(3, 10))]
+    assert to_tune.together == (1 if mixes else 2)
+    assert [rows for _, rows in found] == ([1] * 7 if mixes else [2, 2, 2, 1])
+    assert float(sum(distance for distance, _ in found)) == pytest.approx(7.0)
 
 
 def test_codes_that_are_wrong_by_one_are_mended(rng: torch.Generator) -> None:

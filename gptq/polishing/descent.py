@@ -33,8 +33,8 @@ from gptq.polishing.token_rows import find_token_rows
 from gptq.solver.codes import Codes
 
 RATE = 4e-3  # learning rate at the start, relative to the size of what changes
-STEP_WINDOWS = 4  # calibration windows per step
-CHECK_EVERY = 20  # steps between two measurements on held-out windows; then the state is saved too
+STEP_WINDOWS = 2  # calibration windows per step
+CHECK_EVERY = 30  # steps between two measurements on held-out windows; then the state is saved too
 STEP_SEEDS = 1_000_003  # distance of the seeds of two runs, so that no two steps of them draw alike
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by the names that torch gives them
 PATIENCE = 3  # measurements without an improvement, after which the run ends
