@@ -1,7 +1,7 @@
 """Train the small Llama that ships with the package as `gptq demo`'s model.
 
     python scripts/train_demo_model.py --data DATA --out gptq/demo_model --tokens 6e6
-    python scripts/train_demo_model.py --data DATA --out LARGER --tokens 6e6 --width 512 --blocks 8
+    python scripts/train_demo_model.py --data DATA --out LARGER --tokens 3e6 --width 512 --blocks 8
 
 DATA is a folder that `datasets` loads, with splits `train` and `validation` and a column `text`. The shipped
 model saw 22 MB of public-domain and CC0 technical English (the Python and Ethereum improvement proposals).
@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB, SEQ_LEN, WINDOWS_PER_STEP, SEED = 4096, 512, 8, 0
 END = "<|endoftext|>"
+NATIVE_BF16 = torch.cpu._is_avx512_bf16_supported()  # other CPUs only emulate products in bfloat16
 SAVE_EVERY = 10  # steps between two states that a stopped run goes on from
 
 
@@ -69,15 +70,15 @@ def orthogonalize(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Drive the singular values of G (m, n) towards 1, by Newton-Schulz iteration with Muon's quintic polynomial."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X: torch.Tensor = G if G.shape[0] <= G.shape[1] else G.T
-    X = X / (torch.linalg.matrix_norm(X) + 1e-7)
+    X = (X / (torch.linalg.matrix_norm(X) + 1e-7)).to(torch.bfloat16 if NATIVE_BF16 else torch.float32)
     for _ in range(steps):
         A = X @ X.T  # (min(m, n), min(m, n))
         X = a * X + (b * A + c * A @ A) @ X
-    return X if G.shape[0] <= G.shape[1] else X.T
+    return (X if G.shape[0] <= G.shape[1] else X.T).to(G.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalized updates in float32; torch.optim.Muon uses bfloat16, which many CPUs only emulate."""
+    """Momentum with orthogonalized updates; torch.optim.Muon makes them in bfloat16 everywhere."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -171,7 +172,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / "training_state.pt"
     reached = open_state(state, model, optimizers)
-    native_bf16 = torch.cpu._is_avx512_bf16_supported()
     tokens_per_step = SEQ_LEN * WINDOWS_PER_STEP
     steps = math.ceil(args.tokens / tokens_per_step)
     bar = tqdm(total=steps, initial=reached.step, unit="step")
@@ -179,7 +179,7 @@ def main() -> None:
         draw = torch.Generator().manual_seed(SEED + reached.step)
         offsets = torch.randint(len(train) - SEQ_LEN, (WINDOWS_PER_STEP,), generator=draw)
         batch = torch.stack([train[o : o + SEQ_LEN] for o in offsets.tolist()]).long()  # (windows, SEQ_LEN)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=native_bf16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=NATIVE_BF16):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
