@@ -97,20 +97,21 @@ def _probabilities(logits: Tensor, temperature: float, noise: int | None) -> Ten
     """Probabilities (2, outputs, inputs) of the two neighbours; the rest is the code's own."""
     z = logits / temperature
     if noise is not None:
-        own, lower, higher = draw_gumbel(3, z[0], torch.Generator(z.device).manual_seed(noise))
-        for one, drawn in zip(z, (lower, higher), strict=True):
-            one.add_(drawn.sub_(own), alpha=NOISE)
+        draws = torch.Generator(z.device).manual_seed(noise)
+        z.sub_(draw_gumbel(z[0], draws), alpha=NOISE)  # of the code's own logit
+        for one in z:
+            one.add_(draw_gumbel(one, draws), alpha=NOISE)
     largest = z.amax(0).clamp_(min=0)  # (outputs, inputs): of all three logits
     z.sub_(largest).exp_()
     return z.div_(z[0] + z[1] + largest.neg_().exp_())
 
 
-def draw_gumbel(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw Gumbel variables, (count, *like.shape) in float32; each is one of LEVELS quantiles."""
-    words = torch.empty(-(-count * like.numel() // 8), dtype=torch.int64, device=like.device)
-    drawn = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: count * like.numel()]
+def draw_gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw Gumbel variables in the shape of `like`, in float32; each is one of LEVELS quantiles."""
+    words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device)
+    drawn = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: like.numel()]
     quantiles = (torch.arange(LEVELS, device=like.device) + 0.5) / LEVELS
-    return quantiles.log_().neg_().log_().neg_().index_select(0, drawn.int()).view(count, *like.shape)
+    return quantiles.log_().neg_().log_().neg_().index_select(0, drawn.int()).view_as(like)
 
 
 def _mean(solved: SolvedLayer, grid: Grid, p: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
