@@ -3,9 +3,9 @@
     python -m tests.many_ranks SOURCE FOLDER CASES
 
 CASES is JSON: a list of {"out": name, "ranks": number, "config": options, "stop": [rank, blocks] or null,
-"count": bool, "tune_tokens": number, "pieces": bool}. Prints for each case the outcome in every process: "done", or
-what the error said; with "count", the bytes of experts' weights that the process has read, those read ahead, and how
-many widths of layers it has measured; with "pieces", how many pieces of tuning it has taken.
+"count": bool, "tune_tokens": number, "tune_windows": number, "pieces": bool}. Prints for each case the outcome in every
+process: "done", or what the error said; with "count", the bytes of experts' weights that the process has read, those
+read ahead, and how many widths of layers it has measured; with "pieces", how many pieces of tuning it has taken.
 """
 
 import json
@@ -24,7 +24,7 @@ from gptq import InputError, QuantConfig, quantize
 from gptq.checkpoint.prefetch import ReadAhead
 from gptq.checkpoint.reader import Source
 from gptq.compute import device_profile
-from gptq.config import TUNE_TOKENS
+from gptq.config import TUNE_TOKENS, TUNE_WINDOWS
 from gptq.pipeline import search, tune
 from gptq.pipeline.run import Observer
 from gptq.pipeline.tune import BlockToTune
@@ -93,6 +93,7 @@ def run(source: str, out: Path, case: dict[str, Any], rank: int, meeting: str) -
     counted = Counted() if case.get("count") else None
     pieces = count_pieces() if case.get("pieces") else None
     vars(tune)["TUNE_TOKENS"] = case.get("tune_tokens", TUNE_TOKENS)
+    vars(tune)["TUNE_WINDOWS"] = case.get("tune_windows", TUNE_WINDOWS)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=case["ranks"])
     try:
         config = QuantConfig(**{"group_size": 16, **case["config"]})
