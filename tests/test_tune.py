@@ -126,8 +126,8 @@ def test_the_gradient_of_a_soft_weight_is_that_of_its_definition(
     )
     z = torch.stack([logits[0], torch.zeros_like(logits[0]), logits[1]]) / 0.7
     if noise is not None:
-        draws = torch.Generator().manual_seed(noise)
-        own, lower, higher = (soft_codes.draw_gumbel(G, draws) for _ in range(3))
+        draws, levels = torch.Generator().manual_seed(noise), soft_codes.gumbel_levels(G.device)
+        own, lower, higher = (soft_codes.draw_gumbel(G, levels, draws) for _ in range(3))
         z = z + soft_codes.NOISE * torch.stack([lower, own, higher])
     p = z.softmax(0)
     mean = p[0] * low + p[1] * value + p[2] * high
@@ -143,8 +143,8 @@ def test_the_gradient_of_a_soft_weight_is_that_of_its_definition(
 def test_the_noise_is_of_gumbel_variables_that_do_not_depend_on_each_other() -> None:
     """Their distribution function is exp(-exp(-x)), their mean Euler's constant, their variance pi^2 / 6."""
     n = 30_001  # no multiple of the bytes in a word
-    draws = torch.Generator().manual_seed(0)
-    drawn = torch.stack([soft_codes.draw_gumbel(torch.empty(n), draws) for _ in range(3)]).double()  # (3, n)
+    draws, levels = torch.Generator().manual_seed(0), soft_codes.gumbel_levels(torch.device("cpu"))
+    drawn = torch.stack([soft_codes.draw_gumbel(torch.empty(n), levels, draws) for _ in range(3)]).double()  # (3, n)
     below = torch.arange(1, n + 1) / n
     for one in drawn:
         assert float((torch.exp(-torch.exp(-one.sort().values)) - below).abs().max()) < 1 / soft_codes.LEVELS + 0.01

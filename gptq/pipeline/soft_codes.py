@@ -97,21 +97,26 @@ def _probabilities(logits: Tensor, temperature: float, noise: int | None) -> Ten
     """Probabilities (2, outputs, inputs) of the two neighbours; the rest is the code's own."""
     z = logits / temperature
     if noise is not None:
-        draws = torch.Generator(z.device).manual_seed(noise)
-        z.sub_(draw_gumbel(z[0], draws), alpha=NOISE)  # of the code's own logit
+        draws, levels = torch.Generator(z.device).manual_seed(noise), gumbel_levels(z.device)
+        z.sub_(draw_gumbel(z[0], levels, draws), alpha=NOISE)  # of the code's own logit
         for one in z:
-            one.add_(draw_gumbel(one, draws), alpha=NOISE)
+            one.add_(draw_gumbel(one, levels, draws), alpha=NOISE)
     largest = z.amax(0).clamp_(min=0)  # (outputs, inputs): of all three logits
     z.sub_(largest).exp_()
     return z.div_(z[0] + z[1] + largest.neg_().exp_())
 
 
-def draw_gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw Gumbel variables in the shape of `like`, in float32; each is one of LEVELS quantiles."""
+def gumbel_levels(device: torch.device) -> Tensor:
+    """Return LEVELS quantiles of the Gumbel distribution, (LEVELS,) float32."""
+    quantiles = (torch.arange(LEVELS, device=device) + 0.5) / LEVELS
+    return quantiles.log_().neg_().log_().neg_()
+
+
+def draw_gumbel(like: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw Gumbel variables in the shape of `like`; each is one of `levels`, which has LEVELS values."""
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device)
     drawn = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: like.numel()]
-    quantiles = (torch.arange(LEVELS, device=like.device) + 0.5) / LEVELS
-    return quantiles.log_().neg_().log_().neg_().index_select(0, drawn.int()).view_as(like)
+    return levels.index_select(0, drawn.int()).view_as(like)
 
 
 def _mean(solved: SolvedLayer, grid: Grid, p: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
