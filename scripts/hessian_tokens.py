@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gptq import QuantConfig, calibration, compare, demo, quantize
 from gptq.models.hf_config import read_tokenizer
-from gptq.solver.hessian import HessianAccumulator
+from gptq.solver.hessian import HessianAccumulator, flatten_tokens
 
 
 @contextmanager
@@ -31,12 +31,10 @@ def every(step: int) -> Iterator[None]:
     """Let the Hessians take every `step`-th token of a window."""
     add = HessianAccumulator.add
 
-    def add_some(self: HessianAccumulator, x: Tensor, original: Tensor | None = None) -> None:
-        if original is not None and original.shape != x.shape:
-            original = None
-        rows, others = (None if t is None else t.reshape(-1, t.shape[-1])[::step] for t in (x, original))
+    def add_some(self: HessianAccumulator, x: Tensor, drift: Tensor | None = None) -> None:
+        rows, drifts = (None if t is None else flatten_tokens(t)[::step] for t in (x, drift))
         if rows is not None:
-            add(self, rows, others)
+            add(self, rows, drifts)
 
     HessianAccumulator.add = add_some  # type: ignore[method-assign]
     try:

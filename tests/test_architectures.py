@@ -32,6 +32,7 @@ from gptq.output import verify
 from gptq.output.convert import convert
 from gptq.output.results import RECORD
 from gptq.pipeline.layer_inputs import blend_hessians, pseudo_tokens
+from gptq.planning.plan import plan_checkpoint
 from gptq.solver.hessian import HessianAccumulator
 from tests import oracle
 from tests.conftest import EXPERTS, MIXED, OTHERS, VOCAB, MakeModel
@@ -142,8 +143,8 @@ def test_a_starved_experts_hessian_is_the_blend_that_is_promised(rng: torch.Gene
     own_x, all_x = torch.randn(5, 8, generator=rng), torch.randn(40, 8, generator=rng)
     own_d, all_d = torch.randn(5, 8, generator=rng), torch.randn(40, 8, generator=rng)
     own, everyone = HessianAccumulator(8, torch.device("cpu")), HessianAccumulator(8, torch.device("cpu"))
-    own.add(own_x, own_x + own_d)
-    everyone.add(all_x, all_x + all_d)
+    own.add(own_x, own_d)
+    everyone.add(all_x, all_d)
     k = pseudo_tokens(5, 8)
     assert k == 11
     assert pseudo_tokens(16, 8) == 0
@@ -153,6 +154,52 @@ def test_a_starved_experts_hessian_is_the_blend_that_is_promised(rng: torch.Gene
         of_own, of_all = left.T.double() @ own_x.double(), right.T.double() @ all_x.double()
         torch.testing.assert_close(found.double(), (of_own + k * of_all / 40) / (5 + k), atol=1e-5, rtol=1e-5)
     assert torch.equal(blend_hessians(own, everyone, 1.0)[0], own.mean())
+
+
+ADDED = {  # what layers of the first block add their outputs to, as far as it is known; the rest of their names
+    "llama": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
+    "gpt2": {"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
+    "opt": {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},
+    "bloom": {"self_attention.dense": "input_layernorm", "mlp.dense_4h_to_h": "post_attention_layernorm"},
+    "mamba": {"mixer.out_proj": "norm"},
+    "mixtral": {"self_attn.o_proj": "input_layernorm"},  # what experts add is a sum over experts
+    "gemma2": {},  # which normalizes first what it adds
+}
+
+
+@pytest.mark.parametrize("kind", ADDED)
+def test_what_layers_add_their_outputs_to_is_known_before_a_weight_is_read(
+    kind: str, make_model: MakeModel, rng: torch.Generator
+) -> None:
+    """And the sum is what the next module is called on, or the block's output."""
+    source = make_model(kind)
+    plan = plan_checkpoint(str(source), CONFIG, None, trust_remote_code=False)
+    block = plan.blocks[0]
+    found = {name: plan.layers[name].added_to for name in block.linears if plan.layers[name].added_to}
+    assert found == {f"{block.name}.{layer}": base for layer, base in ADDED[kind].items()}
+
+    network = getattr(transformers, plan.network.__class__.__name__).from_pretrained(source, dtype=torch.float32)
+    inner = network.get_submodule(block.name)
+    called: dict[str, Tensor] = {}
+    sums: list[Tensor] = []
+    for path, module in inner.named_modules():
+        module.register_forward_pre_hook(lambda _, args, kwargs, path=path: keep(path, args, kwargs), with_kwargs=True)
+    inner.register_forward_hook(lambda _, __, out: sums.append(out[0] if isinstance(out, tuple) else out))
+
+    def keep(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called[path] = next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
+        sums.append(called[path])
+
+    outputs: dict[str, Tensor] = {}
+    for layer in ADDED[kind]:
+        inner.get_submodule(layer).register_forward_hook(lambda _, __, out, layer=layer: outputs.update({layer: out}))
+    with torch.no_grad():
+        network(input_ids=torch.randint(2, VOCAB, (1, 20), generator=rng))
+    for layer, base in ADDED[kind].items():
+        total = called[base] + outputs[layer]
+        assert any(x.numel() == total.numel() and torch.allclose(x.view_as(total), total, atol=1e-5) for x in sums), (
+            layer
+        )
 
 
 UNCALLED = {"mamba": 2, "jamba": 1, "longcat_flash": 1, "rwkv": 4}  # layers with whose weights the model computes

@@ -6,7 +6,13 @@ from torch import Tensor
 
 from gptq import solver
 from gptq.solver import IntegerGrid
-from gptq.solver.error_propagation import best_correction_share, divide_by_hessian, full_correction
+from gptq.solver.error_propagation import (
+    best_correction_share,
+    divide_by_hessian,
+    full_correction,
+    input_drift,
+    output_drift,
+)
 from tests import oracle
 from tests.test_solver import problem
 
@@ -112,3 +118,29 @@ def test_gptaq_comes_close_to_the_target_and_not_below_it(rng: torch.Generator) 
         return float((original @ W.T - X @ Q.T).square().sum())
 
     assert error(ours.weight().double()) < error(Q) < error(plain.weight().double())
+
+
+def test_an_output_drift_is_what_the_sums_of_both_streams_differ_by(rng: torch.Generator) -> None:
+    """Codes that come closest to W + S H^-1 come closest to the original's sum, up to a constant; and None is zero."""
+    W, X, original = drifted(rng)
+    r, r_original = (torch.randn(200, 6, generator=rng, dtype=torch.float64) for _ in range(2))
+    t = output_drift(W, input_drift(X, original), input_drift(r, r_original))
+    assert t is not None
+    H, S = X.T @ X / len(X), t.T @ X / len(X)
+    target = W + divide_by_hessian(S, solver.factorize(H, solver.act_order(H), 1e-12))
+    differences = []
+    for _ in range(3):
+        Q = W + torch.randn(W.shape, generator=rng, dtype=torch.float64)
+        wanted = (original @ W.T + r_original - (X @ Q.T + r)).square().sum() / len(X)
+        differences.append(float(wanted - torch.trace((target - Q) @ H @ (target - Q).T)))
+    assert differences[1:] == pytest.approx(differences[:1] * 2, rel=1e-6)
+    of_inputs, nothing = output_drift(W, input_drift(X, original), None), torch.zeros_like(X)
+    assert of_inputs is not None
+    torch.testing.assert_close(of_inputs, (original - X) @ W.T)
+    torch.testing.assert_close(output_drift(W, None, r), output_drift(W, nothing, r.clone()))
+    assert output_drift(W, None, None) is None
+    assert input_drift(X, X.clone()) is None
+    uncompared = input_drift(X, X.clone(), compare=False)
+    assert uncompared is not None
+    assert not uncompared.any()
+    assert input_drift(X, original[:-1]) is None

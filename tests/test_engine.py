@@ -175,15 +175,21 @@ def test_codes_are_those_of_separate_forwards_through_the_quantized_prefix(
     network, untouched = (AutoModelForCausalLM.from_pretrained(source) for _ in range(2))
     order = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
              "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
-    for name in (f"model.layers.{i}.{kind}" for i in range(2) for kind in order):
+    added_to = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+    for i, kind in ((i, kind) for i in range(2) for kind in order):
+        name = f"model.layers.{i}.{kind}"
         linear = network.get_submodule(name)
-        X, original = inputs_of(linear, network, windows), inputs_of(untouched.get_submodule(name), untouched, windows)
+        X, original = (inputs_of(name, one, windows) for one in (network, untouched))
         H = (X.T @ X / len(X)).float()
         factor = solver.factorize(H, (solver.act_order if config.desc_act else solver.natural_order)(H), 0.01)
         target = W = linear.state_dict()["weight"]
         if config.two_streams:  # six windows are too few to hold one out, so half of the drift is made up for
-            drift = (original - X).T @ X / len(X)
-            target = (W + 0.5 * W.double() @ drift @ torch.linalg.inv(oracle.damped(H.double(), 0.01))).float()
+            drift = (original - X) @ W.double().T  # (tokens, outputs)
+            if kind in added_to:  # and so does what the outputs are added to
+                base = f"model.layers.{i}.{added_to[kind]}"
+                drift += inputs_of(base, untouched, windows) - inputs_of(base, network, windows)
+            correction = drift.T @ X / len(X) @ torch.linalg.inv(oracle.damped(H.double(), 0.01))
+            target = (W + 0.5 * correction).float()
         solved = solver.solve(target, factor, IntegerGrid(4, config.sym), 32, config.static_groups, bool(config.search))
         solved = refine(target, solved, factor, IntegerGrid(4, config.sym), config.sweeps or 0)
         read = oracle.dequantized(file, name, 4).float()
@@ -191,10 +197,10 @@ def test_codes_are_those_of_separate_forwards_through_the_quantized_prefix(
         linear.weight.data = read
 
 
-def inputs_of(linear: nn.Module, network: nn.Module, windows: Tensor) -> Tensor:
-    """What a layer gets from all windows, (tokens, inputs) float64."""
+def inputs_of(name: str, network: nn.Module, windows: Tensor) -> Tensor:
+    """What a module gets from all windows, (tokens, inputs) float64."""
     seen: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = network.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         for window in windows:
             network(input_ids=window[None])

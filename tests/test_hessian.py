@@ -113,14 +113,15 @@ def test_threads_change_no_bit(rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_drift_is_its_closed_form_wherever_it_begins(dtype: torch.dtype, rng: torch.Generator) -> None:
-    """C = mean (x~ - x) x^T; nothing where no original came or none differed, and windows without one have none."""
+@pytest.mark.parametrize("k", [64, 40, 192])  # numbers of a token's drift: of inputs, or of fewer or more outputs
+def test_drift_is_its_closed_form_wherever_it_begins(k: int, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """C = mean d x^T; nothing where there is no d, and windows without one have none."""
     windows = [torch.randn(20, 64, generator=rng).to(dtype) for _ in range(4)]
-    others = [None, windows[1].clone(), (windows[2] * 1.5).to(dtype), None]
-    accumulator, C = HessianAccumulator(64, torch.device("cpu")), torch.zeros(64, 64, dtype=torch.float64)
-    for number, (x, original) in enumerate(zip(windows, others, strict=True)):
-        accumulator.add(x, original)
-        C += 0 if original is None else (original.double() - x.double()).T @ x.double() / 80
+    drifts = [None, None, torch.randn(20, k, generator=rng).to(dtype), None]
+    accumulator, C = HessianAccumulator(64, torch.device("cpu")), torch.zeros(k, 64, dtype=torch.float64)
+    for number, (x, drift) in enumerate(zip(windows, drifts, strict=True)):
+        accumulator.add(x, drift)
+        C += 0 if drift is None else drift.double().T @ x.double() / 80
         assert (accumulator.drift_mean() is None) == (number < 2)
     found = accumulator.drift_mean()
     assert found is not None
@@ -190,17 +191,21 @@ def test_powers_are_those_of_the_closed_form_to_three_digits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inputs_held_out_measure_what_they_are_in(dtype: torch.dtype, tokens: int, rng: torch.Generator) -> None:
     held = HeldOut(64, torch.device("cpu"))
-    windows = [torch.randn(tokens, 64, generator=rng).to(dtype) for _ in range(2)]
-    originals = [(x + 0.5 * torch.randn(x.shape, generator=rng)).to(dtype) for x in windows]
-    for x, original in zip(windows, originals, strict=True):
-        held.add(x, original)
+    windows, drifts = ([torch.randn(tokens, 64, generator=rng).to(dtype) for _ in range(2)] for _ in range(2))
+    for x, drift in zip(windows, drifts, strict=True):
+        held.add(x, drift)
     W, A = (torch.randn(48, 64, generator=rng).bfloat16().float() for _ in range(2))
-    x, d = torch.cat(windows).double(), (torch.cat(originals).double() - torch.cat(windows).double())
+    x, d = torch.cat(windows).double(), torch.cat(drifts).double()
     outputs = x @ A.double().T
     assert held.power(A) == pytest.approx(float(outputs.square().sum()) / len(x), rel=2e-2)
-    agreement = held.agreement(W, A)
-    size = float((d @ W.double().T).norm() * outputs.norm()) / len(x)
-    assert agreement == pytest.approx(float(((d @ W.double().T) * outputs).sum()) / len(x), abs=2e-2 * size)
+    drifted = d @ W.double().T
+    size = float(drifted.norm() * outputs.norm()) / len(x)
+    of_inputs = held.agreement(W, A, slice(None))
+    assert of_inputs == pytest.approx(float((drifted * outputs).sum()) / len(x), abs=2e-2 * size)
+    rows = slice(8, 56)
+    of_outputs = held.agreement(None, A, rows)
+    size = float(d[:, rows].norm() * outputs.norm()) / len(x)
+    assert of_outputs == pytest.approx(float((d[:, rows] * outputs).sum()) / len(x), abs=2e-2 * size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,13 +1,14 @@
 """A paused forward computes what a plain one does, and leaves nothing behind."""
 
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gptq.models.forward import PausableForward, identify, pause_before, pause_instead
+from gptq.models.forward import PausableForward, identify, keep_arguments, pause_before, pause_instead
 
 
 def network() -> nn.Sequential:
@@ -114,3 +115,21 @@ def test_an_ended_forward_cannot_go_on() -> None:
     assert forward.result == 7
     with pytest.raises(RuntimeError, match="has ended"):
         forward.advance()
+
+
+def test_a_pause_knows_what_an_earlier_module_was_called_on(rng: torch.Generator) -> None:
+    """Each forward its own, also when several are paused; and none is known of a module that comes later."""
+    net, x = network(), torch.randn(3, 4, generator=rng)
+    forwards = [PausableForward(partial(net, one)) for one in (x, x + 1)]
+    with torch.no_grad(), keep_arguments([net[0], net[2]]), pause_before([net[1]]):
+        pauses = [forward.advance() for forward in forwards]
+        for pause, one in zip(pauses, (x, x + 1), strict=True):
+            assert pause is not None
+            assert torch.equal(pause.kept.pop(net[0]), one)
+            assert pause.kept == {}
+        run_through(forwards[0])
+        assert [*pauses[0].kept] == [net[2]]  # type: ignore[union-attr]
+        assert pauses[1].kept == {}  # type: ignore[union-attr]
+        forwards[1].stop()
+        net[0](x)  # nothing is kept of a call outside
+    assert not net[0]._forward_pre_hooks

@@ -1,4 +1,4 @@
-"""Square matrices of wide layers: in memory, or in mapped files whose pages are released once they were used.
+"""Hessians and other sums of wide layers: in memory, or in mapped files whose pages are released once they were used.
 
 A Hessian of 28,672 inputs takes 3.3 GB; its factor and the sums of a second stream take as much each. Code that may get
 such a matrix goes through it by panels of rows, and calls `release` after each. A file has no name, so that nothing is
@@ -22,24 +22,24 @@ _mapped: "weakref.WeakValueDictionary[int, mmap.mmap]" = weakref.WeakValueDictio
 
 
 class Matrices:
-    """Makes square matrices; the wide ones in files of a folder, if one is given."""
+    """Makes matrices; those of many rows in files of a folder, if one is given."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
-    def zeros(self, size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return zeros (size, size).
+    def zeros(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return zeros (rows, columns), in a file if there are more than WIDE rows.
 
         Raises:
             OSError: the disk is full.
         """
-        if self._folder is None or device.type != "cpu" or size <= WIDE:
-            return torch.zeros(size, size, dtype=dtype, device=device)
-        nbytes = size * size * dtype.itemsize
+        if self._folder is None or device.type != "cpu" or rows <= WIDE:
+            return torch.zeros(rows, columns, dtype=dtype, device=device)
+        nbytes = rows * columns * dtype.itemsize
         with tempfile.TemporaryFile(dir=self._folder) as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is then an OSError, and not SIGBUS later
             mapped = mmap.mmap(file.fileno(), nbytes)
-        matrix = torch.frombuffer(mapped, dtype=dtype).view(size, size)  # keeps `mapped` alive
+        matrix = torch.frombuffer(mapped, dtype=dtype).view(rows, columns)  # keeps `mapped` alive
         _mapped[matrix.data_ptr()] = mapped
         return matrix
 

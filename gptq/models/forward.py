@@ -9,7 +9,7 @@ replaced, and the forwards go on: one forward per window, whatever happens insid
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,15 @@ class Pause:
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    kept: dict[nn.Module, Tensor] = field(default_factory=dict)  # see `keep_arguments`; the forward's own
+
+
+class _Greenlet(greenlet):
+    """A greenlet with the arguments that its forward keeps."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(function)
+        self.kept: dict[nn.Module, Tensor] = {}
 
 
 class PausableForward:
@@ -39,7 +48,7 @@ class PausableForward:
     def __init__(self, function: Callable[[], Any]) -> None:
         self.standing: Pause | None = None
         self.result: Any = None
-        self._greenlet = greenlet(function)
+        self._greenlet = _Greenlet(function)
 
     def advance(self, answer: Any = None) -> Pause | None:
         """Run to the next pause and return it; at the end, return None and set `result`.
@@ -66,9 +75,26 @@ class PausableForward:
 
 def _pause(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     forward = greenlet.getcurrent()
-    if forward.parent is None:
+    if not isinstance(forward, _Greenlet) or forward.parent is None:
         raise RuntimeError("a module that pauses was called outside a PausableForward")
-    return forward.parent.switch(Pause(module, args, kwargs))
+    return forward.parent.switch(Pause(module, args, kwargs, forward.kept))
+
+
+@contextmanager
+def keep_arguments(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, forwards that can be paused keep the first argument of each of `modules`, in `Pause.kept`."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        forward = greenlet.getcurrent()
+        if isinstance(forward, _Greenlet):
+            forward.kept[module] = get_argument(args, kwargs)
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -6,14 +6,16 @@ Which modules run depends on the inputs, not on the weights: a text does not rea
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from gptq.errors import InputError
@@ -27,6 +29,7 @@ PRODUCTS = {  # functions of torch whose result is zero if one of their factors 
     "matmul", "mm", "__matmul__", "__rmatmul__",
 }  # fmt: skip
 COPIES = {"bfloat16", "clone", "contiguous", "double", "float", "half", "to", "type", "type_as"}  # of a whole tensor
+SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 CPU = torch.device("cpu")
 
 
@@ -79,6 +82,7 @@ class Trial:
     called: Counter[str] = field(default_factory=Counter)  # modules, and how often
     used: set[str] = field(default_factory=set)  # parameters and buffers that it computed with; no experts'
     direct: set[str] = field(default_factory=set)  # linear layers whose weight it computed with outside their call
+    added_to: dict[str, str] = field(default_factory=dict)  # linear layer -> module, to whose input it adds its output
     failure: str = ""  # why it did not come to its end
 
 
@@ -91,16 +95,19 @@ class _Recorder(TorchFunctionMode):
         self._names: dict[int, list[str]] = defaultdict(list)  # by the id of a tensor
         self._weights: dict[int, str] = {}  # the linear layer of a weight, by its id
         self._running: set[int] = set()  # ids of the weights whose layer is being called
+        self._sums = _SumRecorder(trial.added_to)
         tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
         for name, tensor in tensors:
             self._names[id(tensor)].append(name)
         for name, module in network.named_modules():
             module.register_forward_pre_hook(lambda _, __, name=name: trial.called.update([name]))
+            module.register_forward_pre_hook(partial(self._sums.enter, name), with_kwargs=True)
             if is_linear(module):
                 weight = id(module.weight)
                 self._weights[weight] = name
                 module.register_forward_pre_hook(lambda _, __, weight=weight: self._running.add(weight))
                 module.register_forward_hook(lambda _, __, ___, weight=weight: self._running.discard(weight))
+                module.register_forward_hook(partial(self._sums.leave, name))
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,7 +118,32 @@ class _Recorder(TorchFunctionMode):
                 self._trial.used.update(self._names.get(number, ()))
                 if number in self._weights and number not in self._running:
                     self._trial.direct.add(self._weights[number])
+            if name_of(function) in SUMS:
+                self._sums.add(*args[:2])
         return function(*args, **kwargs)
+
+
+class _SumRecorder:
+    """Finds linear layers whose output is added to what is also the input of a module, as residual connections do."""
+
+    def __init__(self, added_to: dict[str, str]) -> None:
+        self._added_to = added_to
+        self._inputs: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # the innermost module that was called on it
+        self._outputs: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # of linear layers
+
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for x in [*args, *kwargs.values()][:1]:
+            if isinstance(x, Tensor):
+                self._inputs[x] = name
+
+    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._outputs[output] = name
+
+    def add(self, *terms: Any) -> None:
+        if len(terms) == 2 and all(isinstance(x, Tensor) for x in terms) and terms[0].shape == terms[1].shape:
+            for base, output in (terms, terms[::-1]):
+                if base in self._inputs and output in self._outputs:
+                    self._added_to[self._outputs[output]] = self._inputs[base]
 
 
 def run_trial(network: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Trial:

@@ -5,22 +5,25 @@ A `SharedInput` is the calibration input of one or more layers, `BlockState` the
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from gptq import solver
 from gptq.compute.allocator import return_freed_memory
+from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import ALONE
 from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
 from gptq.output.results import Coverage, LayerResult, weight_histogram
-from gptq.pipeline.layer_inputs import LayerInputs
+from gptq.pipeline.layer_inputs import Form, LayerInputs
 from gptq.pipeline.row_tiles import LayerFigures, StackedRows, find_corrections, round_rows, solve_rows
 from gptq.pipeline.run import LayerProgress, Run
+from gptq.planning.plan import drifts_by_output
+from gptq.solver.error_propagation import input_drift, output_drift
 from gptq.solver.solve import SMALLEST_POWER
 
 
@@ -36,14 +39,13 @@ class Solution:
 class SharedInput:
     """The calibration input of one or more layers, kept until the last of them is solved.
 
-    Holds immutable values and replaces them. If the drift C (see `layer_inputs.Drift`) is larger than the weight of the
-    layer, C is freed before the solve.
+    Holds immutable values and replaces them. A drift of outputs is that of one layer, whose correction replaces it.
     """
 
     def __init__(self, inputs: LayerInputs) -> None:
         self.inputs = inputs
         self.solved_siblings: dict[str, Solution] = {}  # solved together with an earlier layer, by name
-        self._has_drift = True  # False once the gathered drift was freed
+        self._has_drift = True  # False once the gathered drift was used up
 
     def can_solve(self, name: str) -> bool:
         """Whether a layer with this input can be solved, or has been solved with a sibling."""
@@ -55,9 +57,10 @@ class SharedInput:
         if drift is not None:
             self.inputs = replace(self.inputs, drift=drift.for_rows(rows, self.inputs.factor))
 
-    def release_drift(self) -> None:
-        """Free the drift; it has to be gathered again if another layer with this input is solved."""
-        self.inputs, self._has_drift = replace(self.inputs, drift=None), False
+    def take_drift(self) -> None:
+        """Forget a drift of outputs; it has to be gathered again if another layer with this input is solved."""
+        if self.inputs.drift is not None and self.inputs.drift.form is Form.OUTPUTS:
+            self.inputs, self._has_drift = replace(self.inputs, drift=None), False
 
 
 @dataclass(frozen=True)
@@ -167,16 +170,45 @@ def _unsolved_siblings(name: str, state: BlockState) -> list[str]:
     return [name] + [n for n in together if n != name and n not in state.solutions and n in alike]
 
 
-def _is_last_on_input(name: str, state: BlockState) -> bool:
-    """Whether a layer has more inputs than outputs, and all layers that engines fuse with it are solved.
+class Arrival(NamedTuple):
+    """What reaches a layer in one window, and the same in the original model; None for what the window does not have.
 
-    Then the drift C is larger than the layer's weight. C is freed before the solve, and gathered again if another layer
-    needs it.
+    `base` is what the layer's outputs are added to, if it is known.
     """
-    together = state.siblings[name]
-    alone = all(sibling == name or sibling in state.solutions for sibling in together)
-    plan = state.run.layers[name]
-    return alone and plan.inputs > plan.outputs
+
+    x: Tensor | None
+    original: Tensor | None
+    base: Tensor | None = None
+    original_base: Tensor | None = None
+
+
+def drift_form(name: str, state: BlockState) -> Form:
+    """Return the form in which a layer's drift is summed."""
+    fused = [state.run.layers[sibling] for sibling in state.siblings[name]]
+    return Form.OUTPUTS if drifts_by_output(fused) else Form.INPUTS
+
+
+def find_drifts(
+    name: str, arrivals: Iterable[Arrival], form: Form, state: BlockState
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """Yield for each window the layer's input, and its drift in the given form."""
+    run = state.run
+    compare = profile_of(run.weights.device).compares_windows
+    of_outputs = run.config.streams > 1 and form is Form.OUTPUTS
+    W = state.weight(name).to(run.weights.dtype) if of_outputs else None  # (outputs, inputs)
+    for arrival in arrivals:
+        yield arrival.x, _drift_of(arrival, W, compare)
+        del arrival  # free it before the inputs of the next window are computed
+
+
+def _drift_of(arrival: Arrival, W: Tensor | None, compare: bool) -> Tensor | None:
+    if arrival.x is None:
+        return None
+    drift = input_drift(arrival.x, arrival.original, compare)
+    if W is None:
+        return drift
+    base = arrival.base
+    return output_drift(W, drift, None if base is None else input_drift(base, arrival.original_base, compare))
 
 
 def _solve_together(names: list[str], shared: SharedInput | None, state: BlockState) -> dict[str, Solution]:
@@ -224,8 +256,7 @@ def _solve_with_input(
     run, plan = state.run, state.run.layers[names[0]]
     shared.prepare_drift(len(rows.W))
     corrections = find_corrections(rows, shared.inputs, run.config, run.ranks)
-    if len(names) == 1 and _is_last_on_input(names[0], state):
-        shared.release_drift()
+    shared.take_drift()
     return solve_rows(rows, corrections, plan, grid, shared.inputs, run.config, run.ranks)
 
 

@@ -5,6 +5,7 @@ All are immutable values; `layer.SharedInput` replaces them while the layers tha
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -28,26 +29,40 @@ class InputSums(NamedTuple):
     held_out: HeldOut
 
 
+class Form(Enum):
+    """What the matrix of a `Drift` is, in the names of error_propagation."""
+
+    INPUTS = "C"
+    DIVIDED = "C H^-1"
+    OUTPUTS = "S"
+
+
 @dataclass(frozen=True)
 class Drift:
-    """The drift C: the mean over tokens of (x~ - x) x^T (see error_propagation).
+    """The drift of a layer's inputs, C (inputs, inputs), or of its outputs, S (outputs, inputs).
 
-    x is the layer's input in the quantized model, x~ the same input in the original model. If more rows are solved than
-    the layer has inputs, C is replaced by C H^-1, computed once.
+    If more rows are solved than the layer has inputs, C is replaced by C H^-1, computed once.
     """
 
-    matrix: Tensor  # (inputs, inputs) C, or C H^-1 where `divided`
-    divided: bool = False
+    matrix: Tensor
+    form: Form
 
     def for_rows(self, rows: int, factor: solver.Factor) -> "Drift":
         """Return the drift in the form that is cheapest for this many rows; the memory of C is reused."""
-        if self.divided or rows <= len(self.matrix):
+        if self.form is not Form.INPUTS or rows <= len(self.matrix):
             return self
-        return Drift(divide_by_hessian(self.matrix, factor), divided=True)
+        return Drift(divide_by_hessian(self.matrix, factor), Form.DIVIDED)
 
-    def correction(self, W: Tensor, factor: solver.Factor) -> Tensor:
-        """Return W C H^-1 (rows, inputs) for W (rows, inputs)."""
-        return product_by_panels(W, self.matrix) if self.divided else full_correction(W, self.matrix, factor)
+    def correction(self, W: Tensor, rows: slice, factor: solver.Factor) -> Tensor:
+        """Return the correction for a share of 1 of W (rows, inputs), these rows of the layers.
+
+        That of S replaces its rows of S.
+        """
+        if self.form is Form.OUTPUTS:
+            return divide_by_hessian(self.matrix[rows], factor)
+        if self.form is Form.DIVIDED:
+            return product_by_panels(W, self.matrix)
+        return full_correction(W, self.matrix, factor)
 
 
 @dataclass(frozen=True)
@@ -63,9 +78,9 @@ class HeldOutBlend:
         """Return the mean squared output of a weight A (outputs, inputs); see HeldOut.power."""
         return sum(weight * held.power(A) for weight, held in self.parts)
 
-    def agreement(self, W: Tensor, A: Tensor) -> float | None:
-        """See HeldOut.agreement; None if the last part, which has the most tokens, has no original inputs."""
-        found = [(weight, held.agreement(W, A)) for weight, held in self.parts]
+    def agreement(self, W: Tensor | None, A: Tensor, rows: slice) -> float | None:
+        """See HeldOut.agreement; None if the last part, which has the most tokens, has no drift."""
+        found = [(weight, held.agreement(W, A, rows)) for weight, held in self.parts]
         if found[-1][1] is None:
             return None
         return sum(weight * one for weight, one in found if one is not None)
@@ -87,11 +102,11 @@ class LayerInputs:
 def gather_inputs(name: str, pairs: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, run: Run) -> InputSums:
     """Sum the products of a layer's inputs over the windows of all processes.
 
-    `pairs` yields one pair for each of the `windows` windows of this process: the layer's input, and the same input in
-    the original model; None for an input that the window does not have.
+    `pairs` yields one pair for each of the `windows` windows of this process: the layer's input, and its drift; None
+    for what the window does not have.
     """
     total = run.ranks.total(windows)
-    everyone = ((x, original) for x, original in run.ranks.gather_windows(pairs, total, parts=2))
+    everyone = ((x, drift) for x, drift in run.ranks.gather_windows(pairs, total, parts=2))
     return accumulate(run.layers[name].inputs, everyone, total, run)
 
 
@@ -102,19 +117,19 @@ def accumulate(
     device = run.weights.device
     given = num_inputs, device, run.ranks, run.matrices
     sums = InputSums(HessianAccumulator(*given), HeldOut(*given))
-    for i, (x, original) in enumerate(pairs):
+    for i, (x, drift) in enumerate(pairs):
         if x is not None:
-            (sums.held_out if is_held_out(i, windows) else sums.seen).add(x, original)
-        x = original = None  # free both before the inputs of the next window are computed
+            (sums.held_out if is_held_out(i, windows) else sums.seen).add(x, drift)
+        x = drift = None  # free both before the inputs of the next window are computed
     sums.held_out.complete()
     return sums
 
 
-def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, run: Run) -> LayerInputs:
+def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, form: Form, run: Run) -> LayerInputs:
     """Return what solving a layer needs, from the sums over its inputs.
 
-    `everyone` is given for an expert: sums over the inputs of all tokens. If the expert saw too few tokens, its
-    statistics are blended with these.
+    `form` is that of the drifts that were summed. `everyone` is given for an expert: sums over the inputs of all
+    tokens. If the expert saw too few tokens, its statistics are blended with these.
 
     Raises:
         InputError: the inputs hold NaN or infinity, or their Hessian cannot be factorized.
@@ -135,7 +150,7 @@ def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, run:
     parts = tuple((w, held) for w, held in ((own_weight, own.held_out), (1 - own_weight, everyone.held_out)) if w)
     return LayerInputs(
         factor=_factorize(name, H, run),
-        drift=None if C is None else Drift(C),
+        drift=None if C is None else Drift(C, form),
         held_out=HeldOutBlend(parts) if everyone.held_out.num_tokens else None,
         tokens=num_tokens + own.held_out.num_tokens,
     )
@@ -163,7 +178,7 @@ def pseudo_tokens(tokens: int, inputs: int) -> int:
 def blend_hessians(
     own: HessianAccumulator, everyone: HessianAccumulator, own_weight: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Return H and C (see `HessianAccumulator`) of an expert: weighted means over its own tokens and over all tokens.
+    """Return H and C or S of an expert: weighted means over its own tokens and over all tokens.
 
     With n tokens of its own and k pseudo-tokens, own_weight = n / (n + k) and so
 

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptq.models.blocks import Block
 from gptq.models.experts import Experts
@@ -18,6 +18,7 @@ from gptq.models.forward import (
     get_argument,
     identify,
     input_at,
+    keep_arguments,
     pause_before,
     pause_instead,
     run_to_end,
@@ -27,7 +28,15 @@ from gptq.models.placeholders import UnsolvedWeight
 from gptq.models.weights import WeightStream, swapped_weights
 from gptq.pipeline.block_walk import Calls, Outputs
 from gptq.pipeline.divided_experts import gather_calls, run_divided
-from gptq.pipeline.layer import BlockState, LayerSolver, SharedInput, read_original_weights
+from gptq.pipeline.layer import (
+    Arrival,
+    BlockState,
+    LayerSolver,
+    SharedInput,
+    drift_form,
+    find_drifts,
+    read_original_weights,
+)
 from gptq.pipeline.layer_inputs import gather_inputs, inputs_from_sums, note_on_damping
 from gptq.pipeline.moe import gather_routings, routing_of, solve_experts
 from gptq.pipeline.run import Run
@@ -46,14 +55,15 @@ def solve_head(calls: Calls, state: BlockState, solve_layer: LayerSolver) -> Non
     name = next(iter(state.block.linears))
     arguments = [[get_argument(call.args, call.keywords) for call in stream] for stream in calls]
     pairs = zip(arguments[0], arguments[1] if len(arguments) > 1 else [None] * len(arguments[0]), strict=True)
-    solve_layer(name, _gather_shared_input(name, pairs, len(arguments[0]), state), state)
+    arrivals = (Arrival(x, original) for x, original in pairs)
+    solve_layer(name, _gather_shared_input(name, arrivals, len(arguments[0]), state), state)
 
 
-def _gather_shared_input(
-    name: str, pairs: Iterable[tuple[Tensor | None, Tensor | None]], windows: int, state: BlockState
-) -> SharedInput:
+def _gather_shared_input(name: str, arrivals: Iterable[Arrival], windows: int, state: BlockState) -> SharedInput:
     """Sum a layer's inputs over all windows, and factorize their Hessian; see `gather_inputs`."""
-    inputs = inputs_from_sums(name, gather_inputs(name, pairs, windows, state.run), None, state.run)
+    form = drift_form(name, state)
+    sums = gather_inputs(name, find_drifts(name, arrivals, form, state), windows, state.run)
+    inputs = inputs_from_sums(name, sums, None, form, state.run)
     for note in note_on_damping(name, inputs, state.run):
         state.note(note)
     return SharedInput(inputs)
@@ -71,7 +81,11 @@ def walk_block(calls: Calls, in_flight: int, state: BlockState, solve_layer: Lay
     try:
         points = block.pause_points()
         divided = [point for point in points if run.divides_experts and isinstance(point, Experts)]
-        with pause_before(point for point in points if point not in divided), pause_instead(divided):
+        with (
+            keep_arguments(walk.bases.values()),
+            pause_before(point for point in points if point not in divided),
+            pause_instead(divided),
+        ):
             walk.solve_layers()
             for name, linear in block.linears.items():
                 if linear not in walk.solved:
@@ -118,6 +132,7 @@ class _LayerWalk:
         self._in_flight = [[PausableForward(call) for call in stream[:in_flight]] for stream in calls]
         self._waiting = [stream[in_flight:] for stream in calls]
         self._names = state.block.pause_points()
+        self.bases = _find_bases(state) if len(calls) > 1 else {}
         # Outputs of experts that are divided over processes, by stream and window, for waiting windows that run again.
         self._answers: list[list[dict[nn.Module, Any]]] = [[{} for _ in stream] for stream in self._waiting]
         self._originals: dict[nn.Module, nn.Parameter | None] = {}  # weights, for waiting windows that run again
@@ -183,8 +198,9 @@ class _LayerWalk:
         incomplete = self._shared is not None and not self._shared.can_solve(name)
         if incomplete or run.ranks.any(standing != self._shared_keys):
             self._shared = None  # free the old inputs first
-            pairs = ((input_at(pause), input_at(original)) for pause, original in self._pauses_of_windows(linear))
-            self._shared = _gather_shared_input(name, pairs, self._num_windows(), state)
+            base = self.bases.get(linear)
+            arrivals = (_arrival_at(*pauses, base) for pauses in self._pauses_of_windows(linear))
+            self._shared = _gather_shared_input(name, arrivals, self._num_windows(), state)
             for forwards in self._in_flight:  # these inputs are not needed while the layer is solved
                 run.offload.put([argument_at(pause) for pause in _pauses_at(linear, forwards).values()])
             self._shared_keys = self._input_keys(linear)
@@ -203,6 +219,9 @@ class _LayerWalk:
 
     def _resume(self, stop: nn.Module, standing: list[dict[int, object]]) -> None:
         """Resume the forwards that are paused at `stop`, each with the weights of its own stream."""
+        for forward in chain(*self._in_flight) if stop in self.bases else ():
+            if forward.standing and forward.standing.module is stop:
+                forward.standing.kept.pop(self.bases[stop], None)
         if len(standing) > 1 and standing[1]:
             own = read_original_weights(stop, self._state)
             if any(self._waiting):
@@ -250,6 +269,20 @@ class _LayerWalk:
     def stop(self) -> None:
         for forward in chain(*self._in_flight):
             forward.stop()
+
+
+def _find_bases(state: BlockState) -> dict[nn.Module, nn.Module]:
+    """Return, by layer, the module whose first argument the layer's outputs are added to, where it is known."""
+    block, layers = state.block, state.run.layers
+    return {
+        linear: block.module.get_submodule(base) for n, linear in block.linears.items() if (base := layers[n].added_to)
+    }
+
+
+def _arrival_at(pause: Pause | None, original: Pause | None, base: nn.Module | None) -> Arrival:
+    """Return what reaches a layer at its pauses in both streams; `base` is the layer's of `_find_bases`."""
+    bases = (None if one is None or base is None else one.kept.get(base) for one in (pause, original))
+    return Arrival(input_at(pause), input_at(original), *bases)
 
 
 def _pauses_at(linear: nn.Module, forwards: list[PausableForward]) -> dict[int, Pause]:

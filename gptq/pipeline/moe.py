@@ -6,13 +6,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import Item
 from gptq.models.experts import Expert, Experts
 from gptq.models.forward import Pause, argument_at
 from gptq.models.weights import swapped_weights
 from gptq.output.results import Coverage
-from gptq.pipeline.layer import BlockState, LayerSolver, SharedInput, read_original_weights
+from gptq.pipeline.layer import (
+    Arrival,
+    BlockState,
+    LayerSolver,
+    SharedInput,
+    drift_form,
+    find_drifts,
+    read_original_weights,
+)
 from gptq.pipeline.layer_inputs import (
+    Form,
     InputSums,
     LayerInputs,
     accumulate,
@@ -21,6 +31,7 @@ from gptq.pipeline.layer_inputs import (
     pseudo_tokens,
 )
 from gptq.pipeline.run import Run
+from gptq.solver.error_propagation import input_drift
 
 # For one window: x, the input of the experts, (tokens, hidden); the numbers of the experts that the router chose,
 # (tokens, k); and x in the original model, None if it is not known. Where the router's weights multiply the inputs, x
@@ -70,9 +81,10 @@ def solve_experts(
 
 
 def sum_all_inputs(windows: list[Routed], run: Run) -> InputSums:
-    """Sum over the tokens of all experts."""
-    inputs = ((x, original) for x, _, original in windows)
-    return accumulate(windows[0][0].shape[-1], inputs, len(windows), run)
+    """Sum over the tokens of all experts, with the drift of inputs."""
+    compare = profile_of(run.weights.device).compares_windows
+    pairs = ((x, input_drift(x, original, compare)) for x, _, original in windows)
+    return accumulate(windows[0][0].shape[-1], pairs, len(windows), run)
 
 
 def solve_expert(
@@ -115,11 +127,12 @@ def _solve_expert(
     few = False
     gate_up = [planned[linear] for linear in (expert.gate_proj, expert.up_proj) if linear in planned]
     if gate_up:
-        pairs = ((x[own], None if original is None else original[own]) for (x, _, original), own in windows)
-        num_inputs = state.run.layers[gate_up[0]].inputs
-        sums = accumulate(num_inputs, pairs, len(windows), state.run)
+        name = gate_up[0]
+        arrivals = (Arrival(x[own], None if original is None else original[own]) for (x, _, original), own in windows)
+        num_inputs = state.run.layers[name].inputs
+        sums = accumulate(num_inputs, find_drifts(name, arrivals, Form.INPUTS, state), len(windows), state.run)
         few = pseudo_tokens(sums.seen.num_tokens, num_inputs) > 0
-        shared = SharedInput(_expert_inputs(gate_up[0], sums, everyone, state))
+        shared = SharedInput(_expert_inputs(name, sums, everyone, Form.INPUTS, state))
         for layer in gate_up:
             solve_layer(layer, shared, state)
     if expert.down_proj in planned:
@@ -135,27 +148,30 @@ def _solve_down(
     Returns whether the expert saw too few tokens.
     """
     originals = read_original_weights(expert, state)
-    num_inputs = state.run.layers[name].inputs
+    num_inputs, form = state.run.layers[name].inputs, drift_form(name, state)
 
-    def down_inputs(everyone: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def arrivals(everyone: bool) -> Iterator[Arrival]:
         for (x, _, original), own in windows:
             rows = torch.ones_like(own) if everyone else own
             h = expert.intermediate(x[rows])
             if original is None:
-                yield h, None
+                yield Arrival(h, None)
             else:
                 with swapped_weights(originals):
-                    yield h, expert.intermediate(original[rows])
+                    yield Arrival(h, expert.intermediate(original[rows]))
 
-    sums = accumulate(num_inputs, down_inputs(False), len(windows), state.run)
+    def sums_over(everyone: bool) -> InputSums:
+        return accumulate(num_inputs, find_drifts(name, arrivals(everyone), form, state), len(windows), state.run)
+
+    sums = sums_over(everyone=False)
     few = pseudo_tokens(sums.seen.num_tokens, num_inputs) > 0
-    all_sums = accumulate(num_inputs, down_inputs(True), len(windows), state.run) if few else None
-    solve_layer(name, SharedInput(_expert_inputs(name, sums, all_sums, state)), state)
+    all_sums = sums_over(everyone=True) if few else None
+    solve_layer(name, SharedInput(_expert_inputs(name, sums, all_sums, form, state)), state)
     return few
 
 
-def _expert_inputs(name: str, own: InputSums, everyone: InputSums | None, state: BlockState) -> LayerInputs:
-    inputs = inputs_from_sums(name, own, everyone, state.run)
+def _expert_inputs(name: str, own: InputSums, everyone: InputSums | None, form: Form, state: BlockState) -> LayerInputs:
+    inputs = inputs_from_sums(name, own, everyone, form, state.run)
     for note in note_on_damping(name, inputs, state.run):
         state.note(note)
     return inputs

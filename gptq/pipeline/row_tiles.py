@@ -15,7 +15,7 @@ from gptq import solver
 from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.config import QuantConfig
-from gptq.pipeline.layer_inputs import HeldOutBlend, LayerInputs
+from gptq.pipeline.layer_inputs import Form, HeldOutBlend, LayerInputs
 from gptq.planning.plan import LayerPlan
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.error_propagation import best_correction_share
@@ -65,7 +65,7 @@ class StackedRows:
 
 @dataclass(frozen=True)
 class Corrections:
-    """Corrections W C H^-1 for the drift C, and the fraction of its correction that each layer applies."""
+    """Corrections for the drift (see `error_propagation`), and the fraction of its own that each layer applies."""
 
     by_tile: dict[int, Tensor]  # own tiles, (rows, inputs) each; removed when solved; empty without drift
     shares: tuple[float | None, ...]  # fraction by layer; None with one stream
@@ -137,10 +137,11 @@ def find_corrections(rows: StackedRows, inputs: LayerInputs, config: QuantConfig
     by_tile: dict[int, Tensor] = {}
     gains: dict[int, Tensor] = {}
     for number, tile in rows.own_tiles(ranks).items():
-        by_tile[number] = drift.correction(rows.W[tile], inputs.factor)
+        by_tile[number] = drift.correction(rows.W[tile], tile, inputs.factor)
         if held_out is not None:
+            W = None if drift.form is Form.OUTPUTS else rows.W[tile]
             parts = [rows_inside(tile, layer) for layer in rows.layers]
-            found = [_measure_gain(rows.W[tile], by_tile[number], part, held_out) for part in parts]
+            found = [_measure_gain(W, by_tile[number], part, tile, held_out) for part in parts]
             if None not in found:
                 gains[number] = torch.tensor(found, dtype=torch.float64, device=rows.W.device)  # (layers, 2)
     exchanged = ranks.gather_pieces(gains, len(rows.tiles))
@@ -149,12 +150,20 @@ def find_corrections(rows: StackedRows, inputs: LayerInputs, config: QuantConfig
     return Corrections(by_tile, tuple(best_correction_share(*gain) for gain in torch.stack(exchanged).sum(0).tolist()))
 
 
-def _measure_gain(W: Tensor, correction: Tensor, rows: slice, held_out: HeldOutBlend) -> tuple[float, float] | None:
-    """Return the arguments of `best_correction_share` for some rows; None if no inputs of the original are known."""
-    if not len(W[rows]):
+def _measure_gain(
+    W: Tensor | None, correction: Tensor, rows: slice, tile: slice, held_out: HeldOutBlend
+) -> tuple[float, float] | None:
+    """Return the arguments of `best_correction_share` for some rows of a tile; None if no drift is known.
+
+    Args:
+        W: the tile's weight, or None where the drift is one of outputs, which are then those of one layer.
+    """
+    A = correction[rows]
+    if not len(A):
         return 0.0, 0.0
-    agreement = held_out.agreement(W[rows], correction[rows])
-    return None if agreement is None else (held_out.power(correction[rows]), agreement)
+    outputs = slice(tile.start + rows.start, tile.start + rows.stop)
+    agreement = held_out.agreement(None if W is None else W[rows], A, outputs)
+    return None if agreement is None else (held_out.power(A), agreement)
 
 
 def solve_rows(

@@ -3,9 +3,10 @@
 An addition and a multiplication count as one operation each. A layer's weight is r x n; there are t calibration tokens.
 
     forward        2 t r n per stream
-    H              t n^2, because it is symmetric; C 2 t n^2
+    H              t n^2, because it is symmetric
+    drift          2 t n^2 for C; 2 t r n for W d and as much for S (see `solver.error_propagation`)
     factor         n^3 / 3, once per group of layers that share an input
-    correction     2 r n^2 for W C and 2 r n^2 for two triangular solves; if r > n, 2 n^3 for C H^-1 and 2 r n^2;
+    correction     2 r n^2 for two triangular solves, and 2 r n^2 for W C; if r > n, 2 n^3 for C H^-1 and 2 r n^2;
                    r is the sum over the layers that share an input
     solve          r n^2
     sweep          2 r n^2 per sweep
@@ -14,7 +15,7 @@ Work proportional to the number of weights (grids, the solver's inner loop, pack
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from gptq.config import TUNE_WINDOWS, QuantConfig
 from gptq.models.blocks import group_fused_siblings
 from gptq.models.experts import Experts
 from gptq.planning.memory import Tokens
-from gptq.planning.plan import LayerPlan, Plan
+from gptq.planning.plan import LayerPlan, Plan, drifts_by_output
 from gptq.solver.coordinate_descent import refine
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
@@ -78,11 +79,8 @@ def count_work(plan: Plan, config: QuantConfig, tokens: Tokens) -> Work:
         [plan.layers[n] for n in names] for block in plan.blocks for names in group_fused_siblings(block.linears)
     ]
     inputs = sum(
-        _operations_per_input(
-            g[0].inputs, sum(p.outputs for p in g), routed.get(g[0].name, 1.0) * tokens.seen, streams
-        )
-        for g in together
-    )  # fmt: skip
+        _operations_per_input(group, routed.get(group[0].name, 1.0) * tokens.seen, streams) for group in together
+    )
     return Work(forward, inputs + sum(_operations_per_layer(p, config) for p in layers), weights)
 
 
@@ -104,10 +102,23 @@ def experts_per_token(config: PreTrainedConfig, count: int) -> int:
     return min(next((k for k in known if isinstance(k, int) and k > 0), count), count)
 
 
-def _operations_per_input(n: int, rows: int, tokens: float, streams: int) -> float:
-    """Count the operations for H, its factor and C, and for correcting `rows` rows of layers that share an input."""
+def _operations_per_input(fused: Sequence[LayerPlan], tokens: float, streams: int) -> float:
+    """Count the operations for H, its factor, the drift and the corrections of layers that share an input."""
+    n = fused[0].inputs
     factor = tokens * n**2 + n**3 / 3
-    return factor if streams == 1 else factor + 2.0 * tokens * n**2 + 2.0 * (rows + min(rows, n)) * n**2
+    return factor if streams == 1 else factor + tokens * drift_per_token(fused) + correction(fused)
+
+
+def drift_per_token(fused: Sequence[LayerPlan]) -> float:
+    """Count the operations by which a token's drift is added to C or S."""
+    n = fused[0].inputs
+    return 4.0 * fused[0].outputs * n if drifts_by_output(fused) else 2.0 * n**2
+
+
+def correction(fused: Sequence[LayerPlan]) -> float:
+    """Count the operations for correcting the weights of layers that share an input."""
+    n, rows = fused[0].inputs, sum(layer.outputs for layer in fused)
+    return 2.0 * (rows if drifts_by_output(fused) else rows + min(rows, n)) * n**2
 
 
 def _operations_per_layer(layer: LayerPlan, config: QuantConfig) -> float:

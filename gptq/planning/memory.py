@@ -3,8 +3,9 @@
 The peak is the largest of these moments, each a sum of the tensors that are alive at that time. A layer has n inputs
 and r outputs; an element takes 4 bytes unless said otherwise.
 
-    gathering     H (n, n), and with two streams C (n, n); the inputs of held-out windows, or the n x n sums over them
-    factorizing   H, C, U
+    gathering     H (n, n), and with two streams the drift, C (n, n) or S (r, n); the inputs and drifts of held-out
+                  windows, or the sums over them; for S also the weight in the forward's dtype
+    factorizing   H, C or S, U
     solving       H, U, and for the layer: the weight, its target, the solver's copy, the errors, the codes
     forward       the weight in the forward's dtype, once per stream
     tuning        the logits of all codes of the block with gradients and Adam's moments, the activations of a window
@@ -32,7 +33,7 @@ from gptq.compute.device_profile import CPU, DeviceProfile, profile_of
 from gptq.config import TUNE_TOKENS, TUNE_WINDOWS, QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
-from gptq.planning.plan import LayerPlan, Plan
+from gptq.planning.plan import LayerPlan, Plan, drifts_by_output
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.wide_factor import PANEL_COLUMNS, PANELS_IN_MEMORY
 
@@ -237,7 +238,7 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
             forward = (
                 in_flight * window * max(sum(layer.outputs for layer in group[:-1]), group[-1].outputs) + back + weight
             )
-            yield always + size + forward + _layer_inputs(first, tokens, config, dtype, wide_on_disk)
+            yield always + size + forward + _layer_inputs(group, tokens, config, dtype, wide_on_disk)
         else:
             yield codes + 10 * size
         outputs[kind] += sum(layer.outputs for layer in group)
@@ -265,13 +266,24 @@ def _tuning(layers: Sequence[LayerPlan], tokens: Tokens, dtype: torch.dtype, pro
     return sum(sizes) * (2 * 4 * 5 + 2 * dtype.itemsize) + 40 * max(sizes) + of_window + scores
 
 
-def _layer_inputs(layer: LayerPlan, tokens: Tokens, config: QuantConfig, dtype: torch.dtype, wide_on_disk: bool) -> int:
+def _layer_inputs(
+    fused: Sequence[LayerPlan], tokens: Tokens, config: QuantConfig, dtype: torch.dtype, wide_on_disk: bool
+) -> int:
     """Return the bytes of H, of U, and of the held-out windows (stored as input rows, or as summed products)."""
-    n, held_out = layer.inputs, tokens.held_out * tokens.per_window
+    n, held_out = fused[0].inputs, tokens.held_out * tokens.per_window
     known = 2 * _square(n, wide_on_disk)
     if held_out > n:
-        return known + config.streams * _square(n, wide_on_disk)
-    return known + config.streams * dtype.itemsize * held_out * n
+        return known + _square(n, wide_on_disk) + _drift(fused, config, wide_on_disk)
+    drifts = 0 if config.streams == 1 else fused[0].outputs if drifts_by_output(fused) else n
+    return known + dtype.itemsize * held_out * (n + drifts)
+
+
+def _drift(fused: Sequence[LayerPlan], config: QuantConfig, wide_on_disk: bool) -> int:
+    """Return the bytes of C or S."""
+    if config.streams == 1:
+        return 0
+    n = fused[0].inputs
+    return 4 * fused[0].outputs * n if drifts_by_output(fused) else _square(n, wide_on_disk)
 
 
 def _square(n: int, wide_on_disk: bool) -> int:
@@ -285,19 +297,19 @@ def _solving_moments(
 ) -> Iterator[int]:  # fmt: skip
     """Yield the bytes of gathering, correcting and solving the layers of one group of siblings."""
     n, rows = group[0].inputs, sum(layer.outputs for layer in group)
-    C = _square(n, wide_on_disk) if config.two_streams else 0
-    known, size = _layer_inputs(group[0], tokens, config, dtype, wide_on_disk), 4 * rows * n
+    by_output, drift = drifts_by_output(group), _drift(group, config, wide_on_disk)
+    known, size = _layer_inputs(group, tokens, config, dtype, wide_on_disk), 4 * rows * n
     gathered = 2 * config.streams * dtype.itemsize * profile.hessian_tokens * n  # a chunk of inputs, and its transpose
+    weight = dtype.itemsize * rows * n if by_output else 0
     panels = 4 * n * PANEL_COLUMNS * PANELS_IN_MEMORY if n > matrices.WIDE else 0
-    yield known + C + max(gathered, panels)  # otherwise factorizing needs less
-    targets = size if config.two_streams else 0
-    yield known + C + size + targets + 20 * min(profile.correction_rows, max(rows, n)) * n
-    drops_C = len(group) == 1 and n > rows  # see `layer._is_last_on_input`
+    yield known + drift + max(gathered + weight, panels)  # otherwise factorizing needs less
+    kept, targets = (0, drift) if by_output else (drift, size if drift else 0)  # the corrections of S replace it
+    yield known + kept + size + targets + 20 * min(profile.correction_rows, max(rows, n)) * n
     tile = (
         24 * min(rows, profile.tile_rows(rows)) * n
     )  # target, the solver's copy, errors, and temporaries to permute and dequantize
     whole = 4 * n * n - _square(n, wide_on_disk) if group[0].group_size >= n else 0  # sweeps read all of H at once
-    yield known + whole + (0 if drops_C else C) + size + targets + tile + rows * n * 2
+    yield known + whole + kept + size + targets + tile + rows * n * 2
 
 
 def _stored_bytes(block: Block, plan: Plan) -> int:

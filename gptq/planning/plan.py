@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class LayerPlan:
     format: Format = "gptq"
     scattered: bool = False  # groups are not contiguous columns
     scale_dtype: torch.dtype = formats.SCALE_DTYPE
+    added_to: str = ""  # the module of the block to whose input the outputs are added; empty if none is known
 
     @property
     def scheme(self) -> Scheme:
@@ -78,6 +79,14 @@ class LayerPlan:
     def grid(self) -> Grid:
         """What the layer's weights are rounded to."""
         return formats.FORMATS[self.format].grid(self.scheme, self.scale_dtype)
+
+
+def drifts_by_output(fused: Sequence[LayerPlan]) -> bool:
+    """Whether the drift of layers that engines fuse is one of their outputs (see `solver.error_propagation`).
+
+    It is for a layer by itself that is added to the residual stream, or has fewer outputs than inputs.
+    """
+    return len(fused) == 1 and (bool(fused[0].added_to) or fused[0].outputs < fused[0].inputs)
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,7 @@ def plan_checkpoint(
     all_blocks = without_blocks_of(left_out, every_block)
     untied, changes = _untie(all_blocks[-1], names, hf_config, trust_remote_code)
     blocks, layers, extended = plan_layers(every_block, names, config, untied, uncalled, left_out)
-    layers = _choose_scale_dtypes(layers, source)
+    layers = _name_bases(_choose_scale_dtypes(layers, source), blocks, trial)
     changes = changes if untied in layers else {}
     notes = [*source.notes, *opened.notes, *_notes_on_unreached(every_block, unreached, layers)]
     notes += [*_note_on_uncalled(uncalled), *extended, *_note_on_group_size(config, layers)]
@@ -393,6 +402,17 @@ def _choose_scale_dtypes(plans: dict[str, LayerPlan], source: Source) -> dict[st
         name: replace(plan, scale_dtype=formats.FORMATS[plan.format].choose_scale_dtype(most))
         for name, plan in plans.items()
     }
+
+
+def _name_bases(plans: dict[str, LayerPlan], blocks: Iterable[Block], trial: Trial) -> dict[str, LayerPlan]:
+    """Set what the outputs of layers are added to, where it is the input of another module of the same block."""
+    found = dict(plans)
+    for block in blocks:
+        for name in block.linears:
+            base = trial.added_to.get(name, "")
+            if base.startswith(f"{block.name}."):
+                found[name] = replace(found[name], added_to=base.removeprefix(f"{block.name}."))
+    return found
 
 
 def choose_format(plans: list[LayerPlan], config: QuantConfig) -> Format:

@@ -4,7 +4,7 @@ t calibration tokens, s streams, R processes, a layer of r outputs and n inputs;
 Operations are those of `cost`. What R processes share, and what each of them does for itself:
 
     forward       2 s t r n                      / R, by windows; experts / R, by expert
-    Hessian       t n^2, with two streams 3 t n^2 / R, by panels; experts / R
+    Hessian       t n^2, and the drift           / R, by panels; experts / R
     factorize     n^3 / 3                        by every process; experts / R
     correct       see `cost`                     / R, by tiles; C H^-1 by every process; experts / R
     solve         r n^2 (1 + 2 sweeps)           / the smaller of R and the number of tiles; experts / R
@@ -12,7 +12,7 @@ Operations are those of `cost`. What R processes share, and what each of them do
 Received over the network by each process, where e is the bytes of an activation; what it already has is not counted:
 
     inputs        e s t n for each distinct input of layers; of experts once for all of them
-    sums          4 s n^2 for each distinct input; of experts once
+    sums          4 n^2 for H, and as much for C or 4 r n for S, for each distinct input; of experts once
     codes         r n for each layer, not of experts
     outputs       e s t k n / R for experts, k of which take each token
     result        what is written, by the first process
@@ -29,7 +29,7 @@ from gptq.models.experts import Experts
 from gptq.planning import cost, memory
 from gptq.planning.device_models import DeviceModel
 from gptq.planning.memory import Tokens
-from gptq.planning.plan import LayerPlan, Plan
+from gptq.planning.plan import LayerPlan, Plan, drifts_by_output
 
 
 @dataclass
@@ -99,16 +99,22 @@ def _count_layers(
     everything, others = tokens.windows * tokens.per_window, (ranks - 1) / ranks
     tiles = min(ranks, -(-rows // SHARED_GPU.tile_rows(rows)))
     found.work("forward", 2.0 * streams * everything * rows * n, ranks)
-    found.work("Hessian", tokens.seen * n**2 * (1.0 if streams == 1 else 3.0), ranks)
+    found.work("Hessian", tokens.seen * _operations_per_token(group, streams), ranks)
     found.work_alone("factorize", n**3 / 3)
     if streams > 1:
-        found.work("correct", 2.0 * rows * n**2 + 2.0 * min(rows, n) * n**2, tiles)
-        if rows > n:
-            found.work_alone("correct", 2.0 * n**3)
+        once = 2.0 * n**3 if rows > n and not drifts_by_output(group) else 0.0
+        found.work("correct", cost.correction(group) - once, tiles)
+        found.work_alone("correct", once)
     found.work("solve", float(rows * n**2) * (1 + 2 * (config.sweeps or 0)), tiles)
     found.receive("inputs", dtype.itemsize * streams * everything * n * others)
-    found.receive("sums", 4.0 * streams * n**2 * others)
+    drift = 0 if streams == 1 else n * (rows if drifts_by_output(group) else n)
+    found.receive("sums", 4.0 * (n**2 + drift) * others)
     found.receive("codes", rows * n * others)
+
+
+def _operations_per_token(fused: list[LayerPlan], streams: int) -> float:
+    """Count the operations by which a token is added to H, and with two streams to the drift."""
+    return float(fused[0].inputs ** 2) + (0.0 if streams == 1 else cost.drift_per_token(fused))
 
 
 def _count_expert(
@@ -118,10 +124,10 @@ def _count_expert(
     n, rows, streams = group[0].inputs, sum(layer.outputs for layer in group), config.streams
     everything = share * tokens.windows * tokens.per_window
     found.work("forward", 2.0 * streams * everything * rows * n, ranks)
-    found.work("Hessian", share * tokens.seen * n**2 * (1.0 if streams == 1 else 3.0), ranks)
+    found.work("Hessian", share * tokens.seen * _operations_per_token(group, streams), ranks)
     found.work("factorize", n**3 / 3, ranks)
     if streams > 1:
-        found.work("correct", 2.0 * (rows + min(rows, n)) * n**2, ranks)
+        found.work("correct", cost.correction(group), ranks)
     found.work("solve", float(rows * n**2) * (1 + 2 * (config.sweeps or 0)), ranks)
 
 

@@ -9,6 +9,14 @@ because ||W x~ - Q x||^2 = ||(W* - Q) x||^2 + a term independent of Q. The metho
 (arXiv 2504.02692) and Qronos (arXiv 2505.11695) reach about the same Q by changing the solve; QEP (arXiv 2504.09629)
 fixes the share at 1/2. C is a mean over few tokens, and a full share would fit its noise; so the share is chosen to
 minimize the error on held-out windows, which enter neither C nor H.
+
+What a block adds up, the residual stream, has drifted too: r where the original has r~. A layer whose outputs are added
+to r can make up for that: the sum should be W x~ + r~, so its outputs should be W x + t (as in LoaQ, arXiv 2509.06297),
+
+    W* = W + share * S H^-1,       S = mean t x^T,     t = W d + (r~ - r).
+
+S has a row for each output and C for each input, so a layer with fewer outputs than inputs also uses S, with r~ = r.
+d is called the drift of a layer's inputs, t of its outputs.
 """
 
 from collections.abc import Callable
@@ -23,6 +31,31 @@ from gptq.solver.codes import row_chunks
 from gptq.solver.solve import Factor
 
 PANEL_ROWS = 1024  # of a wide C that are multiplied at a time
+
+
+def input_drift(x: Tensor, original: Tensor | None, compare: bool = True) -> Tensor | None:
+    """Return d = x~ - x, in the dtype and shape of x (..., inputs); None without x~.
+
+    An x~ of another shape than x is ignored, because it belongs to other tokens: in the original model the router may
+    have sent other tokens to an expert. `compare` says whether to look for an x~ that equals x, and return None.
+    """
+    if original is None or original.shape != x.shape or (compare and torch.equal(original, x)):
+        return None
+    return original - x
+
+
+def output_drift(W: Tensor, drift: Tensor | None, added: Tensor | None) -> Tensor | None:
+    """Return t = W d + (r~ - r), (..., outputs); None if nothing has drifted.
+
+    Args:
+        W: (outputs, inputs).
+        drift: d (..., inputs), or None for zeros.
+        added: r~ - r (..., outputs), or None for zeros.
+    """
+    if drift is None:
+        return added
+    found = drift @ W.to(drift.dtype).T
+    return found if added is None else found.add_(added)
 
 
 def full_correction(W: Tensor, C: Tensor, factor: Factor) -> Tensor:

@@ -22,10 +22,10 @@ PORTION_ROWS = 2048  # of a wide H that are written at a time, where a step writ
 class HessianAccumulator:
     """Sums x x^T over the tokens of one layer input x in float32, in the order in which windows arrive.
 
-    A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. If x~, the same input in
-    the original model, is passed beside x, x~ x^T is summed as well. Every call adds one whole window, so the result
-    depends on the windows and their order alone. Windows are kept until they have
-    `hessian_tokens` tokens together (see `DeviceProfile`); the caller must not modify them.
+    A product of two bfloat16 (or float16) numbers is exact in float32, so only the sums round. If a drift d of k
+    numbers is passed beside x (see `error_propagation`), d x^T is summed as well. Every call adds one whole window, so
+    the result depends on the windows and their order alone. Windows are kept until they have `hessian_tokens` tokens
+    together (see `DeviceProfile`); the caller must not modify them.
     """
 
     def __init__(
@@ -33,26 +33,22 @@ class HessianAccumulator:
     ) -> None:
         """With several `ranks`, each process sums its own panels; all must make the same calls on the same windows."""
         self._matrices = matrices
-        self._sum = matrices.zeros(num_inputs, device)  # (num_inputs, num_inputs), valid right of the diagonal
+        self._sum = matrices.zeros(num_inputs, num_inputs, device)  # valid right of the diagonal
         self._ranks = ranks
         self._profile = profile_of(device, ranks.size)
-        self._differs = torch.zeros((), dtype=torch.bool, device=device)  # whether x~ ever differed from x
-        self._original_sum: Tensor | None = None  # x~ x^T, once x~ differs from x
-        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # (x, x~) of windows to add; x~ in all or in none
+        self._drifts = torch.zeros((), dtype=torch.bool, device=device)  # whether a drift was ever not 0
+        self._drift_sum: Tensor | None = None  # d x^T (k, num_inputs), once there is a drift
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # (x, d) of windows to add; d in all or in none
         self.num_tokens = 0
 
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Add the input of one window, (..., num_inputs); all leading dimensions count tokens.
-
-        An `original` of another shape than x is ignored, because it belongs to other tokens: in the original model the
-        router may have sent other tokens to an expert.
-        """
-        x, original = flatten_tokens(x, original, self._profile.compares_windows)
-        if original is not None and not self._profile.compares_windows:
-            self._differs |= (original != x).any()
-        if self._waiting and (self._waiting[0][1] is None) != (original is None):
+    def add(self, x: Tensor, drift: Tensor | None = None) -> None:
+        """Add the input of one window, (..., num_inputs), and its drift, (..., k); leading dimensions count tokens."""
+        x, drift = flatten_tokens(x), None if drift is None else flatten_tokens(drift)
+        if drift is not None and not self._profile.compares_windows:
+            self._drifts |= drift.any()
+        if self._waiting and (self._waiting[0][1] is None) != (drift is None):
             self._add_waiting()
-        self._waiting.append((x, original))
+        self._waiting.append((x, drift))
         self.num_tokens += len(x)
         if sum(len(rows) for rows, _ in self._waiting) >= self._profile.hessian_tokens:
             self._add_waiting()
@@ -62,34 +58,28 @@ class HessianAccumulator:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        x, originals = torch.cat([rows for rows, _ in waiting]), [rows for _, rows in waiting if rows is not None]
-        original = torch.cat(originals) if originals else None
-        if original is not None and self._original_sum is None:
-            self._original_sum = _symmetrize(self._copy_of_sum(), self._panel_rows)  # x~ was x until now
+        x, drifts = torch.cat([rows for rows, _ in waiting]), [rows for _, rows in waiting if rows is not None]
+        drift = torch.cat(drifts) if drifts else None
+        if drift is not None and self._drift_sum is None:
+            self._drift_sum = self._matrices.zeros(drift.shape[1], x.shape[1], x.device)
         step = self._profile.hessian_tokens
         for start in range(0, len(x), step):
             rows = slice(start, start + step)
-            self._add(x[rows], None if original is None else original[rows])
+            self._add(x[rows], None if drift is None else drift[rows])
 
-    def _add(self, x: Tensor, original: Tensor | None) -> None:
-        """Add the products of (tokens, num_inputs) to this process's panels."""
-        panels = _panels(x.shape[1], self._panel_rows)
-        own = [panel for number, panel in enumerate(panels) if self._ranks.owns(number)]
-        x, original, add_products = _prepare_factors(x, original)
-        for some in [[panel] for panel in own] if is_wide(self._sum) else [own]:
-            add_products(self._sum, x, x, some, upper=True)
-            release(self._sum)
-            if self._original_sum is not None:
-                add_products(self._original_sum, x if original is None else original, x, some, upper=False)
-                release(self._original_sum)
+    def _add(self, x: Tensor, drift: Tensor | None) -> None:
+        """Add the products of x (tokens, num_inputs) and its drift (tokens, k) to this process's panels."""
+        x, drift, add_products = _prepare_factors(x, drift)
+        self._add_to(self._sum, add_products, x, x, upper=True)
+        if drift is not None and self._drift_sum is not None:
+            self._add_to(self._drift_sum, add_products, drift, x, upper=False)
 
-    def _copy_of_sum(self) -> Tensor:
-        copied = self._matrices.zeros(len(self._sum), self._sum.device)
-        for panel in _panels(len(copied), self._panel_rows):
-            copied[panel] = self._sum[panel]
-            release(copied)
-            release(self._sum)
-        return copied
+    def _add_to(self, sums: Tensor, add_products: Callable[..., None], a: Tensor, b: Tensor, upper: bool) -> None:
+        panels = enumerate(_panels(len(sums), self._panel_rows))
+        own = [panel for number, panel in panels if self._ranks.owns(number)]
+        for some in [[panel] for panel in own] if is_wide(sums) else [own]:
+            add_products(sums, a, b, some, upper=upper)
+            release(sums)
 
     def mean(self) -> Tensor:
         """Return H, (num_inputs, num_inputs) float32; zero without tokens."""
@@ -97,34 +87,28 @@ class HessianAccumulator:
         return _symmetrize(self._complete(self._sum) / max(self.num_tokens, 1), self._panel_rows)
 
     def drift_mean(self) -> Tensor | None:
-        """Return C, the mean of (x~ - x) x^T, (num_inputs, num_inputs) float32; None if x~ never differed from x."""
+        """Return C, the mean of d x^T, (k, num_inputs) float32; None if there was no drift."""
         self._add_waiting()
-        self._drop_equal()
-        if self._original_sum is None:
-            return None
-        drift = self._complete(self._original_sum) - _symmetrize(self._complete(self._sum), self._panel_rows)
-        return drift.div_(max(self.num_tokens, 1))
+        self._drop_zeros()
+        return None if self._drift_sum is None else self._complete(self._drift_sum) / max(self.num_tokens, 1)
 
     def take(self) -> tuple[Tensor, Tensor | None]:
         """Return (`mean`, `drift_mean`), computed in place in the sums; the accumulator cannot be used afterwards."""
         self._add_waiting()
-        self._drop_equal()
-        H = _symmetrize(self._complete(self._sum), self._panel_rows)
-        C, tokens = self._original_sum, max(self.num_tokens, 1)
-        if C is not None:
-            self._complete(C)
-        for panel in _panels(len(H), self._panel_rows):
-            if C is not None:
-                C[panel].sub_(H[panel]).div_(tokens)
-                release(C)
-            H[panel].div_(tokens)
-            release(H)
-        return H, C
+        self._drop_zeros()
+        found = _symmetrize(self._complete(self._sum), self._panel_rows), self._drift_sum
+        for sums in found:
+            if sums is not None:
+                self._complete(sums)
+                for panel in _panels(len(sums), self._panel_rows):
+                    sums[panel].div_(max(self.num_tokens, 1))
+                    release(sums)
+        return found
 
-    def _drop_equal(self) -> None:
-        """Drop the products with x~ if it was x in all windows, where these were not compared one by one."""
-        if self._original_sum is not None and not self._profile.compares_windows and not bool(self._differs):
-            self._original_sum = None
+    def _drop_zeros(self) -> None:
+        """Drop the sum of drifts that were all 0, where the windows' drifts were not looked at one by one."""
+        if self._drift_sum is not None and not self._profile.compares_windows and not bool(self._drifts):
+            self._drift_sum = None
 
     @property
     def _panel_rows(self) -> int:
@@ -133,7 +117,7 @@ class HessianAccumulator:
     def complete(self) -> None:
         """Fill in what other processes have summed, so that no later call has to be made by all of them together."""
         self._add_waiting()
-        for sums in (self._sum, self._original_sum):
+        for sums in (self._sum, self._drift_sum):
             if sums is not None:
                 self._complete(sums)
         self._ranks = ALONE
@@ -154,36 +138,29 @@ def _panels(inputs: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, inputs)) for start in range(0, inputs, rows)]
 
 
-def flatten_tokens(x: Tensor, original: Tensor | None, compare: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Reshape x and original to (tokens, num_inputs).
-
-    original becomes None if it has another shape, or equals x; `compare` says whether to look for the latter.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if original is None or original.shape != x.shape or (compare and torch.equal(original, x)):
-        return rows, None
-    return rows, original.reshape(-1, x.shape[-1])
+def flatten_tokens(x: Tensor) -> Tensor:
+    """Reshape x (..., features) to (tokens, features)."""
+    return x.reshape(-1, x.shape[-1])
 
 
-def _prepare_factors(x: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None, Callable[..., None]]:
-    """Choose the function that adds up the products of x and x~ (tokens, num_inputs); convert x and x~ to its layout.
+def _prepare_factors(x: Tensor, drift: Tensor | None) -> tuple[Tensor, Tensor | None, Callable[..., None]]:
+    """Choose the function that adds up the products of x (tokens, num_inputs) and of its drift (tokens, k) with x.
 
     Returns:
-        x, x~, and the function f(sums, a, b, panels, upper), which adds a[:, panel]^T b to sums[panel] for each panel;
-        with `upper` only the result right of the diagonal is valid.
+        x and the drift in that function's layout, and the function f(sums, a, b, panels, upper), which adds
+        a[:, panel]^T b to sums[panel] for each panel; with `upper` only the result right of the diagonal is valid.
     """
     if _has_mixed_precision_mm(x):
-        return x, original, _add_half_products
-    if _has_bf16_kernel(x):
+        return x, drift, _add_half_products
+    if _has_bf16_kernel(x) and (drift is None or _has_bf16_kernel(drift)):
         from gptq.solver import gram_bf16
 
         return (
             gram_bf16.pair_tokens(x),
-            None if original is None else gram_bf16.pair_tokens(original),
+            None if drift is None else gram_bf16.pair_tokens(drift),
             gram_bf16.add_products,
         )
-    floats = None if original is None else original.float()
-    return x.float(), floats, partial(_add_float_products, x.dtype)
+    return x.float(), None if drift is None else drift.float(), partial(_add_float_products, x.dtype)
 
 
 def _has_mixed_precision_mm(x: Tensor) -> bool:
@@ -233,7 +210,7 @@ def _symmetrize(H: Tensor, panel_rows: int) -> Tensor:
 class HeldOut:
     """Held-out inputs of a layer, which measure the error on windows that the solver has not seen.
 
-    The rows x and x~ are kept until there are more tokens than inputs; from then on only H and C are kept.
+    The rows of x and of its drift are kept until there are more tokens than inputs; from then on only H and C are kept.
     """
 
     def __init__(
@@ -242,15 +219,15 @@ class HeldOut:
         """With several `ranks`, all must make the same calls of `add` and `complete`."""
         self.num_tokens = 0
         self._num_inputs, self._device, self._ranks, self._matrices = num_inputs, device, ranks, matrices
-        self._rows: list[tuple[Tensor, Tensor | None]] = []  # (x, x~) of each window; x~ is None if it equals x
+        self._rows: list[tuple[Tensor, Tensor | None]] = []  # (x, drift) of each window
         self._sums: HessianAccumulator | None = None
         self._means: tuple[Tensor, Tensor | None] | None = None
 
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+    def add(self, x: Tensor, drift: Tensor | None = None) -> None:
         """Add the input of one window, as HessianAccumulator.add does; only allowed before the first measurement."""
         if self._means is not None:
             raise RuntimeError("inputs come after what they measure")
-        self._rows.append(flatten_tokens(x, original, profile_of(self._device).compares_windows))
+        self._rows.append((flatten_tokens(x), None if drift is None else flatten_tokens(drift)))
         self.num_tokens += len(self._rows[-1][0])
         if self.num_tokens > self._num_inputs:
             self._sums = self._sums or HessianAccumulator(self._num_inputs, self._device, self._ranks, self._matrices)
@@ -271,23 +248,26 @@ class HeldOut:
             found += _layer_outputs(A, x).square_().sum(dtype=torch.float64)
         return float(found) / max(self.num_tokens, 1)
 
-    def agreement(self, W: Tensor, A: Tensor) -> float | None:
-        """Return the mean over tokens of (W d) . (A x), d = x~ - x; None if x~ never differs from x.
+    def agreement(self, W: Tensor | None, A: Tensor, rows: slice) -> float | None:
+        """Return the mean over tokens of t . (A x), t the drift of a layer's outputs; None if there is no drift.
 
         Args:
-            W, A: (outputs, inputs) a weight, and a correction of it that is multiplied by the layer's input x in the
-                quantized model; x~ is the same input in the original model.
+            W: (outputs, inputs) the weight, where the drift d is one of inputs, and so t = W d; None where it is one of
+                outputs, t = d[rows].
+            A: (outputs, inputs) a correction of W, which is multiplied by the layer's input x in the quantized model.
         """
         if means := self._known_means():
             C = means[1]
-            return None if C is None else _gram_dot(W, A, C)
-        known = [(x, original) for x, original in self._rows if original is not None]
+            if C is None:
+                return None
+            return float((A * C[rows]).sum(dtype=torch.float64)) if W is None else _gram_dot(W, A, C)
+        known = [(x, drift) for x, drift in self._rows if drift is not None]
         if not known:
             return None
         found = torch.zeros((), dtype=torch.float64, device=A.device)
-        for x, original in known:
-            drift = (original.float() - x.float()).to(x.dtype)
-            found += _layer_outputs(W, drift).mul_(_layer_outputs(A, x)).sum(dtype=torch.float64)
+        for x, drift in known:
+            target = drift[:, rows].to(A.dtype) if W is None else _layer_outputs(W, drift)
+            found += _layer_outputs(A, x).mul_(target).sum(dtype=torch.float64)
         return float(found) / max(self.num_tokens, 1)
 
     def _known_means(self) -> tuple[Tensor, Tensor | None] | None:

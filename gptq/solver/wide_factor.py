@@ -30,7 +30,7 @@ def factor_by_panels(H: Tensor, perm: Tensor, ridge: float, matrices: Matrices) 
         None if the damped matrix is not positive definite, or not finite.
     """
     n = len(H)
-    Ut = matrices.zeros(n, H.device, H.dtype)  # (n, n): a row is a column of U, so that a panel is contiguous
+    Ut = matrices.zeros(n, n, H.device, H.dtype)  # (n, n): a row is a column of U, so that a panel is contiguous
     D = H.new_empty(n)
     panels = row_chunks(n, PANEL_COLUMNS)
     for number, J in reversed([*enumerate(panels)]):
