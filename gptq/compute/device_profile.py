@@ -28,7 +28,7 @@ class DeviceProfile:
     nearest_groups: int  # groups of a row that are rounded to nearest at a time
     compares_windows: bool  # whether both streams' inputs of a window are compared at once, or after all windows
     sample_shape: tuple[int, int]  # rows and columns of the layer that is timed to estimate a run
-    score_bytes: int  # bytes that tuning holds for an attention score; 0 where the fused kernel's gradients repeat
+    score_bytes: int  # bytes that tuning holds for an attention score; 0 where `compute.attention` decides
     packing_threads: int  # threads that pack, hash and write a block while the next one is solved; 0: nobody does
 
     def tile_rows(self, rows: int) -> int:

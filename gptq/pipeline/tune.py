@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq.compute.attention import attention_by_products
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.compute.torch_state import same_gradients
 from gptq.config import TUNE_TOKENS, TUNE_WINDOWS
@@ -124,10 +125,10 @@ class Tuned:
 
 def tune(block: BlockToTune, steps: int, seed: int) -> Tuned:
     """Tune a block with Adam; return it unchanged unless its error on the held-out windows decreases."""
-    variables = _Variables(block)
+    variables, device = _Variables(block), block.targets[0].device
     with torch.no_grad():
         before = block.error(variables.hard_parameters(variables.round_layers()))
-    with same_gradients(block.targets[0].device):
+    with same_gradients(device), attention_by_products(device):
         _optimize(block, variables, steps, seed)
     with torch.no_grad():
         layers = variables.round_layers()

@@ -29,6 +29,7 @@ import torch
 from gptq import solver
 from gptq.compute import matrices
 from gptq.compute.allocator import return_freed_memory
+from gptq.compute.attention import kept_bytes
 from gptq.compute.device_profile import CPU, DeviceProfile, profile_of
 from gptq.config import TUNE_TOKENS, TUNE_WINDOWS, QuantConfig
 from gptq.errors import InputError
@@ -255,7 +256,7 @@ def _tuning(layers: Sequence[LayerPlan], tokens: Tokens, dtype: torch.dtype, pro
 
     Of each weight: two logits, with gradient, two moments of Adam and the temporary of an update; the weight that they
     stand for, in the forward's dtype, and its gradient. Of one layer: what its weight is made of. Of the windows that
-    are run together: the inputs and outputs of all layers, and attention scores where gradients have to repeat.
+    are run together: the inputs and outputs of all layers, and the attention scores that are kept.
     """
     sizes = [layer.outputs * layer.inputs for layer in layers]
     features = sum(layer.outputs + layer.inputs for layer in layers)
@@ -263,6 +264,8 @@ def _tuning(layers: Sequence[LayerPlan], tokens: Tokens, dtype: torch.dtype, pro
     of_window = together * (3 * dtype.itemsize * features + 4 * max(layer.outputs for layer in layers))
     heads = layers[0].inputs // HEAD_WIDTH
     scores = profile.score_bytes * heads * together * tokens.per_window
+    if not scores:
+        scores = kept_bytes(heads * (together // tokens.per_window), tokens.per_window, tokens.per_window, dtype)
     return sum(sizes) * (2 * 4 * 5 + 2 * dtype.itemsize) + 40 * max(sizes) + of_window + scores
 
 
