@@ -16,6 +16,7 @@ from gptq.compute.torch_state import fresh_torch_state
 from gptq.errors import InputError
 from gptq.evaluation.original_logits import compute_original_logits, require_causal
 from gptq.inference.load import load
+from gptq.models.attention import attention_by_products
 from gptq.models.forward import check_tokens, run_forward
 from gptq.models.hf_config import fit_seq_len, read_config, read_tokenizer
 
@@ -96,6 +97,7 @@ def read_windows(data: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, li
 
 
 @torch.no_grad()
+@attention_by_products()
 def measure_perplexity(
     network: PreTrainedModel, tokens: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Perplexity:
@@ -169,6 +171,7 @@ def compare(
 
 
 @torch.no_grad()
+@attention_by_products()
 def measure_windows(
     network: PreTrainedModel,
     original: Path,

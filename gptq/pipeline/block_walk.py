@@ -20,6 +20,7 @@ from gptq.compute.allocator import return_freed_memory
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.compute.matmul import onednn_linears
 from gptq.errors import InputError
+from gptq.models.attention import attention_by_products
 from gptq.models.blocks import Block
 from gptq.models.experts import Experts
 from gptq.models.forward import (
@@ -73,6 +74,7 @@ class BlockWalk:
 
     def __enter__(self) -> "BlockWalk":
         self._stack.callback(self._stop)  # a paused forward would keep its activations alive forever
+        self._stack.enter_context(attention_by_products())
         self._drop_others = self._stack.enter_context(self._weights.read_on_demand(self._network, self._blocks))
         self._forward_of = self._stack.enter_context(pause_instead(self._left))
         return self

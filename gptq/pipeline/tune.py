@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq.compute.attention import attention_by_products
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.compute.torch_state import same_gradients
 from gptq.config import TUNE_TOKENS, TUNE_WINDOWS
+from gptq.models.attention import attention_by_products
 from gptq.pipeline.joined_calls import join_calls
 from gptq.pipeline.soft_codes import first_logits, round_layer, soft_weight
 from gptq.solver import Grid
@@ -128,7 +128,7 @@ def tune(block: BlockToTune, steps: int, seed: int) -> Tuned:
     variables, device = _Variables(block), block.targets[0].device
     with torch.no_grad():
         before = block.error(variables.hard_parameters(variables.round_layers()))
-    with same_gradients(device), attention_by_products(device):
+    with same_gradients(device), attention_by_products():
         _optimize(block, variables, steps, seed)
     with torch.no_grad():
         layers = variables.round_layers()
