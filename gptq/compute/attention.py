@@ -21,7 +21,7 @@ from gptq.compute.cpu_features import has_native_bfloat16
 from gptq.compute.matmul import allow_bfloat16_matmul
 
 MOST_KEPT = 2**26  # bytes of P that a call keeps for its backward pass
-MOST_QUERIES = 128  # in a run
+LEAST_QUERIES, MOST_QUERIES = 32, 128  # in a run, which is a quarter of the queries in between
 CACHED_SCORES = 2**19  # scores of a step
 
 
@@ -69,8 +69,9 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
 def _steps(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice, slice]]:
     """Yield heads, queries and keys of each step, for q (heads, queries, width) and k (heads, keys, width)."""
     heads, queries, keys = *q.shape[:2], k.shape[1]
-    for start in range(0, queries, MOST_QUERIES):
-        stop = min(start + MOST_QUERIES, queries)
+    run = min(max(LEAST_QUERIES, queries // 4), MOST_QUERIES)
+    for start in range(0, queries, run):
+        stop = min(start + run, queries)
         reached = stop if causal else keys
         together = max(1, CACHED_SCORES // ((stop - start) * reached))
         for first in range(0, heads, together):
