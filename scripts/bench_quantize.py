@@ -60,12 +60,13 @@ TIMED = {  # module -> function (or Class.method) -> the stage that its time cou
         "WeightStream.read": "read", "WeightStream.weight": "read", "WeightStream.set_weight": "dequantize",
     },
     "gptq.models.forward": {"PausableForward.advance": "forward"},
+    "gptq.models.attention": {"attend": "attention"},
     "gptq.solver.hessian": {
         "HessianAccumulator._add": "Hessian", "HessianAccumulator.take": "Hessian", "HeldOut.add": "held out",
         "HeldOut._known_means": "held out",
     },
     "gptq.pipeline.layer_inputs": {"blend_hessians": "Hessian", "_factorize": "factorize", "Drift.for_rows": "correct"},
-    "gptq.pipeline.layer": {"weight_histogram": "histograms", "find_corrections": "correct"},
+    "gptq.pipeline.layer": {"weight_histogram": "histograms", "find_corrections": "correct", "_drift_of": "Hessian"},
     "gptq.pipeline.row_tiles": {"_solve_tile": "solve", "refine": "sweep", "_sum_errors": "figures"},
     "gptq.solver.codes": {"Codes.weight": "dequantize"},
     "gptq.pipeline.block": {"sha256": "checksums", "code_histogram": "histograms"},
@@ -112,7 +113,7 @@ class Clock:
     def wrap_package(self) -> None:
         """Time the functions from now on; another version of the package may lack some."""
         for module_name, functions in self._timed.items():
-            module = sys.modules[module_name]
+            module = sys.modules.get(module_name)
             for path, stage in functions.items():
                 owner_name, _, name = path.rpartition(".")
                 owner = getattr(module, owner_name, None) if owner_name else module

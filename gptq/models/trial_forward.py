@@ -128,13 +128,13 @@ class _SumRecorder:
 
     def __init__(self, added_to: dict[str, str]) -> None:
         self._added_to = added_to
-        self._inputs: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # the innermost module that was called on it
+        self._inputs: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # the last module that was called on it
         self._outputs: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # of linear layers
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for x in [*args, *kwargs.values()][:1]:
-            if isinstance(x, Tensor):
-                self._inputs[x] = name
+        first = next(iter((*args, *kwargs.values())), None)
+        if isinstance(first, Tensor):
+            self._inputs[first] = name
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._outputs[output] = name

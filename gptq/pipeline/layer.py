@@ -19,7 +19,7 @@ from gptq.compute.distributed import ALONE
 from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
 from gptq.output.results import Coverage, LayerResult, weight_histogram
-from gptq.pipeline.layer_inputs import Form, LayerInputs
+from gptq.pipeline.layer_inputs import DriftForm, LayerInputs
 from gptq.pipeline.row_tiles import LayerFigures, StackedRows, find_corrections, round_rows, solve_rows
 from gptq.pipeline.run import LayerProgress, Run
 from gptq.planning.plan import drifts_by_output
@@ -59,7 +59,7 @@ class SharedInput:
 
     def take_drift(self) -> None:
         """Forget a drift of outputs; it has to be gathered again if another layer with this input is solved."""
-        if self.inputs.drift is not None and self.inputs.drift.form is Form.OUTPUTS:
+        if self.inputs.drift is not None and self.inputs.drift.form is DriftForm.OUTPUTS:
             self.inputs, self._has_drift = replace(self.inputs, drift=None), False
 
 
@@ -182,19 +182,19 @@ class Arrival(NamedTuple):
     original_base: Tensor | None = None
 
 
-def drift_form(name: str, state: BlockState) -> Form:
+def drift_form(name: str, state: BlockState) -> DriftForm:
     """Return the form in which a layer's drift is summed."""
     fused = [state.run.layers[sibling] for sibling in state.siblings[name]]
-    return Form.OUTPUTS if drifts_by_output(fused) else Form.INPUTS
+    return DriftForm.OUTPUTS if drifts_by_output(fused) else DriftForm.INPUTS
 
 
 def find_drifts(
-    name: str, arrivals: Iterable[Arrival], form: Form, state: BlockState
+    name: str, arrivals: Iterable[Arrival], form: DriftForm, state: BlockState
 ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """Yield for each window the layer's input, and its drift in the given form."""
     run = state.run
     compare = profile_of(run.weights.device).compares_windows
-    of_outputs = run.config.streams > 1 and form is Form.OUTPUTS
+    of_outputs = run.config.streams > 1 and form is DriftForm.OUTPUTS
     W = state.weight(name).to(run.weights.dtype) if of_outputs else None  # (outputs, inputs)
     for arrival in arrivals:
         yield arrival.x, _drift_of(arrival, W, compare)

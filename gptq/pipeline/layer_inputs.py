@@ -29,7 +29,7 @@ class InputSums(NamedTuple):
     held_out: HeldOut
 
 
-class Form(Enum):
+class DriftForm(Enum):
     """What the matrix of a `Drift` is, in the names of error_propagation."""
 
     INPUTS = "C"
@@ -45,22 +45,22 @@ class Drift:
     """
 
     matrix: Tensor
-    form: Form
+    form: DriftForm
 
     def for_rows(self, rows: int, factor: solver.Factor) -> "Drift":
         """Return the drift in the form that is cheapest for this many rows; the memory of C is reused."""
-        if self.form is not Form.INPUTS or rows <= len(self.matrix):
+        if self.form is not DriftForm.INPUTS or rows <= len(self.matrix):
             return self
-        return Drift(divide_by_hessian(self.matrix, factor), Form.DIVIDED)
+        return Drift(divide_by_hessian(self.matrix, factor), DriftForm.DIVIDED)
 
     def correction(self, W: Tensor, rows: slice, factor: solver.Factor) -> Tensor:
         """Return the correction for a share of 1 of W (rows, inputs), these rows of the layers.
 
         That of S replaces its rows of S.
         """
-        if self.form is Form.OUTPUTS:
+        if self.form is DriftForm.OUTPUTS:
             return divide_by_hessian(self.matrix[rows], factor)
-        if self.form is Form.DIVIDED:
+        if self.form is DriftForm.DIVIDED:
             return product_by_panels(W, self.matrix)
         return full_correction(W, self.matrix, factor)
 
@@ -125,7 +125,7 @@ def accumulate(
     return sums
 
 
-def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, form: Form, run: Run) -> LayerInputs:
+def inputs_from_sums(name: str, own: InputSums, everyone: InputSums | None, form: DriftForm, run: Run) -> LayerInputs:
     """Return what solving a layer needs, from the sums over its inputs.
 
     `form` is that of the drifts that were summed. `everyone` is given for an expert: sums over the inputs of all

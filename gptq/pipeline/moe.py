@@ -22,7 +22,7 @@ from gptq.pipeline.layer import (
     read_original_weights,
 )
 from gptq.pipeline.layer_inputs import (
-    Form,
+    DriftForm,
     InputSums,
     LayerInputs,
     accumulate,
@@ -130,9 +130,9 @@ def _solve_expert(
         name = gate_up[0]
         arrivals = (Arrival(x[own], None if original is None else original[own]) for (x, _, original), own in windows)
         num_inputs = state.run.layers[name].inputs
-        sums = accumulate(num_inputs, find_drifts(name, arrivals, Form.INPUTS, state), len(windows), state.run)
+        sums = accumulate(num_inputs, find_drifts(name, arrivals, DriftForm.INPUTS, state), len(windows), state.run)
         few = pseudo_tokens(sums.seen.num_tokens, num_inputs) > 0
-        shared = SharedInput(_expert_inputs(name, sums, everyone, Form.INPUTS, state))
+        shared = SharedInput(_expert_inputs(name, sums, everyone, DriftForm.INPUTS, state))
         for layer in gate_up:
             solve_layer(layer, shared, state)
     if expert.down_proj in planned:
@@ -170,7 +170,9 @@ def _solve_down(
     return few
 
 
-def _expert_inputs(name: str, own: InputSums, everyone: InputSums | None, form: Form, state: BlockState) -> LayerInputs:
+def _expert_inputs(
+    name: str, own: InputSums, everyone: InputSums | None, form: DriftForm, state: BlockState
+) -> LayerInputs:
     inputs = inputs_from_sums(name, own, everyone, form, state.run)
     for note in note_on_damping(name, inputs, state.run):
         state.note(note)

@@ -15,7 +15,7 @@ from gptq import solver
 from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.config import QuantConfig
-from gptq.pipeline.layer_inputs import Form, HeldOutBlend, LayerInputs
+from gptq.pipeline.layer_inputs import DriftForm, HeldOutBlend, LayerInputs
 from gptq.planning.plan import LayerPlan
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.error_propagation import best_correction_share
@@ -139,7 +139,7 @@ def find_corrections(rows: StackedRows, inputs: LayerInputs, config: QuantConfig
     for number, tile in rows.own_tiles(ranks).items():
         by_tile[number] = drift.correction(rows.W[tile], tile, inputs.factor)
         if held_out is not None:
-            W = None if drift.form is Form.OUTPUTS else rows.W[tile]
+            W = None if drift.form is DriftForm.OUTPUTS else rows.W[tile]
             parts = [rows_inside(tile, layer) for layer in rows.layers]
             found = [_measure_gain(W, by_tile[number], part, tile, held_out) for part in parts]
             if None not in found:
