@@ -40,6 +40,7 @@ from gptq.pipeline.layer import (
 from gptq.pipeline.layer_inputs import gather_inputs, inputs_from_sums, note_on_damping
 from gptq.pipeline.moe import gather_routings, routing_of, solve_experts
 from gptq.pipeline.run import Run
+from gptq.planning.memory import FOLLOWERS
 
 
 def solve_block(calls: Calls, in_flight: int, state: BlockState, solve_layer: LayerSolver) -> Outputs:
@@ -122,7 +123,9 @@ class _LayerWalk:
     """The forwards of a block's windows, advanced from layer to layer.
 
     Forwards in flight stay paused; the other windows are run up to a layer each time its inputs are gathered. Layers
-    that get the very same tensors (queries, keys and values, say) share one Hessian and its factor.
+    that get the very same tensors (queries, keys and values, say) share one Hessian and its factor. In the original
+    stream FOLLOWERS windows follow together when their inputs are gathered, and go on at once if no other layer can
+    share these: so few windows at a time have wide inputs there.
     """
 
     def __init__(self, calls: Calls, in_flight: int, state: BlockState, solve_layer: LayerSolver) -> None:
@@ -132,43 +135,48 @@ class _LayerWalk:
         self._in_flight = [[PausableForward(call) for call in stream[:in_flight]] for stream in calls]
         self._waiting = [stream[in_flight:] for stream in calls]
         self._names = state.block.pause_points()
+        self._order = {stop: i for i, stop in enumerate(self._names)}
+        self._passed: set[nn.Module] = set()  # by the quantized stream
         self.bases = _find_bases(state) if len(calls) > 1 else {}
         # Outputs of experts that are divided over processes, by stream and window, for waiting windows that run again.
         self._answers: list[list[dict[nn.Module, Any]]] = [[{} for _ in stream] for stream in self._waiting]
-        self._originals: dict[nn.Module, nn.Parameter | None] = {}  # weights, for waiting windows that run again
+        # Original weights, by what a forward pauses at; kept for waiting windows, which run again.
+        self._originals: dict[nn.Module, dict[nn.Module, nn.Parameter | None]] = {}
         self._shared: SharedInput | None = None
-        self._shared_keys: list[dict[int, object]] = []  # keys (see `identify`) of the inputs of `_shared`
+        self._shared_keys: dict[int, object] = {}  # keys (see `identify`) of the inputs of `_shared`
 
     def solve_layers(self) -> None:
         """Advance all forwards to the end of the block, solving each layer; all processes solve a layer together."""
-        order = {linear: i for i, linear in enumerate(self._names)}
         modules = [*self._names]
         for forward in chain(*self._in_flight):
             forward.advance()
         while True:
-            standing = (order[f.standing.module] for f in chain(*self._in_flight) if f.standing)
-            at = self._state.run.ranks.minimum(min(standing, default=len(order)))
-            if at == len(order):
+            standing = (self._order[f.standing.module] for f in self._in_flight[0] if f.standing)
+            at = self._state.run.ranks.minimum(min(standing, default=len(modules)))
+            if at == len(modules):
                 return
             self._solve_and_resume(modules[at])
 
     def _solve_and_resume(self, stop: nn.Module) -> None:
-        """Solve a layer, or list of experts, if the quantized stream has reached it; then resume the forwards."""
+        """Solve a layer, or list of experts, if a window has reached it; then resume the quantized stream."""
         state, run = self._state, self._state.run
         standing = self._input_keys(stop)
         if isinstance(stop, Experts) and run.divides_experts:
-            self._run_divided(stop, standing)
-            return
-        if stop not in self.solved and run.ranks.any(bool(standing[0])):
-            if isinstance(stop, Experts):
-                self._solve_experts(stop)
-            else:
-                self._solve(stop, standing)
-            self.solved.update(stop.modules())
-        self._restore_weights(stop)
-        self._resume(stop, standing)
-        if not any(self._waiting) and not run.reruns_blocks:
-            free_weights(stop, state.block, run.weights.device)
+            self._run_divided(stop)
+        else:
+            if stop not in self.solved and run.ranks.any(bool(standing)):
+                if isinstance(stop, Experts):
+                    self._solve_experts(stop)
+                else:
+                    self._solve(stop, standing)
+                self.solved.update(stop.modules())
+            self._restore_weights(stop)
+            for i in standing:
+                self._pass(self._in_flight[0][i])
+            if not any(self._waiting) and not run.reruns_blocks:
+                free_weights(stop, state.block, run.weights.device)
+            self._keep_originals(stop)
+        self._passed.add(stop)
 
     def _solve_experts(self, experts: Experts) -> None:
         state = self._state
@@ -176,10 +184,11 @@ class _LayerWalk:
         gathered = gather_routings(routings, self._num_windows(), state.run)
         solve_experts(self._names[experts], experts, gathered, state, self._solve_layer)
 
-    def _run_divided(self, experts: Experts, standing: list[dict[int, object]]) -> None:
+    def _run_divided(self, experts: Experts) -> None:
         """Solve and run experts that are divided over processes; then resume the forwards with their outputs."""
         state, offload = self._state, self._state.run.offload
         calls = gather_calls(experts, self._pauses_of_windows(experts), self._num_windows(), state)
+        standing = [_pauses_at(experts, forwards) for forwards in self._in_flight]
         solves = experts not in self.solved and any(call is not None for call in calls[0])
         solver = self._solve_layer if solves else None
         outputs = run_divided(self._names[experts], experts, calls, state, solver)
@@ -193,7 +202,7 @@ class _LayerWalk:
                 elif i in standing[stream]:
                     self._in_flight[stream][i].advance(output)
 
-    def _solve(self, linear: nn.Module, standing: list[dict[int, object]]) -> None:
+    def _solve(self, linear: nn.Module, standing: dict[int, object]) -> None:
         state, run, name = self._state, self._state.run, self._names[linear]
         incomplete = self._shared is not None and not self._shared.can_solve(name)
         if incomplete or run.ranks.any(standing != self._shared_keys):
@@ -217,27 +226,44 @@ class _LayerWalk:
             if name in self._state.solutions and linear in inside and isinstance(linear.weight, UnsolvedWeight):
                 self._state.run.weights.set_weight(linear, self._state.solutions[name].solved.weight())
 
-    def _resume(self, stop: nn.Module, standing: list[dict[int, object]]) -> None:
-        """Resume the forwards that are paused at `stop`, each with the weights of its own stream."""
-        for forward in chain(*self._in_flight) if stop in self.bases else ():
-            if forward.standing and forward.standing.module is stop:
-                forward.standing.kept.pop(self.bases[stop], None)
-        if len(standing) > 1 and standing[1]:
-            own = read_original_weights(stop, self._state)
-            if any(self._waiting):
-                self._originals |= own
-            with swapped_weights(own):
-                for i in standing[1]:
-                    self._in_flight[1][i].advance()
-        for i in standing[0]:
-            self._in_flight[0][i].advance()
+    def _pass(self, forward: PausableForward) -> None:
+        """Resume a forward that is paused; what its layer's outputs are added to is not needed any more."""
+        if forward.standing and forward.standing.module in self.bases:
+            forward.standing.kept.pop(self.bases[forward.standing.module], None)
+        forward.advance()
 
-    def _input_keys(self, linear: nn.Module) -> list[dict[int, object]]:
-        """Return, by stream and window, the key of the input (see `identify`) of each forward paused at `linear`."""
-        return [
-            {i: identify(argument_at(pause)) for i, pause in _pauses_at(linear, forwards).items()}
-            for forwards in self._in_flight
-        ]
+    def _pass_original(self, forward: PausableForward) -> None:
+        """Resume a forward of the original stream, with the original weights of what it is paused at."""
+        if forward.standing:
+            stop = forward.standing.module
+            if stop not in self._originals:
+                self._originals[stop] = read_original_weights(stop, self._state)
+            with swapped_weights(self._originals[stop]):
+                self._pass(forward)
+
+    def _follow(self, forwards: list[PausableForward], stop: nn.Module | None) -> None:
+        """Resume forwards of the original stream, layer by layer, until none is before `stop`; or to their end."""
+        while behind := [
+            f.standing.module for f in forwards if f.standing and self._is_before(f.standing.module, stop)
+        ]:
+            first = min(behind, key=self._order.__getitem__)
+            for forward in forwards:
+                if forward.standing and forward.standing.module is first:
+                    self._pass_original(forward)
+
+    def _is_before(self, at: nn.Module, stop: nn.Module | None) -> bool:
+        return stop is None or (at is not stop and (at in self._passed or self._order[at] < self._order[stop]))
+
+    def _keep_originals(self, stop: nn.Module) -> None:
+        """Keep original weights for waiting windows, which run again; otherwise free those that followers needed."""
+        if not any(self._waiting):
+            self._originals.clear()
+        elif len(self._in_flight) > 1 and stop not in self._originals:
+            self._originals[stop] = read_original_weights(stop, self._state)
+
+    def _input_keys(self, linear: nn.Module) -> dict[int, object]:
+        """Return, by window, the key of the input (see `identify`) of each forward paused at `linear`."""
+        return {i: identify(argument_at(pause)) for i, pause in _pauses_at(linear, self._in_flight[0]).items()}
 
     def _pauses_of_windows(self, linear: nn.Module) -> Iterator[tuple[Pause | None, Pause | None]]:
         """Yield for each window its pause at `linear` in the quantized stream, and the one in the original stream.
@@ -245,25 +271,33 @@ class _LayerWalk:
         A pause is None if the window does not reach `linear` in that stream. Windows in flight come first; then the
         waiting windows, which are run up to `linear` now.
         """
-        in_flight, waiting = self._in_flight, self._waiting
-        here = [_pauses_at(linear, forwards) for forwards in in_flight]
-        for i in range(len(in_flight[0])):
-            yield here[0].get(i), here[1].get(i) if len(here) > 1 else None
-        for i, call in enumerate(waiting[0]):
+        alone = len(self._state.siblings.get(self._names[linear], ())) == 1
+        originals = self._in_flight[1] if len(self._in_flight) > 1 else []
+        for i, forward in enumerate(self._in_flight[0]):
+            if i % FOLLOWERS == 0:
+                self._follow(originals[i : i + FOLLOWERS], linear)
+            yield _pause_at(linear, forward), _pause_at(linear, originals[i]) if originals else None
+            if alone and originals and _pause_at(linear, originals[i]):
+                self._pass_original(originals[i])
+        for i, call in enumerate(self._waiting[0]):
             pause, original = run_until(call, linear, self._answers[0][i]), None
-            if len(waiting) > 1:
-                with swapped_weights(self._originals):
-                    original = run_until(waiting[1][i], linear, self._answers[1][i])
+            if originals:
+                with swapped_weights(self._all_originals()):
+                    original = run_until(self._waiting[1][i], linear, self._answers[1][i])
             yield pause, original
+
+    def _all_originals(self) -> dict[nn.Module, nn.Parameter | None]:
+        return {linear: weight for own in self._originals.values() for linear, weight in own.items()}
 
     def outputs(self) -> Outputs:
         """Return the block's outputs once all layers are solved."""
         offload = self._state.run.offload
+        self._follow([*chain(*self._in_flight[1:])], None)
         outputs = [[offload.put(forward.result) for forward in forwards] for forwards in self._in_flight]
         with ExitStack() as stack:
             for out, calls, answers in zip(outputs, self._waiting, self._answers, strict=True):
                 out += [offload.put(run_to_end(*one)) for one in zip(calls, answers, strict=True)]
-                stack.enter_context(swapped_weights(self._originals))  # for the second stream
+                stack.enter_context(swapped_weights(self._all_originals()))  # for the second stream
         return outputs
 
     def stop(self) -> None:
@@ -285,6 +319,11 @@ def _arrival_at(pause: Pause | None, original: Pause | None, base: nn.Module | N
     return Arrival(input_at(pause), input_at(original), *bases)
 
 
+def _pause_at(linear: nn.Module, forward: PausableForward) -> Pause | None:
+    """Return the pause of a forward, if it is paused at `linear`."""
+    return forward.standing if forward.standing and forward.standing.module is linear else None
+
+
 def _pauses_at(linear: nn.Module, forwards: list[PausableForward]) -> dict[int, Pause]:
     """Return the pauses of the forwards that are paused at `linear`, by window."""
-    return {i: f.standing for i, f in enumerate(forwards) if f.standing and f.standing.module is linear}
+    return {i: pause for i, forward in enumerate(forwards) if (pause := _pause_at(linear, forward))}

@@ -44,6 +44,7 @@ RETURN_ABOVE = 0.5  # a run whose peak exceeds this fraction of its limit return
 FRAGMENTATION = 0.2  # without returning freed memory, the heap grows by this fraction of the run's own memory
 CAN_OFFLOAD = sys.platform == "linux"  # on other systems resident pages of a mapped file cannot be released and counted
 PACKING_BYTES = 16  # per weight of a layer that is packed: codes as int32, words, and the dequantized weight
+FOLLOWERS = 8  # windows of the original stream that go through layers together; each time, weights are reordered
 HEAD_WIDTH = 64  # of attention, where its scores are counted; most models have wider heads and fewer scores
 OVERHEAD = 60_000_000  # bytes for temporary slices of tensors, packed words and the allocator's bookkeeping
 CGROUPS = (  # limit and current use of a container's memory, cgroup v2 and v1
@@ -216,7 +217,8 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
     waits = in_flight < tokens.windows
     keeps = waits or bool(config.tune_steps)
     hidden = layers[0].inputs if layers else 0
-    window = streams * tokens.per_window * dtype.itemsize  # bytes of one feature of one window, in all streams
+    single = tokens.per_window * dtype.itemsize  # bytes of one feature of one window
+    window = streams * single  # in all streams
     between = 0 if on_disk else window * hidden * tokens.windows
     codes = weights = 0
     # Features per token that stay in memory with a layer's input, by parent and inputs: queries, keys and the like.
@@ -228,17 +230,17 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
         first, size = group[0], sum(layer.outputs * layer.inputs for layer in group)
         owned, kind = names[0] in divided, (first.name.rpartition(".")[0], first.inputs)
         if config.method == "gptq":
-            own = 0 if on_disk else in_flight * window * first.inputs
-            standing = between + own + in_flight * window * (2 * hidden + outputs[kind])
+            running = (in_flight + (streams - 1) * min(in_flight, FOLLOWERS)) * single  # in all streams
+            paused = running if len(group) == 1 else in_flight * window  # see `layer_walk`
+            own = 0 if on_disk else paused * first.inputs
+            standing = between + own + in_flight * window * 2 * hidden + running * outputs[kind]
             always = codes + weights + standing + 2 * routed * owned
             moments = _solving_moments(group, config, tokens, dtype, profile, wide_on_disk)
             yield from (always + moment for moment in moments)
-            back = in_flight * window * (hidden + first.inputs) if on_disk else 0  # paged in from the files
+            back = in_flight * window * hidden + paused * first.inputs if on_disk else 0  # paged in from the files
             largest = max(layer.outputs * layer.inputs for layer in group)
             weight = dtype.itemsize * (streams + 1) * largest  # once per stream, and one copy in oneDNN's layout
-            forward = (
-                in_flight * window * max(sum(layer.outputs for layer in group[:-1]), group[-1].outputs) + back + weight
-            )
+            forward = running * max(sum(layer.outputs for layer in group[:-1]), group[-1].outputs) + back + weight
             yield always + size + forward + _layer_inputs(group, tokens, config, dtype, wide_on_disk)
         else:
             yield codes + 10 * size
