@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -262,14 +263,23 @@ def calls(source: Path, out: Path, text_file: str) -> dict[str, Callable[[], obj
     }
 
 
+def wait_for_threads(running: int) -> None:
+    """Wait until no more threads run: transformers tells those that load weights to stop, and does not wait."""
+    until = time.monotonic() + 10
+    while threading.active_count() > running and time.monotonic() < until:
+        time.sleep(0.02)
+
+
 def test_calls_leave_the_process_as_it_was_and_print_nothing(
     source: Path, text_file: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     transformers.logging.disable_progress_bar()
     try:
+        running = threading.active_count()
         for name, call in calls(source, tmp_path / "out", text_file).items():
             before = snapshot()
             call()
+            wait_for_threads(running)
             assert changes(before, snapshot()) == [], name
             assert capfd.readouterr() == ("", ""), name
     finally:
