@@ -8,7 +8,7 @@ replaced, and the forwards go on: one forward per window, whatever happens insid
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,7 +81,17 @@ def _pause(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @contextmanager
-def keep_arguments(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _called_before(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Inside, each call of one of `modules` calls hook(module, args, kwargs) first."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def keep_arguments(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Inside, forwards that can be paused keep the first argument of each of `modules`, in `Pause.kept`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,27 +99,16 @@ def keep_arguments(modules: Iterable[nn.Module]) -> Iterator[None]:
         if isinstance(forward, _Greenlet):
             forward.kept[module] = get_argument(args, kwargs)
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _called_before(modules, hook)
 
 
-@contextmanager
-def pause_before(modules: Iterable[nn.Module]) -> Iterator[None]:
+def pause_before(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Inside, forwards pause before each of `modules`, and run it when they are resumed."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _pause(module, args, kwargs)
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _called_before(modules, hook)
 
 
 @contextmanager

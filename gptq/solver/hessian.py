@@ -96,10 +96,10 @@ class HessianAccumulator:
         """Return (`mean`, `drift_mean`), computed in place in the sums; the accumulator cannot be used afterwards."""
         self._add_waiting()
         self._drop_zeros()
-        found = _symmetrize(self._complete(self._sum), self._panel_rows), self._drift_sum
+        drift = None if self._drift_sum is None else self._complete(self._drift_sum)
+        found = _symmetrize(self._complete(self._sum), self._panel_rows), drift
         for sums in found:
             if sums is not None:
-                self._complete(sums)
                 for panel in _panels(len(sums), self._panel_rows):
                     sums[panel].div_(max(self.num_tokens, 1))
                     release(sums)
