@@ -94,7 +94,7 @@ class _Solving:
             for call, original in zip(*calls, strict=True)
             if call is not None
         ]
-        self._everyone = sum_all_inputs(self._windows, state.run)
+        self._everyone = sum_all_inputs(name, self._windows, state)
         self._everyone.seen.complete()
         self._own = state.alone()
         self._seen: dict[int, Seen] = {}

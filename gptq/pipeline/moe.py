@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import Item
 from gptq.models.experts import Expert, Experts
 from gptq.models.forward import Pause, argument_at
@@ -31,7 +30,6 @@ from gptq.pipeline.layer_inputs import (
     pseudo_tokens,
 )
 from gptq.pipeline.run import Run
-from gptq.solver.error_propagation import input_drift
 
 # For one window: x, the input of the experts, (tokens, hidden); the numbers of the experts that the router chose,
 # (tokens, k); and x in the original model, None if it is not known. Where the router's weights multiply the inputs, x
@@ -73,18 +71,18 @@ def solve_experts(
 
     If an expert has too few tokens, its Hessian is blended with that of all tokens (see `blend_hessians`).
     """
-    everyone = sum_all_inputs(windows, state.run)
+    everyone = sum_all_inputs(name, windows, state)
     seen = [
         solve_expert(name, number, experts, windows, everyone, state, solve_layer) for number in range(len(experts))
     ]
     note_coverage(name, windows, seen, state)
 
 
-def sum_all_inputs(windows: list[Routed], run: Run) -> InputSums:
-    """Sum over the tokens of all experts, with the drift of inputs."""
-    compare = profile_of(run.weights.device).compares_windows
-    pairs = ((x, input_drift(x, original, compare)) for x, _, original in windows)
-    return accumulate(windows[0][0].shape[-1], pairs, len(windows), run)
+def sum_all_inputs(name: str, windows: list[Routed], state: BlockState) -> InputSums:
+    """Sum over the tokens of all experts of the list called `name`, with the drift of inputs."""
+    arrivals = (Arrival(x, original) for x, _, original in windows)
+    drifts = find_drifts(name, arrivals, DriftForm.INPUTS, state)
+    return accumulate(windows[0][0].shape[-1], drifts, len(windows), state.run)
 
 
 def solve_expert(
