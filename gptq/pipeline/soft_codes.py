@@ -17,6 +17,7 @@ from gptq.solver.solve import SolvedLayer
 
 NOISE = 0.3  # Gumbel variables that are added to logits / temperature are scaled by this
 LEVELS = 256  # that a Gumbel variable takes here, all equally often: a random byte costs a twentieth of a logarithm
+LEAST = -30.0  # logit below the largest, whose exp is nothing beside 1 in float32; less takes exp 5 to 20 times as long
 FIRST_LOGIT = -2.0  # of a code's neighbours at the start; the code's own logit is 0
 
 
@@ -61,36 +62,35 @@ class _SoftWeight(torch.autograd.Function):
     p = softmax(logits / t + noise), the code's own logit being 0.
 
     With G = dL/dw: dL/dlogit = G s (1 + change) p (v_neighbour - m) / t, and dL/dchange is the sum of G s m over a
-    group. Everything but the variables is computed again for the backward pass instead of being kept.
+    group. Of the forward pass p is kept, in whose place the backward pass writes the gradient of the logits.
     """
 
     @staticmethod
     def forward(
         ctx: Any, scale: Tensor, logits: Tensor, softmax: tuple[float, int | None], solved: SolvedLayer, grid: Grid
     ) -> Tensor:
-        ctx.save_for_backward(scale, logits)
-        ctx.rest = softmax, solved, grid
-        groups = solved.g_idx.long()
-        mean = _mean(solved, grid, _probabilities(logits, *softmax))[0]
-        weight = (solved.scale * (1 + scale)).index_select(1, groups).mul_(mean)
-        return weight if solved.offset is None else weight.add_(solved.offset.index_select(1, groups))
+        p = _probabilities(logits, *softmax)  # (2, outputs, inputs)
+        ctx.save_for_backward(scale)
+        ctx.p, ctx.rest = p, (softmax[0], solved, grid)
+        weight = _mean(solved, grid, p)[0].mul_(solved.spread(solved.scale * (1 + scale)))
+        if solved.offset is not None:
+            weight += solved.spread(solved.offset)
+        return weight.flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (G,) = gradients  # (outputs, inputs)
-        scale, logits = ctx.saved_tensors
-        (temperature, noise), solved, grid = ctx.rest
-        groups = solved.g_idx.long()
-        p = _probabilities(logits, temperature, noise)  # (2, outputs, inputs)
+        (scale,), (temperature, solved, grid) = ctx.saved_tensors, ctx.rest
+        G, p, ctx.p = solved.by_group(gradients[0]), ctx.p, None
         mean, moves = _mean(solved, grid, p)
         of_scale = None
         if ctx.needs_input_grad[0]:
-            sums = torch.zeros_like(scale).index_add_(1, groups, G * mean)  # (outputs, groups)
-            of_scale = sums.mul_(solved.scale)
-        of_mean = (solved.scale * (1 + scale)).index_select(1, groups).mul_(G).div_(temperature)
-        shift = moves[0] * p[0] + moves[1] * p[1]  # of the mean from the code's own value
-        of_logits = torch.stack([(move - shift).mul_(one).mul_(of_mean) for move, one in zip(moves, p, strict=True)])
-        return of_scale, of_logits, None, None, None
+            of_scale = solved.group_sums(mean.mul_(G)).mul_(solved.scale)  # (outputs, groups)
+        of_mean = solved.spread(solved.scale * (1 + scale) / temperature) * G
+        lower, higher = map(solved.by_group, p)
+        shift = moves[0] * lower + moves[1] * higher  # of the mean from the code's own value
+        for move, one in zip(moves, (lower, higher), strict=True):
+            one.mul_((move - shift).mul_(of_mean))
+        return of_scale, p, None, None, None
 
 
 def _probabilities(logits: Tensor, temperature: float, noise: int | None) -> Tensor:
@@ -102,8 +102,8 @@ def _probabilities(logits: Tensor, temperature: float, noise: int | None) -> Ten
         for one in z:
             one.add_(draw_gumbel(one, levels, draws), alpha=NOISE)
     largest = z.amax(0).clamp_(min=0)  # (outputs, inputs): of all three logits
-    z.sub_(largest).exp_()
-    return z.div_(z[0] + z[1] + largest.neg_().exp_())
+    z.sub_(largest).clamp_(min=LEAST).exp_()
+    return z.div_(z[0] + z[1] + largest.neg_().clamp_(min=LEAST).exp_())
 
 
 def gumbel_levels(device: torch.device) -> Tensor:
@@ -120,14 +120,13 @@ def draw_gumbel(like: Tensor, levels: Tensor, generator: torch.Generator) -> Ten
 
 
 def _mean(solved: SolvedLayer, grid: Grid, p: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
-    """Return the mean value (outputs, inputs) in units of the scale, and the distances to the neighbours' values."""
-    ranks = grid.ranks(solved.codes)
+    """Return the mean value in units of the scale, and the distances to the neighbours' values, as `by_group` does."""
+    ranks, lower, higher = map(solved.by_group, (grid.ranks(solved.codes), *p))
     if solved.table is None:
-        mean = (ranks + p[1]).sub_(p[0]).sub_(solved.zero.float().index_select(1, solved.g_idx.long()))
-        return mean, (-1.0, 1.0)
+        return (ranks + higher).sub_(lower).sub_(solved.spread(solved.zero.float())), (-1.0, 1.0)
     low, value, high = (_value_at(solved.table, ranks + move, grid) for move in (-1, 0, 1))
     moves = low.sub_(value), high.sub_(value)
-    return value + p[0] * moves[0] + p[1] * moves[1], moves
+    return value + lower * moves[0] + higher * moves[1], moves
 
 
 def _value_at(table: Tensor, ranks: Tensor, grid: Grid) -> Tensor:

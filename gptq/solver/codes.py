@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,20 +29,13 @@ class Codes:
 
     def weight(self) -> Tensor:
         """The dequantized weight, (rows, columns) float32: exactly what a reader of the file computes."""
-        rows, columns = self.codes.shape
-        g_idx, groups = self.g_idx.long(), self.scale.shape[1]
-        if torch.compiler.is_compiling() or g_idx.is_meta:  # a compiler cannot branch on what g_idx holds
+        if torch.compiler.is_compiling() or self.g_idx.is_meta:  # a compiler cannot branch on what g_idx holds
+            g_idx = self.g_idx.long()
             return self._dequantize(slice(None), self.codes, lambda x: x[:, g_idx])
-        runs = torch.arange(groups, device=g_idx.device).repeat_interleave(columns // groups)
-        is_contiguous = torch.equal(g_idx, runs)
-        Q = torch.empty(rows, columns, dtype=torch.float32, device=g_idx.device)
-        for chunk in row_chunks(rows, profile_of(Q.device).copied_rows):
-            codes = self.codes[chunk]
-            if is_contiguous:
-                grouped = codes.reshape(len(codes), groups, columns // groups)
-                Q[chunk] = self._dequantize(chunk, grouped, lambda x: x[..., None]).view(len(codes), columns)
-            else:
-                Q[chunk] = self._dequantize(chunk, codes, lambda x: x[:, g_idx])
+        Q = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
+        for chunk in row_chunks(len(Q), profile_of(Q.device).copied_rows):
+            found = self._dequantize(chunk, self.by_group(self.codes[chunk]), self.spread)
+            Q[chunk] = found.flatten(1)
         return Q
 
     def _dequantize(self, rows: slice, codes: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
@@ -51,6 +45,29 @@ class Codes:
             return scale * self.table[codes.long()]
         scaled = scale * (codes.float() - spread(self.zero[rows].float()))
         return scaled if self.offset is None else scaled + spread(self.offset[rows].float())
+
+    @cached_property
+    def group_columns(self) -> int | None:
+        """The number of columns of each group, if groups are runs of as many columns; otherwise None."""
+        columns, groups = self.codes.shape[1], self.scale.shape[1]
+        if columns % groups:
+            return None
+        runs = torch.arange(groups, device=self.g_idx.device).repeat_interleave(columns // groups)
+        return columns // groups if torch.equal(self.g_idx.long(), runs) else None
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """Return x (rows, columns) as (rows, groups, columns of a group) if groups are alike; otherwise as it is."""
+        return x if self.group_columns is None else x.unflatten(1, (-1, self.group_columns))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return values (rows, groups) in a shape that broadcasts with the result of `by_group`."""
+        return values[:, self.g_idx.long()] if self.group_columns is None else values[..., None]
+
+    def group_sums(self, x: Tensor) -> Tensor:
+        """Return the sums (rows, groups) over the columns of each group of x, a result of `by_group`."""
+        if self.group_columns is not None:
+            return x.sum(-1)
+        return x.new_zeros(len(x), self.scale.shape[1]).index_add_(1, self.g_idx.long(), x)
 
 
 def row_chunks(rows: int, size: int) -> list[slice]:
