@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,17 @@ def packed(make_model: MakeModel, tmp_path: Path, tokens: Tensor) -> tuple[Path,
 
 
 @pytest.mark.slow
+def test_every_window_has_its_turn_before_any_has_another() -> None:
+    learned = [0, 1, 2, 3, 5, 8, 13]
+    steps = [descent.windows_of_step(learned, number, seed=4) for number in range(30)]
+    assert all(len(step) == descent.STEP_WINDOWS for step in steps)
+    turns = [tuple(chain(*steps[start : start + 3])) for start in range(0, 30, 3)]
+    assert all(len(set(turn)) == 6 for turn in turns)
+    assert len(set(turns)) == 10  # orders differ, and so does the window that is left over
+    assert set(chain(*turns)) == set(learned)
+    assert steps[:3] != [descent.windows_of_step(learned, number, seed=5) for number in range(3)]
+
+
 def test_it_predicts_more_like_the_original_with_the_same_codes(packed: tuple[Path, Path], tokens: Tensor) -> None:
     source, folder = packed
     out = folder.with_name("out")

@@ -35,7 +35,7 @@ from gptq.solver.codes import Codes
 RATE = 4e-3  # learning rate at the start, relative to the size of what changes
 STEP_WINDOWS = 2  # calibration windows per step
 CHECK_EVERY = 30  # steps between two measurements on held-out windows; then the state is saved too
-STEP_SEEDS = 1_000_003  # distance of the seeds of two runs, so that no two steps of them draw alike
+STEP_SEEDS = 1_000_003  # distance of the seeds of two runs, so that no two orders of them are alike
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by the names that torch gives them
 PATIENCE = 3  # measurements without an improvement, after which the run ends
 STATE = "polish.safetensors"  # file of OUT.partial: how far a run has come
@@ -142,12 +142,10 @@ class Descent:
         return reached
 
     def _step(self, number: int) -> None:
-        """One step on STEP_WINDOWS windows, drawn for its number; the rate falls to 0 along a cosine."""
-        draw = torch.Generator().manual_seed(STEP_SEEDS * self._config.seed + number)
-        chosen = torch.randint(len(self._learned), (STEP_WINDOWS,), generator=draw).tolist()
+        """One step on the windows of its number; the rate falls to 0 along a cosine."""
         for group in self._optimizer.param_groups:
             group["lr"] = RATE * (1 + math.cos(math.pi * number / self._config.steps)) / 2
-        for part in self._parts([self._learned[i] for i in chosen]):
+        for part in self._parts(windows_of_step(self._learned, number, self._config.seed)):
             with torch.enable_grad(), substituted(self._variables.parameters()):
                 (self._divergence(part) / STEP_WINDOWS).backward()
         self._optimizer.step()
@@ -229,6 +227,14 @@ class Descent:
     def _set_best(self) -> None:
         for variable, best in zip(self._variables.tensors(), self._best, strict=True):
             variable.copy_(best)
+
+
+def windows_of_step(learned: list[int], number: int, seed: int) -> list[int]:
+    """Return the STEP_WINDOWS windows of a step: all of `learned` are taken in a random order, then in another one."""
+    turn, place = divmod(number, len(learned) // STEP_WINDOWS)
+    draw = torch.Generator().manual_seed(STEP_SEEDS * seed + turn)
+    order = torch.randperm(len(learned), generator=draw).tolist()
+    return [learned[i] for i in order[place * STEP_WINDOWS : (place + 1) * STEP_WINDOWS]]
 
 
 def _system_error(error: SafetensorError, file: Path) -> OSError:

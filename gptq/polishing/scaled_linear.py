@@ -18,7 +18,7 @@ class ScaledLinear(nn.Module):
     """y = x W^T + bias, W the weight of a packed layer with the scale s of each group changed to s (1 + `change`).
 
     A real-valued offset o, where the format has one, changes to o + s `shift`. Only the packed layer, `change` and
-    `shift` (outputs, groups) are held; W is made in each forward and again in each backward.
+    `shift` (outputs, groups) are held; W is made in each forward, whose product keeps it for the backward.
     """
 
     def __init__(self, layer: QuantLinear) -> None:
@@ -89,24 +89,28 @@ class _ScaledWeight(torch.autograd.Function):
     """The weight as a function of the relative changes of its scales and offsets.
 
     W = s (1 + change) u + o + s shift, with u = code - zero or table[code]. With G = dL/dW, dL/dchange of a group is
-    the sum of G (W0 - o) over the group, W0 being the stored weight, and dL/dshift is s times the sum of G.
+    the sum of G s u over the group, s u = (W - o - s shift) / (1 + change), and dL/dshift is s times the sum of G.
     """
 
     @staticmethod
     def forward(ctx: Any, change: Tensor, shift: Tensor | None, layer: ScaledLinear, dtype: torch.dtype) -> Tensor:
-        ctx.layer = layer
-        return _changed(layer.codes(), change, shift).weight().to(dtype)
+        codes = _changed(layer.codes(), change, shift)
+        W = codes.weight().to(dtype)  # (outputs, inputs)
+        ctx.save_for_backward(W, change)
+        ctx.codes = replace(codes, codes=codes.codes[:0])  # without the codes themselves, the largest part
+        return W
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        codes, G = ctx.layer.codes(), gradients[0].float()  # (outputs, inputs)
-        groups = codes.g_idx.long()  # (inputs,)
-        unscaled = codes.weight() if codes.offset is None else replace(codes, offset=None).weight()
-        of_change = G.new_zeros(codes.scale.shape).index_add_(1, groups, unscaled.mul_(G))  # (outputs, groups)
+        (W, change), codes = ctx.saved_tensors, ctx.codes  # (outputs, inputs), (outputs, groups)
+        G = codes.by_group(gradients[0].float())
+        of_change = codes.group_sums(G * codes.by_group(W))
         of_shift = None
-        if ctx.layer.shift is not None:
-            of_shift = G.new_zeros(codes.scale.shape).index_add_(1, groups, G).mul_(codes.scale.float())
-        return of_change, of_shift, None, None
+        if codes.offset is not None:
+            sums = codes.group_sums(G)  # (outputs, groups)
+            of_change -= codes.offset * sums
+            of_shift = sums * codes.scale / (1 + change) if ctx.needs_input_grad[1] else None
+        return of_change / (1 + change), of_shift, None, None
 
 
 @contextmanager
