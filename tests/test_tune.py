@@ -16,7 +16,7 @@ from gptq import InputError, QuantConfig, load, quantize, solver
 from gptq.output import verify
 from gptq.pipeline import soft_codes
 from gptq.pipeline.shared_calls import _Packer, _unpack
-from gptq.pipeline.tune import BlockToTune, tune
+from gptq.pipeline.tune import SMALLEST_TOKEN, BlockToTune, tune
 from gptq.solver import Grid, IntegerGrid
 from gptq.solver.grids.affine import AffineGrid
 from gptq.solver.grids.table import IQ4_NL, TableGrid
@@ -181,7 +181,35 @@ def test_short_windows_are_run_together_where_that_gives_the_same(mixes: bool, r
         found = [(to_tune.distance(*piece), block.rows) for piece in to_tune.pieces(range(3, 10))]
     assert to_tune.together == (1 if mixes else 2)
     assert [rows for _, rows in found] == ([1] * 7 if mixes else [2, 2, 2, 1])
-    assert float(sum(distance for distance, _ in found)) == pytest.approx(7.0)
+    power = sum(target.double().square().mean() for target in wanted) / len(wanted)
+    sizes = [(target.double().square().mean(-1) / power).sqrt() for target in wanted[3:10]]  # of each token
+    assert float(sum(distance for distance, _ in found)) == pytest.approx(float(sum((1 / s).mean() for s in sizes)))
+
+
+def test_a_token_counts_half_way_between_its_error_and_its_relative_error(rng: torch.Generator) -> None:
+    """Outputs and errors of a token that are a times as large add a times as much: not a^2 times, and not the same."""
+    y, error = torch.randn(2, 8, generator=rng), torch.randn(8, generator=rng)
+    y *= (y[0].norm() / y.norm(dim=1))[:, None]  # tokens of the same size
+    for factor in (0.25, 4.0):
+        found = []
+        for token in (0, 1):
+            sizes = torch.tensor([factor, 1.0])[:, None]
+            target, off = (y * sizes)[None], torch.zeros(1, 2, 8)  # (windows, tokens, features)
+            off[0, token] = error * sizes[token]
+            block = BlockToTune(
+                nn.Identity(), [partial(nn.Identity(), target + off)], [target], [], {}, {}, lambda _, w: w
+            )
+            found.append(float(block.distance(block.forwards[0], [0])))
+        assert found[0] / found[1] == pytest.approx(factor, rel=1e-5)
+
+
+def test_a_token_whose_output_is_zero_does_not_outweigh_all_others(rng: torch.Generator) -> None:
+    target = torch.randn(1, 4, 8, generator=rng)
+    target[0, 0] = 0
+    block = BlockToTune(nn.Identity(), [partial(nn.Identity(), target + 1)], [target], [], {}, {}, lambda _, w: w)
+    sizes = (target[0].square().mean(-1) / target.square().mean()).clamp(min=SMALLEST_TOKEN).sqrt()
+    assert float(block.distance(block.forwards[0], [0])) == pytest.approx(float((1 / sizes).mean()), rel=1e-5)
+    assert float(1 / sizes[0]) < 32
 
 
 def test_codes_that_are_wrong_by_one_are_mended(rng: torch.Generator) -> None:

@@ -28,6 +28,7 @@ RATE = 5e-3  # learning rate of scales and small parameters, relative to their s
 CODE_RATE = 0.1  # learning rate of the logits of codes
 TEMPERATURES = (1.0, 0.05)  # of the softmax, first and last; it falls geometrically
 SMALLEST_POWER = 1e-30  # divisor in place of a mean square of 0
+SMALLEST_TOKEN = 1e-3  # least mean square of a token's output that weighs it, relative to that of all tokens
 JOINED_DIFFERENCE = 1e-3  # largest relative root mean square by which windows may differ that are run together
 FUSED_ADAM = ("cpu", "cuda")  # devices on which torch updates a variable in one pass
 
@@ -96,9 +97,15 @@ class BlockToTune:
             yield from [(call, part)] if call else ((self.forwards[i], [i]) for i in part)
 
     def distance(self, call: partial[Any], windows: Sequence[int]) -> Tensor:
-        """Return the sum over a piece's windows of the mean squared difference from the original output."""
-        wanted = torch.cat([self.targets[i] for i in windows])  # (windows, tokens, features)
-        return (hidden_states(call()).float() - wanted.float()).square().mean() * len(windows)
+        """Return the sum over a piece's windows of the mean squared difference from the original output.
+
+        A token's difference is divided by the root mean square of its output, relative to that of all tokens: half way
+        between the output's error and the relative one, which later norm layers make of it.
+        """
+        wanted = torch.cat([self.targets[i] for i in windows]).float()  # (windows, tokens, features)
+        sizes = (wanted.square().mean(-1) / self.power).clamp_(min=SMALLEST_TOKEN).sqrt_()  # (windows, tokens)
+        squares = (hidden_states(call()).float() - wanted).square().mean(-1)
+        return (squares / sizes).mean() * len(windows)
 
     def error(self, tensors: dict[ParameterKey, Tensor]) -> float:
         """Return the mean squared difference relative to `power`, with these parameters, on the held-out windows."""
