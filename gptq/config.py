@@ -12,15 +12,19 @@ METHODS: tuple[Method, ...] = get_args(Method)
 EFFORTS: dict[str, dict[str, Any]] = {  # for each level, the values of the options that are not given
     "fast": {
         "search": True, "desc_act": True, "sweeps": 1, "two_streams": False, "tune_steps": 0, "polish_steps": 0,
+        "damp_percent": 0.01,
     },
     "balanced": {
         "search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0, "polish_steps": 0,
+        "damp_percent": 0.01,
     },
     "best": {
         "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 300, "polish_steps": 0,
+        "damp_percent": 0.1,
     },
     "max": {
-        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 300, "polish_steps": 150,
+        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 300, "polish_steps": 200,
+        "damp_percent": 0.1,
     },
 }  # fmt: skip
 Format = Literal[
@@ -238,7 +242,7 @@ class QuantConfig:
             GGUF files what their blocks have, 32 or 16. If the group size does
             not divide a layer's inputs, the last group is shorter.
         sym: symmetric grid, the zero point in the middle; otherwise each group has its own zero point.
-        effort: "fast", "balanced", "best" or "max"; sets those of the next six options that are None.
+        effort: "fast", "balanced", "best" or "max"; sets those of the next six options that are None, and damp_percent.
         search: take for each group the best of many grids, weighted by the Hessian's diagonal; otherwise the smallest
             grid that clips nothing.
         desc_act: quantize columns in descending order of the Hessian's diagonal ("act-order"). By default not with
@@ -255,7 +259,8 @@ class QuantConfig:
             needs no group index at run time; otherwise each group is fitted when its first column is reached, to
             weights that carry the compensation so far, and groups follow the order in which columns are quantized.
         method: "gptq", or "rtn" for round-to-nearest on the same grid without calibration.
-        damp_percent: added to the Hessian's diagonal, as a fraction of its mean (0.01 is 1 %).
+        damp_percent: added to the Hessian's diagonal, as a fraction of its mean; by default 0.01, or 0.1 where "best"
+            and "max" tune the codes afterwards.
         num_samples: calibration windows; "auto" doubles them from 16 until, in the first block, the error on
             held-out windows is nearly that on the windows that the solver learned from.
         seq_len: tokens per window; shortened to the model's limit if the limit is smaller.
@@ -304,7 +309,12 @@ class QuantConfig:
         "rtn: round to nearest, without calibration, so that --effort and what follows from it mean nothing",
         choices=METHODS,
     )
-    damp_percent: float = option(0.01, "fraction of the Hessian's mean diagonal", metavar="X")
+    damp_percent: float = option(
+        UNSET,
+        "fraction of the Hessian's mean diagonal; by default 0.01, with best and max 0.1",
+        metavar="X",
+        parse=parse_number,
+    )
     num_samples: int | Literal["auto"] = option(
         128, "calibration windows; auto: as many as pay", flag="samples", metavar="N", parse=parse_count
     )
@@ -443,7 +453,7 @@ class PolishConfig:
         InputError: an option is out of its range.
     """
 
-    steps: int = option(150, "of gradient descent on the whole model", metavar="N")
+    steps: int = option(200, "of gradient descent on the whole model", metavar="N")
     num_samples: int = option(256, "calibration windows; one in eight measures", flag="samples", metavar="N")
     seq_len: int = option(2048, "tokens per window", metavar="N")
     seed: int = option(0, "of the choice of windows", metavar="N")
