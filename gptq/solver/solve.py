@@ -23,6 +23,7 @@ from gptq.compute.device_profile import profile_of
 from gptq.compute.matmul import product
 from gptq.compute.matrices import IN_MEMORY, Matrices, diagonal_of, is_wide, release
 from gptq.solver import inner_loops
+from gptq.solver.cholesky import cholesky_upper
 from gptq.solver.codes import Codes
 from gptq.solver.grids.grid import Form, Grid, Groups, fit
 from gptq.solver.wide_factor import factor_by_panels
@@ -110,16 +111,15 @@ def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01, matrices: Mat
 
 
 def _factor_whole(H: Tensor, perm: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
-    """Return U (n, n) and D (n,) as `factor_by_panels` does, by one call of the library."""
-    backwards, info = perm.flip(0), torch.empty((), dtype=torch.int32, device=H.device)
-    L = H[backwards[:, None], backwards].mT  # (n, n) symmetric, column-major as LAPACK expects
-    L.diagonal().add_(ridge)
-    torch.linalg.cholesky_ex(L, out=(L, info))  # in place, like all steps below
-    if int(info) or not bool(torch.isfinite(L.diagonal()).all()):
+    """Return U (n, n) and D (n,) as `factor_by_panels` does; all steps are in place."""
+    backwards = perm.flip(0)
+    R = H[backwards[:, None], backwards]  # (n, n) symmetric
+    R.diagonal().add_(ridge)
+    if not cholesky_upper(R):
         return None
-    _reverse(L.mT.view(-1))  # reversed in both dimensions, L is upper triangular and H[perm][:, perm] = L L^T
-    d = L.diagonal().clone()
-    return L.div_(d), d.square()
+    _reverse(R.view(-1))  # reversed in both dimensions, R^T is upper triangular and H[perm][:, perm] = R^T R
+    d = R.diagonal().clone()
+    return R.mT.div_(d), d.square()
 
 
 def _reverse(values: Tensor) -> None:
