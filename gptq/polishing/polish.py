@@ -29,7 +29,7 @@ from gptq.checkpoint.small_files import write_file
 from gptq.checkpoint.source_state import SourceState, fingerprint
 from gptq.checkpoint.untrusted import read_json
 from gptq.compute.matmul import exact_float32
-from gptq.compute.torch_state import fresh_torch_state
+from gptq.compute.torch_state import fresh_torch_state, same_gradients
 from gptq.config import PolishConfig, QuantConfig
 from gptq.errors import InputError
 from gptq.evaluation.original_logits import compute_original_logits, require_causal
@@ -140,7 +140,12 @@ def polish_folder(
             state.require_same()
         blocks = [network.get_submodule(block.name) for block in find_blocks(opened.network)]
         most = int(MOST_OF_MEMORY * free_bytes(where))
-        with scaled_layers(network) as layers, bounded_activations(blocks, most), attention_by_products():
+        with (
+            scaled_layers(network) as layers,
+            bounded_activations(blocks, most),
+            same_gradients(where),
+            attention_by_products(),
+        ):
             if not layers:
                 raise InputError(f"{names.model} has no scales that may change by a little; its format fixes them")
             own = WeightStream(opened.source, opened.names, where, compute)
