@@ -24,12 +24,13 @@ from gptq.compute.matmul import product
 from gptq.compute.matrices import IN_MEMORY, Matrices, diagonal_of, is_wide, release
 from gptq.solver import inner_loops
 from gptq.solver.cholesky import cholesky_upper
-from gptq.solver.codes import Codes
+from gptq.solver.codes import Codes, row_chunks
 from gptq.solver.grids.grid import Form, Grid, Groups, fit
 from gptq.solver.wide_factor import factor_by_panels
 
 OF_ALL_ROWS = ("g_idx", "table")  # fields of a solved layer that do not belong to single rows
 SMALLEST_POWER = 1e-30  # lower bound of a layer's output power, so that a relative error never divides by zero
+PERMUTED_ROWS = 256  # rows of H that are brought into the order of the solve at a time
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01, matrices: Mat
 def _factor_whole(H: Tensor, perm: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
     """Return U (n, n) and D (n,) as `factor_by_panels` does; all steps are in place."""
     backwards = perm.flip(0)
-    R = H[backwards[:, None], backwards]  # (n, n) symmetric
+    R = torch.empty_like(H)  # (n, n) symmetric
+    for rows in row_chunks(len(H), PERMUTED_ROWS):  # an index of both at once is up to ten times as slow
+        R[rows] = H.index_select(0, backwards[rows]).index_select(1, backwards)
     R.diagonal().add_(ridge)
     if not cholesky_upper(R):
         return None
