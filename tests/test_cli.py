@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from gptq import InputError, cli
 from gptq import __main__ as start_up
 from gptq.__main__ import main as run_main
+from gptq.cli import interrupts
 from gptq.cli.progress import Progress
 from gptq.compute.distributed import process_group
 from gptq.output import record
@@ -522,8 +523,33 @@ def test_what_a_library_raises_is_a_sentence_and_no_difference(
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(said, line)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert re.search(said, lines[0])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_that_comes_back_too_early_is_not_lost_either(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a busy machine: it is sent again while Python still tells of the one before."""
+    start = threading.Thread.start
+
+    def start_and_take_long(thread: threading.Thread) -> None:
+        start(thread)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(interrupts, "AGAIN_SECONDS", 0.001)
+    monkeypatch.setattr(threading.Thread, "start", start_and_take_long)
+    monkeypatch.setattr("gptq.cli.commands.verify.verify", partial(interrupt_inside_a_finalizer, number))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["verify", str(tmp_path)]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert "interrupted; nothing half-written" in lines[0]
 
 
 def test_names_that_are_not_utf_8_and_the_root_of_everything(

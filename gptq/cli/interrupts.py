@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,43 +19,66 @@ def noticing_interrupts() -> Iterator[list[int]]:
     Both become a KeyboardInterrupt, which some libraries turn into errors of their own. Python lets no exception out of
     a finalizer or the callback of a weak reference, but prints it and goes on: an interrupt there is sent again.
     """
-    seen: list[int] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
-
+    interrupts = _Interrupts()
     in_main_thread = threading.current_thread() is threading.main_thread()
     usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     watched = [number for number, handler in usual.items() if in_main_thread and signal.getsignal(number) is handler]
     for number in watched:
-        signal.signal(number, interrupt)
+        signal.signal(number, interrupts.interrupt)
     try:
-        with _sending_again(seen):
-            yield seen
+        with interrupts.sent_again():
+            yield interrupts.seen
     finally:
         for number in watched:
             signal.signal(number, usual[number])
 
 
-@contextmanager
-def _sending_again(seen: list[int]) -> Iterator[None]:
-    """Send the last signal of `seen` again where Python would print its KeyboardInterrupt and go on."""
-    timers: list[threading.Timer] = []
-    usual: Callable[[sys.UnraisableHookArgs], Any] = sys.unraisablehook
+class _Interrupts:
+    """The signals that were seen, and whether the exception of the last one could come through."""
 
-    def hook(lost: "sys.UnraisableHookArgs") -> None:
-        if not seen or not issubclass(lost.exc_type, KeyboardInterrupt):
-            usual(lost)
-            return
-        timers.append(threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), seen[-1])))  # now would be inside it again
-        timers[-1].daemon = True
-        timers[-1].start()
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self._arrived = threading.Event()  # the last signal; set by its handler
+        self._raised = False  # whether its handler raised
+        self._in_hook = False  # inside Python's hook for exceptions that get lost, where another would get lost too
+        self._ended = False
 
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = usual
-        for timer in timers:
-            timer.cancel()
+    def interrupt(self, number: int, frame: object) -> None:
+        """Handle a signal."""
+        self.seen.append(number)
+        self._raised = not self._in_hook
+        self._arrived.set()
+        if self._raised:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def sent_again(self) -> Iterator[None]:
+        """Inside, the last signal is sent again where Python would print its KeyboardInterrupt and go on."""
+        usual: Callable[[sys.UnraisableHookArgs], Any] = sys.unraisablehook
+
+        def hook(lost: "sys.UnraisableHookArgs") -> None:
+            if not self.seen or not issubclass(lost.exc_type, KeyboardInterrupt):
+                usual(lost)
+                return
+            self._in_hook = True
+            threading.Thread(target=self._send_until_raised, daemon=True).start()
+            self._in_hook = False
+
+        sys.unraisablehook = hook
+        try:
+            yield
+        finally:
+            sys.unraisablehook = usual
+            self._ended = True
+            self._arrived.set()
+
+    def _send_until_raised(self) -> None:
+        """Send the last signal until its handler raises, which it does not while the hook runs."""
+        time.sleep(AGAIN_SECONDS)
+        while not self._ended:
+            self._arrived.clear()
+            os.kill(os.getpid(), self.seen[-1])
+            self._arrived.wait()
+            if self._raised:
+                return
+            time.sleep(AGAIN_SECONDS)
