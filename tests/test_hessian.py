@@ -233,12 +233,30 @@ def test_quick_linears_compute_what_linears_do(dtype: torch.dtype, library: str,
 
 
 @pytest.mark.parametrize("library", ["oneDNN"], indirect=True)
+def test_small_weights_are_kept_in_another_order_until_others_take_their_place(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reordered, nbytes = matmul._ReorderedWeights(), 4 * 32 * 32
+    first, second, third = (torch.full((32, 32), float(i)) for i in range(3))
+    monkeypatch.setattr(matmul, "KEPT_BYTES", 2 * nbytes)
+    made = [reordered(first, 4), reordered(second, 4)]
+    assert reordered(first, 4) is made[0]
+    reordered(third, 4)  # in the place of the second, which was used least recently
+    assert reordered(first, 4) is made[0]
+    assert reordered(second, 4) is not made[1]
+    assert reordered(second, 5) is not reordered(second, 4)  # the order is for a number of rows
+    monkeypatch.setattr(matmul, "KEPT_BYTES", 1)
+    assert reordered(third, 4) is reordered(third, 4)
+    assert len(reordered._kept) == 1
+
+
+@pytest.mark.parametrize("library", ["oneDNN"], indirect=True)
 def test_a_weight_in_another_order_is_forgotten_with_the_weight(library: str) -> None:
     layer = torch.nn.Linear(32, 32)
     with torch.no_grad(), onednn_linears(layer):
         layer(torch.ones(4, 32))
         reordered = layer.forward.args[1]  # type: ignore[attr-defined]
-        assert reordered._reordered is not None
+        assert len(reordered._kept) == 1
         layer.weight = torch.nn.Parameter(torch.ones(32, 32))
-        assert reordered._reordered is None
+        assert not reordered._kept
         assert torch.equal(layer(torch.ones(1, 32)), 32 + layer.bias[None])

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from gptq.compute.cpu_features import has_native_bfloat16
 
+KEPT_BYTES = 2**24  # of weights that are kept in oneDNN's order
 CHUNK_ROWS = 1024  # rows of a non-contiguous left factor that are copied and multiplied at a time; bounds the memory
 
 
@@ -54,7 +56,7 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     """
     linears = [layer for layer in module.modules() if type(layer) is nn.Linear and "forward" not in layer.__dict__]
     linears = linears if _prefers_onednn() else []
-    reordered = _ReorderedWeight()
+    reordered = _ReorderedWeights()
     for layer in linears:
         layer.forward = partial(_onednn_linear, layer, reordered)  # type: ignore[method-assign]
     try:
@@ -64,30 +66,52 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
             del layer.forward  # makes the method of the class visible again
 
 
-class _ReorderedWeight:
-    """A cache of one weight in oneDNN's blocked order. One entry is enough: all windows pass a layer before the next.
+class _ReorderedWeights:
+    """The last weights that were used in oneDNN's blocked order, as many as KEPT_BYTES hold, at least one.
 
-    The order depends on the number of input rows. The entry is dropped when the weight is freed.
+    All windows of a stream pass a layer before the next; a second stream passes a few layers with some windows at a
+    time, so that small weights come again. The order depends on the number of input rows. An entry is dropped when its
+    weight is freed.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[weakref.ref[Tensor], int, int] | None = None
-        self._reordered: Tensor | None = None
+        self._kept: dict[int, _Reordered] = {}  # by id of the weight, the last one used at the end
 
     def __call__(self, weight: Tensor, rows: int) -> Tensor:
-        known = self._key
-        if self._reordered is None or known is None or known[0]() is not weight or known[1:] != (weight._version, rows):
-            self._reordered = None  # free the old weight before the new one is reordered
-            self._reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-            self._key = weakref.ref(weight, self._forget), weight._version, rows
-        return self._reordered
+        kept = self._kept.pop(id(weight), None)
+        if kept is None or kept.of() is not weight or (kept.version, kept.rows) != (weight._version, rows):
+            kept = None  # free the old one before the new one is made
+            self._make_room(weight.nbytes)
+            reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            kept = _Reordered(weakref.ref(weight, partial(self._forget, id(weight))), weight._version, rows, reordered)
+        self._kept[id(weight)] = kept
+        return kept.tensor
 
-    def _forget(self, gone: weakref.ref[Tensor]) -> None:
-        if self._key is not None and self._key[0] is gone:
-            self._key = self._reordered = None
+    def _make_room(self, nbytes: int) -> None:
+        while self._kept and nbytes + sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
+            del self._kept[next(iter(self._kept))]
+
+    def _forget(self, key: int, gone: weakref.ref[Tensor]) -> None:
+        if key in self._kept and self._kept[key].of is gone:
+            del self._kept[key]
 
 
-def _onednn_linear(layer: nn.Linear, reordered: _ReorderedWeight, x: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Reordered:
+    """A weight in oneDNN's order for some number of rows."""
+
+    of: weakref.ref[Tensor]
+    version: int  # of the weight when it was reordered
+    rows: int
+    tensor: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        weight = self.of()
+        return 0 if weight is None else weight.nbytes
+
+
+def _onednn_linear(layer: nn.Linear, reordered: _ReorderedWeights, x: Tensor) -> Tensor:
     """Compute the forward of a linear layer by oneDNN, or by torch if oneDNN is not faster."""
     weight = layer.weight
     alike = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype

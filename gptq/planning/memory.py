@@ -44,7 +44,7 @@ RETURN_ABOVE = 0.5  # a run whose peak exceeds this fraction of its limit return
 FRAGMENTATION = 0.2  # without returning freed memory, the heap grows by this fraction of the run's own memory
 CAN_OFFLOAD = sys.platform == "linux"  # on other systems resident pages of a mapped file cannot be released and counted
 PACKING_BYTES = 16  # per weight of a layer that is packed: codes as int32, words, and the dequantized weight
-FOLLOWERS = 8  # windows of the original stream that go through layers together; each time, weights are reordered
+FOLLOWERS = 8  # windows of the original stream that go through layers together; each time, wide weights are reordered
 HEAD_WIDTH = 64  # of attention, where its scores are counted; most models have wider heads and fewer scores
 OVERHEAD = 60_000_000  # bytes for temporary slices of tensors, packed words and the allocator's bookkeeping
 CGROUPS = (  # limit and current use of a container's memory, cgroup v2 and v1
