@@ -225,7 +225,7 @@ def tables(page: Path) -> list[list[list[str]]]:
 
 @pytest.mark.parametrize(
     ("page", "name"),
-    [("README.md", "quality"), ("README.md", "quantizing"), ("lenet_baseline/README.md", "lenet")],
+    [("README.md", "quality"), ("README.md", "quantizing_memory"), ("lenet_baseline/README.md", "lenet")],
 )
 def test_tables_agree_with_the_measured_numbers(page: str, name: str) -> None:
     entry = numbers()["tables"][name]
