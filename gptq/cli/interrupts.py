@@ -74,11 +74,12 @@ class _Interrupts:
 
     def _send_until_raised(self) -> None:
         """Send the last signal until its handler raises, which it does not while the hook runs."""
-        time.sleep(AGAIN_SECONDS)
-        while not self._ended:
+        while True:
+            time.sleep(AGAIN_SECONDS)
+            if self._ended:
+                return
             self._arrived.clear()
             os.kill(os.getpid(), self.seen[-1])
             self._arrived.wait()
             if self._raised:
                 return
-            time.sleep(AGAIN_SECONDS)

@@ -47,7 +47,10 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class BlockError:
-    """Mean squared error of a block's output on held-out windows, relative to the original output's mean square."""
+    """Mean squared error of a block's output on held-out windows, relative to the original output's mean square.
+
+    A token's error is divided by the size of its output (see `BlockToTune.distance`).
+    """
 
     name: str
     solved: float

@@ -108,7 +108,7 @@ class BlockToTune:
         return (squares / sizes).mean() * len(windows)
 
     def error(self, tensors: dict[ParameterKey, Tensor]) -> float:
-        """Return the mean squared difference relative to `power`, with these parameters, on the held-out windows."""
+        """Return the mean `distance` relative to `power`, with these parameters, on the held-out windows."""
         judges = self.held_out or range(len(self.forwards))
         pieces = enumerate(self.pieces(judges))
         with substituted(tensors):
@@ -122,7 +122,7 @@ class BlockToTune:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned block; errors are mean squared differences from the original output, relative to its mean square."""
+    """A tuned block; errors are those of `BlockToTune.error`."""
 
     layers: dict[nn.Module, SolvedLayer]
     parameters: dict[ParameterKey, Tensor]  # norms and biases, in the dtype of the forward
