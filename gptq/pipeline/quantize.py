@@ -6,7 +6,7 @@ source tensors -> one block -> inputs of each layer -> Hessian -> solver -> code
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -170,22 +170,11 @@ def quantize(
         for note in notes:
             observer.note(note)
         observer.started(len(plan.blocks), sum(layer.outputs * layer.inputs for layer in plan.layers.values()))
-        writer = _open_writer(working, plan.tensors, ranks)
-        background = Background(where, profile_of(where, ranks.size).packing_threads)
-        store = BlockStore(writer, journal, check, background, ranks)
-        try:
-            notes += _quantize_checkpoint(request, prepared, store, writer, working.root, ranks)
-            _copy_unquantized(plan, prepared.weights, writer, ranks, observer)
-        finally:
-            prepared.weights.prefetcher.join(cancel=True)
-            background.close()
-            writer.abandon()
-        record, after, written = _make_record(request, prepared, store), plan.file_bytes, []
+        store, writer, told = _quantize_checkpoint(request, prepared, working, journal, check, ranks)
+        notes += told
+        after, written = plan.file_bytes, []
         if ranks.rank == 0:
-            working.require_ours()
-            after = write_files(
-                plan.folder, working.content, plan.format, linears_of(plan), record, writer.checksums, plan.changes
-            )
+            after = _write_files(request, prepared, store, writer, working)
             state.require_same()
             if last is not None:
                 notes += last.run(Finished(working, plan, prepared.windows or [], where, compute))
@@ -208,6 +197,17 @@ def quantize(
         bytes_after=after,
         seconds=time.monotonic() - started,
         also=written,
+    )
+
+
+def _write_files(
+    request: Request, prepared: Prepared, store: BlockStore, writer: ShardWriter, working: PartialFolder
+) -> int:
+    """Write everything that is not a tensor, the record of the run among it; return the size of the tensors' files."""
+    plan, record = prepared.plan, _make_record(request, prepared, store)
+    working.require_ours()
+    return write_files(
+        plan.folder, working.content, plan.format, linears_of(plan), record, writer.checksums, plan.changes
     )
 
 
@@ -289,6 +289,28 @@ def _open_writer(working: PartialFolder, tensors: dict[str, TensorInfo], ranks: 
 
 
 def _quantize_checkpoint(
+    request: Request, prepared: Prepared, working: PartialFolder, journal: Journal, check: Callable[[], None],
+    ranks: Ranks,
+) -> tuple[BlockStore, ShardWriter, list[str]]:  # fmt: skip
+    """Write every tensor of the output: quantize the blocks, and copy the rest; return what was written, and notes.
+
+    `check` raises an error if the source has changed; it is called before a block is stored.
+    """
+    plan, weights = prepared.plan, prepared.weights
+    writer = _open_writer(working, plan.tensors, ranks)
+    background = Background(weights.device, profile_of(weights.device, ranks.size).packing_threads)
+    store = BlockStore(writer, journal, check, background, ranks)
+    try:
+        notes = _quantize_blocks(request, prepared, store, writer, working.root, ranks)
+        _copy_unquantized(plan, weights, writer, ranks, request.observer)
+    finally:
+        weights.prefetcher.join(cancel=True)
+        background.close()
+        writer.abandon()
+    return store, writer, notes
+
+
+def _quantize_blocks(
     request: Request, prepared: Prepared, store: BlockStore, writer: ShardWriter, folder: Path, ranks: Ranks
 ) -> list[str]:
     """Quantize the blocks that an earlier run has not finished; return the notes on all blocks."""
