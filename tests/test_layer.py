@@ -12,7 +12,7 @@ from gptq.compute.cpu_features import has_amx, has_avx512_bf16
 from gptq.config import QuantConfig
 from gptq.pipeline.layer_inputs import HeldOutBlend, LayerInputs
 from gptq.pipeline.row_tiles import SAMPLED_ROWS, LayerFigures, StackedRows, find_corrections, sampled_rows, solve_rows
-from gptq.planning.plan import LayerPlan
+from gptq.planning.layer_plan import LayerPlan
 from gptq.solver import IntegerGrid
 from gptq.solver.hessian import HeldOut
 

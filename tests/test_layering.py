@@ -102,7 +102,7 @@ def test_library_code_never_asserts_prints_unpickles_or_seeds_the_world(module: 
         assert not isinstance(node, ast.Assert)
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) not in forbidden
-        if isinstance(node, ast.Call) and module != "cli.commands":
+        if isinstance(node, ast.Call) and not module.startswith("cli."):
             assert ast.unparse(node.func) not in {"print", "hash"}
 
 

@@ -17,7 +17,9 @@ from gptq.formats.gptq import dynamic_rules
 from gptq.formats.name_rules import name_patterns
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
-from gptq.planning.plan import LayerPlan, notes_on_shapes, resolve_layer_options
+from gptq.planning.layer_plan import LayerPlan
+from gptq.planning.overrides import resolve_layer_options
+from gptq.planning.plan_notes import notes_on_shapes
 from tests import oracle
 from tests.conftest import VOCAB, MakeModel
 

@@ -28,7 +28,7 @@ from gptq.models.tensor_names import check_tensors
 from gptq.output.files import quantization_config, unquantized_linears, write_files
 from gptq.output.record import LayerRecord, OriginRecord, Record, WrittenRecord, model_name, read_record
 from gptq.output.results import RECORD
-from gptq.planning.plan import refuse_model
+from gptq.planning.choose_format import refuse_model
 
 
 @dataclass(frozen=True)

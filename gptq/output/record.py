@@ -21,7 +21,7 @@ from gptq.config import FORMATS, Format
 from gptq.errors import InputError, printable
 from gptq.formats.quantization_config import quantization_of
 from gptq.output.results import CARD, CODE_BINS, RECORD, WEIGHT_BINS, LayerResult
-from gptq.planning.plan import LayerPlan
+from gptq.planning.layer_plan import LayerPlan
 
 
 def _require_path_inside(name: str) -> str:

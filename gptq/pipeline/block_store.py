@@ -16,7 +16,7 @@ from gptq.compute.distributed import ALONE, Ranks
 from gptq.output.record import Record, layer_records
 from gptq.pipeline.block_result import BlockResult
 from gptq.pipeline.journal import Journal
-from gptq.planning.plan import LayerPlan
+from gptq.planning.layer_plan import LayerPlan
 
 
 class BlockStore:

@@ -22,7 +22,7 @@ from gptq.output.results import Coverage, LayerResult, weight_histogram
 from gptq.pipeline.layer_inputs import DriftForm, LayerInputs
 from gptq.pipeline.row_tiles import LayerFigures, StackedRows, find_corrections, round_rows, solve_rows
 from gptq.pipeline.run import LayerProgress, Run
-from gptq.planning.plan import drifts_by_output
+from gptq.planning.layer_plan import drifts_by_output
 from gptq.solver.error_propagation import input_drift, output_drift
 from gptq.solver.solve import SMALLEST_POWER
 

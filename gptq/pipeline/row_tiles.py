@@ -16,7 +16,7 @@ from gptq.compute.device_profile import profile_of
 from gptq.compute.distributed import ALONE, Ranks
 from gptq.config import QuantConfig
 from gptq.pipeline.layer_inputs import DriftForm, HeldOutBlend, LayerInputs
-from gptq.planning.plan import LayerPlan
+from gptq.planning.layer_plan import LayerPlan
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.error_propagation import best_correction_share
 from gptq.solver.hessian import mean_output_power

@@ -13,7 +13,8 @@ from gptq.compute.matrices import IN_MEMORY, Matrices
 from gptq.config import QuantConfig
 from gptq.models.weights import WeightStream
 from gptq.pipeline.offload import ActivationOffload
-from gptq.planning.plan import LayerPlan, Plan
+from gptq.planning.layer_plan import LayerPlan
+from gptq.planning.plan import Plan
 
 
 class Observer:

@@ -22,7 +22,9 @@ from gptq.config import Format, Override, QuantConfig
 from gptq.errors import InputError
 from gptq.formats.scheme import Scheme
 from gptq.models.blocks import group_fused_siblings
-from gptq.planning.plan import LayerPlan, Plan, list_result_tensors
+from gptq.planning.layer_plan import LayerPlan
+from gptq.planning.plan import Plan
+from gptq.planning.result_tensors import list_result_tensors
 
 GROUP_SIZES = (-1, 32, 64, 128)  # inputs per scale that are tried beside the configured number
 MEASURED_WIDTH = 3  # bits: the width, or the nearest one, that is measured with every group size

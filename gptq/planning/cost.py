@@ -28,8 +28,9 @@ from gptq.compute.matmul import exact_float32, product
 from gptq.config import TUNE_WINDOWS, QuantConfig
 from gptq.models.blocks import group_fused_siblings
 from gptq.models.experts import Experts
+from gptq.planning.layer_plan import LayerPlan, drifts_by_output
 from gptq.planning.memory import Tokens
-from gptq.planning.plan import LayerPlan, Plan, drifts_by_output
+from gptq.planning.plan import Plan
 from gptq.solver.coordinate_descent import refine
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")

@@ -34,7 +34,8 @@ from gptq.compute.device_profile import CPU, DeviceProfile, profile_of
 from gptq.config import TUNE_TOKENS, TUNE_WINDOWS, QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
-from gptq.planning.plan import LayerPlan, Plan, drifts_by_output
+from gptq.planning.layer_plan import LayerPlan, drifts_by_output
+from gptq.planning.plan import Plan
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.wide_factor import PANEL_COLUMNS, PANELS_IN_MEMORY
 

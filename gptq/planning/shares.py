@@ -28,8 +28,9 @@ from gptq.models.blocks import group_fused_siblings
 from gptq.models.experts import Experts
 from gptq.planning import cost, memory
 from gptq.planning.device_models import DeviceModel
+from gptq.planning.layer_plan import LayerPlan, drifts_by_output
 from gptq.planning.memory import Tokens
-from gptq.planning.plan import LayerPlan, Plan, drifts_by_output
+from gptq.planning.plan import Plan
 
 
 @dataclass
