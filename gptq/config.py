@@ -12,19 +12,15 @@ METHODS: tuple[Method, ...] = get_args(Method)
 EFFORTS: dict[str, dict[str, Any]] = {  # for each level, the values of the options that are not given
     "fast": {
         "search": True, "desc_act": True, "sweeps": 1, "two_streams": False, "tune_steps": 0, "polish_steps": 0,
-        "damp_percent": 0.01,
     },
     "balanced": {
         "search": True, "desc_act": True, "sweeps": 2, "two_streams": True, "tune_steps": 0, "polish_steps": 0,
-        "damp_percent": 0.01,
     },
     "best": {
-        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 300, "polish_steps": 0,
-        "damp_percent": 0.1,
+        "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 240, "polish_steps": 0,
     },
     "max": {
         "search": True, "desc_act": True, "sweeps": 4, "two_streams": True, "tune_steps": 300, "polish_steps": 200,
-        "damp_percent": 0.1,
     },
 }  # fmt: skip
 Format = Literal[
@@ -36,6 +32,8 @@ BITS = range(2, 9)
 UNSET: Any = None  # default of a field whose value follows from other fields
 DEFAULT_GROUP_SIZE = 128
 DEFAULT_BITS = 4
+DAMP, TUNED_DAMP = 0.01, 0.1  # damp_percent without and with tune_steps, which move codes away from the solve's
+SEEDS = 2**63
 WIDTHS = {"int-quantized": 8, "float-quantized": 8, "fp8": 8}  # of formats that have one other width
 GROUP_SIZES: dict[str, int] = {  # of formats that have one size
     "gguf": 32, "gguf-k": 32, "gguf-iq4": 32, "int-quantized": -1, "float-quantized": -1, "fp8": 128,
@@ -242,7 +240,7 @@ class QuantConfig:
             GGUF files what their blocks have, 32 or 16. If the group size does
             not divide a layer's inputs, the last group is shorter.
         sym: symmetric grid, the zero point in the middle; otherwise each group has its own zero point.
-        effort: "fast", "balanced", "best" or "max"; sets those of the next six options that are None, and damp_percent.
+        effort: "fast", "balanced", "best" or "max"; sets those of the next six options that are None.
         search: take for each group the best of many grids, weighted by the Hessian's diagonal; otherwise the smallest
             grid that clips nothing.
         desc_act: quantize columns in descending order of the Hessian's diagonal ("act-order"). By default not with
@@ -259,8 +257,8 @@ class QuantConfig:
             needs no group index at run time; otherwise each group is fitted when its first column is reached, to
             weights that carry the compensation so far, and groups follow the order in which columns are quantized.
         method: "gptq", or "rtn" for round-to-nearest on the same grid without calibration.
-        damp_percent: added to the Hessian's diagonal, as a fraction of its mean; by default 0.01, or 0.1 where "best"
-            and "max" tune the codes afterwards.
+        damp_percent: added to the Hessian's diagonal, as a fraction of its mean; by default 0.01, or 0.1 where
+            tune_steps follow.
         num_samples: calibration windows; "auto" doubles them from 16 until, in the first block, the error on
             held-out windows is nearly that on the windows that the solver learned from.
         seq_len: tokens per window; shortened to the model's limit if the limit is smaller.
@@ -292,7 +290,7 @@ class QuantConfig:
     effort: str = option(
         "balanced",
         "fast: one forward per window; balanced: two, and lower perplexity; best: blocks tuned as well, some ten "
-        "times as long; max: and the whole model polished; the six below follow from it",
+        "times as long; max: tuned longer, and the whole model polished; the six below follow from it",
         choices=tuple(EFFORTS),
     )
     search: bool | None = option(None, "search each group's grid instead of taking one without clipping")
@@ -311,7 +309,7 @@ class QuantConfig:
     )
     damp_percent: float = option(
         UNSET,
-        "fraction of the Hessian's mean diagonal; by default 0.01, with best and max 0.1",
+        "fraction of the Hessian's mean diagonal; by default 0.01, and 0.1 with tune steps",
         metavar="X",
         parse=parse_number,
     )
@@ -356,6 +354,8 @@ class QuantConfig:
         levels = EFFORTS[self.effort] | ({} if self.static_groups else {"desc_act": False})
         levels["bits"] = WIDTHS.get(str(self.format), DEFAULT_BITS)
         levels["group_size"] = GROUP_SIZES.get(str(self.format), DEFAULT_GROUP_SIZE)
+        tunes = levels["tune_steps"] if self.tune_steps is None else self.tune_steps
+        levels["damp_percent"] = TUNED_DAMP if tunes else DAMP
         for name, value in levels.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -393,7 +393,7 @@ class QuantConfig:
             f"num_samples is {self.num_samples}; at least one window is needed",
         )
         _require(self.seq_len >= 2, f"seq_len is {self.seq_len}; a window has at least 2 tokens")
-        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it is from 0 to 2^63 - 1")
+        _require(0 <= self.seed < SEEDS, f"seed is {self.seed}; it is from 0 to 2^63 - 1")
 
     def _check_target(self) -> None:
         bits, size = self.target_bits, self.target_size
@@ -459,9 +459,12 @@ class PolishConfig:
     seed: int = option(0, "of the choice of windows", metavar="N")
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("num_samples", 8), ("seq_len", 2), ("seed", 0)):
+        for name, least in (("steps", 1), ("num_samples", 8), ("seq_len", 2)):
             value = getattr(self, name)
-            _require(type(value) is int and least <= value < 2**40, f"{name} is {value!r}; it is {least} or more")
+            _require(
+                type(value) is int and least <= value < 2**40, f"{name} is {value!r}; it is from {least} to 2^40 - 1"
+            )
+        _require(type(self.seed) is int and 0 <= self.seed < SEEDS, f"seed is {self.seed!r}; it is from 0 to 2^63 - 1")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -550,6 +551,58 @@ def test_an_interrupt_that_comes_back_too_early_is_not_lost_either(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert "interrupted; nothing half-written" in lines[0]
+
+
+MANY_SIGNALS = """
+import os, subprocess, sys, time
+from gptq.cli.interrupts import noticing_interrupts
+
+SENDER = "import os, sys\\nfor i in range(30000): os.kill(int(sys.argv[1]), (2, 15)[i % 2])"
+raised = 0
+
+def outlast(end, levels):  # an interrupt inside one level's `except` is caught by the next
+    global raised
+    while time.monotonic() < end:
+        try:
+            if levels:
+                outlast(end, levels - 1)
+        except KeyboardInterrupt:
+            raised += 1
+
+with noticing_interrupts() as seen:
+    sender = subprocess.Popen([sys.executable, "-c", SENDER, str(os.getpid())])
+    outlast(time.monotonic() + 3, 20)
+    sender.kill()
+    outlast(time.monotonic() + 1, 20)
+print(len(seen), raised)
+"""
+
+
+@pytest.mark.slow
+def test_signals_that_arrive_while_others_are_handled_block_nothing() -> None:
+    found = subprocess.run([sys.executable, "-c", MANY_SIGNALS], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    noticed, raised = map(int, found.stdout.split())
+    assert noticed >= raised > 1
+
+
+def test_an_interrupt_comes_through_after_a_thread_could_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interrupts.noticing_interrupts():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with monkeypatch.context() as patched:
+                patched.setattr(threading.Thread, "start", fails)
+                with pytest.raises(RuntimeError, match="start new thread"):
+                    sys.unraisablehook(SimpleNamespace(exc_type=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_names_that_are_not_utf_8_and_the_root_of_everything(

@@ -56,6 +56,17 @@ def test_every_option_is_explained_and_has_a_flag_that_sets_it() -> None:
     assert parser().parse_args(["quantize", "MODEL", "OUT", "--no-search"]).search is False
 
 
+@pytest.mark.parametrize(
+    ("options", "damp"),
+    [
+        ({}, 0.01), ({"effort": "best"}, 0.1), ({"effort": "best", "tune_steps": 0}, 0.01), ({"tune_steps": 5}, 0.1),
+        ({"tune_steps": 5, "damp_percent": 0.02}, 0.02),
+    ],
+)  # fmt: skip
+def test_codes_that_are_tuned_afterwards_are_solved_with_more_damping(options: dict[str, Any], damp: float) -> None:
+    assert QuantConfig(**options).damp_percent == damp
+
+
 def test_config_is_frozen() -> None:
     with pytest.raises(AttributeError):
         QuantConfig().bits = 3  # type: ignore[misc]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from gptq.checkpoint.prefetch import CopyAhead
@@ -25,14 +25,16 @@ from gptq.checkpoint.reader import Source
 from gptq.compute import device_profile, matrices
 from gptq.config import QuantConfig, parse_size
 from gptq.errors import InputError
+from gptq.models.forward import PausableForward
 from gptq.models.hf_config import choose_dtype
+from gptq.pipeline.layer_walk import _LayerWalk
 from gptq.pipeline.offload import MIN_BYTES, ActivationOffload
 from gptq.pipeline.quantize import quantize
 from gptq.pipeline.run import Observer
 from gptq.pipeline.tune import tune
 from gptq.planning import cost, memory
 from gptq.planning.plan import Plan, plan_checkpoint
-from tests.conftest import MakeModel, threads
+from tests.conftest import VOCAB, WIDTH, MakeModel, threads
 
 CONFIG = QuantConfig(group_size=32)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resident pages are counted in Linux's /proc")
@@ -243,10 +245,37 @@ def measured_peak(*arguments: object) -> int:
     return int(json.loads(output.splitlines()[-1]))
 
 
-SHAPES = {  # of models where the layer, or the activations, or both are more than the process itself
-    "wide": ({"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 1}, 8, 64),
-    "long": ({"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1}, 24, 1024),
+LLAMA = {"num_hidden_layers": 1, "num_key_value_heads": 4, "max_position_embeddings": 2048, "hidden_size": 512}
+OPT = {
+    "num_hidden_layers": 1, "hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 4096,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+SHAPES: dict[str, tuple[str, dict[str, int], int, int]] = {
+    # of models where the layer, or the activations, or both are more than the process itself
+    "wide": ("llama", {**LLAMA, "intermediate_size": 4096}, 8, 64),
+    "long": ("llama", {**LLAMA, "intermediate_size": 1024}, 24, 1024),
+    # where nothing else reads what goes into the wider layer of the MLP
+    "without a gate": ("opt", OPT, 64, 512),
 }
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "phi3"])
+def test_few_windows_of_the_original_stream_have_wide_inputs_at_once(
+    kind: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the MLP has a gate of its own, none, or one layer with it: what `estimate_peak` counts on."""
+    standing: list[int] = []
+    passes = _LayerWalk._pass_original
+
+    def counted(walk: _LayerWalk, forward: PausableForward) -> None:
+        passes(walk, forward)
+        at = [other.standing.module for other in walk._in_flight[1] if other.standing]
+        standing.append(sum(isinstance(module, nn.Linear) and module.in_features > WIDTH for module in at))
+
+    monkeypatch.setattr(_LayerWalk, "_pass_original", counted)
+    windows = torch.randint(1, VOCAB, (3 * memory.FOLLOWERS, 16), generator=torch.Generator().manual_seed(0))
+    quantize(make_model(kind), tmp_path / "out", QuantConfig(group_size=16, sweeps=0), calibration=windows)
+    assert max(standing) == memory.FOLLOWERS
 
 
 @linux
@@ -260,8 +289,8 @@ def test_the_estimate_is_that_of_a_run_and_a_limit_below_it_is_kept(
     The limit keeps activations in files, and of the wide model Hessians.
     """
     monkeypatch.setattr(matrices, "WIDE", 1024)
-    options, count, length = SHAPES[shape]
-    source = long_model(make_model, options)
+    kind, options, count, length = SHAPES[shape]
+    source = make_model(kind, torch.bfloat16, **options)
     plan, config = planned(source), QuantConfig(group_size=32, effort="balanced")
     tokens = memory.Tokens(count, length, count // 8)
     base = measured_base()
@@ -282,10 +311,6 @@ def dtype_of(plan: Plan) -> torch.dtype:
     return choose_dtype("auto", plan.hf_config, torch.device("cpu"))
 
 
-def long_model(make_model: MakeModel, options: dict[str, int]) -> Path:
-    return make_model("llama", torch.bfloat16, num_key_value_heads=4, max_position_embeddings=2048, **options)
-
-
 def measured_base() -> int:
     imports = "import torch; torch.set_num_threads(1); import gptq.pipeline.quantize; from gptq.planning import memory"
     script = f"{imports}; print(memory.warm_up())"
@@ -295,8 +320,8 @@ def measured_base() -> int:
 @linux
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_activations(make_model: MakeModel, tmp_path: Path) -> None:
-    options, count, length = SHAPES["long"]
-    source, tokens = long_model(make_model, options), memory.Tokens(count, length, count // 8)
+    kind, options, count, length = SHAPES["long"]
+    source, tokens = make_model(kind, torch.bfloat16, **options), memory.Tokens(count, length, count // 8)
     plan, base = planned(source), measured_base()
     ways = [
         memory.estimate_peak(plan, CONFIG, tokens, dtype_of(plan), count, on_disk, base) for on_disk in (False, True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -177,6 +177,33 @@ def test_gradients_of_scales_and_offsets_are_those_of_the_dense_formula(
     assert torch.allclose(layer.weight, made.weight(), atol=1e-5)
 
 
+def test_a_forward_keeps_no_codes_for_its_backward(make_model: MakeModel, tmp_path: Path) -> None:
+    quantize(make_model("llama"), tmp_path / "out", QuantConfig(method="rtn", group_size=32))
+    packed = load(tmp_path / "out", dtype="float32").get_submodule("model.layers.0.mlp.gate_proj")
+    assert isinstance(packed, QuantLinear)
+    W = ScaledLinear(packed).weight
+    assert W.grad_fn is not None
+    kept = W.grad_fn.codes  # type: ignore[attr-defined]
+    assert kept.codes.untyped_storage().nbytes() == 0
+
+
+def test_a_scale_of_zero_stays_one(make_model: MakeModel, tmp_path: Path) -> None:
+    quantize(make_model("llama"), tmp_path / "out", QuantConfig(method="rtn", group_size=32, format="mlx", sym=False))
+    packed = load(tmp_path / "out", dtype="float32").get_submodule("model.layers.0.mlp.gate_proj")
+    assert isinstance(packed, QuantLinear)
+    packed._buffers["scales"][0, 0] = 0  # type: ignore[index]
+    layer = ScaledLinear(packed)
+    assert layer.shift is not None
+    with torch.no_grad():
+        layer.change.add_(0.1)
+        layer.shift.add_(0.1)
+    rounded = layer.round()
+    assert rounded is not None
+    assert rounded.scale[0, 0] == 0
+    assert bool(torch.isfinite(layer.change).all() & torch.isfinite(layer.shift).all())
+    assert torch.allclose(layer.weight, rounded.weight().float(), atol=1e-6)
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +259,36 @@ def test_scales_of_a_bfloat16_model_are_rounded_to_what_the_file_holds(
     made = polish(tmp_path / "q", source, tmp_path / "out", given, calibration=tokens, dtype="float32")
     assert made.kl_after < made.kl_before
     assert verify.verify(tmp_path / "out").problems == []
+
+
+@pytest.mark.slow
+def test_steps_that_lead_nowhere_are_not_taken_for_perfect(
+    packed: tuple[Path, Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a rate so large that all becomes NaN."""
+    source, out = packed
+    monkeypatch.setattr(descent, "RATE", 1e30)
+    monkeypatch.setattr(descent, "CHECK_EVERY", 5)
+    polished = polish(out, source, out.parent / "polished", OPTIONS, calibration=tokens, dtype="float32")
+    assert polished.kl_after == polished.kl_before > 0
+    assert any("stays as it was" in note for note in polished.notes)
+
+
+def test_predictions_that_are_not_finite_are_refused(packed: tuple[Path, Path], tokens: Tensor) -> None:
+    source, out = packed
+    file = out / "model.safetensors"
+    content = load_file(file)
+    content["model.norm.weight"][:] = torch.finfo(content["model.norm.weight"].dtype).max
+    save_file(content, file, {"format": "pt"})
+    with pytest.raises(InputError, match="predicts NaN or infinity on the calibration windows"):
+        polish(out, source, out.parent / "polished", OPTIONS, calibration=tokens, dtype="float32")
+
+
+@pytest.mark.slow
+def test_any_seed_of_a_quantization_is_one_of_polishing(packed: tuple[Path, Path], tokens: Tensor) -> None:
+    source, out = packed
+    config = replace(OPTIONS, seed=2**63 - 1, steps=2)
+    assert polish(out, source, out.parent / "polished", config, calibration=tokens, dtype="float32").kl_before > 0
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -40,9 +40,10 @@ def tokens(rng: torch.Generator) -> Tensor:
     return torch.randint(1, VOCAB, (16, 32), generator=rng)
 
 
-def test_max_is_best_and_polish() -> None:
+def test_max_is_best_with_longer_tuning_and_polish() -> None:
     best, most = (QuantConfig(effort=effort).to_dict() for effort in ("best", "max"))
-    assert {key for key in best if best[key] != most[key]} == {"effort", "polish_steps"}
+    assert {key for key in best if best[key] != most[key]} == {"effort", "tune_steps", "polish_steps"}
+    assert best["tune_steps"] < most["tune_steps"]
     assert most["polish_steps"] == PolishConfig().steps
 
 

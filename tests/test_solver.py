@@ -108,6 +108,13 @@ def test_factor_is_ldl_of_the_damped_hessian_in_solving_order(rng: torch.Generat
     assert float(factor.D.log().sum()) == pytest.approx(float(torch.logdet(again)))
 
 
+def test_a_hessian_in_any_layout_has_the_same_factor(rng: torch.Generator) -> None:
+    _, H = problem(rng)
+    perm = solver.act_order(H)
+    one, other = (solver.factorize(x, perm, 0.01) for x in (H, H.T.contiguous().T))
+    assert torch.equal(one.U, other.U)
+
+
 @pytest.mark.parametrize("static_groups", [True, False])
 def test_act_order_is_the_solve_of_permuted_columns(static_groups: bool, rng: torch.Generator) -> None:
     W, H = problem(rng)

@@ -38,17 +38,16 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self.seen: list[int] = []
-        self._arrived = threading.Event()  # the last signal; set by its handler
-        self._raised = False  # whether its handler raised
+        self._raised = False  # whether the handler of the last one raised
         self._in_hook = False  # inside Python's hook for exceptions that get lost, where another would get lost too
         self._ended = False
 
     def interrupt(self, number: int, frame: object) -> None:
-        """Handle a signal."""
+        """Handle a signal; without a lock, because another signal may arrive meanwhile, and its handler run inside."""
+        raises = not self._in_hook
+        self._raised = raises
         self.seen.append(number)
-        self._raised = not self._in_hook
-        self._arrived.set()
-        if self._raised:
+        if raises:
             raise KeyboardInterrupt
 
     @contextmanager
@@ -57,12 +56,15 @@ class _Interrupts:
         usual: Callable[[sys.UnraisableHookArgs], Any] = sys.unraisablehook
 
         def hook(lost: "sys.UnraisableHookArgs") -> None:
-            if not self.seen or not issubclass(lost.exc_type, KeyboardInterrupt):
-                usual(lost)
-                return
-            self._in_hook = True
-            threading.Thread(target=self._send_until_raised, daemon=True).start()
-            self._in_hook = False
+            before, self._in_hook = len(self.seen), True
+            try:
+                is_lost = before > 0 and issubclass(lost.exc_type, KeyboardInterrupt)
+                if not is_lost:
+                    usual(lost)
+                if is_lost or len(self.seen) > before:
+                    threading.Thread(target=self._send_until_raised, daemon=True).start()
+            finally:
+                self._in_hook = False
 
         sys.unraisablehook = hook
         try:
@@ -70,7 +72,6 @@ class _Interrupts:
         finally:
             sys.unraisablehook = usual
             self._ended = True
-            self._arrived.set()
 
     def _send_until_raised(self) -> None:
         """Send the last signal until its handler raises, which it does not while the hook runs."""
@@ -78,8 +79,9 @@ class _Interrupts:
             time.sleep(AGAIN_SECONDS)
             if self._ended:
                 return
-            self._arrived.clear()
+            before = len(self.seen)
             os.kill(os.getpid(), self.seen[-1])
-            self._arrived.wait()
+            while len(self.seen) == before and not self._ended:
+                time.sleep(AGAIN_SECONDS)
             if self._raised:
                 return

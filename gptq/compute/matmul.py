@@ -64,6 +64,7 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in linears:
             del layer.forward  # makes the method of the class visible again
+        reordered.clear()
 
 
 class _ReorderedWeights:
@@ -86,6 +87,10 @@ class _ReorderedWeights:
             kept = _Reordered(weakref.ref(weight, partial(self._forget, id(weight))), weight._version, rows, reordered)
         self._kept[id(weight)] = kept
         return kept.tensor
+
+    def clear(self) -> None:
+        """Free all; the callbacks of weak references would keep them until a garbage collection."""
+        self._kept.clear()
 
     def _make_room(self, nbytes: int) -> None:
         while self._kept and nbytes + sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:

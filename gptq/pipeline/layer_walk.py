@@ -40,6 +40,7 @@ from gptq.pipeline.layer import (
 from gptq.pipeline.layer_inputs import gather_inputs, inputs_from_sums, note_on_damping
 from gptq.pipeline.moe import gather_routings, routing_of, solve_experts
 from gptq.pipeline.run import Run
+from gptq.planning.layer_plan import passes_at_once
 from gptq.planning.memory import FOLLOWERS
 
 
@@ -124,8 +125,8 @@ class _LayerWalk:
 
     Forwards in flight stay paused; the other windows are run up to a layer each time its inputs are gathered. Layers
     that get the very same tensors (queries, keys and values, say) share one Hessian and its factor. In the original
-    stream FOLLOWERS windows follow together when their inputs are gathered, and go on at once if no other layer can
-    share these: so few windows at a time have wide inputs there.
+    stream FOLLOWERS windows follow together when their inputs are gathered, and go on at once where
+    `passes_at_once` holds of the layer: so few windows at a time have wide inputs there.
     """
 
     def __init__(self, calls: Calls, in_flight: int, state: BlockState, solve_layer: LayerSolver) -> None:
@@ -271,13 +272,14 @@ class _LayerWalk:
         A pause is None if the window does not reach `linear` in that stream. Windows in flight come first; then the
         waiting windows, which are run up to `linear` now.
         """
-        alone = len(self._state.siblings.get(self._names[linear], ())) == 1
+        name = self._names[linear]
+        at_once = passes_at_once([self._state.run.layers[own] for own in self._state.siblings.get(name, ())])
         originals = self._in_flight[1] if len(self._in_flight) > 1 else []
         for i, forward in enumerate(self._in_flight[0]):
             if i % FOLLOWERS == 0:
                 self._follow(originals[i : i + FOLLOWERS], linear)
             yield _pause_at(linear, forward), _pause_at(linear, originals[i]) if originals else None
-            if alone and originals and _pause_at(linear, originals[i]):
+            if at_once and originals and _pause_at(linear, originals[i]):
                 self._pass_original(originals[i])
         for i, call in enumerate(self._waiting[0]):
             pause, original = run_until(call, linear, self._answers[0][i]), None

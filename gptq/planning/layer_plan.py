@@ -66,3 +66,11 @@ def drifts_by_output(fused: Sequence[LayerPlan]) -> bool:
     It is for a layer by itself that is added to the residual stream, or has fewer outputs than inputs.
     """
     return len(fused) == 1 and (bool(fused[0].added_to) or fused[0].outputs < fused[0].inputs)
+
+
+def passes_at_once(fused: Sequence[LayerPlan]) -> bool:
+    """Whether windows of the original stream pass layers that engines fuse as soon as their inputs are gathered.
+
+    They do where no other layer can share the inputs, and the outputs, which then wait, are not wider.
+    """
+    return len(fused) == 1 and fused[0].outputs <= fused[0].inputs

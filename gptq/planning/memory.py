@@ -34,7 +34,7 @@ from gptq.compute.device_profile import CPU, DeviceProfile, profile_of
 from gptq.config import TUNE_TOKENS, TUNE_WINDOWS, QuantConfig
 from gptq.errors import InputError
 from gptq.models.blocks import Block, group_fused_siblings
-from gptq.planning.layer_plan import LayerPlan, drifts_by_output
+from gptq.planning.layer_plan import LayerPlan, drifts_by_output, passes_at_once
 from gptq.planning.plan import Plan
 from gptq.solver.coordinate_descent import refine
 from gptq.solver.wide_factor import PANEL_COLUMNS, PANELS_IN_MEMORY
@@ -232,7 +232,7 @@ def _moments(block: Block, plan: Plan, config: QuantConfig, tokens: Tokens, dtyp
         owned, kind = names[0] in divided, (first.name.rpartition(".")[0], first.inputs)
         if config.method == "gptq":
             running = (in_flight + (streams - 1) * min(in_flight, FOLLOWERS)) * single  # in all streams
-            paused = running if len(group) == 1 else in_flight * window  # see `layer_walk`
+            paused = running if passes_at_once(group) else in_flight * window
             own = 0 if on_disk else paused * first.inputs
             standing = between + own + in_flight * window * 2 * hidden + running * outputs[kind]
             always = codes + weights + standing + 2 * routed * owned

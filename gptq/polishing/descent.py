@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from gptq.calibration.windows import is_held_out
 from gptq.checkpoint.small_files import sync_path
 from gptq.checkpoint.tensors import tensor_bytes
-from gptq.config import TUNE_TOKENS, PolishConfig
+from gptq.config import SEEDS, TUNE_TOKENS, PolishConfig
+from gptq.errors import InputError
 from gptq.models.forward import run_forward
 from gptq.models.weights import WeightStream, join_names
 from gptq.pipeline.run import Observer
@@ -164,10 +165,14 @@ class Descent:
 
     @torch.no_grad()
     def held_out_divergence(self) -> float:
-        """KL(original || model) per token on the held-out windows; 0 where rounding alone would make it less."""
+        """KL(original || model) per token on the held-out windows; 0 where rounding alone would make it less.
+
+        NaN where a prediction is not finite.
+        """
         with substituted(self._variables.parameters()):
             total = sum(float(self._divergence(part)) for part in self._parts(self._held_out))
-        return max(0.0, total / len(self._held_out))
+        mean = total / len(self._held_out)
+        return mean if math.isnan(mean) else max(0.0, mean)
 
     def _check(self, reached: Reached) -> None:
         """Measure, keep the best, and save the state."""
@@ -204,6 +209,11 @@ class Descent:
                 self._file.unlink()
                 self._observer.note(f"{self._file} is damaged ({error}), so all steps are taken again")
         before = self.held_out_divergence()
+        if not math.isfinite(before):
+            raise InputError(
+                "the quantized model or its original predicts NaN or infinity on the calibration windows, so that "
+                "nothing can be compared; if both work on them, try --dtype float32"
+            )
         return Reached(0, before, before, 0)
 
     def _restore(self) -> Reached:
@@ -232,7 +242,7 @@ class Descent:
 def windows_of_step(learned: list[int], number: int, seed: int) -> list[int]:
     """Return the STEP_WINDOWS windows of a step: all of `learned` are taken in a random order, then in another one."""
     turn, place = divmod(number, len(learned) // STEP_WINDOWS)
-    draw = torch.Generator().manual_seed(STEP_SEEDS * seed + turn)
+    draw = torch.Generator().manual_seed((STEP_SEEDS * seed + turn) % SEEDS)
     order = torch.randperm(len(learned), generator=draw).tolist()
     return [learned[i] for i in order[place * STEP_WINDOWS : (place + 1) * STEP_WINDOWS]]
 

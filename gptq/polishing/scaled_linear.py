@@ -63,17 +63,20 @@ class ScaledLinear(nn.Module):
         if not bool(self.grid.fits(found.scale).all()):
             self._set(stored, stored)
             return None
-        rounded = replace(found, scale=self.grid.round_scales(found.scale))
+        scale = self.grid.round_scales(found.scale)
+        rounded = replace(found, scale=scale.where(found.scale != 0, 0))  # only files of other tools have such scales
         if found.offset is not None and self.shift is not None:
             rounded = replace(rounded, offset=self.grid.round_offsets(found.offset))
         self._set(rounded, stored)
         return rounded
 
     def _set(self, codes: Codes, stored: Codes) -> None:
-        """Set `change` and `shift` to what makes `codes` of the stored ones."""
-        self.change.copy_(codes.scale.float() / stored.scale.float() - 1)
+        """Set `change` and `shift` to what makes `codes` of the stored ones; a scale of 0 stays one."""
+        scale = stored.scale.float()
+        divisor = scale.where(scale != 0, 1)
+        self.change.copy_((codes.scale.float() / divisor - 1).where(scale != 0, 0))
         if self.shift is not None and codes.offset is not None and stored.offset is not None:
-            self.shift.copy_((codes.offset.float() - stored.offset.float()) / stored.scale.float())
+            self.shift.copy_((codes.offset.float() - stored.offset.float()) / divisor)
 
 
 def _changed(codes: Codes, change: Tensor, shift: Tensor | None) -> Codes:
@@ -97,7 +100,7 @@ class _ScaledWeight(torch.autograd.Function):
         codes = _changed(layer.codes(), change, shift)
         W = codes.weight().to(dtype)  # (outputs, inputs)
         ctx.save_for_backward(W, change)
-        ctx.codes = replace(codes, codes=codes.codes[:0])  # without the codes themselves, the largest part
+        ctx.codes = replace(codes, codes=codes.codes.new_empty(0, codes.codes.shape[1]))  # without the largest part
         return W
 
     @staticmethod

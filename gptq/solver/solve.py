@@ -114,7 +114,7 @@ def factorize(H: Tensor, perm: Tensor, damp_percent: float = 0.01, matrices: Mat
 def _factor_whole(H: Tensor, perm: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
     """Return U (n, n) and D (n,) as `factor_by_panels` does; all steps are in place."""
     backwards = perm.flip(0)
-    R = torch.empty_like(H)  # (n, n) symmetric
+    R = torch.empty_like(H, memory_format=torch.contiguous_format)  # (n, n) symmetric
     for rows in row_chunks(len(H), PERMUTED_ROWS):  # an index of both at once is up to ten times as slow
         R[rows] = H.index_select(0, backwards[rows]).index_select(1, backwards)
     R.diagonal().add_(ridge)
