@@ -18,7 +18,7 @@ from gptq.evaluation.original_logits import compute_logits_by_block, compute_ori
 from gptq.formats.original import open_original
 from gptq.inference.load import tie_weights
 from gptq.models.build import open_model, parameters_on_meta
-from gptq.models.tensor_names import check_tensors
+from gptq.models.check_tensors import check_tensors
 from gptq.models.weights import WeightStream
 from gptq.output import verify
 from tests.conftest import ARCHITECTURES, EXPERTS, LLAMA_LIKE, SMALL, VOCAB, MakeModel

@@ -7,7 +7,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gptq.checkpoint.reader import Source
-from gptq.models.tensor_names import CheckpointConverter
+from gptq.models.conversions import CheckpointConverter
 from tests.conftest import load_script
 
 sweep = load_script("sweep_architectures")

@@ -17,10 +17,10 @@ from gptq.formats.original import open_original
 from gptq.inference.load import load
 from gptq.models.blocks import find_blocks
 from gptq.models.build import OpenModel, open_model
+from gptq.models.check_tensors import check_tensors
 from gptq.models.forward import check_tokens, run_forward
 from gptq.models.hf_config import choose_dtype, read_config
 from gptq.models.reached_layers import find_unreached_layers
-from gptq.models.tensor_names import check_tensors
 from gptq.models.trial_forward import run_trial
 from gptq.models.weights import WeightStream
 from gptq.pipeline.block_walk import BlockWalk

@@ -16,7 +16,8 @@ from gptq.formats.name_rules import Quantization
 from gptq.formats.quantization_config import TRANSLATED, method_of
 from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.models.blocks import is_linear, shape_of
-from gptq.models.tensor_names import Names, check_tensors
+from gptq.models.check_tensors import check_tensors
+from gptq.models.tensor_names import Names
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from gptq.checkpoint.assembled import INDEX_FILE, AssembledSource
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
-from gptq.models.tensor_names import Names, StoredNames
+from gptq.models.conversions import StoredNames
+from gptq.models.tensor_names import Names
 
 ROWS_IN_TURN = "rows in turn"  # stands for a pattern, by which transformers finds the converter again
 

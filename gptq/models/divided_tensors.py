@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from gptq.checkpoint.derived import Derived, DerivedSource
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.tensors import TensorInfo
-from gptq.models.tensor_names import Division, Names
+from gptq.models.stored_forms import Division
+from gptq.models.tensor_names import Names
 
 
 @dataclass(frozen=True)

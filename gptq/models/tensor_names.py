@@ -1,110 +1,28 @@
-"""Map a model's tensor names to the checkpoint's, and check that the checkpoint has every tensor."""
+"""Map a model's tensor names to the checkpoint's."""
 
-import copy
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Collection, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.core_model_loading import WeightConverter
 
-from gptq.checkpoint.tensors import TensorInfo
 from gptq.errors import InputError
 from gptq.models.computed_tensors import compute_tensors
-from gptq.models.experts import FUSED_PARTS, ExpertForm
-
-
-@dataclass(frozen=True)
-class Division:
-    """A stored tensor that transformers divides into several of the model (see `models.divided_tensors`)."""
-
-    stored: str  # name in the checkpoint
-    first: str  # name in the model of the first piece
-    pattern: str  # of the converter, that matches the stored name
-    converter: Any  # transformers' WeightConverter
-
-
-@dataclass(frozen=True)
-class SplitTensor:
-    """A tensor of the model that the checkpoint stores in parts, one per expert, say; transformers joins the parts."""
-
-    name: str  # in the model
-    parts: tuple[tuple[str, str], ...]  # for each part: (converter pattern that matches, name in the checkpoint)
-    converter: Any  # transformers' WeightConverter
-    config: PreTrainedConfig  # the model's configuration
-    shape: tuple[int, ...] | None  # in the model; some conversions depend on it
-
-    def assemble(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Return the whole tensor; `read` returns a part by its name in the checkpoint."""
-        converter = copy.deepcopy(self.converter)
-        for pattern, stored in self.parts:
-            converter.add_tensor(self.name, stored, pattern, partial(read, stored))
-        found = converter.convert(self.name, model=_ModelOfOne(self.shape), config=self.config)
-        (made,) = (found[0] if isinstance(found, tuple) else found).values()  # transformers 5.0 returns errors too
-        whole: Tensor = made[0] if isinstance(made, list) else made
-        return whole
-
-
-@dataclass(frozen=True)
-class _ModelOfOne:
-    """Stands for the model in a conversion that looks up the shape of its result."""
-
-    shape: tuple[int, ...] | None
-
-    def get_parameter(self, name: str) -> Tensor:
-        if self.shape is None:
-            raise AttributeError(name)
-        return torch.empty(self.shape, device="meta")
-
-
-@dataclass(frozen=True)
-class FusedTensor:
-    """A tensor of all experts of a layer, as the checkpoint stores it: whole, or in a way that `split` undoes."""
-
-    name: str  # in transformers' model
-    shape: tuple[int, ...]  # there; the first dimension is the expert
-    stored: str
-    split: SplitTensor | None
-
-    @property
-    def stored_names(self) -> tuple[str, ...]:
-        return tuple(stored for _, stored in self.split.parts) if self.split else (self.stored,)
-
-    def read_expert(self, number: int, read: Callable[[str, int], Tensor]) -> Tensor:
-        """Return one expert's slice; `read` returns an entry of a stored tensor."""
-        if self.split is None:
-            return read(self.stored, number)
-        one = replace(self.split, shape=(1, *self.shape[1:]))
-        return one.assemble(lambda stored: read(stored, number)[None])[0]
-
-
-@dataclass(frozen=True)
-class ExpertSlice:
-    """A parameter of one expert, which the checkpoint stores in a tensor with those of the other experts."""
-
-    stored: str  # the name that it gets in a checkpoint of its own
-    fused: FusedTensor
-    number: int
-    part: str  # the linear layer: gate_proj, up_proj or down_proj
-    key: str  # weight or bias
-    form: ExpertForm
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter as its linear layer holds it."""
-        whole = torch.empty(self.fused.shape[1:], device="meta")
-        return tuple(self.form.take(self.part, self.key, whole).shape)
-
-    def read(self, read: Callable[[str, int], Tensor]) -> Tensor:
-        """Return the parameter as its linear layer holds it; `read` returns an entry of a stored tensor."""
-        return self.form.take(self.part, self.key, self.fused.read_expert(self.number, read))
+from gptq.models.conversions import CheckpointConverter, StoredNames
+from gptq.models.experts import ExpertForm
+from gptq.models.stored_forms import Division, ExpertSlice, FusedTensor, SplitTensor
+from gptq.models.table_lookup import (
+    PACKED,
+    PACKED_MARKERS,
+    divides,
+    find_expert_name,
+    name_in_model,
+    renamed,
+)
 
 
 class Names:
@@ -131,8 +49,8 @@ class Names:
         parts: dict[tuple[str, int], list[tuple[str, str]]] = defaultdict(list)
         self.divisions: dict[str, Division] = {}  # by the name of the stored tensor
         for name in sorted(stored, key=_natural_order):
-            in_model, part = _name_in_model(name, table)
-            if part is not None and _divides(table[part[2]]):
+            in_model, part = name_in_model(name, table)
+            if part is not None and divides(table[part[2]]):
                 self.divisions[name] = Division(name, *part[:2], table[part[2]])
                 continue
             self._stored.setdefault(in_model, name)
@@ -228,10 +146,10 @@ class Names:
         where the fused tensor called `stored` lies; vLLM reads this (layers/fused_moe/routed_experts.py,
         `build_expert_params_mapping`).
         """
-        known = _known_expert_name(fused, part, self._table)
+        known = find_expert_name(fused, part, self._table)
         if known:  # up to the block's number it is called as in this checkpoint, which need not have the model's prefix
             known = _split_at_block(stored)[0] + _split_at_block(known)[1]
-        if known and _name_in_model(known.replace("*", "0"), self._table)[0] == f"{module}.0.{part}.weight":
+        if known and name_in_model(known.replace("*", "0"), self._table)[0] == f"{module}.0.{part}.weight":
             return known.removesuffix(".weight")
         parent, _, own = module.rpartition(".")
         before, within, _ = stored.rpartition(f".{own}.")
@@ -248,8 +166,8 @@ class Names:
         """
         exact = dict(self._in_model)
         for stored, in_model in self._in_model.items():  # transformers 5.0 applies its own renamings before these
-            exact.setdefault(_renamed(stored, self._table), in_model)
-        divided = {stored: _renamed(stored, self._table) for stored in self.divisions}
+            exact.setdefault(renamed(stored, self._table), in_model)
+        divided = {stored: renamed(stored, self._table) for stored in self.divisions}
         fused: list[SplitTensor | Division] = [*self._split.values(), *self.divisions.values()]
         converters = {id(one.converter): one.converter for one in fused}
         whole = {*(split.name for split in self._split.values()), *divided.values()}
@@ -297,208 +215,12 @@ class Names:
         return found
 
 
-class StoredNames(WeightRenaming):
-    """A renaming for transformers' tables: looks up the names of one checkpoint's tensors."""
-
-    def __init__(self, forward: Mapping[str, str], pairs: Mapping[str, str]) -> None:
-        """`forward` maps names to new names; the inverse maps what `pairs` has in both ways."""
-        super().__init__("stored name", "name in the model")
-        self.forward, self.pairs = dict(forward), dict(pairs)
-
-    def rename_source_key(self, source_key: str) -> tuple[str, None]:
-        return self.forward.get(source_key, source_key), None
-
-    def was_used(self) -> bool:
-        return True
-
-    def reverse_transform(self) -> "StoredNames":
-        back = {new: old for old, new in self.pairs.items()}
-        return StoredNames(back, back)
-
-
-class CheckpointConverter(WeightConverter):
-    """A conversion of transformers' table that, on saving, is applied to the tensors of one checkpoint alone.
-
-    transformers searches names for its patterns, and a pattern such as `gate_proj` is found in packed layers' too.
-    """
-
-    whole: frozenset[str] = frozenset()  # the tensors that are taken apart on loading or on saving
-    saves: bool = False
-
-    @classmethod
-    def of(cls, converter: Any, whole: frozenset[str], saves: bool = False) -> "CheckpointConverter":
-        """Return a converter like transformers' `converter`."""
-
-        def patterns(side: str) -> list[str]:
-            return [*(getattr(converter, f"_original_{side}_patterns", None) or getattr(converter, f"{side}_patterns"))]
-
-        own = cls(patterns("source"), patterns("target"), copy.deepcopy(converter.operations))
-        for attribute in ("scope_prefix", "base_model_prefix", "force_cpu"):
-            if hasattr(converter, attribute):
-                setattr(own, attribute, getattr(converter, attribute))
-        own.whole, own.saves = whole, saves
-        return own
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        renamed, pattern = super().rename_source_key(source_key)
-        if self.saves and self.whole.isdisjoint((source_key, renamed)):
-            return source_key, None
-        return renamed, pattern
-
-    def reverse_transform(self) -> "CheckpointConverter":
-        return self.of(super().reverse_transform(), self.whole, not self.saves)
-
-
-# Keys of which a packed layer has at least one.
-PACKED_MARKERS = ("qweight", "weight_packed", "weight_ggml", "scales", "weight_scale", "weight_scale_inv")
-PACKED = re.compile(  # suffixes of a packed layer's tensors beside or instead of `weight`
-    r"(?<=\.)(qweight|qzeros|scales|biases|g_idx|"
-    r"weight_(?:packed|ggml|(?:global_)?scale|scale_inv|zero_point|shape|g_idx))$"
-)
-STACKING = {"MergeModulelist", "Concatenate", "Force16BytesAlignment"}  # conversions that fuse separate experts
-
-
 def _natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key that puts expert 10 after expert 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _name_in_model(name: str, table: list[Any]) -> tuple[str, tuple[str, str, int] | None]:
-    """Return the name in the model of a stored tensor, and how the table assembles it into a whole tensor.
-
-    A matrix of one expert is named as in `models.experts`. The second value is the name of the whole tensor, the
-    pattern that matched, and the number of the table's entry; None if the stored tensor is not a part of another.
-    If the table makes several tensors of the stored one, the name is that of the first of these.
-    """
-    part = None
-    suffix = PACKED.search(name)
-    key = _renamed(PACKED.sub("weight", name), table)
-    for number, converter in enumerate(table):
-        fused, pattern = converter.rename_source_key(key) if isinstance(converter, WeightConverter) else (key, None)
-        if pattern is not None:
-            single = _name_of_expert_matrix(key, fused, str(pattern), converter)
-            if not suffix and (len(converter.target_patterns) == 1 or _divides(converter)):
-                part = fused, str(pattern), number
-            key = single or key
-            break
-    return key.removesuffix("weight") + suffix[0] if suffix else key, part
-
-
-def _divides(converter: Any) -> bool:
-    """Whether a conversion makes several tensors of one."""
-    return len(converter.source_patterns) == 1 and len(converter.target_patterns) > 1
-
-
-def _renamed(name: str, table: list[Any]) -> str:
-    for renaming in table:
-        if isinstance(renaming, WeightRenaming):
-            name, _ = renaming.rename_source_key(name)
-    return name
-
-
-def _name_of_expert_matrix(key: str, fused: str, pattern: str, converter: Any) -> str | None:
-    """Return the name in `models.experts` of a matrix that is part of `fused`; None if it is not an expert's."""
-    experts, _, parameter = fused.rpartition(".")
-    parts = FUSED_PARTS.get(parameter, ())
-    plain = pattern.replace("\\", "")  # some patterns escape their first dot
-    number = re.search(re.escape(plain).replace(r"\*", r"(\d+)"), key)
-    stacked = {type(operation).__name__ for operation in converter.operations} <= STACKING
-    if not number or not stacked or len(parts) != len(converter.source_patterns):
-        return None
-    return f"{experts}.{number[1]}.{parts[converter.source_patterns.index(pattern)]}.weight"
 
 
 def _split_at_block(name: str) -> tuple[str, str]:
     """Return a name up to its first number, and the rest; all of it is the rest of a name without one."""
     found = re.match(r".*?\.\d+(?=\.)", name)
     return (found[0], name[found.end() :]) if found else ("", name)
-
-
-def _known_expert_name(fused: str, part: str, table: list[Any]) -> str | None:
-    """Return how transformers' table names a matrix of one expert that it stacks to `fused`, with * for the number."""
-    for converter in table:
-        sources = getattr(converter, "_original_source_patterns", None) or getattr(converter, "source_patterns", [])
-        parts = FUSED_PARTS.get(fused.rpartition(".")[2], ())
-        if not isinstance(converter, WeightConverter) or part not in parts or len(sources) != len(parts):
-            continue
-        if {type(operation).__name__ for operation in converter.operations} <= STACKING:
-            key, pattern = converter.reverse_transform().rename_source_key(fused)
-            if pattern is not None:
-                first, wanted = (sources[i].replace("\\", "") for i in (0, parts.index(part)))
-                key = key.replace("\\", "").replace(first, wanted)
-                for renaming in reversed(table):
-                    if isinstance(renaming, WeightRenaming) and type(renaming).__name__ != "PrefixChange":
-                        key, _ = renaming.reverse_transform().rename_source_key(key)
-                return key
-    return None
-
-
-def check_tensors(
-    network: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo], packed: Collection[str] = ()
-) -> list[str]:
-    """Check that a checkpoint's headers announce every tensor that a model needs; return the tensors left over.
-
-    Args:
-        packed: names of the model's layers whose weight is stored packed and so not checked.
-    Raises:
-        InputError: a tensor is missing, has another shape, or is not of a floating-point dtype.
-    """
-    used: set[str | None] = set()
-    without = {f"{name}.weight" for name in packed}
-    without |= names.computed.keys()
-    needed = [(name, tensor) for name, tensor in network.named_parameters() if name not in without]
-    for name, tensor in [*needed, *((n, b) for n, b in network.named_buffers() if names.find(n))]:
-        split, part = names.find_split(name), names.find_slice(name)
-        own = names.find_all(name) or [names.require(name)]
-        if part is not None and used.issuperset(own):
-            continue  # another expert's slice of the same tensor
-        used |= {*own}
-        shape = _assembled_shape(split, tensors) if split else tensors[own[0]].shape
-        expected = tuple(tensor.shape)
-        if part is not None:
-            shape, expected = _fused_shape(part, tensors), part.fused.shape
-        if shape != expected:
-            raise InputError(
-                f"{own[0]} has the shape {shape}, but config.json describes a model where it is {expected}"
-            )
-        for stored in own:
-            dtype = tensors[stored].dtype
-            if tensor.is_floating_point() and not dtype.is_floating_point:
-                raise InputError(f"{stored} holds {dtype}, not floating-point weights; is the checkpoint quantized?")
-    used |= {names.find(name) for name in getattr(network, "all_tied_weights_keys", None) or {}}
-    return [name for name in tensors if name not in used]
-
-
-def _assembled_shape(split: SplitTensor, tensors: dict[str, TensorInfo]) -> tuple[int, ...]:
-    """Return the shape of a tensor assembled from its parts, on the meta device.
-
-    Raises:
-        InputError: transformers cannot assemble the tensor.
-    """
-    try:
-        return tuple(split.assemble(lambda stored: torch.empty(tensors[stored].shape, device="meta")).shape)
-    except Exception as error:  # any type, depending on the operation
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{split.parts[0][1]} and its like do not make up a {split.name}: {reason}") from error
-
-
-def _fused_shape(part: ExpertSlice, tensors: dict[str, TensorInfo]) -> tuple[int, ...]:
-    """Return the shape, as in the model, of a tensor of all experts.
-
-    Raises:
-        InputError: its parts do not hold as many experts, or transformers cannot assemble one expert of them.
-    """
-    fused = part.fused
-    if fused.split is None:
-        return tensors[fused.stored].shape
-    counts = {tensors[stored].shape[:1] for stored in fused.stored_names}
-    try:
-        one = tuple(fused.read_expert(0, partial(_empty_slice, tensors)).shape)
-    except Exception as error:  # any type, depending on the operation
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{fused.stored} and its like do not make up a {fused.name}: {reason}") from error
-    return (*(counts.pop() if len(counts) == 1 else ()), *one)
-
-
-def _empty_slice(tensors: dict[str, TensorInfo], stored: str, number: int) -> Tensor:
-    return torch.empty(tensors[stored].shape, device="meta")[number]

@@ -24,7 +24,7 @@ from gptq.formats.quantization_config import TRANSLATED, method_of, quantization
 from gptq.formats.scheme import Linears, Scheme
 from gptq.models.blocks import find_blocks, is_transposed
 from gptq.models.build import open_model
-from gptq.models.tensor_names import check_tensors
+from gptq.models.check_tensors import check_tensors
 from gptq.output.files import quantization_config, unquantized_linears, write_files
 from gptq.output.record import LayerRecord, OriginRecord, Record, WrittenRecord, model_name, read_record
 from gptq.output.results import RECORD

@@ -23,7 +23,7 @@ from gptq.formats.name_rules import Quantization
 from gptq.formats.packed_layers import PackedLayer, is_variant, match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
 from gptq.models.build import open_model
-from gptq.models.tensor_names import check_tensors
+from gptq.models.check_tensors import check_tensors
 from gptq.output.files import add_perplexity, model_type_of
 from gptq.output.record import (
     LayerRecord,

@@ -23,9 +23,10 @@ from gptq.formats.original import open_original
 from gptq.formats.scheme import Layers
 from gptq.models.blocks import Block, find_blocks, find_gates, find_head, is_transposed, shape_of
 from gptq.models.build import OpenModel, check_untied, open_model
+from gptq.models.check_tensors import check_tensors
 from gptq.models.forward import accepted_inputs, text_inputs
 from gptq.models.reached_layers import find_uncalled_layers, find_unreached_layers
-from gptq.models.tensor_names import Names, check_tensors
+from gptq.models.tensor_names import Names
 from gptq.models.tensor_use import find_used_tensors, notes_on_unused
 from gptq.models.trial_forward import Trial, run_trial
 from gptq.planning.choose_format import choose_format, layers_refusal, refuse_model
