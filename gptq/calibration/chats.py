@@ -127,7 +127,8 @@ def tokenized_chats(table: Table, tokenizer: PreTrainedTokenizerBase, seed: int)
         where = table.where(row)
         messages = [_plain_text(message, where) for message in read_messages(table.row(row), read, where)]
         found = apply_template(tokenizer, messages, where, tokenize=True, return_dict=True)
-        yield torch.tensor(found["input_ids"], dtype=torch.int64)
+        if found["input_ids"]:  # a template may make nothing of empty messages
+            yield torch.tensor(found["input_ids"], dtype=torch.int64)
 
 
 def draw_chats(

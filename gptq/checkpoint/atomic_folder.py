@@ -246,7 +246,10 @@ def is_utf8(path: Path) -> bool:
 
 def require_unused(out: Path) -> None:
     """Raises InputError if `out` exists and is not empty, cannot be made or read, or OUT.partial was not made by us."""
-    where = out.resolve()
+    try:
+        where = out.resolve()
+    except (OSError, RuntimeError) as error:  # of links that lead to each other
+        raise InputError(f"{out} cannot be made: {' '.join(str(error).split())}") from error
     if not is_utf8(where):
         raise InputError(f"{where} is a path that is not UTF-8, which readers need; choose another name")
     if not where.name:

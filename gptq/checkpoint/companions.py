@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gptq.checkpoint.atomic_folder import MARKER
+from gptq.errors import InputError
 
 WEIGHTS = (  # of any tool; archives too
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".gguf",
@@ -12,6 +13,7 @@ WEIGHTS = (  # of any tool; archives too
     ".gz",
 )  # fmt: skip
 RECORD, REPORT = "quantization_record.json", "report"  # what a result has, and what is drawn of it
+ADAPTER = "adapter_config.json"
 MAX_FILES = 1000  # in a folder inside the checkpoint; one with more is no part of it
 MAX_DEPTH = 8
 
@@ -94,3 +96,9 @@ def note_on_left_out(source: Path, used: set[str]) -> list[str]:
         return []
     others = f" and {len(left) - 3} more" if len(left) > 3 else ""
     return [f"not copied, because they hold weights or are no part of the model: {', '.join(left[:3])}{others}"]
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises InputError if a checkpoint has an adapter beside it, which transformers would add to the model."""
+    if (folder / ADAPTER).is_file():
+        raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and save that")

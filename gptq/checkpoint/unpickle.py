@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -29,6 +30,7 @@ from gptq.checkpoint.writer import encode_header
 
 CHUNK_BYTES = 2**24  # bytes that are written at a time
 ZIP = b"PK\x03\x04"  # at the start of what torch has written since 1.6
+NUMBERED = re.compile(r"(^|\.)\d+\.")  # found in names of tensors of blocks
 GRACE_SECONDS = 10  # of the processor, from the sentence that it took too long until the process is killed
 ROOM = 2**32  # bytes of addresses beyond the files: unpickling itself needs little
 
@@ -192,12 +194,15 @@ def _check(loaded: Any, size: int) -> dict[str, Tensor]:
 
 
 def _without_copies(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors that are not the same memory as an earlier one, and the names of those that are."""
+    """Return the tensors that are not the same memory as an earlier one, and the names of those that are.
+
+    What a model ties are embeddings and heads. Tensors of numbered blocks are kept: each block needs its own.
+    """
     seen: set[Any] = set()
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         place = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-        if not tensor.numel() or place not in seen:
+        if not tensor.numel() or place not in seen or NUMBERED.search(name):
             kept[name] = tensor
         seen.add(place)
     return kept, [name for name in tensors if name not in kept]

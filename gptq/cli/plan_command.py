@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from gptq.calibration.arrays import Inputs
-from gptq.calibration.windows import is_held_out, read_calibration
+from gptq.calibration.arrays import Inputs, is_arrays
+from gptq.calibration.windows import PROCESSED_WINDOWS, is_held_out, read_calibration
 from gptq.cli.early import read_config
 from gptq.cli.printing import format_bytes, print_engines, print_json
 from gptq.config import QuantConfig
@@ -17,6 +17,7 @@ from gptq.formats import compatibility
 from gptq.models.hf_config import choose_device, choose_dtype, fit_seq_len
 from gptq.pipeline.search import MIN_WINDOWS
 from gptq.planning import cost, memory
+from gptq.planning.bit_allocation import choose_storage, find_units
 from gptq.planning.device_models import DEVICE_MODELS
 from gptq.planning.plan import Plan, plan_checkpoint, refuse_other_grids
 from gptq.planning.shares import count_shares
@@ -30,15 +31,19 @@ CHOSEN_LATER = (
 def run_plan(args: argparse.Namespace) -> int:
     """Run the command with its arguments; return the exit code."""
     config = read_config(args)
-    sample = _sample(args, config)
+    windows = _read_inputs(args, config)
     plan = plan_checkpoint(
-        args.model, config, args.revision, args.trust_remote_code, sample, allow_pickle=args.allow_pickle
-    )
+        args.model, config, args.revision, args.trust_remote_code, windows[0] if windows else None,
+        allow_pickle=args.allow_pickle,
+    )  # fmt: skip
     refuse_other_grids(plan, getattr(args, "also", ()))
+    if config.chooses_widths:
+        choose_storage(plan, config, *find_units(plan, config))  # refuses an impossible target
+    tokens = _size_of_calibration(config, plan, windows)
     found = compatibility.engines(plan.stored_layers, plan.hf_config.model_type)
     layers = list(plan.layers.values())
-    divided = _divide(args, config, plan) if args.ranks is not None else {}
-    needs = _estimate_needs(args, config, plan)
+    divided = _divide(args, config, plan, tokens) if args.ranks is not None else {}
+    needs = _estimate_needs(args, config, plan, tokens)
     notes = [*plan.notes, *([CHOSEN_LATER] if config.chooses_widths else [])]
     if args.json:
         print_json(
@@ -77,19 +82,25 @@ def run_plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sample(args: argparse.Namespace, config: QuantConfig) -> Inputs | None:
-    """Return the inputs of one window, if the calibration data is there and may be other than text."""
+def _read_inputs(args: argparse.Namespace, config: QuantConfig) -> list[Inputs] | None:
+    """Return the inputs of all windows, if the calibration data is there and may be other than text.
+
+    Of images and sound the first stands for all, because preparing them takes long.
+    """
     if not Path(args.calibration).exists():
         return None
-    one = replace(config, num_samples=1)
-    return read_calibration(args.calibration, one, args.model, args.revision, args.trust_remote_code).sample
+    whole = is_arrays(args.calibration)
+    read = config if whole else replace(config, num_samples=1)
+    found = read_calibration(args.calibration, read, args.model, args.revision, args.trust_remote_code).inputs
+    if whole or found is None:
+        return found
+    return found * (PROCESSED_WINDOWS if config.num_samples == "auto" else config.num_samples)
 
 
-def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -> dict[str, Any]:
+def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan, tokens: memory.Tokens) -> dict[str, Any]:
     """Estimate memory and time of a run, the time from measuring this machine for a few seconds."""
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, plan.hf_config, device)
-    tokens = _size_of_calibration(config, plan)
     choice, says = memory.decide_memory(
         plan, config, tokens, device, dtype, args.batch_size, args.memory_limit, args.gpu_memory_limit
     )
@@ -106,19 +117,27 @@ def _estimate_needs(args: argparse.Namespace, config: QuantConfig, plan: Plan) -
     }
 
 
-def _size_of_calibration(config: QuantConfig, plan: Plan) -> memory.Tokens:
+def _size_of_calibration(config: QuantConfig, plan: Plan, inputs: list[Inputs] | None) -> memory.Tokens:
+    if config.method != "gptq":
+        return memory.Tokens(0, 0, 0)
+    if inputs:
+        count = len(inputs)
+        held_out = sum(is_held_out(i, count) for i in range(count))
+        return memory.size_of_windows(inputs, held_out, next(iter(plan.layers.values())).inputs)
     windows = MIN_WINDOWS if config.num_samples == "auto" else config.num_samples
     length, _ = fit_seq_len(config.seq_len, plan.hf_config, plan.network)
     return memory.Tokens(windows, length, sum(is_held_out(i, windows) for i in range(windows)))
 
 
-def _divide(args: argparse.Namespace, config: QuantConfig, plan: Plan) -> dict[str, Any]:
+def _divide(args: argparse.Namespace, config: QuantConfig, plan: Plan, tokens: memory.Tokens) -> dict[str, Any]:
     """Count what each of --ranks processes does on a device of --device-model.
 
     Raises:
         InputError: there are fewer windows than processes, or none.
     """
-    tokens, device = _size_of_calibration(config, plan), DEVICE_MODELS[args.device_model]
+    device = DEVICE_MODELS[args.device_model]
+    if config.method != "gptq":
+        raise InputError("round-to-nearest has no calibration to divide; leave --ranks out")
     if not 0 < args.ranks <= tokens.windows:
         raise InputError(f"{tokens.windows} calibration windows cannot be shared by {args.ranks} processes")
     found = count_shares(plan, config, tokens, args.ranks, torch.bfloat16)

@@ -14,13 +14,14 @@ from gptq import calibration
 from gptq.checkpoint.hub import resolve
 from gptq.compute.torch_state import fresh_torch_state
 from gptq.errors import InputError
-from gptq.evaluation.original_logits import compute_original_logits, require_causal
+from gptq.evaluation.original_logits import compute_original_logits, require_blind_to_later, require_causal
 from gptq.inference.load import load
 from gptq.models.attention import attention_by_products
 from gptq.models.forward import check_tokens, run_forward
 from gptq.models.hf_config import fit_seq_len, read_config, read_tokenizer
 
-MAX_LOSS = 700.0  # nats per token; exp of little more overflows float64
+MAX_LOSS = 69.0  # nats per token; records hold perplexities up to 1e30
+USELESS = f"holds NaN or infinity, or has a loss of {MAX_LOSS:.0f} nats per token or more; try --dtype float32"
 RESAMPLES, BOOTSTRAP_SEED, CONFIDENCE = 2000, 0, 0.95  # settings of the bootstrap intervals
 CHUNK_LOGITS = 2**23  # logits compared at a time: 64 MiB in float64
 
@@ -108,6 +109,7 @@ def measure_perplexity(
     """
     require_causal(network)
     check_tokens(tokens, network)
+    require_blind_to_later(network, tokens[0])
     total = 0.0
     for done, window in enumerate(tokens):
         window = window.to(network.device)
@@ -121,7 +123,7 @@ def measure_perplexity(
     count = windows * (seq_len - 1)
     if not total / count < MAX_LOSS:
         name = network.config.name_or_path or "the model"
-        raise InputError(f"the output of {name} holds NaN or infinity; try --dtype float32")
+        raise InputError(f"the output of {name} {USELESS}")
     return Perplexity(perplexity=math.exp(total / count), tokens=count, windows=windows, seq_len=seq_len)
 
 
@@ -186,6 +188,7 @@ def measure_windows(
     """
     require_causal(network)
     check_tokens(tokens, network)
+    require_blind_to_later(network, tokens[0])
     rows = []
     for window, reference in zip(
         tokens,
@@ -235,7 +238,7 @@ def summarize(numbers: Tensor, seq_len: int) -> Comparison:
         InputError: a loss is not finite.
     """
     if not bool((numbers < MAX_LOSS).all()):  # also False for NaN
-        raise InputError("the output of the model or of the original holds NaN or infinity; try --dtype float32")
+        raise InputError(f"the output of the model or of the original {USELESS}")
     windows = len(numbers)
     found = _derive_figures(numbers.mean(0))
     intervals = None

@@ -27,6 +27,7 @@ from gptq.pipeline.block_walk import BlockWalk
 from gptq.planning.memory import free_bytes
 from gptq.planning.plan import without_blocks_of
 
+PROBED_TOKENS, PROBED_DIFFERENCE = 16, 0.01  # the second relative to the largest logit
 MOST_OF_MEMORY = 0.7  # of what is free, that the original may take when all of it is loaded
 
 
@@ -34,6 +35,24 @@ def require_causal(network: PreTrainedModel) -> None:
     """Raises InputError if a model's logits do not predict the next token of its input."""
     if network.config.is_encoder_decoder or not network.can_generate():
         raise InputError(f"{type(network).__name__} is no causal language model, which perplexity is measured of")
+
+
+@torch.no_grad()
+def require_blind_to_later(network: PreTrainedModel, window: Tensor) -> None:
+    """Check a loaded model on the first tokens of a window, (tokens,): those before the last may not depend on it.
+
+    Raises:
+        InputError: they do, as in BERT without `is_decoder`, which would be measured on tokens that it sees.
+    """
+    ids = window[:PROBED_TOKENS][None].to(network.device)
+    other = ids.clone()
+    other[0, -1] = 0 if ids[0, -1] else 1
+    one, changed = (run_forward(network, input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, other))
+    if float((one - changed).abs().max()) > PROBED_DIFFERENCE * float(one.abs().max()):
+        raise InputError(
+            f"{type(network).__name__} predicts tokens from those that follow, so it is no causal language model, "
+            "which perplexity is measured of; is `is_decoder` missing in its config.json?"
+        )
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ class FileFormat(ABC):
     g_idx_key: str
     other_keys: tuple[str, ...] = ()
     optional_keys: frozenset[str] = frozenset()  # of `layout`, that files of some tools lack
+    is_source = True  # whether files can be quantized anew, or be an original to compare with
+    ignores_windows_of: frozenset[str] = frozenset()  # model types whose sliding windows the engine does not know
     config_files: tuple[str, ...] = ()  # files beside config.json that hold the `quantization_config` too
     usage: tuple[str, ...]  # lines of Python that load a file, for the model card
     zero_offset: int = 0  # number that is subtracted from a zero point before it is stored
@@ -158,6 +160,13 @@ class FileFormat(ABC):
         return ""
 
     # --- the whole file ---
+
+    def model_notes(self, hf_config: Any) -> list[str]:
+        """Return notes for the user on what the format's engine does otherwise than config.json says."""
+        window = getattr(hf_config, "sliding_window", None)
+        if not window or hf_config.model_type not in self.ignores_windows_of:
+            return []
+        return [f"engines that read {self.name} let this model attend to everything, not to the last {window} tokens"]
 
     def model_refusal(self, folder: Path, tensors: Collection[str]) -> str | None:
         """Return why the model in a source folder, with these tensors, cannot be written in the format, or None."""

@@ -136,6 +136,9 @@ class Ggml(FileFormat):
 
     # --- the whole file ---
 
+    is_source = False
+    ignores_windows_of = frozenset({"mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+
     def model_refusal(self, folder: Path, tensors: Collection[str]) -> str | None:
         return gguf_file.explain_missing() or gguf_file.explain_unknown(folder, tensors)
 

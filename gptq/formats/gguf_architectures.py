@@ -133,6 +133,9 @@ def explain_unknown(config: PreTrainedConfig) -> str | None:
     rope = _rope_of(config)
     if rope.get("rope_type", "default") not in ROPE_TYPES:
         return f"llama.cpp has no rope_type {rope['rope_type']!r} for such a model"
+    scales = rope.get("mscale"), rope.get("mscale_all_dim")
+    if rope.get("rope_type") == "yarn" and (scales[0] != scales[1] or rope.get("truncate") is False):
+        return "llama.cpp has no mscale and no truncate for yarn in such a model"
     try:
         reason = kind.check(config)
         keys = [*list_keys(config), *extra_tensors(config).items()]

@@ -73,6 +73,8 @@ def list_keys(folder: Path, rows: int | None) -> Iterator[tuple[str, Any]]:
     by_bytes = any(step.get("type") == "ByteLevel" for step in steps)
     if not by_bytes and not described["model"].get("byte_fallback"):
         raise InputError(f"the tokenizer in {folder} is neither byte-level BPE nor SentencePiece's")
+    if by_bytes and (lost := _explain_lost(described, steps)):
+        raise InputError(f"llama.cpp does not {lost}, which the tokenizer in {folder} does")
     yield "ggml.model", "gpt2" if by_bytes else "llama"
     yield "ggml.pre", _name_of_split(steps, described["model"]) if by_bytes else "default"
     tokens = _list_tokens(described, tokenizer, rows, by_bytes)
@@ -172,6 +174,16 @@ def _prepends_space(described: dict[str, Any], steps: list[dict[str, Any]]) -> b
     parts = normalizer.get("normalizers") or [normalizer]
     prepended = any(part.get("type") == "Prepend" for part in parts)
     return prepended or any(s.get("type") == "Metaspace" and s.get("prepend_scheme") != "never" for s in steps)
+
+
+def _explain_lost(described: dict[str, Any], steps: list[dict[str, Any]]) -> str | None:
+    """Return what a byte-level tokenizer does to a text that no key of a file says, or None."""
+    normalizer = described.get("normalizer") or {}
+    parts = {part.get("type") for part in normalizer.get("normalizers") or [normalizer]} - {None, "NFC"}
+    if parts:
+        return f"normalize text by {' and '.join(sorted(map(str, parts)))}"
+    spaced = any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps)
+    return "put a space in front of a text" if spaced else None
 
 
 def _list_special(tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[tuple[str, Any]]:

@@ -44,7 +44,10 @@ STACK = "switch_mlp"
 ADDED_KEY = "added"  # lists the entries of config.json that were added for MLX
 OWN_KEY = "quantization_config"  # the entry of config.json in which this package reads
 OWN_KEYS = ("quant_method", "sym", ADDED_KEY)  # in `quantization_config` alone
-OLDER_KEYS = ("rope_theta", "rope_scaling", "rope_local_base_freq", "num_experts")
+OLDER_KEYS = (
+    "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "rotary_pct", "rotary_emb_base",
+    "num_experts",
+)  # fmt: skip
 STACKED_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # mlx-lm's names of Mixtral's
 
 
@@ -64,6 +67,8 @@ class Mlx(FileFormat):
     inputs_first = False
     needs_whole_words = False
     keeps_scale_dtype = True
+    is_source = False
+    ignores_windows_of = frozenset({"mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3"})
 
     def refusal(self, scheme: Scheme, outputs: int, inputs: int, transposed: bool) -> str | None:
         size = scheme.columns(inputs)
@@ -82,8 +87,9 @@ class Mlx(FileFormat):
         return dtype if dtype == torch.bfloat16 else SCALE_DTYPE
 
     def grid(self, scheme: Scheme, scale_dtype: torch.dtype = SCALE_DTYPE) -> Grid:
-        scales = FloatScales(scale_dtype)
-        return IntegerGrid(scheme.bits, True, scales) if scheme.sym else AffineGrid(scheme.bits, scales)
+        if scheme.sym:  # 2^(bits - 1) scales, the biases, are numbers of the same dtype
+            return IntegerGrid(scheme.bits, True, FloatScales(scale_dtype, reach=2 ** (scheme.bits - 1)))
+        return AffineGrid(scheme.bits, FloatScales(scale_dtype))
 
     def layout(
         self, scheme: Scheme, outputs: int, inputs: int, scale_dtype: torch.dtype = SCALE_DTYPE
@@ -214,9 +220,13 @@ def _older_entries(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         everywhere, sliding = (rope.get(kind, rope) for kind in ("full_attention", "sliding_attention"))
         scaling = {key: value for key, value in everywhere.items() if key != "rope_theta"}
         found["rope_theta"] = everywhere.get("rope_theta")
+        found["partial_rotary_factor"] = everywhere.get("partial_rotary_factor")
+        if hf_config.get("model_type") == "gpt_neox":  # has names of its own
+            found["rotary_pct"], found["rotary_emb_base"] = found["partial_rotary_factor"], found["rope_theta"]
         found["rope_scaling"] = None if scaling.get("rope_type") in (None, "default") else scaling
         found["rope_local_base_freq"] = None if sliding is everywhere else sliding.get("rope_theta")
-    return {key: value for key, value in found.items() if value is not None and hf_config.get(key) is None}
+    lacking = {key: value for key, value in found.items() if value is not None and hf_config.get(key) is None}
+    return lacking if "rope_scaling" in {*lacking, *hf_config} else {**lacking, "rope_scaling": None}
 
 
 def plain_config(quantization: Mapping[str, Any]) -> dict[str, Any]:

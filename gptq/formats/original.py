@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gptq import formats
 from gptq.checkpoint.assembled import open_source
@@ -80,6 +81,7 @@ def open_original(folder: Path) -> Source:
     stated = (quantization_of(folder) or {}) if config.is_file() else {}
     declared = Declared(config, translated(config, stated))
     if declared.values:
+        _refuse_results(folder, stated)
         _check_method(declared)
     encoded: dict[str, Derived] = {}
     notes: list[str] = []
@@ -98,6 +100,13 @@ def open_original(folder: Path) -> Source:
     if left_out:
         notes.append(f"{len(left_out)} scales of activations ({left_out[0]} ...) are left out")
     return DerivedSource(stored, encoded, dtype_of_config(folder), left_out, notes)
+
+
+def _refuse_results(folder: Path, stated: Mapping[str, Any]) -> None:
+    """Raises InputError if a checkpoint is a result in a format that is not decoded here."""
+    kinds = [known for known in formats.FORMATS.values() if known.quant_method == method_of(stated)]
+    if kinds and not any(known.is_source for known in kinds):
+        raise InputError(f"{folder} is quantized for {kinds[0].quant_method}, which is not decoded; give its original")
 
 
 def _check_method(declared: Declared) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from gptq.checkpoint.assembled import open_source
+from gptq.checkpoint.companions import refuse_adapter
 from gptq.checkpoint.derived import DerivedSource
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
@@ -31,7 +32,6 @@ from gptq.models.tensor_use import MOST_KINDS, describe_kinds
 from gptq.models.weights import WeightStream
 
 logger = logging.getLogger(__name__)
-ADAPTER = "adapter_config.json"
 
 
 @fresh_torch_state()
@@ -58,8 +58,7 @@ def load(
         InputError: the checkpoint cannot be read; the message names the tensor or file.
     """
     folder = resolve(str(model), revision, allow_pickle)
-    if (folder / ADAPTER).is_file():  # transformers would download and load the model that it names
-        raise InputError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model and save that")
+    refuse_adapter(folder)
     hf_config = read_config(folder, trust_remote_code)
     where = choose_device(device)
     compute = choose_dtype(dtype, hf_config, where)

@@ -215,7 +215,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def json_text(content: dict[str, Any]) -> str:
     """Return what a file with this content holds."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    text = re.sub(r"\[[-\d,.\se]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # histograms on one line
+    text = re.sub(r"\[\n[-\d,.\se]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # histograms on one line
     return text + "\n"
 
 

@@ -11,7 +11,7 @@ import torch
 
 from gptq import formats
 from gptq.checkpoint.assembled import open_source
-from gptq.checkpoint.companions import WEIGHTS
+from gptq.checkpoint.companions import ADAPTER, WEIGHTS
 from gptq.checkpoint.reader import Source, headers_of, readable_tensors
 from gptq.checkpoint.tensors import INDEX, sha256, sha256_file
 from gptq.checkpoint.untrusted import check_files, check_folder, check_path, read_json
@@ -36,7 +36,6 @@ from gptq.output.record import (
 )
 from gptq.output.results import QUALITY, RECORD, REPORT
 
-ADAPTER = "adapter_config.json"
 MOST_FILES = 8  # that a note names
 NO_RECORD = (
     f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it. There is nothing to "

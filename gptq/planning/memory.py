@@ -337,10 +337,13 @@ def describe_memory_plan(chosen: MemoryPlan, tokens: Tokens, limit: int, given: 
 
 
 def size_of_windows(windows: Sequence[dict[str, Any]], held_out: int, hidden: int) -> Tokens:
-    """Return the size of a calibration set; for images or audio, tokens are estimated from the number of elements."""
-    first = windows[0]
-    ids = [x.shape[-1] for name, x in first.items() if name.endswith("input_ids")]
-    others = [x.numel() // hidden + 1 for x in first.values() if x.is_floating_point()]
+    """Return the size of a calibration set, all windows being as long as the longest.
+
+    For images or audio, tokens are estimated from the number of elements.
+    """
+    inputs = [(name, x) for window in windows for name, x in window.items()]
+    ids = [x.shape[-1] for name, x in inputs if name.endswith("input_ids")]
+    others = [x.numel() // hidden + 1 for _, x in inputs if x.is_floating_point()]
     return Tokens(len(windows), max([*ids, *others], default=1), held_out)
 
 

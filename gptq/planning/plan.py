@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq import formats
-from gptq.checkpoint.companions import note_on_left_out
+from gptq.checkpoint.companions import note_on_left_out, refuse_adapter
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.source_state import SourceState
@@ -136,6 +136,7 @@ def plan_checkpoint(
         InputError: the checkpoint cannot be quantized with this config; the message says what to change.
     """
     folder = resolve(model, revision, allow_pickle)
+    refuse_adapter(folder)
     state = SourceState.of(folder)
     opened = open_model(open_original(folder), trust_remote_code)
     source, hf_config, network, names = opened.source, opened.hf_config, opened.network, opened.names
@@ -157,6 +158,7 @@ def plan_checkpoint(
     notes = [*source.notes, *opened.notes, *notes_on_unreached(every_block, unreached, layers)]
     notes += [*note_on_uncalled(uncalled), *extended, *note_on_group_size(config, layers)]
     notes += notes_on_shapes(layers.values(), config)
+    notes += formats.FORMATS[next(iter(layers.values())).format].model_notes(hf_config)
     unused = set() if inputs is None else _find_unused(opened, every_block, layers, trial) - {*left_over}
     notes += notes_on_unused(left_over, unused, source.tensors)
     notes += notes_on_repeats(blocks, trial)

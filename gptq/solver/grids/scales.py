@@ -46,10 +46,11 @@ class FloatScales:
     """Floats of a dtype, of either sign."""
 
     dtype: torch.dtype = torch.float16
+    reach: int = 1  # multiples of a scale up to this one have to fit the dtype
 
     @property
     def largest(self) -> float:
-        return torch.finfo(self.dtype).max
+        return torch.finfo(self.dtype).max / self.reach
 
     @property
     def signed(self) -> bool:
@@ -79,7 +80,8 @@ class FloatScales:
         largest = float(values.abs().max())
         if largest > self.largest:
             name = str(self.dtype).removeprefix("torch.")
-            raise ValueError(f"{what} of {largest:.3g} does not fit {name}, the dtype of scales on disk")
+            times = f" {self.reach} times" if self.reach > 1 else ""
+            raise ValueError(f"{what} of {largest:.3g} does not fit{times} into {name}, the dtype of scales on disk")
 
 
 @dataclass(frozen=True)

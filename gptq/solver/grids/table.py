@@ -63,6 +63,8 @@ class TableGrid(Grid):
 
     def fit_equal(self, w: Tensor, importance: Tensor | None) -> Groups:
         low, high = (-w.amin(1)).clamp(min=0), w.amax(1).clamp(min=0)  # (groups, rows)
+        if 0.0 not in self.table:  # a group of zeros gets the smallest scale
+            high = high.clamp(min=torch.finfo(w.dtype).tiny)
         upright, turned = (self._blocks(torch.maximum(low / -down, high / up)) for down, up in self._ends)
         if importance is None:
             bottom, top = self._ends[0]
