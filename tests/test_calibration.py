@@ -367,6 +367,17 @@ def test_chats_are_what_the_template_makes_of_them(
         assert found == [tuple(ids.tolist()) for ids in chats.tokenized_chats(table, chatty, seed=3)]
 
 
+def test_a_chat_of_no_tokens_is_left_out(text: str, chatty: PreTrainedTokenizerFast) -> None:
+    chatty.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = [{"messages": [{"role": "user", "content": said}]} for said in ("one", "", "three")]
+    table = sources.table_of(rows, "")
+    assert table is not None
+    assert sorted(map(len, chats.tokenized_chats(table, chatty, seed=0)))[0] > 0
+    assert len(list(chats.tokenized_chats(table, chatty, seed=0))) == 2
+    with pytest.raises(InputError, match="has 2 chats of"):
+        chats.draw_chats(table, chatty, 3, 8, 0, packed=False)
+
+
 def test_windows_of_chats_are_packed_or_their_own(text: str, chatty: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     table = open_rows([ROWS["messages"](a, b) for a, b in pairs(text)], tmp_path / "a.jsonl")
     whole = [*chats.tokenized_chats(table, chatty, 0)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -633,3 +634,30 @@ def test_names_that_are_not_utf_8_and_the_root_of_everything(
 def test_control_characters_in_a_name_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     Progress().stage("reading calibration data from \u202eabc\x1b[2J.txt")
     assert capsys.readouterr().err == "reading calibration data from \\u202eabc\\x1b[2J.txt\n"
+
+
+def test_a_plan_is_of_the_run_that_would_follow(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_model("llama")
+    code, _, said = run(capsys, "plan", source, "--group-size", "32", "--target-bits", "1")
+    assert code == 2
+    assert "at their smallest" in said
+    code, _, said = run(capsys, "plan", source, "--group-size", "32", "--method", "rtn", "--ranks", "2")
+    assert code == 2
+    assert "leave --ranks out" in said
+
+    def planned(*more: object) -> dict[str, Any]:
+        code, out, _ = run(capsys, "plan", source, "--group-size", "32", "--json", *more)
+        assert code == 0
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    text, nothing = planned(), planned("--method", "rtn")
+    assert nothing["in_flight"] == 0
+    assert nothing["peak_bytes"] < text["peak_bytes"]
+    ids = np.ones((10, 16), dtype=np.int64)
+    np.savez(tmp_path / "few.npz", input_ids=ids, attention_mask=ids)
+    few = planned("--calibration", tmp_path / "few.npz")
+    assert few["in_flight"] == 10
+    assert few["operations"] < text["operations"] / 20

@@ -10,7 +10,7 @@ import transformers
 from gptq import InputError, compare, load, perplexity
 from gptq.evaluation import evaluate, original_logits, quality
 from gptq.models.hf_config import read_tokenizer
-from tests.conftest import MIXED, VOCAB, MakeModel
+from tests.conftest import MIXED, OTHERS, VOCAB, MakeModel
 
 
 def test_perplexity_is_the_exponential_of_the_mean_surprise_of_each_next_token(
@@ -137,3 +137,32 @@ def test_measurements_are_kept_beside_the_model_once_each(tmp_path: Path) -> Non
     (tmp_path / "quality.json").write_text("{}")
     with pytest.raises(InputError, match="is damaged"):
         quality.read_measurements(tmp_path)
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_models_that_see_what_follows_are_not_measured(
+    is_decoder: bool, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OTHERS, "bert", ("BertLMHeadModel", OTHERS["bert"][1]))
+    network = load(make_model("bert", is_decoder=is_decoder))
+    tokens = torch.randint(1, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
+    if is_decoder:
+        assert evaluate.measure_perplexity(network, tokens).perplexity > 1
+        return
+    with pytest.raises(InputError, match="BertLMHeadModel predicts tokens from those that follow"):
+        evaluate.measure_perplexity(network, tokens)
+
+
+def test_a_model_that_divides_its_weights_is_itself_block_by_block(
+    make_model: MakeModel, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_model("rwkv", num_hidden_layers=4, rescale_every=2)
+    monkeypatch.setattr(original_logits, "_fits_into_memory", lambda *_: False)
+    assert compare(source, source, text_file, seq_len=16, windows=3).kl < 1e-6
+
+
+def test_a_perplexity_that_no_record_holds_is_a_sentence(make_model: MakeModel) -> None:
+    network = load(make_model("qwen2"))
+    network.get_submodule("model.norm").weight.data.mul_(1e4)  # type: ignore[operator]
+    with pytest.raises(InputError, match="has a loss of 69 nats per token or more"):
+        evaluate.measure_perplexity(network, torch.arange(1, 17).view(2, 8))

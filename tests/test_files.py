@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq import InputError, QuantConfig, cli, quantize
+from gptq import InputError, QuantConfig, cli, load, quantize
 from gptq.checkpoint import atomic_folder as atomic_folder_module
 from gptq.checkpoint import small_files
 from gptq.checkpoint.atomic_folder import (
@@ -31,7 +32,7 @@ from gptq.checkpoint.small_files import write_file, write_folder
 from gptq.checkpoint.source_state import SourceState
 from gptq.config import Format
 from gptq.evaluation.quality import Measurement, add_measurement, read_measurements
-from gptq.output import verify
+from gptq.output import record, verify
 from gptq.output.convert import convert
 from gptq.output.record import PerplexityRecord, digest_of, read_record, write_json, write_record
 from gptq.output.results import RECORD
@@ -622,3 +623,34 @@ def test_an_empty_folder_that_a_killed_run_left_beside_its_result_is_removed(tmp
     with pytest.raises(InputError, match="exists and is not empty"):
         require_unused(out)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_adapter_beside_a_model_is_refused_before_the_work(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("llama")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds an adapter"):
+        quantize(source, tmp_path / "out", QuantConfig(method="rtn", group_size=32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_with_the_name_of_a_part_belongs_to_no_packed_layer(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.quantizer.scales"] = torch.ones(3)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    quantize(source, tmp_path / "out", QuantConfig(method="rtn", group_size=32, format="gptq"))
+    assert verify.verify(tmp_path / "out").problems == []
+    load(tmp_path / "out")
+
+
+def test_links_that_lead_to_each_other_are_no_output(make_model: MakeModel, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(InputError, match="cannot be made"):
+        quantize(make_model("llama"), tmp_path / "a", QuantConfig(method="rtn", group_size=32))
+
+
+def test_json_keeps_texts_that_look_like_lists() -> None:
+    content = {"text": "[1,  2]", "numbers": [1, 2, 3]}
+    assert json.loads(record.json_text(content)) == content
+    assert "[ 1, 2, 3 ]" in record.json_text(content)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gptq import InputError, QuantConfig, convert, load, quantize
 from gptq.checkpoint.assembled import open_source
@@ -18,7 +18,7 @@ from gptq.checkpoint.ggml import BLOCK_TYPES, BlockType
 from gptq.checkpoint.gguf import read_gguf_header
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.config import Format
-from gptq.formats import gguf_tokenizer
+from gptq.formats import gguf_architectures, gguf_tokenizer
 from gptq.formats.gguf_architectures import ARCHITECTURES, extra_tensors
 from gptq.formats.gguf_rounding import round_rows
 from gptq.formats.gguf_tokenizer import SPLITS
@@ -361,3 +361,32 @@ def test_a_file_with_codes_that_its_width_does_not_have_is_refused(make_model: M
         file.write_bytes(content[: begin + place] + bytes([byte]) + content[begin + place + 1 :])
         with pytest.raises(InputError, match=rf"layers\.1\.mlp\.up_proj\.weight_ggml .* {message}"):
             load(out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+            "put a space in front",
+        ),
+        ({"normalizer": {"type": "Lowercase"}}, "normalize text by Lowercase"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}}, "text by NFKC"),
+        ({"normalizer": {"type": "NFC"}}, None),
+    ],
+)
+def test_what_a_file_cannot_say_of_a_tokenizer_is_refused(
+    changes: dict[str, Any], message: str | None, make_model: MakeModel
+) -> None:
+    source = make_model("llama")
+    file = source / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    found = gguf_tokenizer.explain_unknown(source)
+    assert (found is None) if message is None else message in str(found)
+
+
+def test_a_scale_of_yarn_that_no_key_has_is_refused(make_model: MakeModel) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    for more, refused in (({}, False), ({"mscale": 0.7}, True), ({"truncate": False}, True)):
+        config = AutoConfig.from_pretrained(make_model("llama", rope_parameters={**yarn, **more}))
+        assert ("yarn" in (gguf_architectures.explain_unknown(config) or "")) is refused

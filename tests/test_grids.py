@@ -316,3 +316,17 @@ def test_ranks_ascend_with_the_values(name: str) -> None:
     values: Any = grid.steps(codes, torch.zeros(()))
     assert bool((values.diff() > 0).all())
     assert torch.equal(grid.ranks(codes), ranks)
+
+
+def test_a_group_of_zeros_stays_one_in_a_table_without_a_zero(rng: torch.Generator) -> None:
+    grid = TableGrid(4, IQ4_NL)
+    W = torch.randn(6, 64, generator=rng)
+    W[1] = 0
+    W[4, :32] = 0
+    for importance in (None, torch.rand(64, generator=rng)):
+        scale, shift = solver.fit_groups(W, grid, 32, importance)
+        spread = scale.repeat_interleave(32, dim=1)
+        codes = grid.quantize(W, spread, shift.repeat_interleave(32, dim=1))
+        Q = torch.tensor(IQ4_NL)[codes.long()] * spread
+        assert float(Q[W == 0].abs().max()) < 1e-6
+        assert float((Q - W).abs().max()) < 0.5

@@ -259,6 +259,11 @@ SHAPES: dict[str, tuple[str, dict[str, int], int, int]] = {
 }
 
 
+def test_windows_are_as_long_as_the_longest() -> None:
+    windows = [{"input_ids": torch.ones(1, length, dtype=torch.long)} for length in (8, 100, 30)]
+    assert memory.size_of_windows(windows, 1, 64) == memory.Tokens(3, 100, 1)
+
+
 @pytest.mark.parametrize("kind", ["llama", "opt", "phi3"])
 def test_few_windows_of_the_original_stream_have_wide_inputs_at_once(
     kind: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

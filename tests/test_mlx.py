@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from gptq import InputError, QuantConfig, convert, formats, load, quantize
 from gptq.formats import Codes, Scheme
+from gptq.formats.compatibility import engines
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
+from gptq.planning.plan import plan_checkpoint
 from tests import oracle
 from tests.conftest import VOCAB, MakeModel
 
@@ -225,3 +227,57 @@ def test_mlx_lm_computes_what_we_compute(
     theirs.set_dtype(mx.float32)  # exact for scales and biases, so that activations alone are rounded differently
     found = torch.tensor(theirs(mx.array(IDS.tolist())).tolist())
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "expected"),
+    [
+        ("phi3", {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5, "rope_scaling": None}),
+        ("gpt_neox", {"partial_rotary_factor": 0.25}, {"rotary_pct": 0.25, "rotary_emb_base": 5e4}),
+        ("llama", {}, {"rope_theta": 5e4, "rope_scaling": None}),
+        ("llama", {"rope_type": "linear", "factor": 2.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_entries_that_transformers_has_renamed_are_there_for_mlx_and_go_again(
+    kind: str, rope: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """mlx-lm takes a default, and computes something else, where it does not find them."""
+    mlx = formats.FORMATS["mlx"]
+    own = {"model_type": kind, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, **rope}}
+    said = {**own, "quantization_config": {"quant_method": "mlx", "bits": 4, "group_size": 32}}
+    complete = mlx.complete_model_config(said)
+    assert {key: complete[key] for key in expected} == expected
+    plain = mlx.plain_model_config(complete)
+    plain.pop("quantization_config")
+    assert plain == own
+
+
+def test_only_models_that_ran_are_said_to_run() -> None:
+    layers = {"a": (Scheme(4, 32, True, "mlx"), 64)}
+    for kind, takes in (("llama", True), ("opt", False), ("jamba", False), ("", True)):
+        (found,) = (engine for engine in engines(layers, kind) if engine.name == "MLX")
+        assert found.takes is takes
+
+
+def test_a_weight_whose_zero_point_fits_no_float16_is_a_sentence(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = 70_000
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"q_proj: a scale of .* does not fit 8 times into float16"):
+        quantize(source, tmp_path / "out", QuantConfig.from_dict(RTN))
+
+
+@pytest.mark.parametrize("chosen", ["mlx", "gguf"])
+def test_a_result_that_is_not_decoded_is_no_source(chosen: Any, make_model: MakeModel, tmp_path: Path) -> None:
+    quantize(make_model("llama"), tmp_path / "one", QuantConfig(method="rtn", group_size=32, format=chosen))
+    with pytest.raises(InputError, match=f"quantized for {chosen}, which is not decoded; give its original"):
+        quantize(tmp_path / "one", tmp_path / "two", QuantConfig(method="rtn", group_size=32))
+
+
+@pytest.mark.parametrize("chosen", ["mlx", "gguf", "gptq"])
+def test_windows_that_the_engine_does_not_know_are_told_of(chosen: Any, make_model: MakeModel) -> None:
+    config = QuantConfig(method="rtn", group_size=32, format=chosen)
+    for window in (8, None):
+        notes = plan_checkpoint(str(make_model("mistral", sliding_window=window)), config, None, False).notes
+        assert any("attend to everything, not to the last 8" in n for n in notes) is (bool(window) and chosen != "gptq")

@@ -251,3 +251,19 @@ def test_code_that_did_run_could_do_no_harm(tmp_path: Path) -> None:
     if "Landlock" in held:
         assert {found[attempt] for attempt in others} == {"PermissionError"}
     assert (mine.read_text(), out.read_bytes(), mark.exists()) == ("mine", b"tensors", False)
+
+
+def test_blocks_that_share_memory_have_each_its_own(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("qwen2", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    shared = model.state_dict()
+    for name in [name for name in shared if name.startswith("model.layers.1.")]:
+        shared[name] = shared[name.replace("layers.1.", "layers.0.")]
+    (source / "model.safetensors").unlink()
+    torch.save(shared, source / "pytorch_model.bin")
+    out = tmp_path / "out"
+    quantize(source, out, CONFIG, calibration=torch.ones(8, 16, dtype=torch.long), allow_pickle=True)
+    assert verify.verify(out).problems == []
+    names = load_file(out / "model.safetensors").keys()
+    assert any(name.startswith("model.layers.1.") for name in names)
+    assert "lm_head.weight" not in names

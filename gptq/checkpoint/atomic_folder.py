@@ -85,7 +85,7 @@ class PartialFolder:
 
 def partial_folder_of(out: Path) -> PartialFolder:
     """The working folder for `out`, which may not exist yet; the folder is not locked."""
-    root = out.resolve().with_name(out.name + ".partial")
+    root = _resolve(out).with_name(out.name + ".partial")
     return PartialFolder(root, root / CONTENT)
 
 
@@ -99,7 +99,7 @@ def partial_folder(out: Path) -> Iterator[PartialFolder]:
         InputError: `out` exists and is not empty, cannot be made, or the disk is too small or gets full; another run
             has locked the folder.
     """
-    out = out.resolve()
+    out = _resolve(out)
     made = [parent for parent in out.parents if not parent.exists()]
     root = partial_folder_of(out).root
     with ExitStack() as stack:
@@ -244,12 +244,17 @@ def is_utf8(path: Path) -> bool:
     return True
 
 
+def _resolve(out: Path) -> Path:
+    """Return the path without links; raises InputError if they lead to each other."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:  # until Python 3.12 it was the second
+        raise InputError(f"{out} cannot be made: {' '.join(str(error).split())}") from error
+
+
 def require_unused(out: Path) -> None:
     """Raises InputError if `out` exists and is not empty, cannot be made or read, or OUT.partial was not made by us."""
-    try:
-        where = out.resolve()
-    except (OSError, RuntimeError) as error:  # of links that lead to each other
-        raise InputError(f"{out} cannot be made: {' '.join(str(error).split())}") from error
+    where = _resolve(out)
     if not is_utf8(where):
         raise InputError(f"{where} is a path that is not UTF-8, which readers need; choose another name")
     if not where.name:
