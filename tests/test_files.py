@@ -23,6 +23,7 @@ from gptq.checkpoint import small_files
 from gptq.checkpoint.atomic_folder import (
     CONTENT,
     MARKER,
+    PartialFolder,
     _exclusive_lock,
     atomic_folder,
     partial_folder,
@@ -654,3 +655,17 @@ def test_json_keeps_texts_that_look_like_lists() -> None:
     content = {"text": "[1,  2]", "numbers": [1, 2, 3]}
     assert json.loads(record.json_text(content)) == content
     assert "[ 1, 2, 3 ]" in record.json_text(content)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "kind", "twice"),
+    [("gguf", "llama", True), ("mlx", "llama", False), ("mlx", "mixtral", True), ("gptq", "mixtral", False)],
+)
+def test_the_disk_holds_what_is_assembled_beside_its_parts(
+    chosen: Format, kind: str, twice: bool, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(PartialFolder, "require_disk_space", lambda _, nbytes: asked.append(nbytes))
+    config = QuantConfig(method="rtn", group_size=32, format=chosen)
+    made = quantize(make_model(kind), tmp_path / "out", config)
+    assert (asked[0] > 1.7 * made.bytes_after) is twice

@@ -176,6 +176,15 @@ class FileFormat(ABC):
         """Return the bytes of the files that hold these tensors, or an upper bound, for a model in `folder`."""
         return file_bytes(tensors)
 
+    def assembles(self, tensors: Collection[str]) -> bool:
+        """Whether `assemble` makes files of these tensors, which are on the disk beside them for a while."""
+        return self.is_assembled
+
+    def disk_bytes(self, tensors: dict[str, TensorInfo], folder: Path) -> int:
+        """Return how many bytes of the disk writing takes at most, for a model in `folder`."""
+        parts = sum(info.nbytes for info in tensors.values())
+        return parts + self.file_bytes(tensors, folder) if self.assembles(tensors) else parts
+
     def assemble(self, folder: Path, out: Path) -> TensorIndex | None:
         """Write the files that the engine reads into the empty folder `out`; None: it reads the files in `folder`.
 

@@ -13,7 +13,7 @@ Experts are stacked: P.switch_mlp.gate_proj.weight is (experts, out, words), and
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,6 +145,9 @@ class Mlx(FileFormat):
             if own != theirs:
                 return f"MLX stacks {first} and {name}, which need the same bits, group size and symmetry"
         return None
+
+    def assembles(self, tensors: Collection[str]) -> bool:
+        return any(EXPERT.fullmatch(name.rpartition(".")[0]) for name in tensors)
 
     def assemble(self, folder: Path, out: Path) -> TensorIndex | None:
         """Stack the matrices of experts as `sanitize` of mlx-lm's models does."""

@@ -73,7 +73,7 @@ def convert(
     tensors = {name: info for shard in shards for name, info in shard.items()}
     refuse_model(model, folder, tensors, chosen)
     names = None if isinstance(source, AssembledSource) else [list(shard) for shard in shards]
-    with atomic_folder(Path(out), sum(info.nbytes for info in tensors.values())) as partial_out:
+    with atomic_folder(Path(out), formats.FORMATS[chosen].disk_bytes(tensors, folder)) as partial_out:
         writer = ShardWriter(partial_out, tensors, shards=names)
         try:
             checksums = _write_tensors(plan, writer, progress)

@@ -25,7 +25,6 @@ from gptq.checkpoint.atomic_folder import (
     remove_finished,
     require_unused_beside,
 )
-from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
 from gptq.compute.allocator import malloc_policy
 from gptq.compute.background import Background
@@ -36,6 +35,7 @@ from gptq.compute.matrices import Matrices
 from gptq.compute.torch_state import fresh_torch_state
 from gptq.config import Format, QuantConfig
 from gptq.errors import InputError
+from gptq.formats import FORMATS
 from gptq.models.blocks import Block
 from gptq.models.hf_config import choose_device, choose_dtype
 from gptq.models.weights import WeightStream
@@ -273,16 +273,16 @@ def _widths_from_journal(
     return found
 
 
-def _open_writer(working: PartialFolder, tensors: dict[str, TensorInfo], ranks: Ranks) -> ShardWriter:
+def _open_writer(working: PartialFolder, plan: Plan, ranks: Ranks) -> ShardWriter:
     """Open the output writer. Only the first process writes; the other processes use it to read finished tensors."""
     if ranks.rank == 0:
-        working.require_disk_space(sum(info.nbytes for info in tensors.values()))
-        writer = ShardWriter(working.content, tensors, reuse_shards=True)
+        working.require_disk_space(FORMATS[plan.format].disk_bytes(plan.tensors, plan.folder))
+        writer = ShardWriter(working.content, plan.tensors, reuse_shards=True)
         working.keep_only(writer.file_names())
         ranks.barrier()
         return writer
     ranks.barrier()  # wait until the first process has created the shards
-    return ShardWriter(working.content, tensors, reuse_shards=True, read_only=True)
+    return ShardWriter(working.content, plan.tensors, reuse_shards=True, read_only=True)
 
 
 # --- the blocks -------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def _quantize_checkpoint(
     `check` raises an error if the source has changed; it is called before a block is stored.
     """
     plan, weights = prepared.plan, prepared.weights
-    writer = _open_writer(working, plan.tensors, ranks)
+    writer = _open_writer(working, plan, ranks)
     background = Background(weights.device, profile_of(weights.device, ranks.size).packing_threads)
     store = BlockStore(writer, journal, check, background, ranks)
     try:
