@@ -232,9 +232,9 @@ def test_mlx_lm_computes_what_we_compute(
 @pytest.mark.parametrize(
     ("kind", "rope", "expected"),
     [
-        ("phi3", {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5, "rope_scaling": None}),
+        ("phi3", {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5}),
         ("gpt_neox", {"partial_rotary_factor": 0.25}, {"rotary_pct": 0.25, "rotary_emb_base": 5e4}),
-        ("llama", {}, {"rope_theta": 5e4, "rope_scaling": None}),
+        ("llama", {}, {"rope_theta": 5e4}),
         ("llama", {"rope_type": "linear", "factor": 2.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     ],
 )

@@ -228,8 +228,7 @@ def _older_entries(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             found["rotary_pct"], found["rotary_emb_base"] = found["partial_rotary_factor"], found["rope_theta"]
         found["rope_scaling"] = None if scaling.get("rope_type") in (None, "default") else scaling
         found["rope_local_base_freq"] = None if sliding is everywhere else sliding.get("rope_theta")
-    lacking = {key: value for key, value in found.items() if value is not None and hf_config.get(key) is None}
-    return lacking if "rope_scaling" in {*lacking, *hf_config} else {**lacking, "rope_scaling": None}
+    return {key: value for key, value in found.items() if value is not None and hf_config.get(key) is None}
 
 
 def plain_config(quantization: Mapping[str, Any]) -> dict[str, Any]:
