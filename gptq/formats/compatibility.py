@@ -226,7 +226,7 @@ def _vllm_int8(layers: Layers) -> tuple[bool, str]:  # compressed_tensors/scheme
 
 # Model types of which a small random model had the logits of `gptq.load` in mlx-lm 0.32.2, within 1e-4 of the largest.
 RAN_IN_MLX = frozenset((
-    "cohere", "gemma2", "gemma3_text", "glm4", "glm4_moe", "granite", "llama", "mamba", "mistral", "mixtral",
+    "cohere", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mamba", "mistral", "mixtral",
     "nemotron", "olmo2", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm",
     "starcoder2",
 ))  # fmt: skip

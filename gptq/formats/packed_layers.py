@@ -48,15 +48,15 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
     Raises:
         InputError: a tensor is missing or wrong; the message names the tensor and what was expected.
     """
-    marker = formats.FORMATS[quantization.format].marker_key  # without it a name like *.scales means something else
+    marker = formats.FORMATS[quantization.format].marker_key  # a single name like *.scales means something else
     keys = frozenset().union(*(known.keys for known in formats.FORMATS.values()))
     parts: dict[str, set[str]] = {}
     for name in source.tensors:
         layer, _, suffix = name.rpartition(".")
         if suffix in keys:
             parts.setdefault(layer, set()).add(suffix)
-    parts = {layer: suffixes for layer, suffixes in parts.items() if marker in suffixes}
-    if not parts:
+    parts = {layer: suffixes for layer, suffixes in parts.items() if marker in suffixes or len(suffixes) > 1}
+    if not any(marker in suffixes for suffixes in parts.values()):
         raise InputError(f"{source.folder} says it is quantized but holds no packed weight (*.{marker})")
     found, schemes = {}, quantization.schemes(parts)
     for layer, suffixes in parts.items():

@@ -245,17 +245,22 @@ def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.d
 def forward_without_cache(model: PreTrainedModel) -> Callable[..., Any]:
     """Turn off the caches of a model and of all its parts, such as a text model inside; return its forward.
 
-    A cache would reach the blocks as an argument, and keep what an earlier run of the same block has put into it. RWKV
-    halves its hidden states every few blocks, and divides weights in place to match, which weights that are read later
-    would miss; without both, the final norm gives the same.
+    A cache would reach the blocks as an argument, and keep what an earlier run of the same block has put into it.
     """
     for module in model.modules():
         if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
             config.use_cache = False
-            if hasattr(config, "rescale_every"):
-                config.rescale_every = 0
     has_cache = "use_cache" in inspect.signature(model.forward).parameters
     return partial(run_forward, model, use_cache=False) if has_cache else partial(run_forward, model)
+
+
+def leave_out_rescaling(model: PreTrainedModel) -> None:
+    """Let RWKV not halve its hidden states every few blocks, nor divide weights in place to match.
+
+    Weights that are read later would not be divided. Without both, the final norm gives the same.
+    """
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0
 
 
 def without_caches(arguments: Any) -> Any:

@@ -27,6 +27,7 @@ from gptq.models.forward import (
     PausableForward,
     Pause,
     forward_without_cache,
+    leave_out_rescaling,
     pause_instead,
     to_device,
     without_caches,
@@ -63,6 +64,7 @@ class BlockWalk:
         self._offload = offload or ActivationOffload()
         self._left = {block.module: block for block in blocks}
         forward = forward_without_cache(network)
+        leave_out_rescaling(network)
         self._streams = [
             [PausableForward(partial(forward, **to_device(x, weights.device, weights.dtype))) for x in windows]
             for _ in range(num_streams)

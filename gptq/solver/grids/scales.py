@@ -80,8 +80,8 @@ class FloatScales:
         largest = float(values.abs().max())
         if largest > self.largest:
             name = str(self.dtype).removeprefix("torch.")
-            times = f" {self.reach} times" if self.reach > 1 else ""
-            raise ValueError(f"{what} of {largest:.3g} does not fit{times} into {name}, the dtype of scales on disk")
+            name += f" {self.reach} times" if self.reach > 1 else ""
+            raise ValueError(f"{what} of {largest:.3g} does not fit {name}, the dtype of scales on disk")
 
 
 @dataclass(frozen=True)
