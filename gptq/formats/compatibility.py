@@ -224,11 +224,13 @@ def _vllm_int8(layers: Layers) -> tuple[bool, str]:  # compressed_tensors/scheme
 # --- MLX files --------------------------------------------------------------------------------------------------------
 
 
-# Model types of which a small random model had the logits of `gptq.load` in mlx-lm 0.32.2, within 1e-4 of the largest.
+# Model types of which a small random model had the logits of `gptq.load` in mlx-lm 0.32.2, within 1e-4 of the largest:
+# scripts/sweep_mlx.py; gemma3_text with six blocks, and qwen3_moe with `head_dim` in config.json, as their models have.
 RAN_IN_MLX = frozenset((
-    "cohere", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mamba", "mistral", "mixtral",
-    "nemotron", "olmo2", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm",
-    "starcoder2",
+    "cohere", "ernie4_5", "falcon_mamba", "gemma2", "gemma3_text", "glm4", "gpt_bigcode", "granite", "granitemoe",
+    "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "laguna", "llama", "mamba", "mellum", "ministral3",
+    "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 ))  # fmt: skip
 
 
