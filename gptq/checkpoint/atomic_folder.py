@@ -247,9 +247,12 @@ def is_utf8(path: Path) -> bool:
 def _resolve(out: Path) -> Path:
     """Return the path without links; raises InputError if they lead to each other."""
     try:
-        return out.resolve()
-    except (OSError, RuntimeError) as error:  # until Python 3.12 it was the second
+        found = out.resolve()
+    except (OSError, RuntimeError) as error:  # until Python 3.12 of such links
         raise InputError(f"{out} cannot be made: {' '.join(str(error).split())}") from error
+    if found.is_symlink():  # since Python 3.13
+        raise InputError(f"{out} cannot be made: its links lead to each other")
+    return found
 
 
 def require_unused(out: Path) -> None:
