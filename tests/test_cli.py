@@ -571,10 +571,8 @@ def outlast(end, levels):  # an interrupt inside one level's `except` is caught 
             raised += 1
 
 with noticing_interrupts() as seen:
-    sender = subprocess.Popen([sys.executable, "-c", SENDER, str(os.getpid())])
-    outlast(time.monotonic() + 3, 20)
-    sender.kill()
-    outlast(time.monotonic() + 1, 20)
+    subprocess.Popen([sys.executable, "-c", SENDER, str(os.getpid())])
+    outlast(time.monotonic() + 10, 20)
 print(len(seen), raised)
 """
 
