@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq.__main__ import ENVIRONMENT
-from gptq.calibration.windows import is_held_out
+from gptq.calibration.windows import held_out_windows
 from gptq.checkpoint.tensors import TensorInfo
 from gptq.checkpoint.writer import ShardWriter
 from gptq.config import QuantConfig, parse_size
@@ -152,7 +152,7 @@ def main() -> None:
         child(args.folder, args.shape, args.memory_limit, config)
         return
     limit = parse_size(args.memory_limit)
-    tokens = memory.Tokens(WINDOWS, TOKENS, sum(is_held_out(i, WINDOWS) for i in range(WINDOWS)))
+    tokens = memory.Tokens(WINDOWS, TOKENS, len(held_out_windows(WINDOWS)))
     planned = plan_whole_model(args.shape, config, limit, tokens)
     model = args.folder / "model"
     if not model.exists():

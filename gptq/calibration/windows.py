@@ -188,3 +188,8 @@ def count_tokens(windows: list[Inputs]) -> int:
 def is_held_out(window: int, windows: int) -> bool:
     """Whether window number `window` of `windows` is held out; none is if there are fewer than HELD_OUT_EVERY."""
     return windows >= HELD_OUT_EVERY and window % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def held_out_windows(windows: int) -> list[int]:
+    """Return the numbers of those that are held out of so many windows."""
+    return [i for i in range(windows) if is_held_out(i, windows)]

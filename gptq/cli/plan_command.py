@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptq.calibration.arrays import Inputs, is_arrays
-from gptq.calibration.windows import PROCESSED_WINDOWS, is_held_out, read_calibration
+from gptq.calibration.windows import PROCESSED_WINDOWS, held_out_windows, read_calibration
 from gptq.cli.early import read_config
 from gptq.cli.printing import format_bytes, print_engines, print_json
 from gptq.config import QuantConfig
@@ -121,12 +121,12 @@ def _size_of_calibration(config: QuantConfig, plan: Plan, inputs: list[Inputs] |
     if config.method != "gptq":
         return memory.Tokens(0, 0, 0)
     if inputs:
-        count = len(inputs)
-        held_out = sum(is_held_out(i, count) for i in range(count))
-        return memory.size_of_windows(inputs, held_out, next(iter(plan.layers.values())).inputs)
+        return memory.size_of_windows(
+            inputs, len(held_out_windows(len(inputs))), next(iter(plan.layers.values())).inputs
+        )
     windows = MIN_WINDOWS if config.num_samples == "auto" else config.num_samples
     length, _ = fit_seq_len(config.seq_len, plan.hf_config, plan.network)
-    return memory.Tokens(windows, length, sum(is_held_out(i, windows) for i in range(windows)))
+    return memory.Tokens(windows, length, len(held_out_windows(windows)))
 
 
 def _divide(args: argparse.Namespace, config: QuantConfig, plan: Plan, tokens: memory.Tokens) -> dict[str, Any]:

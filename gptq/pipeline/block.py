@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gptq import formats
-from gptq.calibration.windows import is_held_out
+from gptq.calibration.windows import held_out_windows
 from gptq.checkpoint.tensors import sha256
 from gptq.compute.allocator import return_freed_memory
 from gptq.compute.background import Background
@@ -59,7 +59,7 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
     block, run = state.block, state.run
     layers = {block.linears[name]: solution.solved for name, solution in state.solutions.items()}
     all_calls, targets = share_calls(calls, [hidden_states(out) for out in outputs[1]], run)
-    held_out = [i for i in range(len(all_calls)) if is_held_out(i, len(all_calls))]
+    held_out = held_out_windows(len(all_calls))
     full_names = {m: ".".join(filter(None, (block.name, path))) for path, m in block.module.named_modules()}
     named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
     kept = {key for key, name in named.items() if not run.weights.is_stored_whole(name)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gptq.calibration.arrays import Inputs
-from gptq.calibration.windows import Calibration, count_tokens, is_held_out, read_calibration
+from gptq.calibration.windows import Calibration, count_tokens, held_out_windows, read_calibration
 from gptq.checkpoint.atomic_folder import (
     PartialFolder,
     partial_folder,
@@ -392,7 +392,7 @@ def _decide_memory(request: Request, prepared: Prepared, windows: list[Inputs] |
     count, tokens = len(windows or []), memory.Tokens(0, 0, 0)
     if windows is not None:
         hidden = next(iter(plan.layers.values())).inputs
-        tokens = memory.size_of_windows(windows, sum(is_held_out(i, count) for i in range(count)), hidden)
+        tokens = memory.size_of_windows(windows, len(held_out_windows(count)), hidden)
     chosen, says = memory.decide_memory(
         plan, request.config, tokens, weights.device, weights.dtype, request.batch_size, *request.memory_limits
     )

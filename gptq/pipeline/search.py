@@ -17,7 +17,7 @@ from gptq.calibration.windows import (
     MAX_WINDOWS,
     Calibration,
     count_tokens,
-    is_held_out,
+    held_out_windows,
     make_windows,
 )
 from gptq.compute.distributed import Ranks
@@ -259,7 +259,7 @@ def _measure(
     If no window is held out, others are used. `originals` are the outputs of the original block; without them,
     each output is computed when it is needed.
     """
-    windows = [i for i in range(len(calls)) if is_held_out(i, len(calls))] or list(range(len(calls)))
+    windows = held_out_windows(len(calls)) or list(range(len(calls)))
     swapped: dict[nn.Module, nn.Parameter | None] = {}
     for name in unit.layers:
         linear = block.linears[name]

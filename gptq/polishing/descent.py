@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gptq.calibration.windows import is_held_out
+from gptq.calibration.windows import held_out_windows
 from gptq.checkpoint.small_files import sync_path
 from gptq.checkpoint.tensors import tensor_bytes
 from gptq.config import SEEDS, TUNE_TOKENS, PolishConfig
@@ -125,8 +125,8 @@ class Descent:
     ) -> None:  # fmt: skip
         self._network, self._windows, self._teacher, self._variables = network, windows, teacher, variables
         self._config, self._file, self._observer = config, folder / STATE, observer
-        self._held_out = [i for i in range(len(windows)) if is_held_out(i, len(windows))]
-        self._learned = [i for i in range(len(windows)) if not is_held_out(i, len(windows))]
+        self._held_out = held_out_windows(len(windows))
+        self._learned = sorted({*range(len(windows))} - {*self._held_out})
         self._best = [x.detach().clone() for x in variables.tensors()]
         self._optimizer = torch.optim.Adam(variables.tensors(), lr=RATE, betas=(0.9, 0.95))
 
