@@ -107,9 +107,7 @@ def measure_perplexity(
     Raises:
         InputError: the model is not a causal language model, or its output is not finite.
     """
-    require_causal(network)
-    check_tokens(tokens, network)
-    require_blind_to_later(network, tokens[0])
+    _require_predictions(network, tokens)
     total = 0.0
     for done, window in enumerate(tokens):
         window = window.to(network.device)
@@ -125,6 +123,17 @@ def measure_perplexity(
         name = network.config.name_or_path or "the model"
         raise InputError(f"the output of {name} {USELESS}")
     return Perplexity(perplexity=math.exp(total / count), tokens=count, windows=windows, seq_len=seq_len)
+
+
+def _require_predictions(network: PreTrainedModel, tokens: Tensor) -> None:
+    """Check that a model predicts each of its tokens (windows, seq_len) from those before it alone.
+
+    Raises:
+        InputError: it does not.
+    """
+    require_causal(network)
+    check_tokens(tokens, network)
+    require_blind_to_later(network, tokens[0])
 
 
 # --- comparison with the original -------------------------------------------------------------------------------------
@@ -186,9 +195,7 @@ def measure_windows(
 
     Returns (windows, 4) float64, one row of `compare_logits` per window.
     """
-    require_causal(network)
-    check_tokens(tokens, network)
-    require_blind_to_later(network, tokens[0])
+    _require_predictions(network, tokens)
     rows = []
     for window, reference in zip(
         tokens,

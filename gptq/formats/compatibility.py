@@ -54,11 +54,11 @@ def engines(layers: Layers, model_type: str = "", is_variant: bool = False) -> l
 
 def _judge(name: str, rule: Rule, layers: Layers, model_type: str) -> Engine:
     engine = Engine(name, *rule(layers))
-    if rule is _mlx and model_type and model_type not in RAN_IN_MLX:
-        return Engine(name, False, f"it is not known to compute models of type {model_type!r} as transformers does")
-    if not engine.takes or name not in READ:  # its rule knows of experts
+    if not engine.takes:
         return engine
-    unread = explain_experts(name, layers, model_type)
+    if model_type and model_type not in COMPUTED.get(name, {model_type}):
+        return Engine(name, False, f"it is not known to compute models of type {model_type!r} as transformers does")
+    unread = explain_experts(name, layers, model_type) if name in READ else None  # other rules know of experts
     return engine if unread is None else Engine(name, False, unread)
 
 
@@ -232,6 +232,7 @@ RAN_IN_MLX = frozenset((
     "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 ))  # fmt: skip
+COMPUTED = {"MLX": RAN_IN_MLX}  # by engine, the types of models that it was seen to compute, where that is known
 
 
 def _mlx(layers: Layers) -> tuple[bool, str]:
