@@ -156,6 +156,9 @@ def test_auto_rounds_awq_files_are_sources(make_model: MakeModel, tmp_path: Path
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="'auto-round', with the layout of 'awq'"):
         verify.inspect(folder)
+    own = {**ours, "group_size": 64, "extra_config": {EIGHT: {"group_size": 32}}}
+    (folder / "config.json").write_text(json.dumps({**values, "quantization_config": own}))
+    assert torch.equal(read, open_original(folder).read(f"{EIGHT}.weight"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gptq import InputError, QuantConfig, convert, load, quantize
-from gptq.checkpoint.assembled import open_source
+from gptq.checkpoint.assembled import INDEX_FILE, open_source
 from gptq.checkpoint.ggml import BLOCK_TYPES, BlockType
 from gptq.checkpoint.gguf import read_gguf_header
 from gptq.checkpoint.tensors import TensorInfo
@@ -34,6 +34,23 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}  #
 
 def all_bytes(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_a_vector_of_blocks_and_an_entry_of_a_matrix_are_read(tmp_path: Path, rng: torch.Generator) -> None:
+    rows = torch.randn(4, 64, generator=rng).numpy()
+    made = gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0)
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    writer.add_tensor("vector", made[0], raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("matrix", made, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensors = {"a": {"tensor": "vector", "dtype": "F32"}, "b": {"tensor": "matrix", "entry": 1, "dtype": "F32"}}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"files": ["model.gguf"], "tensors": tensors}))
+    source, expected = open_source(tmp_path), gguf.dequantize(made, gguf.GGMLQuantizationType.Q8_0)
+    assert torch.equal(source.read("a"), torch.from_numpy(expected[0]))
+    assert torch.equal(source.read("b"), torch.from_numpy(expected[1]))
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------

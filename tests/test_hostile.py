@@ -132,6 +132,9 @@ def test_the_templates_folder_and_names_are_looked_at_too(folder: Path, tmp_path
     (folder / "additional_chat_templates" / "a.jinja").symlink_to(tmp_path)
     with pytest.raises(InputError, match=r"a\.jinja is a link"):
         check_folder(folder)
+    (folder / "additional_chat_templates" / RECORD).touch()  # not even where the folder looks like a run's result
+    with pytest.raises(InputError, match=r"a\.jinja is a link"):
+        check_folder(folder)
     shutil.rmtree(folder / "additional_chat_templates")
     (folder / "a\x1b[31m\nb.json").touch()
     with pytest.raises(InputError, match="control characters") as caught:

@@ -14,14 +14,30 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from gptq import cli
-from gptq.checkpoint.hub import explain
+from gptq import InputError, cli
+from gptq.checkpoint.hub import explain, resolve
+from gptq.checkpoint.pickled import PICKLES_ON_HUB
 from tests.conftest import MakeModel
 
 # huggingface_hub uploads with an argument that its HTTP library has come to deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 TOKEN = "hf_" + "s3cretT0ken" * 3
 REPO = "somebody/small-4bit"
+
+
+def test_second_copies_of_weights_are_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at first nor when the pickled weights are asked for."""
+    asked: list[tuple[list[str], list[str]]] = []
+
+    def download(model: str, *, revision: None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append(([*allow_patterns], ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=r"holds no pytorch_model\.bin"):
+        resolve("somebody/model", None, allow_pickle=True)
+    assert [ignored for _, ignored in asked] == [["consolidated*", "original/*"]] * 2
+    assert [PICKLES_ON_HUB in allowed for allowed, _ in asked] == [False, True]
 
 
 @pytest.mark.parametrize(

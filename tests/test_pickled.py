@@ -206,7 +206,7 @@ def test_a_pickle_that_is_cut_short_or_missing_is_named(make_model: MakeModel, t
 
 
 CONFINED = """
-import _socket, ctypes, importlib.util, json, os, resource, sys
+import _socket, ctypes, fcntl, importlib.util, json, os, resource, sys
 from pathlib import Path
 spec = importlib.util.spec_from_file_location("confinement", sys.argv[1])
 confinement = importlib.util.module_from_spec(spec)
@@ -227,7 +227,8 @@ FORBIDDEN = [
     "os.chmod(mine, 0)", "os.utime(mine)", "os.mkfifo(mark)", "os.fork()", "os.execv('/bin/sh', ['sh', '-c', 'exit'])",
     "os.posix_spawn('/bin/true', ['true'], {})", "_socket.socket()", "_socket.socket(_socket.AF_UNIX)",
     "_socket.socketpair()", "os.kill(os.getppid(), 0)", "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))",
-    "os.memfd_create('x')", "os.setsid()", "os.chdir('/')",
+    "os.memfd_create('x')", "os.setsid()", "os.chdir('/')", "fcntl.fcntl(out, fcntl.F_SETOWN, os.getppid())",
+    "fcntl.fcntl(out, 10, 9)", "fcntl.fcntl(out, fcntl.F_SETFL, os.O_ASYNC)",
 ]  # fmt: skip
 
 
@@ -236,7 +237,12 @@ def test_code_that_did_run_could_do_no_harm(tmp_path: Path) -> None:
     """The second wall, for code that weights_only does not stop."""
     mine, mark, out = tmp_path / "mine", tmp_path / "mark", tmp_path / "out"
     mine.write_text("mine")
-    allowed = ["open(mine).read()", "os.write(out, b'tensors')", "resource.getrlimit(resource.RLIMIT_CORE)[0] < 0"]
+    allowed = [
+        "open(mine).read()",
+        "os.write(out, b'tensors')",
+        "os.dup(0) > 0",
+        "resource.getrlimit(resource.RLIMIT_CORE)[0] < 0",
+    ]
     others = ["open('/etc/passwd').read(4)", "os.listdir('/')"]
     with out.open("wb") as opened:
         attempts = json.dumps([*allowed, *FORBIDDEN, *others])
@@ -247,10 +253,78 @@ def test_code_that_did_run_could_do_no_harm(tmp_path: Path) -> None:
     if "seccomp" not in held:
         pytest.skip("this kernel or machine has no seccomp that is known")
     assert {found[attempt] for attempt in FORBIDDEN} <= {"PermissionError", "ValueError"}, found
-    assert [found[attempt] for attempt in allowed[:2]] == ["'mine'", "7"]
+    assert [found[attempt] for attempt in allowed[:3]] == ["'mine'", "7", "True"]
     if "Landlock" in held:
         assert {found[attempt] for attempt in others} == {"PermissionError"}
     assert (mine.read_text(), out.read_bytes(), mark.exists()) == ("mine", b"tensors", False)
+
+
+@pytest.mark.slow
+def test_a_module_in_the_folder_is_not_run(make_model: MakeModel, cache: Path, tmp_path: Path) -> None:
+    """Though the command is given in that folder."""
+    source, mark = make_model("opt"), tmp_path / "ran"
+    pickle_model(source)
+    for name in ("json", "torch"):
+        (source / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')")
+    code = f"import sys; sys.path[:] = {[p for p in sys.path if p]!r} + ['']; from gptq.checkpoint import pickled\n"
+    code += "from pathlib import Path; sys.path.insert(0, '.'); print(pickled.convert_pickles(Path('.')))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=source, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert not mark.exists()
+
+
+def test_who_waits_for_a_conversion_and_is_interrupted_leaves_it_alone(
+    make_model: MakeModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_model("opt")
+    pickle_model(source)
+    at_work: list[Path] = []
+
+    def interrupted(path: Path) -> None:
+        partial = path.with_suffix(".partial")  # another process has the lock, and writes there
+        partial.mkdir()
+        at_work.append(partial)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pickled, "_lock", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pickled.convert_pickles(source)
+    assert at_work[0].is_dir()
+
+
+def test_the_files_that_come_along_are_those_that_were_looked_at(make_model: MakeModel, tmp_path: Path) -> None:
+    source, private = make_model("opt"), tmp_path / "private.txt"
+    tensors = pickle_model(source)
+    private.write_text("private")
+    (source / "1_Pooling").mkdir()
+    setting = source / "1_Pooling" / "config.json"
+    setting.write_text('{"pooling": "mean"}')
+    (source / "__pycache__").mkdir()
+    (source / "__pycache__" / "a.txt").symlink_to(private)
+    (source / "many").mkdir()
+    for number in range(1001):
+        (source / "many" / str(number)).symlink_to(private)
+    first = resolve(str(source), None, allow_pickle=True)
+    assert {path.name for path in first.rglob("*") if path.is_dir()} == {"1_Pooling"}
+    assert (first / "1_Pooling" / "config.json").read_text() == '{"pooling": "mean"}'
+    setting.write_text('{"pooling": "cls"}')  # of a file that comes along, the conversion knows too
+    again = resolve(str(source), None, allow_pickle=True)
+    assert (again / "1_Pooling" / "config.json").read_text() == '{"pooling": "cls"}'
+    assert load_file(again / "model.safetensors").keys() == tensors.keys() - {"lm_head.weight"}
+
+
+def test_copies_of_shared_embeddings_fit(tmp_path: Path) -> None:
+    """As in T5 1.1: one embedding under three names, which are all kept where the configuration ties nothing."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shared, names = torch.zeros(2**19, 40), [f"{part}.weight" for part in ("shared", "encoder", "decoder")]  # 84 MB
+    torch.save(dict.fromkeys(names, shared), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text('{"tie_word_embeddings": false}')
+    converted = resolve(str(folder), None, allow_pickle=True)
+    assert {name: tuple(t.shape) for name, t in load_file(converted / "model.safetensors").items()} == dict.fromkeys(
+        names, (2**19, 40)
+    )
 
 
 def test_blocks_that_share_memory_have_each_its_own(make_model: MakeModel, tmp_path: Path) -> None:

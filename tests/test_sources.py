@@ -297,6 +297,62 @@ def test_groups_of_several_kinds_in_one_checkpoint(plain: Path, tmp_path: Path) 
     assert len(source.notes) == 2
 
 
+@pytest.mark.parametrize("packed_first", [True, False])
+@pytest.mark.parametrize("kind", ["float-quantized", "int-quantized"])
+def test_packed_words_beside_codes_of_8_bits(
+    kind: Format, packed_first: bool, plain: Path, windows: Tensor, tmp_path: Path
+) -> None:
+    """As llm-compressor writes a file with two schemes: it is loaded packed, and read as a source, in either order."""
+    words, codes = tmp_path / "words", tmp_path / "codes"
+    quantize(plain, words, QuantConfig(bits=4, group_size=32, format="pack-quantized", method="rtn"))
+    quantize(plain, codes, QuantConfig(bits=8, group_size=-1, format=kind, method="rtn"))
+    tensors = {n: t for n, t in load_file(words / "model.safetensors").items() if ".mlp." not in n}
+    tensors |= {n: t for n, t in load_file(codes / "model.safetensors").items() if ".mlp." in n}
+    said = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (words, codes)]
+    groups = [
+        {"format": one["format"], **one["config_groups"]["group_0"], "targets": [f"re:.*{part}.*"]}
+        for one, part in zip(said, ("self_attn", "mlp"), strict=True)
+    ]
+    ordered = groups if packed_first else groups[::-1]
+    config = {**said[0], "format": "mixed-precision", "config_groups": dict(zip("ab", ordered, strict=True))}
+    mixed = write(plain, tmp_path / "mixed", tensors, config)
+    network, parts = load(mixed, dtype="float32"), {"self_attn.q_proj": words, "mlp.down_proj": codes}
+    inputs = {"self_attn.q_proj": 64, "mlp.down_proj": 96}
+    for part, folder in parts.items():
+        expected = load(folder, dtype="float32").get_submodule(f"model.layers.1.{part}")
+        x = torch.randn(3, inputs[part], generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.equal(network.get_submodule(f"model.layers.1.{part}")(x), expected(x))
+        name = f"model.layers.1.{part}.weight"
+        assert torch.equal(open_original(mixed).read(name), open_original(folder).read(name))
+
+
+def test_fp8_codes_beside_words_of_another_method_are_not_taken_for_weights(plain: Path, tmp_path: Path) -> None:
+    words, float8 = tmp_path / "words", store(plain, tmp_path / "float8", "fp8-channel")
+    quantize(plain, words, QuantConfig(bits=4, group_size=32, format="gptq", method="rtn"))
+    tensors = {n: t for n, t in load_file(words / "model.safetensors").items() if ".mlp." not in n}
+    theirs = {n: t for n, t in load_file(float8 / "model.safetensors").items() if ".mlp." in n}
+    tensors |= {f"{n}_inv" if n.endswith("_scale") else n: t for n, t in theirs.items()}
+    said = json.loads((words / "config.json").read_text())["quantization_config"]
+    mixed = write(plain, tmp_path / "mixed", tensors, said)
+    with pytest.raises(InputError, match=r"mlp\.down_proj\.weight in .* holds FP8 codes beside packed layers"):
+        load(mixed)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(open_original(mixed).read(name), open_original(float8).read(name))
+
+
+def test_scales_that_are_float8_are_not_taken_for_weights(plain: Path, tmp_path: Path) -> None:
+    """A file of NVFP4 and FP8 layers, as ModelOpt's MIXED_PRECISION."""
+    four, eight = store(plain, tmp_path / "four", "nvfp4"), store(plain, tmp_path / "eight", "fp8-channel")
+    tensors = {n: t for n, t in load_file(four / "model.safetensors").items() if ".mlp." not in n}
+    tensors |= {n: t for n, t in load_file(eight / "model.safetensors").items() if ".mlp." in n}
+    modelopt = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+    mixed = open_original(write(plain, tmp_path / "mixed", tensors, modelopt))
+    for part, folder in {"self_attn.q_proj": four, "mlp.down_proj": eight}.items():
+        name = f"model.layers.1.{part}.weight"
+        assert torch.equal(mixed.read(name), open_original(folder).read(name))
+
+
 def test_experts_of_gpt_oss_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
     own: dict[str, Any] = {
         **LLAMA_LIKE,
@@ -480,7 +536,7 @@ LAYER = "model.layers.1.mlp.up_proj"
         ("fp8-block", without("weight"), r"weight_scale_inv in .*, but .*up_proj\.weight is missing"),
         ("fp8-block", replaced("weight", torch.ones(96, 64).bfloat16()), r"up_proj\.weight holds torch.bfloat16"),
         ("fp8-channel", replaced("weight_scale", torch.ones(95, 1)), r"up_proj\.weight_scale .*\(95, 1\)"),
-        ("fp8-channel", replaced("qweight", torch.ones(8, 96).int()), r"up_proj in .* has qweight"),
+        ("fp8-channel", replaced("qweight", torch.ones(8, 96).int()), r"up_proj\.qweight in .* belongs to a weight"),
         ("mxfp4", without("weight_scale"), r"up_proj\.weight_packed in .* other tensors"),
         ("mxfp4", replaced("weight_scale", torch.ones(96, 1).byte()), r"up_proj\.weight_scale .*\(96, 1\)"),
         (

@@ -12,6 +12,7 @@ arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (ar
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import struct
@@ -29,14 +30,17 @@ LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
 LANDLOCK_ACCESS_FS_READ_FILE = 1 << 2
 LANDLOCK_FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # number of rights on files that a version knows; 16 from 5 on
 LANDLOCK_NET_RIGHTS = 2  # bind and connect, from version 4 on
+LANDLOCK_SCOPES = 3  # abstract sockets and signals of processes that are not confined, from version 6 on
 CLONE_THREAD, TCGETS = 0x00010000, 0x5401
+# Copy a descriptor, read and set whether it is inherited, read its flags. Others can have a signal sent to any process.
+HARMLESS_FCNTL = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CALLS = {  # machine: (number of the architecture, number of the call seccomp, numbers of the calls that are allowed)
     "x86_64": (0xC000003E, 317, {
         "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8, "mmap": 9,
         "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15,
         "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21, "sched_yield": 24, "mremap": 25,
-        "mincore": 27, "madvise": 28, "dup": 32, "nanosleep": 35, "getpid": 39, "exit": 60, "uname": 63, "fcntl": 72,
+        "mincore": 27, "madvise": 28, "dup": 32, "nanosleep": 35, "getpid": 39, "exit": 60, "uname": 63,
         "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getcwd": 79, "readlink": 89, "gettimeofday": 96,
         "getrusage": 98, "sysinfo": 99, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110,
         "sigaltstack": 131, "gettid": 186, "time": 201, "futex": 202, "sched_getaffinity": 204, "getdents64": 217,
@@ -45,10 +49,11 @@ CALLS = {  # machine: (number of the architecture, number of the call seccomp, n
         "set_robust_list": 273, "getcpu": 309, "getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334,
         "faccessat2": 439,
         # with a condition on an argument, see `_conditions`
-        "open": 2, "ioctl": 16, "clone": 56, "tgkill": 234, "openat": 257, "prlimit64": 302, "clone3": 435,
+        "open": 2, "ioctl": 16, "clone": 56, "fcntl": 72, "tgkill": 234, "openat": 257, "prlimit64": 302,
+        "clone3": 435,
     }),
     "aarch64": (0xC00000B7, 277, {
-        "getcwd": 17, "dup": 23, "fcntl": 25, "ftruncate": 46, "faccessat": 48, "close": 57, "getdents64": 61,
+        "getcwd": 17, "dup": 23, "ftruncate": 46, "faccessat": 48, "close": 57, "getdents64": 61,
         "lseek": 62, "read": 63, "write": 64, "readv": 65, "writev": 66, "pread64": 67, "pwrite64": 68, "ppoll": 73,
         "readlinkat": 78, "newfstatat": 79, "fstat": 80, "fsync": 82, "fdatasync": 83, "exit": 93, "exit_group": 94,
         "set_tid_address": 96, "futex": 98, "set_robust_list": 99, "nanosleep": 101, "clock_gettime": 113,
@@ -58,7 +63,7 @@ CALLS = {  # machine: (number of the architecture, number of the call seccomp, n
         "getuid": 174, "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178, "sysinfo": 179, "brk": 214,
         "munmap": 215, "mremap": 216, "mmap": 222, "fadvise64": 223, "mprotect": 226, "mincore": 232, "madvise": 233,
         "getrandom": 278, "membarrier": 283, "statx": 291, "rseq": 293, "faccessat2": 439,
-        "ioctl": 29, "openat": 56, "tgkill": 131, "clone": 220, "prlimit64": 261, "clone3": 435,
+        "fcntl": 25, "ioctl": 29, "openat": 56, "tgkill": 131, "clone": 220, "prlimit64": 261, "clone3": 435,
     }),
 }  # fmt: skip
 # Instructions of the filter, a small program: load a word of the call's description, compare, return.
@@ -89,7 +94,8 @@ def _restrict_paths(libc: ctypes.CDLL, readable: Sequence[Path]) -> bool:
         return False
     rights = (1 << LANDLOCK_FS_RIGHTS.get(version, 16)) - 1
     network = (1 << LANDLOCK_NET_RIGHTS) - 1
-    attributes = struct.pack("QQ", rights, network) if version >= 4 else struct.pack("Q", rights)
+    parts = (rights, network, LANDLOCK_SCOPES)[: 3 if version >= 6 else 2 if version >= 4 else 1]
+    attributes = struct.pack(f"{len(parts)}Q", *parts)
     rules = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
     if rules < 0:
         return False
@@ -134,10 +140,13 @@ def _load_argument(number: int, high: bool = False) -> Instruction:
 
 def _conditions() -> dict[str, list[Instruction]]:
     """Return for each call that is allowed under a condition what decides, at the end of which it returns."""
+    count = len(HARMLESS_FCNTL)
+    harmless = [(EQUAL, count - i, 0, command) for i, command in enumerate(HARMLESS_FCNTL)]  # skip to ALLOW
     no_writing: list[Instruction] = [(ANY_BIT, 0, 1, WRITING), DENY, ALLOW]
     return {
         "open": [_load_argument(1), *no_writing],
         "openat": [_load_argument(2), *no_writing],
+        "fcntl": [_load_argument(1), *harmless, DENY, ALLOW],
         "ioctl": [_load_argument(1), (EQUAL, 1, 0, TCGETS), DENY, ALLOW],  # whether a file is a terminal
         "clone": [_load_argument(0), (ANY_BIT, 1, 0, CLONE_THREAD), DENY, ALLOW],  # a thread, not a process
         "clone3": [(RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.ENOSYS)],  # the C library then calls clone

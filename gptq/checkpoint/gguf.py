@@ -253,7 +253,8 @@ class GgufFiles:
         found, blocks = self.read(name, entry), self._stored[name].blocks
         if blocks is None:
             return found
-        return blocks.dequantize(found.flatten(0, -2)).unflatten(0, found.shape[:-1])  # type: ignore[no-any-return]
+        rows: Tensor = blocks.dequantize(found.reshape(-1, found.shape[-1]))  # (rows, values of a row)
+        return rows.reshape(*found.shape[:-1], -1)
 
     def file_of(self, name: str) -> Path:
         return self._file_of[name]

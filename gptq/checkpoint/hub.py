@@ -104,7 +104,8 @@ def resolve(model: str, revision: str | None, allow_pickle: bool = False) -> Pat
         copy = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))
         has_weights = any(copy.glob("*.safetensors")) or (copy / INDEX_FILE).is_file()
         if allow_pickle and not has_weights:
-            copy = Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns, PICKLES_ON_HUB]))
+            patterns.append(PICKLES_ON_HUB)
+            copy = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=doubles))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         which = f"{model} at {revision}" if revision else model
         raise InputError(

@@ -18,6 +18,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
+from gptq.checkpoint.companions import companions, copy_companions
 from gptq.checkpoint.small_files import sync_path
 from gptq.checkpoint.tensors import INDEX, SINGLE
 from gptq.checkpoint.untrusted import read_json
@@ -29,11 +30,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth")
 PICKLES_ON_HUB = "pytorch_model*.bin"
 CONVERSION = ".conversion"  # JSON file in a converted folder: what was converted, how the process was confined
 CONVERTED = "converted"  # folder of the cache, in that of the Hub's client
-# Endings of weights and of other programs' files, which the converted folder does without.
-WEIGHTS = (
-    ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".pkl", ".safetensors", ".gguf",
-    ".index.json",
-)  # fmt: skip
+# The process begins without the current folder among those it imports from (-I): that may be the checkpoint's.
 CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gptq.checkpoint.unpickle import main; main()"
 SECONDS, BYTES_PER_SECOND = 60, 10_000_000  # what a conversion may take of the processor: so long, and for its size
 ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "LC_ALL")  # what the process gets of ours
@@ -85,21 +82,16 @@ def convert_pickles(folder: Path) -> Path:
         converted.parent.mkdir(parents=True, exist_ok=True)
         with _lock(converted.with_name(f"{converted.name}.lock")):
             if not converted.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                _require_disk_space(partial, sum(file.stat().st_size for file in files))
-                _convert(folder, files, partial)
-                partial.replace(converted)
+                with _removed_on_failure(partial):
+                    _require_disk_space(partial, sum(file.stat().st_size for file in files))
+                    _convert(folder, files, partial)
+                    partial.replace(converted)
                 sync_path(converted.parent)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise InputError(
             f"{error.filename or partial}: {error.strerror or error}; the converted checkpoint is written there, set "
             "HF_HOME to a folder with room"
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return converted
 
 
@@ -119,11 +111,22 @@ def notes_on_conversion(folder: Path) -> list[str]:
 def _key(folder: Path, files: list[Path]) -> str:
     """Return a name for the conversion of these files as they are now, and of the small files beside them."""
     digest = hashlib.sha256(__version__.encode())
-    small = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.endswith(WEIGHTS)]
-    for path in [*files, *small]:
+    for path in [*files, *(folder / name for name in companions(folder)[0])]:
         found = path.stat()
         digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}\n".encode())
     return f"{folder.resolve().name[:60]}-{digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Make a folder anew, and remove it if what is inside fails."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -145,7 +148,7 @@ def _require_disk_space(folder: Path, needed: int) -> None:
 
 def _convert(folder: Path, files: list[Path], out: Path) -> None:
     """Convert `files` to safetensors in `out`, and copy the other files of `folder` there."""
-    shutil.copytree(folder, out, ignore=_ignored, dirs_exist_ok=True)
+    copy_companions(folder, out, lambda name: True)
     single = len(files) == 1
     names = [SINGLE if single else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     with ExitStack() as stack:
@@ -161,10 +164,6 @@ def _convert(folder: Path, files: list[Path], out: Path) -> None:
     (out / CONVERSION).write_text(json.dumps({"source": str(folder), **reply}) + "\n", encoding="utf-8")
     for path in out.iterdir():
         sync_path(path)
-
-
-def _ignored(_: str, names: list[str]) -> list[str]:
-    return [name for name in names if name.startswith(".") or name.endswith(WEIGHTS)]
 
 
 def _may_tie(folder: Path) -> bool:
@@ -186,8 +185,10 @@ def _run(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         InputError: a file holds something else than tensors, or the process died.
     """
     environment = {name: value for name in ENVIRONMENT if (value := os.getenv(name)) is not None}
+    strange = {str(Path(file).parent) for file in request["files"]}  # `python -m` looks for modules in its own folder
+    modules = [path for path in sys.path if path and str(Path(path).resolve()) not in strange]
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(sys.path)],
+        [sys.executable, "-I", "-c", CHILD, json.dumps(modules)],
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -32,6 +32,7 @@ CHUNK_BYTES = 2**24  # bytes that are written at a time
 ZIP = b"PK\x03\x04"  # at the start of what torch has written since 1.6
 NUMBERED = re.compile(r"(^|\.)\d+\.")  # found in names of tensors of blocks
 GRACE_SECONDS = 10  # of the processor, from the sentence that it took too long until the process is killed
+COPIES = 4  # of a tensor under several names that are written: T5's encoder, decoder and head share embeddings
 ROOM = 2**32  # bytes of addresses beyond the files: unpickling itself needs little
 
 
@@ -88,7 +89,7 @@ def _limit_resources(files: list[Path], seconds: int) -> None:
     size = sum(file.stat().st_size for file in files)
     busy = math.ceil(time.process_time()) + seconds
     for kind, soft, limit in (
-        (resource.RLIMIT_FSIZE, 0, size + 2**26),  # bytes of one file that is written
+        (resource.RLIMIT_FSIZE, 0, COPIES * size + 2**26),  # bytes of one file that is written
         (resource.RLIMIT_CPU, busy, busy + GRACE_SECONDS),
         (resource.RLIMIT_AS, 0, _address_space() + 2 * max(file.stat().st_size for file in files) + ROOM),
         (resource.RLIMIT_CORE, 0, 0),

@@ -17,6 +17,7 @@ from gptq.errors import InputError, first_line
 
 MAX_JSON_BYTES = 2**28  # limit of a JSON file; the largest known JSON file, a tokenizer of 260,000 tokens, has 33 MB
 OF_THE_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}  # errors that tell what is there, or nothing
+TEMPLATES = "additional_chat_templates"  # the folder below a checkpoint that transformers reads whatever is in it
 MAX_DEPTH = 64  # levels of nested JSON; much deeper nesting overflows the stack of recursive readers
 
 
@@ -37,7 +38,7 @@ def local_folder(model: str) -> Path | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Check every entry of a checkpoint folder, and every file below it that comes along, before any is opened.
+    """Check every entry of a checkpoint folder, and every file below it that comes along or is read, before any is.
 
     A link may lead to a file inside the folder. In the Hub's cache, whose snapshots consist of links, it may also lead
     to a file in the cache's `blobs`.
@@ -47,7 +48,8 @@ def check_folder(folder: Path) -> None:
             control characters, or a JSON file is too large; the message names the entry.
     """
     if folder.is_dir():
-        check_files(folder, [*sorted(path.name for path in folder.iterdir()), *companions(folder)[0]])
+        templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*"))
+        check_files(folder, [*sorted(path.name for path in folder.iterdir()), *templates, *companions(folder)[0]])
 
 
 def check_path(path: Path) -> None:

@@ -22,6 +22,7 @@ from gptq.checkpoint.json_objects import Options, read_options
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.sources.decoded import Declared, Kind, require_dtype, require_part, row_chunks
 from gptq.errors import InputError
+from gptq.formats.gptq import GptqV1, read_schemes
 from gptq.formats.integer_sources import CAUTION
 from gptq.formats.option_keys import check_keys
 from gptq.formats.quantization_config import method_of
@@ -30,6 +31,7 @@ from gptq.solver import Codes
 METHOD = "awq"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of each nibble of a word
 PER_WORD = len(ORDER)
+BITS = 32 // PER_WORD
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,6 @@ def _unpack(words: Tensor) -> Tensor:
 
 class _Options(Options):
     bits: Literal[4] = Field(description="of AWQ files those of 4 bits are read")
-    group_size: int = Field(description="it is -1 or a number of inputs", ge=-1)
     version: Literal["gemm", "GEMM"] = Field("gemm", description="of AWQ files those of version 'gemm' are read")
 
 
@@ -63,18 +64,22 @@ def _find(stored: Source, declared: Declared) -> Mapping[str, Derived]:
     if not declared.values or method_of(declared.values) != METHOD:
         return {}
     check_keys(str(declared.where), declared.values)
-    options = read_options(_Options, declared.values, str(declared.where))
+    read_options(_Options, declared.values, str(declared.where))
+    layers = [name.removesuffix(".qweight") for name in stored.tensors if name.endswith(".qweight")]
+    schemes = read_schemes(declared.where, declared.values, GptqV1.name).schemes(layers)  # their options are GPTQ's
     found: dict[str, Derived] = {}
-    for name, info in stored.tensors.items():
-        layer, _, key = name.rpartition(".")
-        if key != "qweight":
-            continue
+    for layer in layers:
+        name, scheme = f"{layer}.qweight", schemes[layer]
+        info = stored.tensors[name]
+        if scheme is None or scheme.bits != BITS:
+            said = f"{scheme.bits} bits" if scheme else "not quantized"
+            raise InputError(f"{declared.where} says {said} of {layer}; of AWQ files those of {BITS} bits are read")
         if len(info.shape) != 2 or 0 in info.shape:
             raise InputError(f"{name} in {stored.file_of(name)} has the shape {info.shape}, not that of a matrix")
         require_dtype(stored, name, (torch.int32,))
         inputs, words = info.shape
-        size = min(options.group_size, inputs) if options.group_size > 0 else inputs
-        groups, why = -(-inputs // size), f"{name} {info.shape} in groups of {size} needs"
+        size = scheme.columns(inputs)
+        groups, why = scheme.groups(inputs), f"{name} {info.shape} in groups of {size} needs"
         zeros, scales = f"{layer}.qzeros", f"{layer}.scales"
         require_part(stored, zeros, name, (groups, words), why)
         require_part(stored, scales, name, (groups, words * PER_WORD), why)

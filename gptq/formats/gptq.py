@@ -179,7 +179,7 @@ class Gptq(FileFormat):
         if len(names) > 1:
             raise InputError(f"{where} contradicts itself: {said}")
         check_keys(str(where), quantization)
-        return _read_schemes(where, quantization, names[0] if names else GptqV1.name)
+        return read_schemes(where, quantization, names[0] if names else GptqV1.name)
 
 
 class GptqV1(Gptq):
@@ -278,7 +278,12 @@ class _Rules(Options):
     )
 
 
-def _read_schemes(where: str | Path, quantization: Mapping[str, Any], name: Format) -> Quantization:
+def read_schemes(where: str | Path, quantization: Mapping[str, Any], name: Format) -> Quantization:
+    """Return what the options of a `quantization_config`, and its `dynamic` rules, say of the layers.
+
+    Raises:
+        InputError: an option is missing, wrong or not known, or a rule is not a regular expression.
+    """
     by_gptqmodel = name == GptqV1.name and any(maker.startswith("gptqmodel") for maker in _makers(quantization))
     everywhere = _read_scheme(str(where), quantization, name, by_gptqmodel)
     rules: list[tuple[str, Scheme | None]] = []

@@ -12,6 +12,7 @@ from gptq.checkpoint.derived import Derived
 from gptq.checkpoint.reader import Source
 from gptq.checkpoint.sources.decoded import Declared, Kind, row_chunks
 from gptq.errors import InputError
+from gptq.formats.pack_quantized import PackQuantized
 from gptq.formats.packed_layers import PackedLayer, packed_layers, read_packed
 from gptq.formats.quantization_config import method_of, read_quantization
 from gptq.solver import Codes
@@ -69,9 +70,9 @@ def _layer_of_words(stored: Source, name: str) -> str:
 
 
 def _without_other_groups(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a `quantization_config` with only the groups of layers that are packed, and without activations.
+    """Return a `quantization_config` with only the groups of layers that are packed words, and without activations.
 
-    Returns None if it has groups and none of them is packed.
+    Returns None if it has groups and none of them is packed. The others are found by their tensors.
     """
     groups = values.get("config_groups")
     if not isinstance(groups, dict):
@@ -79,7 +80,7 @@ def _without_other_groups(values: Mapping[str, Any]) -> dict[str, Any] | None:
     kept = {
         name: {key: value for key, value in group.items() if not key.endswith("_activations")}
         for name, group in groups.items()
-        if isinstance(group, dict) and (group.get("format") or values.get("format")) in formats.FORMATS
+        if isinstance(group, dict) and (group.get("format") or values.get("format")) == PackQuantized.stored_as
     }
     return {**values, "config_groups": kept} if kept else None
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from gptq import formats
 from gptq.checkpoint.reader import Source, is_finite
+from gptq.checkpoint.sources.decoded import FP8
 from gptq.errors import InputError
 from gptq.formats.format import PLAIN_KEY, SCALE_DTYPE
 from gptq.formats.name_rules import Quantization
@@ -18,6 +19,8 @@ from gptq.formats.scheme import Scheme, contiguous_groups
 from gptq.models.blocks import is_linear, shape_of
 from gptq.models.check_tensors import check_tensors
 from gptq.models.tensor_names import Names
+
+SCALES_OF_CODES = ("weight_scale", "weight_scale_inv", "scale", "qscale_weight")  # beside a weight of FP8 codes
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,21 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
     Raises:
         InputError: a tensor is missing or wrong; the message names the tensor and what was expected.
     """
-    marker = formats.FORMATS[quantization.format].marker_key  # a single name like *.scales means something else
     keys = frozenset().union(*(known.keys for known in formats.FORMATS.values()))
     parts: dict[str, set[str]] = {}
     for name in source.tensors:
         layer, _, suffix = name.rpartition(".")
         if suffix in keys:
             parts.setdefault(layer, set()).add(suffix)
-    parts = {layer: suffixes for layer, suffixes in parts.items() if marker in suffixes or len(suffixes) > 1}
-    if not any(marker in suffixes for suffixes in parts.values()):
-        raise InputError(f"{source.folder} says it is quantized but holds no packed weight (*.{marker})")
-    found, schemes = {}, quantization.schemes(parts)
+    schemes = quantization.schemes(parts)
+    marked = {layer for layer, suffixes in parts.items() if _marker(schemes[layer], quantization) in suffixes}
+    if not marked:
+        expected = _marker(None, quantization)
+        raise InputError(f"{source.folder} says it is quantized but holds no packed weight (*.{expected})")
+    found = {}
     for layer, suffixes in parts.items():
+        if layer not in marked and len(suffixes) == 1:  # a single name like *.scales means something else
+            continue
         scheme = schemes[layer]
         if scheme is None:
             name = f"{layer}.{min(suffixes)}"
@@ -72,6 +78,11 @@ def packed_layers(source: Source, quantization: Quantization) -> dict[str, Packe
             suffixes.add(PLAIN_KEY)
         found[layer] = _check_layer(source, layer, suffixes, scheme)
     return found
+
+
+def _marker(scheme: Scheme | None, quantization: Quantization) -> str:
+    """Return the key by which a layer is known to be packed; without a scheme, in the format of most layers."""
+    return formats.FORMATS[scheme.format if scheme else quantization.format].marker_key
 
 
 def _check_layer(source: Source, layer: str, suffixes: set[str], scheme: Scheme) -> PackedLayer:
@@ -220,4 +231,18 @@ def fit_packed(
     stored = match_layers(network, names, source, layers)
     left_over = {*check_tensors(network, names, source.tensors, stored)}
     left_over -= {f"{name}.{suffix}" for name, layer in layers.items() for suffix in (*layer.suffixes, "bias")}
+    if layers:
+        _refuse_codes(source, left_over)
     return PackedModel(layers, stored, left_over)
+
+
+def _refuse_codes(source: Source, left_over: set[str]) -> None:
+    """Raises InputError for a weight of FP8 codes that no format reads: its scales are among the tensors left over."""
+    for name in sorted(left_over):
+        layer, _, key = name.rpartition(".")
+        weight = f"{layer}.{PLAIN_KEY}"
+        if key in SCALES_OF_CODES and weight in source.tensors and source.tensors[weight].dtype in FP8:
+            raise InputError(
+                f"{weight} in {source.folder} holds FP8 codes beside packed layers, and its quantization_config does "
+                "not say so; `gptq quantize` reads such a checkpoint"
+            )

@@ -82,7 +82,8 @@ def _find(stored: Source, declared: Declared) -> Mapping[str, Derived]:
             continue
         scale = _name_of_scale(stored, name)
         if scale is None:
-            alone += [name] if info.dtype in FP8 else []
+            is_scale = name.endswith(SCALE_SUFFIXES)  # of NVFP4, whose scales are FP8
+            alone += [name] if info.dtype in FP8 and not is_scale else []
         elif not (info.dtype == torch.int8 and stored.tensors[scale].dtype == E8M0):  # that is MXFP4, see `mxfp4`
             found[name] = _check(stored, name, scale, declared.blocks)
     _refuse_lonely_scales(stored, found)
