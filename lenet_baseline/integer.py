@@ -182,7 +182,7 @@ def load_integers(path: Path) -> IntegerLeNet:
     bias, rule = cast(Bias, str(settings.get("bias"))), cast(Rule, str(settings.get("rule")))
     if bias not in BIASED or rule not in RULES:
         raise InputError(f"{path} is not an int8 LeNet of this package: it does not say its biases and ranges")
-    channels = len(tensors.get("conv1.multiplier", torch.empty(1)))
+    channels = len(tensors.get("conv1.multiplier", torch.empty(1, dtype=torch.float32)))
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"n_input": ((1,), torch.float64)}
     for name, shape in WEIGHT_SHAPES.items():
         scales = (1,) if channels == 1 else shape[:1]

@@ -30,7 +30,7 @@ def train(data: Data, bias: Bias, seed: int, epochs: int) -> LeNet:
             for chosen in torch.randperm(len(data.train), generator=draw).split(data.batch_size):
                 images = normalize(data.train.pixels[chosen])  # (b, 3, 32, 32)
                 if data.flips:
-                    mirrored = torch.rand(len(images), generator=draw) < 0.5
+                    mirrored = torch.rand(len(images), generator=draw, dtype=torch.float32) < 0.5
                     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
                 loss = functional.cross_entropy(model(images), data.train.labels[chosen])
                 optimizer.zero_grad()

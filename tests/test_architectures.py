@@ -273,7 +273,9 @@ def test_weights_that_are_computed_with_in_lists_and_transposed() -> None:
     own = ["q_proj", "k_proj", "v_proj", "last"]  # engines fuse the first three
     found = find_uncalled_layers(network, blocks, run_trial(network, inputs))
     assert found == [f"{i}.{name}" for i in (0, 1) for name in own]
-    network[0].q_proj._parameters["weight"] = UnsolvedWeight.of(linears["0.q_proj"], "0.q_proj", torch.device("cpu"))
+    network[0].q_proj._parameters["weight"] = UnsolvedWeight.of(
+        linears["0.q_proj"], "0.q_proj", torch.float32, torch.device("cpu")
+    )
     with pytest.raises(InputError, match=r"weight of 0\.q_proj without calling"):
         network(torch.zeros(2, 4, device="meta"))
     unread = network[0].q_proj.weight

@@ -471,3 +471,38 @@ def test_what_is_no_calibration_is_a_sentence(tmp_path: Path) -> None:
     for given, message in cases:
         with pytest.raises(InputError, match=message):
             windows.read_calibration(given, QuantConfig(), tmp_path)
+
+
+# --- found by reading -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_texts_is_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one line\n\nand another", encoding="utf-8")
+    (folder / "b.txt").write_text("the second\nbook", encoding="utf-8")
+    assert calibration.documents(str(folder), "train") == ["one line\n\nand another", "the second\nbook"]
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwords")
+    assert calibration.documents(str(tmp_path / "a.txt"), "train") == ["words"]
+
+
+def test_a_column_called_like_the_beginning_of_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("PK,text\n1,words\n", encoding="utf-8")
+    assert calibration.documents(str(tmp_path / "a.csv"), "train") == ["words"]
+    (tmp_path / "b.csv").write_bytes(b"PK\x03\x04\x14\x00")
+    with pytest.raises(InputError, match=r"begins with b'PK.* which is no csv"):
+        calibration.documents(str(tmp_path / "b.csv"), "train")
+
+
+def test_tables_in_memory_are_their_rows() -> None:
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    streamed = datasets.IterableDatasetDict({"train": rows.to_iterable_dataset()})
+    frame: Any = rows.to_pandas()
+    for given in (rows, rows.with_format("arrow"), datasets.DatasetDict({"train": rows}), streamed, frame):
+        table = sources.table_of(given, "train")
+        assert table is not None
+        assert [table.row(i)["text"] for i in range(len(table.rows))] == ["one", "two"]
+    assert sources.table_of({"input_ids": torch.zeros(1, 4)}, "train") is None

@@ -28,12 +28,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import gptq
 from gptq import QuantConfig, load, quantize
+from gptq.compute import matmul
 from gptq.compute.threads import _pool
-from gptq.compute.torch_state import fresh_torch_state
+from gptq.compute.torch_state import BUILDING, fresh_torch_state
 from gptq.config import GROUP_SIZES
 from gptq.formats import FORMATS
 from gptq.inference.quant_linear import QuantLinear
 from gptq.output import verify
+from gptq.pipeline.run import Observer
 from gptq.planning.plan import plan_checkpoint
 from tests.conftest import MakeModel, threads, write_model
 from tests.process_state import changes, snapshot
@@ -374,6 +376,65 @@ def test_modes_of_the_caller_change_no_byte(make_model: MakeModel, windows: Tens
             assert (out / file.name).read_bytes() == file.read_bytes(), (name, file.name)
         assert torch.equal(model(input_ids=windows).logits, expected)
         assert verify.verify(out).problems == []
+
+
+def test_threads_share_one_precision_and_the_last_restores_it() -> None:
+    """Whoever leaves first may not restore what the other had set."""
+    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if products is None:
+        pytest.skip("this torch has one precision for all products")
+    before, setting = products.fp32_precision, matmul._CPU_PRECISION
+    one, two = setting.set_to("bf16"), setting.set_to("ieee")
+    one.__enter__()
+    two.__enter__()
+    assert products.fp32_precision == "ieee"
+    one.__exit__(None, None, None)
+    assert products.fp32_precision == "ieee"
+    two.__exit__(None, None, None)
+    assert products.fp32_precision == before
+
+
+class BuildsInBfloat16(Observer):
+    """Stands for another thread that builds a model, for which transformers changes the default dtype."""
+
+    def stage(self, text: str) -> None:
+        torch.set_default_dtype(torch.bfloat16)
+
+
+def test_another_default_dtype_in_the_middle_changes_no_byte(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    model, config = make_model("llama", dtype=torch.bfloat16), QuantConfig(effort="best", tune_steps=2, group_size=32)
+    quantize(model, tmp_path / "a", config, calibration=windows)
+    try:
+        quantize(model, tmp_path / "b", config, calibration=windows, observer=BuildsInBfloat16())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_a_model_in_the_making_keeps_its_dtype() -> None:
+    """Runs that want float32 as the default wait until it is made, and leave the default alone if it is float32."""
+    with fresh_torch_state():
+        torch.set_default_dtype(torch.bfloat16)  # another thread, which does not know of this, begins a model
+    assert torch.get_default_dtype() == torch.bfloat16
+    torch.set_default_dtype(torch.float32)
+    made: list[torch.dtype] = []
+
+    def run() -> None:
+        with fresh_torch_state():
+            made.append(torch.get_default_dtype())
+
+    with BUILDING:
+        torch.set_default_dtype(torch.bfloat16)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(0.2)
+        assert (made, torch.get_default_dtype()) == ([], torch.bfloat16)
+        torch.set_default_dtype(torch.float32)
+    thread.join()
+    assert (made, torch.get_default_dtype()) == ([torch.float32], torch.float32)
 
 
 def test_threads_share_one_default_dtype_and_the_last_restores_it() -> None:

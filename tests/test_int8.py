@@ -69,3 +69,14 @@ def test_int_quantized_refuses_what_it_cannot_hold(
 ) -> None:
     with pytest.raises(InputError, match="--bits 8 --group-size -1 gives"):
         quantize(make_model("llama"), tmp_path / "out", QuantConfig.from_dict({**W8A8, **change}))
+
+
+@pytest.mark.parametrize("options", [W8A8, W4A8])
+def test_rounded_activations_pass_gradients_on(options: dict[str, Any], make_model: MakeModel, tmp_path: Path) -> None:
+    quantize(make_model("llama"), tmp_path / "out", QuantConfig.from_dict(options))
+    layer: Any = load(tmp_path / "out", dtype="float32").get_submodule("model.layers.0.mlp.up_proj")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = layer(x)
+    assert torch.allclose(y, layer(x.detach()), atol=1e-5)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(gradient, layer.weight.sum(0).expand(3, 64), atol=1e-5)

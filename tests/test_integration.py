@@ -14,7 +14,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from gptq import InputError, QuantConfig, load, quantize
 from gptq.checkpoint.tensors import sha256
@@ -285,3 +291,52 @@ def test_a_layout_of_mlx_that_is_not_read_is_a_sentence_in_transformers_too(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="unheard-of"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_another_head_on_a_packed_model(lm_head: bool, make_model: MakeModel, tmp_path: Path) -> None:
+    """What the checkpoint lacks is new, as of a plain one; a packed head that the class lacks is left out."""
+    out = tmp_path / "out"
+    quantize(make_model("llama", num_labels=3), out, QuantConfig.from_dict({**RTN, "lm_head": lm_head}))
+    expected = load(out, dtype="float32").model(IDS).last_hidden_state
+    for kind in (AutoModel, AutoModelForTokenClassification):
+        network: Any = kind.from_pretrained(out)
+        base = network if kind is AutoModel else network.model
+        assert sum(isinstance(module, QuantLinear) for module in network.modules()) == 14
+        assert torch.equal(base(IDS).last_hidden_state, expected)
+    assert network.score.weight.shape == (3, 64)
+    drop(out, "model.norm.weight")
+    with pytest.raises(InputError, match=r"lacks model\.norm\.weight"):
+        AutoModelForTokenClassification.from_pretrained(out)
+
+
+def drop(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_what_accelerate_cannot_offload_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    options: dict[str, Any] = {"device_map": {**places, "lm_head": "cpu"}, "offload_folder": tmp_path / "offloaded"}
+    source = make_model("llama")
+    for chosen, own in (("gptq", {}), ("int-quantized", {"bits": 8, "group_size": -1})):
+        quantize(source, tmp_path / chosen, QuantConfig.from_dict({**RTN, "format": chosen, **own}))
+    with torch.no_grad():
+        offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", **options)(IDS).logits
+        assert torch.equal(offloaded, load(tmp_path / "gptq", dtype="float32")(IDS).logits)
+    with pytest.raises(InputError, match=r"q_proj is stored as int-quantized, which accelerate cannot offload"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int-quantized", **options)
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_a_dtype_that_no_configuration_names_is_that_of_the_weights(
+    lm_head: bool, make_model: MakeModel, tmp_path: Path
+) -> None:
+    source = make_model("llama", dtype=torch.bfloat16)
+    values = json.loads((source / "config.json").read_text())
+    del values["dtype"]
+    (source / "config.json").write_text(json.dumps(values))
+    quantize(source, tmp_path / "out", QuantConfig.from_dict({**RTN, "lm_head": lm_head}))
+    for folder in (source, tmp_path / "out"):
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16

@@ -151,3 +151,16 @@ def test_the_lenet_baseline_keeps_the_same_laws(module: str) -> None:
             assert ast.unparse(node) not in forbidden
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in {"print", "hash"}
+
+
+FACTORIES = {"zeros", "empty", "ones", "full", "rand", "randn", "eye", "linspace", "logspace", "tensor", "normal"}
+
+
+def test_every_new_tensor_says_its_dtype() -> None:
+    """The default is one for all threads; and compiled loops get addresses, and know nothing of dtypes."""
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}:
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                says = {"dtype", None} & given.keys() or given.get("device") == "'meta'"
+                assert says, f"{module}: {ast.unparse(node)}"

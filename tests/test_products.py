@@ -281,6 +281,15 @@ def test_what_has_run_is_what_was_stored(rng: torch.Generator) -> None:
     assert layer.to("meta")._product is None
 
 
+@pytest.mark.parametrize("x", [torch.zeros(2, 63), torch.zeros(2, 65), torch.zeros(2, 64, dtype=torch.int64)])
+def test_inputs_that_do_not_fit_are_refused_as_a_linear_layer_does(x: Tensor, rng: torch.Generator) -> None:
+    layer = random_layer(rng, Scheme(4, 32, True), 64, 64)
+    with pytest.raises(RuntimeError):
+        torch.nn.Linear(64, 64)(x)
+    with pytest.raises(RuntimeError, match="a layer of 64 inputs was called on"):
+        layer(x)
+
+
 def test_gradients_flow_through_a_packed_layer(rng: torch.Generator) -> None:
     layer = random_layer(rng, Scheme(4, 32, True), 32, 64)
     x = torch.randn(2, 64, generator=rng, requires_grad=True)

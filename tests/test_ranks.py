@@ -65,6 +65,13 @@ def test_one_two_and_four_ranks_write_the_same_bytes(make_model: MakeModel, tmp_
         assert all(experts * nbytes <= most * whole for own in read for nbytes, whole in zip(own, alone, strict=True))
 
 
+def test_more_ranks_than_experts(make_model: MakeModel, tmp_path: Path) -> None:
+    cases: list[dict[str, Any]] = [{"out": f"r{n}", "ranks": n, "config": {}} for n in (1, 3)]
+    said = run(make_model("mixtral", num_local_experts=2), tmp_path, cases)
+    assert said["r3"] == ["done"] * 3
+    assert content(tmp_path / "r1") == content(tmp_path / "r3")
+
+
 def test_ranks_share_the_widths_that_are_measured(make_model: MakeModel, tmp_path: Path) -> None:
     config = {"effort": "fast", "target_bits": 4.5}
     cases: list[dict[str, Any]] = [{"out": f"r{n}", "ranks": n, "config": config, "count": True} for n in (1, 2, 3)]

@@ -175,7 +175,7 @@ class _Rows:
             return found
         if labels is None and self._tokenizer is not None and row.get("text"):
             labels = self._tokenizer(row["text"], return_tensors="pt")["input_ids"]
-        start = torch.full((1, 1), self._start)
+        start = torch.full((1, 1), self._start, dtype=torch.int64)
         ids = start[:, :0] if labels is None else labels[:, :-1]  # (1, tokens); the last token is only predicted
         given = ids.shape[1] and int(ids[0, 0]) == self._start
         ids = ids if given else torch.cat([start, ids], dim=1)

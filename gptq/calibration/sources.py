@@ -32,7 +32,9 @@ BEGINNINGS: dict[str, tuple[bytes, ...]] = {
     "json": (b"{", b"[{", b"[[", b'["', b"[]"),
     "parquet": (b"PAR1",),
 }  # of a file for such a reader
-ARCHIVES = (b"PK", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+ARCHIVES = (
+    b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18"
+)  # fmt: skip
 FILES = (".txt", *READERS, ".gz", ".tsv", ".zip", ".npz", ".npy", ".safetensors", ".pt", ".arrow")  # no Hub id ends so
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aac")
 HUB_TIMEOUT = 5  # seconds until the Hub counts as out of reach
@@ -95,8 +97,10 @@ def require_file(source: str) -> None:
 
 def table_of(given: Iterable[Any], default_split: str) -> Table | None:
     """Return what Python gave as rows: texts, chats, dicts of columns, a data set; None if it is none of these."""
-    if hasattr(given, "keys") and hasattr(given, "num_rows"):  # a DatasetDict
+    if isinstance(given, Mapping) and given and all(hasattr(own, "column_names") for own in given.values()):
         given = _choose_split(given, default_split, "the given data set")
+    if hasattr(given, "to_dict") and hasattr(given, "iterrows"):  # a DataFrame
+        given = cast("list[Any]", given.to_dict("records"))
     if hasattr(given, "column_names") and hasattr(given, "take"):
         if not hasattr(given, "__len__"):  # streamed
             given = list(islice(given, MAX_STREAMED_ROWS))
@@ -163,9 +167,9 @@ def _local_dataset(source: str, path: Path, split: str) -> "Dataset | list[dict[
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             _check_beginning(file)
         if path.is_dir():
-            return _media_folder(path) or _choose_split(load_dataset(str(path)), split, str(path))
+            return _media_folder(path) or _choose_split(_load_folder(path), split, str(path))
         if path.suffix == ".txt":
-            return [{"text": path.read_text(encoding="utf-8")}]
+            return [{"text": path.read_text(encoding="utf-8-sig")}]
         if not path.stat().st_size:
             raise InputError(f"{source} is empty")
         if suffix in READERS:
@@ -177,6 +181,14 @@ def _local_dataset(source: str, path: Path, split: str) -> "Dataset | list[dict[
             raise InputError(f"{source} is empty") from error
         raise InputError(f"{source} could not be read as text data: {first_line(error)}") from error
     raise InputError(f"{source} is not a .txt, .jsonl, .json, .csv or .parquet file, nor a folder that datasets loads")
+
+
+def _load_folder(path: Path) -> Any:
+    """Let `datasets` load a folder; of .txt files, each is one row."""
+    kinds = {Path(file.name.removesuffix(".gz")).suffix for file in path.rglob("*") if file.is_file()}
+    if ".txt" in kinds and kinds.isdisjoint(READERS):
+        return load_dataset("text", data_dir=str(path), sample_by="document")
+    return load_dataset(str(path))
 
 
 def _check_beginning(file: Path) -> None:
@@ -192,7 +204,7 @@ def _check_beginning(file: Path) -> None:
         return
     start = b""
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
-        while len(start) < 2 and (piece := opened.read(4096)):
+        while len(start) < 4 and (piece := opened.read(4096)):
             start = b"".join((start + piece.removeprefix(b"\xef\xbb\xbf")).split())  # without blanks
     if start and (start.startswith(ARCHIVES) or not start.startswith(BEGINNINGS.get(kind, (b"",)))):
         raise InputError(f"{file} begins with {start[:8]!r}, which is no {kind}; is it another kind of file?")
@@ -264,7 +276,7 @@ def _undecoded(rows: "Dataset") -> "Dataset":
     """Have images and sound stay bytes or paths: what cannot be decoded is then known by its row."""
     import datasets
 
-    media = (datasets.Image, datasets.Audio)
+    rows, media = rows.with_format(None), (datasets.Image, datasets.Audio)
     for name, feature in rows.features.items():
         inner = getattr(feature, "feature", None)  # of a list
         if isinstance(feature, media):

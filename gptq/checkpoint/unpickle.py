@@ -71,7 +71,7 @@ def main() -> None:
 def _rehearse() -> None:
     """Load small files as `convert` does, so that all modules are imported while that is allowed."""
     codecs.lookup("cp437")  # decodes names in archives that torch has not written
-    values = {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.bfloat16)}
+    values = {"a": torch.zeros(2, dtype=torch.float32), "b": torch.zeros(2, dtype=torch.bfloat16)}
     for zipped in (True, False):
         with tempfile.NamedTemporaryFile(suffix=".bin") as file:
             torch.save(values, file.name, _use_new_zipfile_serialization=zipped)

@@ -73,7 +73,7 @@ class Ranks:
         """Return the tensor that the process `owner` passes as x, on every process; None if the owner passes None."""
         header = torch.full((3 + MAX_DIMENSIONS,), -1, dtype=torch.int64)  # present, dtype, dimensions, shape
         if owner == self.rank and x is not None:
-            header[:3] = torch.tensor([1, BROADCAST_DTYPES.index(x.dtype), x.ndim])
+            header[:3] = torch.tensor([1, BROADCAST_DTYPES.index(x.dtype), x.ndim], dtype=torch.int64)
             header[3 : 3 + x.ndim] = torch.tensor(x.shape, dtype=torch.int64)
         header = self._broadcast_bytes(header.to(self.device), owner)
         present, dtype, dimensions, *shape = header.tolist()

@@ -1,8 +1,9 @@
 """Fast matrix products, and contexts that fix the precision of float32 products whatever the process has set."""
 
+import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -29,7 +30,7 @@ def product(A: Tensor, B: Tensor) -> Tensor:
         B = B.contiguous()  # oneDNN is very slow on other strides
     if A.is_contiguous() or len(A) <= CHUNK_ROWS:
         return _onednn_matmul(A, B)
-    found = torch.empty(len(A), B.shape[1])
+    found = torch.empty(len(A), B.shape[1], dtype=torch.float32)
     for start in range(0, len(A), CHUNK_ROWS):
         found[start : start + CHUNK_ROWS] = _onednn_matmul(A[start : start + CHUNK_ROWS], B)
     return found
@@ -139,12 +140,8 @@ def allow_bfloat16_matmul(dtype: torch.dtype, device: torch.device) -> Iterator[
     if matmul is None or dtype != torch.bfloat16 or device.type != "cpu" or not has_native_bfloat16():
         yield
         return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
+    with _CPU_PRECISION.set_to("bf16"):
         yield
-    finally:
-        matmul.fp32_precision = before
 
 
 @contextmanager
@@ -153,24 +150,56 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
     TF32, bfloat16 modes and autocast round the factors to 11 or 8 significant bits, too few for H and the solve.
     """
-    cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch before 2.9 has one setting for all backends
-    products: list[Any] = [] if cpu is None else [torch.backends.cuda.matmul, cpu]
-    with torch.autocast(device.type, enabled=False):
-        settings, before = [product.fp32_precision for product in products], _float32_precision()
-        torch.set_float32_matmul_precision("highest")  # the older setting too: `allow_tf32` raises if they differ
-        for product in products:
-            product.fp32_precision = "ieee"
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if hasattr(torch.backends.mkldnn, "matmul"):  # torch before 2.9 has one setting for all backends
+            stack.enter_context(_CPU_PRECISION.set_to("ieee"))
+            stack.enter_context(_GPU_PRECISION.set_to("ieee"))
+        stack.enter_context(_OLDER_PRECISION.set_to("highest"))  # `allow_tf32` raises if the two kinds differ
+        yield
+
+
+class _SharedSetting:
+    """A setting of the process, which several threads change for a time: the last one that is still inside has its way.
+
+    When none is inside, it is as it was before. A thread that saved and restored it alone could restore what another
+    thread had set, for good.
+    """
+
+    def __init__(self, read: Callable[[], str], write: Callable[[str], None]) -> None:
+        self._read, self._write = read, write
+        self._lock = threading.Lock()
+        self._inside: dict[object, str] = {}  # what each caller wants, in the order in which they came
+        self._before = ""
+
+    @contextmanager
+    def set_to(self, value: str) -> Iterator[None]:
+        caller = object()
+        with self._lock:
+            if not self._inside:
+                self._before = self._read()
+            self._inside[caller] = value
+            self._write(value)
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
-            for product, setting in zip(products, settings, strict=True):
-                product.fp32_precision = setting
+            with self._lock:
+                del self._inside[caller]
+                self._write(next(reversed(self._inside.values()), self._before))
 
 
-def _float32_precision() -> str:
+def _older_precision() -> str:
     """Return the older setting of float32 products; the default where the process has used the newer settings."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
         return "highest"
+
+
+def _precision_of(product: Any) -> _SharedSetting:
+    return _SharedSetting(lambda: product().fp32_precision, lambda value: setattr(product(), "fp32_precision", value))
+
+
+_CPU_PRECISION = _precision_of(lambda: getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009 (torch has no type for it)
+_GPU_PRECISION = _precision_of(lambda: torch.backends.cuda.matmul)
+_OLDER_PRECISION = _SharedSetting(_older_precision, torch.set_float32_matmul_precision)  # changes the others, too

@@ -22,7 +22,7 @@ def pack_pairs(codes: Tensor) -> Tensor:
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
     """Unpack E2M1 numbers, two per byte with the first in the low half: (..., n) bytes -> (..., 2 n) float32."""
-    values: Tensor = torch.tensor(E2M1, device=packed.device)[unpack_pairs(packed).int()]
+    values: Tensor = torch.tensor(E2M1, dtype=torch.float32, device=packed.device)[unpack_pairs(packed).int()]
     return values
 
 

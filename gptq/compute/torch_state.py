@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+BUILDING = threading.RLock()  # held while a model is built: that changes state of the whole process
 _lock = threading.Lock()
 _ATTENTION = SDPBackend.MATH  # the fused kernels' backward adds in an order that changes from run to run
 _users = [0]  # callers inside `_float32_as_default`, of all threads
@@ -53,16 +54,21 @@ def same_gradients(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _float32_as_default() -> Iterator[None]:
-    """Make float32 the default dtype, which is one for all threads, until the last caller has left."""
-    with _lock:
+    """Make float32 the default dtype, which is one for all threads, until the last caller has left.
+
+    Wait while a model is built, which changes it too (`BUILDING`). Leave it alone where it is float32 already: another
+    thread, of code that does not know of this, may change it to build a model of its own.
+    """
+    with BUILDING, _lock:
         if not _users[0]:
             _before[0] = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)
+            if _before[0] != torch.float32:
+                torch.set_default_dtype(torch.float32)
         _users[0] += 1
     try:
         yield
     finally:
-        with _lock:
+        with BUILDING, _lock:
             _users[0] -= 1
-            if not _users[0]:
+            if not _users[0] and _before[0] != torch.float32:
                 torch.set_default_dtype(_before[0])

@@ -212,7 +212,10 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
     if rope.get("rope_type") == "llama3":
         return {"rope_freqs.weight": _llama_3_factors(config, rope)}
     if rope.get("rope_type") == "longrope":
-        return {f"rope_factors_{n}.weight": torch.tensor(rope[f"{n}_factor"]).float() for n in ("long", "short")}
+        return {
+            f"rope_factors_{n}.weight": torch.tensor(rope[f"{n}_factor"], dtype=torch.float32)
+            for n in ("long", "short")
+        }
     return {}
 
 

@@ -186,10 +186,12 @@ def _check_symmetric(zero: Tensor, scheme: Scheme, where: str) -> None:
 
 
 def match_layers(
-    network: PreTrainedModel, names: Names, source: Source, layers: dict[str, PackedLayer]
+    network: PreTrainedModel, names: Names, source: Source, layers: dict[str, PackedLayer], has_new_head: bool = False
 ) -> dict[str, str]:
     """Map the names of a model's linear layers to the stored names of the packed layers that replace them.
 
+    Args:
+        has_new_head: the model need not have every packed layer.
     Raises:
         InputError: the model has no linear layer for a packed layer, or a linear layer of another shape.
     """
@@ -202,7 +204,7 @@ def match_layers(
             if shape_of(module) != found:
                 raise InputError(f"{own} is packed for {found}, but config.json describes {shape_of(module)}")
     extra = layers.keys() - set(stored.values())
-    if extra:
+    if extra and not has_new_head:
         name = f"{min(extra)}.{layers[min(extra)].suffixes[0]}"
         raise InputError(f"{source.folder} holds {name}, for which its config.json has no layer")
     return stored
@@ -218,19 +220,24 @@ class PackedModel:
 
 
 def fit_packed(
-    network: PreTrainedModel, names: Names, source: Source, quantization: Quantization | None
+    network: PreTrainedModel,
+    names: Names,
+    source: Source,
+    quantization: Quantization | None,
+    has_new_head: bool = False,
 ) -> PackedModel:
     """Find the layers of a model that a checkpoint holds packed; check that it has every tensor, of the right shape.
 
-    Without a quantization, no layer is packed.
+    Without a quantization, no layer is packed. A model that `has_new_head` is of another class than the checkpoint's:
+    of what is outside the base model, one may have what the other lacks.
 
     Raises:
         InputError: the checkpoint contradicts its configuration, or does not hold this model.
     """
     layers = packed_layers(source, quantization) if quantization else {}
-    stored = match_layers(network, names, source, layers)
-    left_over = {*check_tensors(network, names, source.tensors, stored)}
-    left_over -= {f"{name}.{suffix}" for name, layer in layers.items() for suffix in (*layer.suffixes, "bias")}
+    stored = match_layers(network, names, source, layers, has_new_head)
+    left_over = {*check_tensors(network, names, source.tensors, stored, has_new_head)}
+    left_over -= {f"{name}.{suffix}" for name in stored.values() for suffix in (*layers[name].suffixes, "bias")}
     if layers:
         _refuse_codes(source, left_over)
     return PackedModel(layers, stored, left_over)

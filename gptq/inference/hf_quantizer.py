@@ -32,22 +32,26 @@ class PackedQuantizer(HfQuantizer):
     _conversions: list[Any]  # for loading its files; those in `_checkpoint` are for saving
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any
     ) -> None:
         """Replace the model's quantized layers.
 
         Raises:
-            InputError: the checkpoint does not hold what its configuration says, or no checkpoint file was given.
+            InputError: the checkpoint does not hold what its configuration says, or no checkpoint file was given; or
+                layers that accelerate cannot offload are to be offloaded.
         """
         if not checkpoint_files:
             raise InputError("a packed checkpoint is loaded from its files, which say what is packed; none were given")
         with torch.device("cpu"):  # transformers builds models on the meta device
             self._replace_layers(model, open_source(Path(checkpoint_files[0]).parent))
+        if _offloads(device_map):
+            _refuse_offloading(model)
 
     def _replace_layers(self, model: PreTrainedModel, stored: Source) -> None:
         quantization = read_quantization(stored.folder / "config.json", self.quantization_config.to_dict())
         source, names, _ = match_checkpoint(stored, model)
-        packed = fit_packed(model, names, source, quantization)
+        described = model.config.architectures or [type(model).__name__]
+        packed = fit_packed(model, names, source, quantization, has_new_head=type(model).__name__ not in described)
         warn_of_unused(source, packed)
         for name, own in packed.stored.items():
             layer, linear = packed.layers[own], model.get_submodule(name)
@@ -121,3 +125,19 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters can be trained: gradients flow through packed layers, which stay as they are."""
         return True
+
+
+def _offloads(device_map: Any) -> bool:
+    """Whether a `device_map` keeps modules on disk, or in main memory beside a GPU, until a forward needs them."""
+    places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+    return "disk" in places or ("cpu" in places and len(places) > 1)
+
+
+def _refuse_offloading(model: nn.Module) -> None:
+    """Raises InputError for a layer that stores a tensor called `weight`: accelerate would take it for its weight."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear) and "weight" in layer.packed():
+            raise InputError(
+                f"{name} is stored as {layer.scheme.format}, which accelerate cannot offload; leave the CPU and the "
+                "disk out of the device_map, or take a file in 'gptq' or 'pack-quantized'"
+            )

@@ -16,7 +16,7 @@ from gptq.checkpoint.companions import refuse_adapter
 from gptq.checkpoint.derived import DerivedSource
 from gptq.checkpoint.hub import resolve
 from gptq.checkpoint.reader import Source
-from gptq.compute.torch_state import fresh_torch_state
+from gptq.compute.torch_state import BUILDING, fresh_torch_state
 from gptq.errors import InputError
 from gptq.formats.name_rules import Quantization
 from gptq.formats.original import open_original
@@ -107,15 +107,16 @@ def _load_plain(
     if wanted > 2 * held:  # transformers would allocate all of it before it reports what is missing
         raise InputError(f"{folder} holds {held:,} numbers, but config.json describes a model of {wanted:,}")
     try:
-        loaded: Any = find_model_class(hf_config, trust_remote_code).from_pretrained(
-            folder,
-            config=hf_config,
-            dtype=compute,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
+        with BUILDING:
+            loaded: Any = find_model_class(hf_config, trust_remote_code).from_pretrained(
+                folder,
+                config=hf_config,
+                dtype=compute,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any type, depending on what the files hold
@@ -138,13 +139,15 @@ def _fill(opened: OpenModel, quantization: Quantization | None, device: torch.de
     layers, stored = packed_model.layers, packed_model.stored
     warn_of_unused(source, packed_model)
     linears = {name: network.get_submodule(name) for name in stored}
-    WeightStream(source, names, device, dtype).fill(network, "", skip=linears.values())
+    weights = WeightStream(source, names, device, dtype)
+    weights.fill(network, "", skip=linears.values())
     for name, linear in linears.items():
         layer, own = layers[stored[name]], stored[name]
         packed = {suffix: tensor.to(device) for suffix, tensor in read_packed(source, own, layer).items()}
         bias = linear._parameters.get("bias")
         if bias is None and f"{own}.bias" in source.tensors:  # early GPTQ tools gave every layer a bias
-            bias = nn.Parameter(source.read(f"{own}.bias").to(device, dtype), requires_grad=False)
+            read = source.read(f"{own}.bias").to(device, weights.dtype_of(f"{name}.bias"))
+            bias = nn.Parameter(read, requires_grad=False)
         replace_linear(network, name, packed, None if bias is None else bias.data, layer.scheme)
     tie_weights(network, names, {f"{name}.weight" for name in linears})
     vars(network)["_weight_conversions"] = names.conversions()  # `save_pretrained` writes the names of this checkpoint

@@ -5,7 +5,7 @@ No architecture is listed by name. The model needs no weights: its parameters ma
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -149,9 +149,9 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
 
 def _computes_product(module: nn.Module) -> bool:
     """Whether a linear layer that overrides forward, as Falcon's does, gives x W^T + b for a small random W."""
-    draw = torch.Generator().manual_seed(0)
-    W, x = torch.randn(3, 4, generator=draw), torch.randn(2, 4, generator=draw)
-    bias = None if module._parameters["bias"] is None else nn.Parameter(torch.randn(3, generator=draw))
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32}
+    W, x = torch.randn(3, 4, **options), torch.randn(2, 4, **options)
+    bias = None if module._parameters["bias"] is None else nn.Parameter(torch.randn(3, **options))
     weight = nn.Parameter(W.T.contiguous() if is_transposed(module) else W)
     found = try_forward(module, {"weight": weight, "bias": bias}, x)
     return found is not None and torch.allclose(found, nn.functional.linear(x, W, bias), atol=1e-5)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from gptq.checkpoint.reader import Source
+from gptq.compute.torch_state import BUILDING
 from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.divided_tensors import show_divided
@@ -31,7 +32,6 @@ from gptq.models.experts import Experts, StaysFusedError, unfuse_experts
 from gptq.models.hf_config import read_config
 from gptq.models.tensor_names import Names
 
-BUILDING = threading.RLock()  # held while a model is built: that changes state of the whole process
 # Limits on what config.json may ask for, relative to the checkpoint's safetensors files.
 TENSORS_PER_STORED_TENSOR = 40
 WEIGHTS_PER_STORED_BYTE = 8  # one bit per weight

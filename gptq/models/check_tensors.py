@@ -14,18 +14,26 @@ from gptq.models.tensor_names import Names
 
 
 def check_tensors(
-    network: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo], packed: Collection[str] = ()
+    network: PreTrainedModel,
+    names: Names,
+    tensors: dict[str, TensorInfo],
+    packed: Collection[str] = (),
+    has_new_head: bool = False,
 ) -> list[str]:
     """Check that a checkpoint's headers announce every tensor that a model needs; return the tensors left over.
 
     Args:
         packed: names of the model's layers whose weight is stored packed and so not checked.
+        has_new_head: the checkpoint need not have what is outside the base model.
     Raises:
         InputError: a tensor is missing, has another shape, or is not of a floating-point dtype.
     """
     used: set[str | None] = set()
     without = {f"{name}.weight" for name in packed}
     without |= names.computed.keys()
+    if has_new_head:
+        outside = (n for n, _ in network.named_parameters() if not n.startswith(f"{network.base_model_prefix}."))
+        without |= {name for name in outside if not names.find_all(name)}
     needed = [(name, tensor) for name, tensor in network.named_parameters() if name not in without]
     for name, tensor in [*needed, *((n, b) for n, b in network.named_buffers() if names.find(n))]:
         split, part = names.find_split(name), names.find_slice(name)

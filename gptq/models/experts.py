@@ -243,7 +243,7 @@ class DenseExperts(Experts):
         """Return the rows that are not zero, their numbers, and the shape of all."""
         x = arguments[0].reshape(-1, arguments[0].shape[-1])
         (chosen,) = torch.where(x.any(-1))
-        return x[chosen], chosen, torch.tensor(arguments[0].shape, device=x.device)
+        return x[chosen], chosen, torch.tensor(arguments[0].shape, dtype=torch.int64, device=x.device)
 
     def unpack_call(self, *packed: Tensor) -> tuple[Tensor, ...]:
         rows, chosen, shape = packed
@@ -370,7 +370,7 @@ def _computes_the_same(fused: nn.Module, form: ExpertForm, sizes: _Sizes, make: 
     k = min(2, shown)
     routes = torch.rand(TOKENS, shown, **options).topk(k).indices
     weights = torch.rand(TOKENS, k, **options)
-    x = torch.randn(TOKENS, sizes.hidden, **options) * torch.logspace(-1, 3, TOKENS)[:, None]  # beyond any clamp
+    x = torch.randn(TOKENS, sizes.hidden, **options) * torch.logspace(-1, 3, TOKENS, dtype=torch.float32)[:, None]
     arguments: tuple[Tensor, ...] = x, routes, weights
     if make is DenseExperts:
         chosen = torch.zeros(sizes.count, TOKENS, dtype=x.dtype)

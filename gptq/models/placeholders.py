@@ -96,9 +96,9 @@ class UnsolvedWeight(Placeholder):
     layer: str  # the layer's name in the model
 
     @classmethod
-    def of(cls, linear: nn.Module, name: str, device: torch.device) -> "UnsolvedWeight":
+    def of(cls, linear: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> "UnsolvedWeight":
         weight: Tensor = linear.weight  # type: ignore[assignment]
-        placeholder = cls(_empty(weight.shape, weight.dtype), requires_grad=False)
+        placeholder = cls(_empty(weight.shape, dtype), requires_grad=False)
         placeholder.layer, placeholder.reported_device = name, device
         return placeholder
 

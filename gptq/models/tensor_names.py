@@ -14,6 +14,7 @@ from gptq.errors import InputError
 from gptq.models.computed_tensors import compute_tensors
 from gptq.models.conversions import CheckpointConverter, StoredNames
 from gptq.models.experts import ExpertForm
+from gptq.models.kept_in_float32 import dtype_rule
 from gptq.models.stored_forms import Division, ExpertSlice, FusedTensor, SplitTensor
 from gptq.models.table_lookup import (
     PACKED,
@@ -34,11 +35,13 @@ class Names:
     - transformers' conversion table knows of other names, such as `block_sparse_moe` for `mlp`, or w1, w2 and w3 of an
       expert. Separate experts are named as in `models.experts`.
     - A tensor that this table assembles from several stored tensors has no single name: see `find_split`.
+    - `dtype_of` gives the dtype in which the model computes with a tensor.
     - `computed` holds, by name in the model, the tensors that no checkpoint stores (see `models.computed_tensors`).
     """
 
     def __init__(self, model: PreTrainedModel, stored: Collection[str]) -> None:
         self._prefix = model.base_model_prefix + "."
+        self.dtype_of = dtype_rule(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         self._tied = {**tied, **{v: k for k, v in tied.items()}}
         with warnings.catch_warnings():

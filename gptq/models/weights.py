@@ -49,7 +49,8 @@ class WeightStream:
                 stored = self._names.find(join_names(prefix, key))
                 if stored and key not in module._non_persistent_buffers_set:
                     buffer = self._source.read_unchecked(stored)  # a mask holds infinity
-                    buffer = buffer.to(self.dtype) if buffer.is_floating_point() else buffer
+                    dtype = self.dtype_of(join_names(prefix, key))
+                    buffer = buffer.to(dtype) if buffer.is_floating_point() else buffer
                 module._buffers[key] = buffer.to(self.device)
 
     def _read_parameter(self, name: str) -> nn.Parameter:
@@ -68,10 +69,11 @@ class WeightStream:
             if parameter is None or isinstance(parameter, Placeholder):
                 continue
             if key == "weight" and is_unsolved:
-                module._parameters[key] = UnsolvedWeight.of(module, name, self.device)
+                module._parameters[key] = self.unsolved(name, module)
             else:
-                read = partial(self._read_in_place, module, key, join_names(name, key))
-                module._parameters[key] = DeferredWeight.of(parameter, self.dtype, self.device, read)
+                own = join_names(name, key)
+                read = partial(self._read_in_place, module, key, own)
+                module._parameters[key] = DeferredWeight.of(parameter, self.dtype_of(own), self.device, read)
 
     def _read_deferred(self, module: nn.Module, name: str) -> None:
         """Read the parameters of `module` alone that are not read yet."""
@@ -85,6 +87,10 @@ class WeightStream:
             module._parameters[key] = held = self._read_parameter(name)
         return held
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype in which the model computes with the tensor called `name` in the model."""
+        return self._names.dtype_of(name, self.dtype)
+
     def weight(self, linear: nn.Module, name: str) -> Tensor:
         """Read the weight of a linear layer as (outputs, inputs) float32."""
         W = self.read(f"{name}.weight", torch.float32)
@@ -94,13 +100,17 @@ class WeightStream:
         """Read the weight of a linear layer as the layer holds it, in the forward's dtype."""
         return nn.Parameter(self.read(f"{name}.weight").contiguous(), requires_grad=False)
 
-    def set_weight(self, linear: nn.Module, W: Tensor) -> None:
-        """Make W (outputs, inputs) the weight of a linear layer, in the forward's dtype."""
-        linear.weight = nn.Parameter(self.to_forward_layout(linear, W), requires_grad=False)
+    def unsolved(self, name: str, linear: nn.Module) -> UnsolvedWeight:
+        """Return what stands in for the weight of the layer called `name` until it is solved."""
+        return UnsolvedWeight.of(linear, name, self.dtype_of(f"{name}.weight"), self.device)
 
-    def to_forward_layout(self, linear: nn.Module, W: Tensor) -> Tensor:
-        """Return W (outputs, inputs) as the layer holds it: transposed for a Conv1D, and in the forward's dtype."""
-        return (W.T if is_transposed(linear) else W).to(self.dtype).contiguous()
+    def set_weight(self, name: str, linear: nn.Module, W: Tensor) -> None:
+        """Make W (outputs, inputs) the weight of the linear layer called `name`, in the forward's dtype."""
+        linear.weight = nn.Parameter(self.to_forward_layout(name, linear, W), requires_grad=False)
+
+    def to_forward_layout(self, name: str, linear: nn.Module, W: Tensor) -> Tensor:
+        """Return W (outputs, inputs) as the layer called `name` holds it: in its dtype, transposed for a Conv1D."""
+        return (W.T if is_transposed(linear) else W).to(self.dtype_of(f"{name}.weight")).contiguous()
 
     def is_stored_whole(self, name: str) -> bool:
         """Whether the tensor called `name` in the model is one tensor of the checkpoint: no more, and no less."""
@@ -124,7 +134,7 @@ class WeightStream:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read the tensor called `name` in the model; `check_tensors` has to have accepted the checkpoint before."""
-        part, split, dtype = self._names.find_slice(name), self._names.find_split(name), dtype or self.dtype
+        part, split, dtype = self._names.find_slice(name), self._names.find_split(name), dtype or self.dtype_of(name)
         if name in self._names.computed:
             return self._names.computed[name].to(self.device, dtype)
         if part is not None:

@@ -12,6 +12,7 @@ from gptq.checkpoint.atomic_folder import SHARDS
 from gptq.checkpoint.companions import copy_companions
 from gptq.checkpoint.reader import Source, headers_of
 from gptq.checkpoint.small_files import exclusive, write_file
+from gptq.checkpoint.sources.decoded import FLOATS
 from gptq.checkpoint.tensors import sha256, sha256_file
 from gptq.checkpoint.untrusted import read_json
 from gptq.config import Format, QuantConfig
@@ -106,6 +107,8 @@ def write_files(
     hf_config = read_json(source / "config.json")
     for known in FORMATS.values():
         hf_config = known.plain_model_config(hf_config)
+    if not _names_dtype(hf_config) and (dtype := _first_float(out)):
+        hf_config["dtype"] = dtype
     described_model = replace_quantization(_merge(hf_config, changes or {}), quantization)
     write_json(out / "config.json", FORMATS[chosen].complete_model_config(described_model))
     for name in FORMATS[chosen].config_files:
@@ -145,6 +148,22 @@ def _sizes(written: Source, layers: Layers, record: Record) -> dict[str, float]:
     if weights := sum((layer.outputs or 0) * (layer.inputs or 0) for layer in record.layers):
         sizes["bits_per_weight"] = 8 * nbytes / weights
     return sizes
+
+
+def _names_dtype(hf_config: dict[str, Any]) -> bool:
+    """Whether a config.json says in which dtype the model is loaded; it may do so for a part alone."""
+    parts = [hf_config, *(part for part in hf_config.values() if isinstance(part, dict))]
+    return any(part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+
+
+def _first_float(folder: Path) -> str | None:
+    """Return the dtype of the first tensor that is not packed, which counts where config.json names none.
+
+    In the result, transformers would find the packed layers' scales first, which are float16.
+    """
+    keys = frozenset().union(*(known.keys for known in FORMATS.values()))
+    plain = (i.dtype for n, i in open_source(folder).tensors.items() if n.rpartition(".")[2] not in keys)
+    return next((str(dtype).removeprefix("torch.") for dtype in plain if dtype in FLOATS.values()), None)
 
 
 def _files_below(out: Path, tensors: list[Path]) -> list[Path]:

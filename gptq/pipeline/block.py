@@ -64,9 +64,12 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
     named = {(m, key): f"{full_name}.{key}" for m, full_name in full_names.items() for key in m._parameters}
     kept = {key for key, name in named.items() if not run.weights.is_stored_whole(name)}
     grids = {linear: run.layers[name].grid for name, linear in block.linears.items()}
-    to_tune = BlockToTune(
-        block.module, all_calls, targets, held_out, layers, grids, run.weights.to_forward_layout, kept, run.ranks
-    )
+    names = {linear: name for name, linear in block.linears.items()}
+
+    def to_layout(linear: nn.Module, W: Tensor) -> Tensor:
+        return run.weights.to_forward_layout(names[linear], linear, W)
+
+    to_tune = BlockToTune(block.module, all_calls, targets, held_out, layers, grids, to_layout, kept, run.ranks)
     tuned = tune(to_tune, run.config.tune_steps or 0, run.config.seed)
     error = BlockError(block.name, tuned.error_before, tuned.error_after)
     if tuned.layers is layers:
@@ -74,7 +77,7 @@ def _tune_block(calls: list[partial[Any]], outputs: Outputs, state: BlockState) 
         return {}, error
     for name, linear in block.linears.items():
         state.solutions[name] = replace(state.solutions[name], solved=tuned.layers[linear])
-        run.weights.set_weight(linear, state.solutions[name].solved.weight())
+        run.weights.set_weight(name, linear, state.solutions[name].solved.weight())
     parameters: dict[str, Tensor] = {}
     for (module, key), tensor in tuned.parameters.items():
         name = named[module, key]

@@ -127,8 +127,9 @@ def _collect(experts: Experts, packed: Call | None, own: dict[int, Tensor], rece
     if packed is None:
         return None
     if ranks.rank != receiver:
-        part = torch.cat([*own.values()])
-        ranks.send(part, ranks.rank, receiver, tuple(part.shape), part.dtype)
+        if own:  # there may be more processes than experts
+            part = torch.cat([*own.values()])
+            ranks.send(part, ranks.rank, receiver, tuple(part.shape), part.dtype)
         return None
     call = experts.unpack_call(*packed)
     rows = [experts.rows_of(number, *call) for number in range(len(experts))]
@@ -145,12 +146,12 @@ def _restore_weights(expert: torch.nn.Module, state: BlockState) -> None:
     """Give the layers of a solved expert their quantized weights again."""
     for name, linear in _layers_of(expert, state):
         if name in state.solutions and isinstance(linear.weight, UnsolvedWeight):
-            state.run.weights.set_weight(linear, state.solutions[name].solved.weight())
+            state.run.weights.set_weight(name, linear, state.solutions[name].solved.weight())
 
 
 def _free_weights(expert: torch.nn.Module, state: BlockState) -> None:
     for name, linear in _layers_of(expert, state):
-        linear._parameters["weight"] = UnsolvedWeight.of(linear, name, state.run.weights.device)
+        linear._parameters["weight"] = state.run.weights.unsolved(name, linear)
 
 
 def _layers_of(expert: torch.nn.Module, state: BlockState) -> list[tuple[str, torch.nn.Module]]:

@@ -137,7 +137,7 @@ def quantize_layer(name: str, shared: SharedInput | None, state: BlockState) -> 
     run, plan = state.run, state.run.layers[name]
     solution = _solve(name, shared, state)
     state.solutions[name] = solution
-    run.weights.set_weight(state.block.linears[name], solution.solved.weight())
+    run.weights.set_weight(name, state.block.linears[name], solution.solved.weight())
     seconds = time.monotonic() - began
     figures = asdict(solution.figures)
     state.results.append(LayerResult(name=name, bits=plan.bits, group_size=plan.group_size, **figures, seconds=seconds))
@@ -195,7 +195,7 @@ def find_drifts(
     run = state.run
     compare = profile_of(run.weights.device).compares_windows
     of_outputs = run.config.streams > 1 and form is DriftForm.OUTPUTS
-    W = state.weight(name).to(run.weights.dtype) if of_outputs else None  # (outputs, inputs)
+    W = state.weight(name).to(run.weights.dtype_of(f"{name}.weight")) if of_outputs else None  # (outputs, inputs)
     for arrival in arrivals:
         yield arrival.x, _drift_of(arrival, W, compare)
         del arrival  # free it before the inputs of the next window are computed

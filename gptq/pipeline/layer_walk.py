@@ -6,7 +6,6 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import nn
 
 from gptq.models.blocks import Block
@@ -79,7 +78,7 @@ def walk_block(calls: Calls, in_flight: int, state: BlockState, solve_layer: Lay
     """
     block, run = state.block, state.run
     walk = _LayerWalk(calls, in_flight, state, solve_layer)
-    free_weights(block.module, block, run.weights.device)
+    free_weights(block.module, block, run.weights)
     try:
         points = block.pause_points()
         divided = [point for point in points if run.divides_experts and isinstance(point, Experts)]
@@ -112,12 +111,12 @@ def set_original_weights(block: Block, weights: WeightStream) -> None:
         linear.weight = weights.original_parameter(name)
 
 
-def free_weights(stop: nn.Module, block: Block, device: torch.device) -> None:
+def free_weights(stop: nn.Module, block: Block, weights: WeightStream) -> None:
     """Replace the weights of a block's layers inside the module `stop` by placeholders (see `UnsolvedWeight`)."""
     inside = set(stop.modules())
     for name, linear in block.linears.items():
         if linear in inside:
-            linear._parameters["weight"] = UnsolvedWeight.of(linear, name, device)
+            linear._parameters["weight"] = weights.unsolved(name, linear)
 
 
 class _LayerWalk:
@@ -175,7 +174,7 @@ class _LayerWalk:
             for i in standing:
                 self._pass(self._in_flight[0][i])
             if not any(self._waiting) and not run.reruns_blocks:
-                free_weights(stop, state.block, run.weights.device)
+                free_weights(stop, state.block, run.weights)
             self._keep_originals(stop)
         self._passed.add(stop)
 
@@ -225,7 +224,7 @@ class _LayerWalk:
         inside = set(stop.modules())
         for name, linear in self._state.block.linears.items():
             if name in self._state.solutions and linear in inside and isinstance(linear.weight, UnsolvedWeight):
-                self._state.run.weights.set_weight(linear, self._state.solutions[name].solved.weight())
+                self._state.run.weights.set_weight(name, linear, self._state.solutions[name].solved.weight())
 
     def _pass(self, forward: PausableForward) -> None:
         """Resume a forward that is paused; what its layer's outputs are added to is not needed any more."""

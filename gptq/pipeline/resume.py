@@ -45,7 +45,7 @@ def run_finished_block(block: Block, calls: Calls, store: BlockStore, run: Run) 
         return []
     originals = run_original(block, calls[1], run) if len(calls) > 1 else []
     for name, linear in block.linears.items():
-        run.weights.set_weight(linear, store.weight(run.layers[name]).to(run.weights.device))
+        run.weights.set_weight(name, linear, store.weight(run.layers[name]).to(run.weights.device))
     for name, stored in store.finished[block.name].tuned.items():
         module, key = _find_parameter(block, name)
         tensor = store.read(stored).to(module._parameters[key])

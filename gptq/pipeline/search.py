@@ -231,7 +231,7 @@ class _TrialSolver:
                 factor, search = shared.inputs.factor, bool(run.config.search)
                 solved = solver.solve(W, factor, grid, group_size, search=search)
             own[choice] = solved
-        run.weights.set_weight(state.block.linears[name], W)
+        run.weights.set_weight(name, state.block.linears[name], W)
         run.observer.layer_done(state.block.index, name, W.numel())
 
 
@@ -264,7 +264,7 @@ def _measure(
     for name in unit.layers:
         linear = block.linears[name]
         Q = trials.solved[name][choice].weight()
-        swapped[linear] = nn.Parameter(weights.to_forward_layout(linear, Q), requires_grad=False)
+        swapped[linear] = nn.Parameter(weights.to_forward_layout(name, linear, Q), requires_grad=False)
     errors: list[float] = []
     tokens = 0
     for i in windows:

@@ -24,7 +24,7 @@ FIRST_LOGIT = -2.0  # of a code's neighbours at the start; the code's own logit 
 def first_logits(solved: SolvedLayer, grid: Grid) -> Tensor:
     """Logits (2, outputs, inputs) of the next lower and the next higher value; -inf where the grid ends."""
     ranks = grid.ranks(solved.codes)
-    logits = torch.full((2, *ranks.shape), FIRST_LOGIT, device=ranks.device)
+    logits = torch.full((2, *ranks.shape), FIRST_LOGIT, dtype=torch.float32, device=ranks.device)
     logits[0].masked_fill_(ranks == 0, -torch.inf)
     logits[1].masked_fill_(ranks == grid.top, -torch.inf)
     return logits
@@ -108,7 +108,7 @@ def _probabilities(logits: Tensor, temperature: float, noise: int | None) -> Ten
 
 def gumbel_levels(device: torch.device) -> Tensor:
     """Return LEVELS quantiles of the Gumbel distribution, (LEVELS,) float32."""
-    quantiles = (torch.arange(LEVELS, device=device) + 0.5) / LEVELS
+    quantiles = (torch.arange(LEVELS, dtype=torch.float32, device=device) + 0.5) / LEVELS
     return quantiles.log_().neg_().log_().neg_()
 
 

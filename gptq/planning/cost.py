@@ -136,8 +136,8 @@ def measure_rates(config: QuantConfig, device: torch.device, dtype: torch.dtype,
         rows, columns = profile_of(device).sample_shape
         grid = solver.IntegerGrid(config.bits, config.sym)
         draw = torch.Generator().manual_seed(0)
-        W = torch.randn(rows, columns, generator=draw).to(device)
-        X = torch.randn(2 * columns, columns, generator=draw).to(device)
+        W = torch.randn(rows, columns, generator=draw, dtype=torch.float32).to(device)
+        X = torch.randn(2 * columns, columns, generator=draw, dtype=torch.float32).to(device)
         factor = solver.factorize(X.T @ X / len(X), torch.arange(columns, device=device))
         size = min(config.group_size % 2**31, columns)
 

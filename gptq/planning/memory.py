@@ -388,8 +388,8 @@ def decide_memory(
 
 def warm_up() -> int:
     """Compile the solver's loops; return the resident memory of the process afterwards."""
-    W = torch.ones(8, 8)
-    factor = solver.Factor(torch.eye(8), torch.arange(8), torch.eye(8), torch.ones(8), 0.0, 0.0)
+    W, unit = torch.ones(8, 8, dtype=torch.float32), torch.eye(8, dtype=torch.float32)
+    factor = solver.Factor(unit, torch.arange(8), unit.clone(), W[0], 0.0, 0.0)
     grid = solver.IntegerGrid(4, sym=True)
     refine(W, solver.solve(W, factor, grid, 8, search=True), factor, grid, 1)
     return_freed_memory()

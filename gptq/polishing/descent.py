@@ -230,7 +230,8 @@ class Descent:
             variable.copy_(tensors[f"{i}.variable"])
             self._best[i] = tensors[f"{i}.best"]
             moments = {moment: tensors[f"{i}.{moment}"] for moment in MOMENTS}
-            self._optimizer.state[variable] = {"step": torch.tensor(float(reached.step)), **moments}
+            step = torch.tensor(float(reached.step), dtype=torch.float32)
+            self._optimizer.state[variable] = {"step": step, **moments}
         return reached
 
     @torch.no_grad()

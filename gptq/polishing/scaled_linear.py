@@ -26,7 +26,7 @@ class ScaledLinear(nn.Module):
         self._layer = [layer]  # in a list, so that its buffers are not this module's
         scale = self.codes().scale
         self.grid: Grid = formats.FORMATS[layer.scheme.format].grid(layer.scheme, scale.dtype)
-        self.change = nn.Parameter(torch.zeros(scale.shape, device=scale.device))
+        self.change = nn.Parameter(torch.zeros(scale.shape, dtype=torch.float32, device=scale.device))
         self.shift = nn.Parameter(torch.zeros_like(self.change)) if self.grid.tunes_offsets else None
         self.out_features, self.in_features = layer.out_features, layer.in_features
 

@@ -153,7 +153,7 @@ def _descend(
     """
     Q = W - E
     curvature = H.diagonal()[:, None]  # (columns, 1)
-    groups_of_columns = torch.full((len(W),), group, device=W.device)
+    groups_of_columns = torch.full((len(W),), group, dtype=torch.int64, device=W.device)
     codes, chosen, best = inner_loops.choose_columns(
         Q + G[: len(W)] / curvature, Q, -H / curvature.T, groups.scale, groups.shift, groups_of_columns, grid
     )

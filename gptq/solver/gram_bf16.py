@@ -42,7 +42,8 @@ def add_products(sums: Tensor, a: Tensor, b: Tensor, panels: list[slice], upper:
         a, b: (tokens, inputs) as returned by `pair_tokens`.
         upper: the result is only needed right of the diagonal; most of the rest is skipped.
     """
-    own = torch.tensor([n for panel in panels for n in range(panel.start // WIDE, panel.stop // WIDE)])
+    numbers = [n for panel in panels for n in range(panel.start // WIDE, panel.stop // WIDE)]
+    own = torch.tensor(numbers, dtype=torch.int64)
     threads = min(torch.get_num_threads(), len(b))
     sizes = len(own), b.shape[1], sums.shape[1], len(b), threads, 1 if upper else len(sums)
     run_loop(_add_panels(), threads, 1, sums, a, b, own, *sizes)
@@ -55,7 +56,7 @@ def panel_product(a: Tensor, b: Tensor, panel: slice, start: int) -> Tensor:
         a, b: (tokens, inputs) as returned by `pair_tokens`.
         panel, start: bounds are multiples of WIDE.
     """
-    sums = torch.zeros(panel.stop - panel.start, len(b) * WIDE - start)
+    sums = torch.zeros(panel.stop - panel.start, len(b) * WIDE - start, dtype=torch.float32)
     left, right = a[panel.start // WIDE : panel.stop // WIDE], b[start // WIDE :]
     add_products(sums, left, right, [slice(0, len(sums))], upper=False)
     return sums

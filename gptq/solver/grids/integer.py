@@ -18,7 +18,7 @@ from gptq.solver.grids.grid import Form, Grid, Groups
 from gptq.solver.grids.scales import FloatScales
 
 FLOAT16 = FloatScales(torch.float16)
-SHRINK_FACTORS = torch.linspace(1, 0.3, 36).tolist()  # widths that the grid search tries, relative to the min-max grid
+SHRINK_FACTORS = torch.linspace(1, 0.3, 36, dtype=torch.float32).tolist()  # widths tried, relative to the min-max grid
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from gptq.solver.grids.scales import FLOAT8_RANGE, Float8Scales, FloatScales, Sc
 IQ4_NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 E4M3 = tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist())  # 127 and 255 are NaN
 # Scales that the search tries, relative to the scale that puts the largest weight on the table's largest value.
-FINE = tuple(torch.linspace(1.2, 0.4, 33).tolist())
+FINE = tuple(torch.linspace(1.2, 0.4, 33, dtype=torch.float32).tolist())
 NEAR = (2.0, 1.5, 1.0, 0.75, 0.5)  # for powers of two
-OCTAVE = tuple(torch.linspace(1, 2, 9).tolist())[:-1]  # floats are as dense everywhere: further scales repeat these
+# Floats are as dense everywhere: further scales repeat these.
+OCTAVE = tuple(torch.linspace(1, 2, 9, dtype=torch.float32).tolist())[:-1]
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class TableGrid(Grid):
         return _levels(self.table, like.dtype).to(like.device)
 
     def ranks(self, codes: Tensor) -> Tensor:
-        place = torch.zeros(len(self.table), device=codes.device)
+        place = torch.zeros(len(self.table), dtype=torch.float32, device=codes.device)
         order = self.levels(place)[2].long()
         place[order] = torch.arange(len(order), dtype=torch.float32, device=codes.device)
         return place[codes.long()]
