@@ -579,3 +579,19 @@ def test_a_list_of_lists_is_no_list_of_blocks() -> None:
     network = nn.Module()
     network.stages = nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleList([Block()])])
     assert [block.name for block in find_blocks(network)] == ["stages.0.0", "stages.0.1", "stages.1.0"]
+
+
+@pytest.mark.parametrize("kept", ["shared.weight", "encoder.embed_tokens.weight", "lm_head.weight"])
+def test_a_tied_embedding_may_be_stored_under_any_of_its_names(
+    kept: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    source = make_model("t5")
+    tensors = load_file(source / "model.safetensors")
+    tensors[kept] = tensors.pop("shared.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    quantize(source, tmp_path / "out", QuantConfig(method="rtn", bits=8, group_size=32))
+    assert kept in load_file(tmp_path / "out" / "model.safetensors")
+    network: Any = load(tmp_path / "out", dtype="float32")
+    for name in ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(network.state_dict()[name], tensors[kept]), name
+    assert network.shared.weight is network.encoder.embed_tokens.weight is network.decoder.embed_tokens.weight

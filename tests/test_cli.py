@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gptq import InputError, cli
+from gptq import InputError, QuantConfig, cli, quantize
 from gptq import __main__ as start_up
 from gptq.__main__ import main as run_main
 from gptq.cli import interrupts
 from gptq.cli.progress import Progress
 from gptq.compute.distributed import process_group
 from gptq.output import record
+from gptq.output.results import RECORD
 from tests.conftest import MakeModel
 
 FAST = ["--group-size", "32", "--samples", "4", "--seq-len", "32"]
@@ -335,11 +336,38 @@ def test_remote_code_is_not_run_unless_asked_for(
     config = json.loads((source / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
     (source / "config.json").write_text(json.dumps(config))
-    (source / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (source / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     code, _, errors = run(capsys, "quantize", source, tmp_path / "out", "--calibration", text_file)
     assert code == 2
     assert "config.json could not be used" in errors
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_with_code_of_its_own_is_verified_without_running_it(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_model("llama"), tmp_path / "out"
+    quantize(source, out, QuantConfig(method="rtn", group_size=32))
+    (out / RECORD).unlink()
+    config = json.loads((out / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    )
+    code, printed, _ = run(capsys, "verify", out)
+    assert code == 0
+    assert "its tensors were not compared with what it describes; --trust-remote-code runs it" in printed
+    assert "every tensor compared" not in printed
+    assert not (tmp_path / "ran").exists()
+    code, printed, _ = run(capsys, "verify", out, "--trust-remote-code")
+    assert code == 0
+    assert "every tensor compared with the model that config.json describes" in printed
+    assert (tmp_path / "ran").exists()
 
 
 def interruptible(command: list[str]) -> "subprocess.Popen[str]":

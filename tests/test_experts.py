@@ -433,6 +433,21 @@ def test_gates_and_routers_stay_unless_an_override_names_them(tmp_path: Path) ->
     assert planned(["shared_expert_gate", {"bits": 8}])[0] == {"model.layers.0.mlp.shared_expert_gate"}
 
 
+@pytest.mark.parametrize("kind", ["gemma4_text", "jetmoe", "afmoe"])
+def test_routers_in_modules_of_their_own_stay(kind: str, make_fused: Callable[..., Path], tmp_path: Path) -> None:
+    options = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    if kind == "gemma4_text":
+        folder = make_fused(kind)
+    else:
+        folder, local = tmp_path, {"num_local_experts": EXPERTS, "num_experts": EXPERTS, "num_experts_per_tok": 2}
+        own = {"num_dense_layers": 0, "moe_intermediate_size": 48, "kv_channels": 16, **local}
+        config = transformers.AutoConfig.for_model(kind, **options, **own)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    plan = plan_checkpoint(str(folder), QuantConfig(group_size=16), None, False)
+    assert not [name for name in plan.layers if "router" in name]
+    assert any("router" in note and "gates and routers stay" in note for note in plan.notes)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq import InputError, QuantConfig, cli, load, quantize
+from gptq import InputError, PolishConfig, QuantConfig, cli, load, polish, quantize
 from gptq.checkpoint import atomic_folder as atomic_folder_module
 from gptq.checkpoint import small_files
 from gptq.checkpoint.atomic_folder import (
@@ -29,12 +30,14 @@ from gptq.checkpoint.atomic_folder import (
     partial_folder,
     require_unused,
 )
+from gptq.checkpoint.companions import companions
 from gptq.checkpoint.small_files import write_file, write_folder
 from gptq.checkpoint.source_state import SourceState
 from gptq.config import Format
 from gptq.evaluation.quality import Measurement, add_measurement, read_measurements
 from gptq.output import record, verify
 from gptq.output.convert import convert
+from gptq.output.model_card import read_card_metadata
 from gptq.output.record import PerplexityRecord, digest_of, read_record, write_json, write_record
 from gptq.output.results import RECORD
 from gptq.pipeline.run import Observer
@@ -72,6 +75,68 @@ def test_whatever_is_neither_weights_nor_hidden_comes_along(make_model: MakeMode
     (out / "1_Pooling" / "config.json").write_text("1_Pooling/config.json")
     convert(out, tmp_path / "other", "pack-quantized")
     assert set(BESIDE) <= files_of(tmp_path / "other")
+
+
+def test_weights_of_a_sentence_encoders_further_modules_come_along(make_model: MakeModel, tmp_path: Path) -> None:
+    source, out = make_model(), tmp_path / "out"
+    for name in ("2_Dense", "other"):
+        (source / name).mkdir()
+        save_file({"linear.weight": torch.ones(2, 2)}, source / name / "model.safetensors")
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "2_Dense"}, {"idx": 2, "path": "../out"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    quantize(source, out, QuantConfig(method="rtn", group_size=32, format="gptq"))
+    weights = [file.relative_to(out).as_posix() for file in out.rglob("*.safetensors")]
+    assert sorted(weights) == ["2_Dense/model.safetensors", "model.safetensors"]
+    os.truncate(out / "2_Dense" / "model.safetensors", 8)
+    assert verify.verify(out).problems == ["2_Dense/model.safetensors was changed after it was written"]
+    for broken in ("[", "3", '[{"path": 3}, 4]', "[" * 100_000):
+        (source / "modules.json").write_text(broken)
+        assert "2_Dense/model.safetensors" in companions(source)[1]
+
+
+def test_a_card_says_what_became_of_the_rest(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
+    source, rest = make_model(), "everything else is as it was"
+
+    def card(out: Path) -> str:
+        return (out / "README.md").read_text(encoding="utf-8")
+
+    pytest.importorskip("gguf")
+    base: dict[str, Any] = {"group_size": 32, "seq_len": 32, "format": "gptq"}
+    plain = QuantConfig(**base, effort="fast")
+    for name, config in {
+        "plain": plain,
+        "tuned": QuantConfig(**base, effort="best", tune_steps=4),
+        "polished": replace(plain, polish_steps=4),
+        "gguf": replace(plain, format="gguf"),
+    }.items():
+        quantize(source, tmp_path / name, config, calibration=windows.repeat(3, 1))
+    assert rest in card(tmp_path / "plain")
+    assert "embeddings and the output head are rounded" in card(tmp_path / "gguf")
+    assert "norms and biases of their blocks were tuned with them" in card(tmp_path / "tuned")
+    assert "scales, norms, biases and embeddings were polished" in card(tmp_path / "polished")
+    assert "nats per token, after 4 steps of polishing" in card(tmp_path / "polished")
+    assert all(rest not in card(tmp_path / name) for name in ("gguf", "tuned", "polished"))
+
+
+def test_a_perplexity_stays_with_the_numbers_it_was_measured_of(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    source, out = make_model(), tmp_path / "out"
+    quantize(source, out, QuantConfig(method="rtn", bits=8, group_size=-1, format="gptq"))
+    verify.record_perplexity(out, PerplexityRecord(perplexity=7.5, data="text", tokens=9, seq_len=10))
+    convert(out, tmp_path / "same", "pack-quantized")
+    convert(out, tmp_path / "rounds", "int-quantized")
+    polish(out, source, tmp_path / "polished", PolishConfig(steps=2, seq_len=32), calibration=windows.repeat(3, 1))
+    found = {name: read_record(tmp_path / name).perplexity for name in ("out", "same", "rounds", "polished")}
+    assert [name for name, measured in found.items() if measured] == ["out", "same"]
+
+
+@pytest.mark.parametrize(
+    "front", ["\ufeff---\nlicense: mit\n---\n", "---\nlicense: mit\n---", "--- \nlicense: mit\n--- \n"]
+)
+def test_a_licence_is_found_however_the_front_matter_ends(front: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(front, encoding="utf-8")
+    assert read_card_metadata(tmp_path / "README.md") == {"license": " mit"}
 
 
 def test_links_that_lead_out_of_a_folder_inside_are_refused(make_model: MakeModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The files beside a checkpoint's weights: tokenizer, templates, code, settings of its parts, licence."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ WEIGHTS = (  # of any tool; archives too
 )  # fmt: skip
 RECORD, REPORT = "quantization_record.json", "report"  # what a result has, and what is drawn of it
 ADAPTER = "adapter_config.json"
+MODULES, MODULE_WEIGHTS = "modules.json", ("model.safetensors", "pytorch_model.bin")  # of sentence-transformers
+MAX_LISTING = 2**20  # bytes of `modules.json`
 MAX_FILES = 1000  # in a folder inside the checkpoint; one with more is no part of it
 MAX_DEPTH = 8
 
@@ -23,8 +26,10 @@ def companions(folder: Path) -> tuple[list[str], list[str]]:
 
     Both are paths relative to `folder`, folders with a slash at their end. Files at the top come first. A folder is
     left out if it is a link, holds more than MAX_FILES files, or is the work or the result of a run of its own. Indexes
-    of weights count as a part of these; the report on a result is not looked at.
+    of weights count as a part of these; the report on a result is not looked at. The weights of a sentence encoder's
+    further modules belong to the model, and are not left out.
     """
+    modules = _further_modules(folder)
     taken: list[str] = []
     left: list[str] = []
     entries = sorted(path for path in folder.iterdir() if _is_visible(path))
@@ -36,10 +41,30 @@ def companions(folder: Path) -> tuple[list[str], list[str]]:
             inside = None if path.is_symlink() or _is_of_a_run(path) else _files_below(path)
             for file in inside or ():
                 name = file.relative_to(folder).as_posix()
+                if name in modules:
+                    taken.append(name)
+                    continue
                 left.append(f"{name}/") if _is_of_a_run(file) else _sort_in(name, taken, left)
             if inside is None:
                 left.append(f"{path.name}/")
     return taken, left
+
+
+def _further_modules(folder: Path) -> set[str]:
+    """Return the names of the files that may hold the weights of modules that sentence-transformers runs after a model.
+
+    `modules.json` lists their folders, such as 2_Dense.
+    """
+    listing = folder / MODULES
+    try:
+        if not listing.is_file() or listing.stat().st_size > MAX_LISTING:
+            return set()
+        listed = json.loads(listing.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    paths = [one.get("path") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    folders = [path for path in paths if isinstance(path, str) and path and path.isprintable()]
+    return {f"{path}/{name}" for path in folders for name in MODULE_WEIGHTS}
 
 
 def _sort_in(name: str, taken: list[str], left: list[str]) -> None:

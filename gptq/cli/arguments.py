@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=does)
         p.add_argument("out", metavar="OUT", type=Path, help="folder of a quantized checkpoint")
         p.add_argument("--json", action="store_true", help="one JSON object to stdout")
+    p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
 
     p = commands.add_parser(
         "report", help="draw what was recorded: one HTML page, and its charts as SVG files beside it"

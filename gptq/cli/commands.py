@@ -207,14 +207,14 @@ def _inspect(args: argparse.Namespace) -> int:
     quantized, others = format_bytes(content.quantized_bytes), format_bytes(content.other_bytes)
     print(
         f"{len(content.layers)} layers, {quantized}, {content.bits_per_weight:.2f} bits per weight; "
-        f"{len(content.other_tensors)} tensors kept as they were, {others}; {content.format}"
+        f"{len(content.other_tensors)} other tensors, {others}; {content.format}"
     )
     print_engines(content.engines)
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    found = verify.verify(args.out)
+    found = verify.verify(args.out, trust_remote_code=args.trust_remote_code)
     if args.json:
         print_json(found.to_dict())
     else:

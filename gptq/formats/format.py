@@ -51,6 +51,7 @@ class FileFormat(ABC):
     is_assembled: bool = False  # `assemble` makes the file, under names that the checkpoint does not have
     joins_experts: bool = False  # writes experts by the rules of `joined_experts`
     stacks_experts: bool = False  # `assemble` stacks experts, in tensors that transformers cannot take apart
+    embedding_types: tuple[str, ...] = ()  # block types to which embeddings and heads that are no layers are rounded
     activation_bits: int | None = None  # readers round each token's activations to integers of this width
 
     @property

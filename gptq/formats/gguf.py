@@ -53,7 +53,6 @@ class Ggml(FileFormat):
     needs_whole_words = False
     is_assembled = True
     keeps_scale_dtype = False
-    embedding_types: tuple[str, ...]  # of embeddings and heads that are not layers: the first that fits
 
     @abstractmethod
     def find_type(self, scheme: Scheme) -> BlockType | None:

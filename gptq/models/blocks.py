@@ -116,17 +116,28 @@ def find_gates(blocks: Iterable[Block]) -> list[str]:
     """Return the names of linear layers that no engine reads packed.
 
     These are layers with one output, such as a shared expert's gate, and routers: layers with as many outputs as there
-    are experts in the same module.
+    are experts in the same module; or in one around it, if the layer is alone in its module or that is called a router.
     """
     found = []
     for block in blocks:
         modules = {f"{block.name}.{path}".removesuffix("."): m for path, m in block.module.named_modules()}
         for name, linear in block.linears.items():
-            outputs, parent = shape_of(linear)[0], modules.get(name.rpartition(".")[0])
-            counts = [len(child) for child in parent.children() if isinstance(child, Experts)] if parent else []
-            if not block.is_head() and (outputs == 1 or outputs in counts):
+            parent = name.rpartition(".")[0]
+            if not block.is_head() and (shape_of(linear)[0] == 1 or _is_router(linear, parent, modules)):
                 found.append(name)
     return found
+
+
+def _is_router(linear: nn.Module, parent: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a layer chooses experts; `modules` are the block's by name, `parent` is the one that the layer is in."""
+    if parent.rpartition(".")[2] == "router":
+        return True
+    is_alone = parent in modules and sum(map(is_linear, modules[parent].children())) == 1
+    around = [parent]
+    while is_alone and around[-1].rpartition(".")[0] in modules:
+        around.append(around[-1].rpartition(".")[0])
+    inside = (child for name in around if name in modules for child in modules[name].children())
+    return shape_of(linear)[0] in (len(child) for child in inside if isinstance(child, Experts))
 
 
 def find_head(model: PreTrainedModel) -> Block:

@@ -42,8 +42,7 @@ class Names:
     def __init__(self, model: PreTrainedModel, stored: Collection[str]) -> None:
         self._prefix = model.base_model_prefix + "."
         self.dtype_of = dtype_rule(model)
-        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-        self._tied = {**tied, **{v: k for k, v in tied.items()}}
+        self._tied = _tied_groups(getattr(model, "all_tied_weights_keys", None) or {})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             table = get_model_conversion_mapping(model)
@@ -72,8 +71,8 @@ class Names:
 
     def find(self, name: str) -> str | None:
         """Return the checkpoint's name of a tensor, or of a tensor tied to it; None if neither is stored."""
-        found = self.find_own(name)
-        return self.find_own(self._tied[name]) if found is None and name in self._tied else found
+        all_names = (name, *self._tied.get(name, ()))
+        return next((found for one in all_names if (found := self.find_own(one)) is not None), None)
 
     def find_own(self, name: str) -> str | None:
         """Return the checkpoint's name of a tensor; None if it is not stored, even if a tensor tied to it is."""
@@ -216,6 +215,15 @@ class Names:
         if found is None:
             raise InputError(f"the checkpoint lacks {name}, which the model described by its config.json needs")
         return found
+
+
+def _tied_groups(tied: dict[str, str]) -> dict[str, list[str]]:
+    """Return, for each tied tensor, the others that are the same one: an encoder's, a decoder's and a head's."""
+    groups: dict[str, list[str]] = {}
+    for target, source in tied.items():
+        joined = [*groups.get(source, [source]), *groups.get(target, [target])]
+        groups |= dict.fromkeys(joined, joined)
+    return {name: [other for other in group if other != name] for name, group in groups.items()}
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

@@ -58,7 +58,8 @@ def convert(
 ) -> Converted:
     """Write a quantized checkpoint of any tool in another format into a new folder; nothing is requantized.
 
-    Converting the result back gives the same bytes. Scales keep their dtype.
+    Converting the result back gives the same bytes; but for a perplexity in the record, which a format that rounds
+    activations does not have in common with one that does not. Scales keep their dtype.
 
     Args:
         model: folder or Hub id.
@@ -127,6 +128,9 @@ def _plan_conversion(model: str | Path, folder: Path, chosen: Format, trust_remo
         raise InputError(f"{model} cannot be written as {chosen!r}: {reason}")
     linears = Linears(layers, *unquantized_linears(network, names, find_blocks(network), stored))
     record = inherit_record(model, folder)
+    rounding = {formats.FORMATS[layer.scheme.format].activation_bits for layer in packed.values()}
+    if rounding != {formats.FORMATS[chosen].activation_bits}:  # other activations give another perplexity
+        record = record.without_perplexity()
     is_restored = record.origin is not None and record.origin.format == chosen
     plans = _plan_layers(packed, wanted, quantization_config(chosen, linears, record))
     if formats.FORMATS[chosen].zero_offset and not is_restored:

@@ -19,8 +19,8 @@ def read_card_metadata(card: Path) -> dict[str, str]:
     """Return the lines of a model card's front matter that hold for the quantized model too, such as the license."""
     if not card.is_file():
         return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    text = card.read_text(encoding="utf-8-sig", errors="replace")
+    front = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text, re.DOTALL)
     entries = re.findall(r"^(\w+):((?: .*)?(?:\n[ -].*)*)", front[1], re.MULTILINE) if front else []
     return {key: value for key, value in entries if key in KEPT_METADATA}
 
@@ -36,7 +36,7 @@ def render_model_card(chosen: Format, layers: Layers, record: Record, model_type
     lines = ["---", *(f"{key}:{value}" for key, value in front.items()), "tags:", *(f"- {tag}" for tag in tags), "---"]
     lines += ["", f"# {_escape_inline(name or 'A model')}, {' and '.join(map(str, widths))} bits", ""]
     lines += [
-        f"{len(layers)} linear layers are quantized, in the `{chosen}` format; everything else is as it was.",
+        f"{len(layers)} linear layers are quantized, in the `{chosen}` format; {_describe_rest(record)}.",
         f"Written by `gptq` {__version__}; `gptq verify` compares the files with `{RECORD}`.",
         "",
     ]
@@ -51,6 +51,19 @@ def render_model_card(chosen: Format, layers: Layers, record: Record, model_type
         f"- {engine.name}: {'yes' if engine.takes else 'no'}, {engine.why}" for engine in engines(layers, model_type)
     ]
     return "\n".join(lines) + "\n"
+
+
+def _describe_rest(record: Record) -> str:
+    """Say what happened to the tensors that are not quantized."""
+    changes = []
+    made_in = formats.FORMATS.get(record.config["format"]) if record.config else None
+    if made_in is not None and made_in.embedding_types:
+        changes.append("embeddings and the output head are rounded")
+    if any(block.tuned < block.solved for block in record.blocks or []):
+        changes.append("norms and biases of their blocks were tuned with them")
+    if record.polish and record.polish.steps:
+        changes.append("scales, norms, biases and embeddings were polished")
+    return ", ".join(changes) if changes else "everything else is as it was"
 
 
 def _list_options(record: Record) -> list[str]:
@@ -81,6 +94,9 @@ def _list_measurements(record: Record) -> list[str]:
         f"({measured.tokens} tokens in windows of {measured.seq_len})"
         for measured in record.perplexity or []
     ]
+    if record.polish:
+        told = f"{record.polish.kl_before:.4g} nats per token, after {record.polish.steps} steps of polishing"
+        lines.append(f"- KL divergence from the original on held-out text: {told} {record.polish.kl_after:.4g}")
     errors = [(layer.error, layer.name or layer.stored) for layer in record.layers if layer.error is not None]
     if errors:
         worst, name = max(errors, key=lambda entry: entry[0])

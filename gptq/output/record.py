@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -137,6 +137,13 @@ class Record(JsonObject):
     perplexity: IfPresent[list[PerplexityRecord]] = None
     card_metadata: IfPresent[dict[str, str]] = None
 
+    def without_perplexity(self) -> "Record":
+        """Return the record for other numbers than those whose perplexity was measured."""
+        return self._without(("perplexity",))
+
+    def _without(self, keys: Collection[str]) -> "Record":
+        return Record(**{key: value for key, value in self.to_dict().items() if key not in keys})
+
     @property
     def is_rounded(self) -> bool:
         """Whether the layers were rounded to nearest, without calibration."""
@@ -155,8 +162,7 @@ class WrittenRecord(Record):
 
     def without_checksums(self) -> Record:
         """Return the record of how the checkpoint was quantized, without checksums of tensors and files."""
-        kept = self.to_dict()
-        return Record(**{key: value for key, value in kept.items() if key not in OF_THE_FILES})
+        return self._without(OF_THE_FILES)
 
 
 def layer_records(

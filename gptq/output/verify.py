@@ -22,7 +22,7 @@ from gptq.formats.compatibility import Engine, engines
 from gptq.formats.name_rules import Quantization
 from gptq.formats.packed_layers import PackedLayer, is_variant, match_layers, packed_layers, read_packed
 from gptq.formats.quantization_config import quantization_of, read_quantization
-from gptq.models.build import open_model
+from gptq.models.build import OpenModel, open_model
 from gptq.models.check_tensors import check_tensors
 from gptq.output.files import add_perplexity, model_type_of
 from gptq.output.record import (
@@ -40,6 +40,10 @@ MOST_FILES = 8  # that a note names
 NO_RECORD = (
     f"{RECORD} is missing, though the folder says that gptq wrote it; save_pretrained drops it. There is nothing to "
     "compare the weights with"
+)
+CODE_NOT_RUN = (
+    "the model has code of its own, which was not run, so that its tensors were not compared with what it describes; "
+    "--trust-remote-code runs it"
 )
 NO_DIGEST = f"{RECORD} is an older one without a digest; its errors and counts of tokens are not checked"
 
@@ -171,7 +175,7 @@ def _describe_layer(source: Source, name: str, layer: PackedLayer, recorded: Lay
 
 
 @fresh_torch_state()
-def verify(folder: str | Path) -> Verification:
+def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verification:
     """Reopen a checkpoint and compare it with what was recorded when it was written.
 
     Compares the checksum of every tensor and file. For every quantized layer, the weight is unpacked to float32, and
@@ -179,6 +183,8 @@ def verify(folder: str | Path) -> Verification:
 
     This finds damage, not forgery: whoever changes a file on purpose can also change the record.
 
+    Args:
+        trust_remote_code: run the checkpoint's own code, if it has some and no record; its model is then compared too.
     Raises:
         InputError: the record cannot be read, or there is none and the checkpoint cannot be opened; or the path is not
             UTF-8.
@@ -188,10 +194,18 @@ def verify(folder: str | Path) -> Verification:
     if not os.path.lexists(folder / RECORD):
         source, quantization = _open_checkpoint(folder)
         packed = packed_layers(source, quantization)
-        problems = [*_find_inconsistencies(folder, source, packed)]
         notes = [NO_RECORD] if mentions_record(folder) else []
+        problems, against = [*_find_unreadable(source, packed)], ""
+        try:
+            opened = open_model(open_source(folder), trust_remote_code)
+        except InputError as error:
+            is_own = not trust_remote_code and read_json(folder / "config.json").get("auto_map")
+            (notes if is_own else problems).append(CODE_NOT_RUN if is_own else str(error))
+        else:
+            problems += _find_misfits(opened, packed)
+            against = "; every tensor compared with the model that config.json describes"
         notes += _note_on_others(folder, source, None)
-        checked = _checks_by_engine(folder, packed, "the model that config.json describes")
+        checked = _checks_by_engine(folder, packed, against)
         return Verification(False, len(packed), len(source.tensors), 0, problems, notes, checked)
     check_folder(folder)
     record = read_record(folder)
@@ -210,7 +224,7 @@ def verify(folder: str | Path) -> Verification:
         problems += _find_changed_weights(source, packed, record.layers)
         problems += [] if changed else [*_find_wrong_numbers(source, packed, record)]
         notes += _note_on_others(folder, source, record.files)
-        checked = _checks_by_engine(folder, packed, "the record")
+        checked = _checks_by_engine(folder, packed, "; every tensor compared with the record")
     return Verification(True, len(record.layers), len(record.tensors), len(record.files), problems, notes, checked)
 
 
@@ -222,8 +236,7 @@ def _checks_by_engine(folder: Path, packed: dict[str, PackedLayer], against: str
         is_variant(quantization_of(folder) or {}, packed),
     )
     rule = "names, bits, groups and shapes are such as its source reads; it was not run"
-    every = f"every layer unpacked, and every tensor compared with {against}"
-    return {own.name: every, **{engine.name: rule for engine in others if engine.takes}}
+    return {own.name: f"every layer unpacked{against}", **{engine.name: rule for engine in others if engine.takes}}
 
 
 def _note_on_others(folder: Path, source: Source, recorded: Collection[str] | None) -> list[str]:
@@ -245,18 +258,21 @@ def _note_on_others(folder: Path, source: Source, recorded: Collection[str] | No
     return [f"not looked into, because no record is about it: {', '.join(others[:MOST_FILES])}{more}{adapter}"]
 
 
-def _find_inconsistencies(folder: Path, source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
-    """Find contradictions within a checkpoint that has no record to be compared with."""
+def _find_misfits(opened: OpenModel, packed: dict[str, PackedLayer]) -> Iterator[str]:
+    """Find tensors that do not fit the model that config.json describes."""
+    source, network, names = opened.source, opened.network, opened.names
+    known = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in (*layer.suffixes, "bias")}
     try:
-        opened = open_model(open_source(folder), trust_remote_code=False)
-        network, names = opened.network, opened.names
-        known = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in (*layer.suffixes, "bias")}
         stored = match_layers(network, names, source, packed)
         for extra in check_tensors(network, names, source.tensors, stored):
             if extra not in known:
                 yield f"the tensor {extra} belongs to nothing in the model that config.json describes"
     except InputError as error:
         yield str(error)
+
+
+def _find_unreadable(source: Source, packed: dict[str, PackedLayer]) -> Iterator[str]:
+    """Find layers and tensors that cannot be read, in a checkpoint without a record."""
     for name, layer in packed.items():
         yield from _catch_complaint(partial(_decode, source, name, layer))
     of_layers = {f"{name}.{suffix}" for name, layer in packed.items() for suffix in layer.suffixes}
