@@ -413,7 +413,7 @@ def test_ctrl_c_is_a_sentence_and_leaves_what_is_finished(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.search(
-        r"interrupted; .*out\.partial keeps \d+ finished of 60 blocks, and the same command goes on", errors
+        r"interrupted; .*out\.partial keeps \d+ finished of 60 blocks, and the command that began it goes on", errors
     )
     assert "Traceback" not in errors
     assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
@@ -485,7 +485,7 @@ def test_arguments_are_read_before_the_libraries(arguments: list[str], code: int
     assert done.stdout.splitlines()[-1] == f"False {code}"
 
 
-def interrupt_inside_a_library(number: int, *_: object) -> None:
+def interrupt_inside_a_library(number: int, *_: object, **__: object) -> None:
     try:
         os.kill(os.getpid(), number)
         time.sleep(5)
@@ -504,14 +504,14 @@ class Callback:
         time.sleep(0.001)
 
 
-def interrupt_inside_a_finalizer(number: int, *_: object) -> None:
+def interrupt_inside_a_finalizer(number: int, *_: object, **__: object) -> None:
     """As a signal that arrives while Python collects garbage: the work must not go on as if nothing had been asked."""
     Callback(number)
     time.sleep(5)
     raise AssertionError("the interrupt got lost")
 
 
-def raises(error: Exception, *_: object) -> None:
+def raises(error: Exception, *_: object, **__: object) -> None:
     raise error
 
 

@@ -230,7 +230,7 @@ def test_a_disk_that_fills_up_and_is_freed(
     for message in failures[2:]:
         assert "the disk at /" in message
         assert "is full (No space left on device)" in message
-        assert "of 4 blocks, and the same command goes on from there" in message
+        assert "of 4 blocks, and the command that began it goes on from there" in message
     assert all_bytes(out) == all_bytes(tmp_path / "whole")
 
 
@@ -262,7 +262,9 @@ def test_other_options_models_and_data_are_refused_with_the_difference(
     ):
         with pytest.raises(InputError, match=message) as refused:
             quantize(source, out, QuantConfig(**{**OPTIONS, **options}), calibration=windows)
-        assert "keeps 1 finished of 2 blocks, and the same command goes on from there; remove it" in str(refused.value)
+        assert "keeps 1 finished of 2 blocks, and the command that began it goes on from there; remove it" in str(
+            refused.value
+        )
     with pytest.raises(InputError, match="dtype float32, now bfloat16"):
         quantize(source, out, CONFIG, calibration=windows, dtype="bfloat16")
     with pytest.raises(InputError, match="begun with other calibration windows"):

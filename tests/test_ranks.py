@@ -93,7 +93,7 @@ def test_a_lost_rank_ends_the_run_and_any_number_goes_on(make_model: MakeModel, 
     assert said["first"][0] == said["second"][1] == "killed"
     assert said["first"][1].startswith(PROCESS_ENDED)
     assert said["second"][0].startswith(PROCESS_ENDED)
-    assert "keeps 1 finished of 3 blocks, and the same command goes on" in said["second"][0]
+    assert "keeps 1 finished of 3 blocks, and the command that began it goes on" in said["second"][0]
     assert all(partial_of(tmp_path / name).is_dir() and not (tmp_path / name).exists() for name, _ in stops)
     again = [{"out": "first", "ranks": 3, "config": {}}, {"out": "second", "ranks": 1, "config": {}}]
     assert run(source, tmp_path, again) == {"first": ["done"] * 3, "second": ["done"]}

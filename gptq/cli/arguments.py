@@ -73,7 +73,12 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("plan", help="what quantize would do, and who loads the result", formatter_class=_Help)
     p.add_argument("model", metavar="MODEL", help="folder or Hub id of a safetensors checkpoint")
     _add_quantization_flags(p, source_help)
-    p.add_argument("--ranks", type=int, metavar="N", help="also what each of N processes does; see --device-model")
+    p.add_argument(
+        "--ranks",
+        type=_argument_type(parse_positive),
+        metavar="N",
+        help="also what each of N processes does; see --device-model",
+    )
     p.add_argument(
         "--device-model", choices=sorted(DEVICE_MODELS), default="h200",
         help="device of each of these processes, by its data sheet; it is not measured",

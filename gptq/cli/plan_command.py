@@ -44,7 +44,8 @@ def run_plan(args: argparse.Namespace) -> int:
     layers = list(plan.layers.values())
     divided = _divide(args, config, plan, tokens) if args.ranks is not None else {}
     needs = _estimate_needs(args, config, plan, tokens)
-    notes = [*plan.notes, *([CHOSEN_LATER] if config.chooses_widths else [])]
+    limit = [] if tokens.windows == 0 or windows else fit_seq_len(config.seq_len, plan.hf_config, plan.network)[1]
+    notes = [*plan.notes, *limit, *([CHOSEN_LATER] if config.chooses_widths else [])]
     if args.json:
         print_json(
             {
@@ -138,7 +139,7 @@ def _divide(args: argparse.Namespace, config: QuantConfig, plan: Plan, tokens: m
     device = DEVICE_MODELS[args.device_model]
     if config.method != "gptq":
         raise InputError("round-to-nearest has no calibration to divide; leave --ranks out")
-    if not 0 < args.ranks <= tokens.windows:
+    if args.ranks > tokens.windows:
         raise InputError(f"{tokens.windows} calibration windows cannot be shared by {args.ranks} processes")
     found = count_shares(plan, config, tokens, args.ranks, torch.bfloat16)
     return {

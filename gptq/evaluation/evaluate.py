@@ -1,5 +1,6 @@
 """Measure a model's perplexity on a text, and compare a quantized model's predictions with those of the original."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from gptq.models.attention import attention_by_products
 from gptq.models.forward import check_tokens, run_forward
 from gptq.models.hf_config import fit_seq_len, read_config, read_tokenizer
 
+logger = logging.getLogger(__name__)
 MAX_LOSS = 69.0  # nats per token; records hold perplexities up to 1e30
 USELESS = f"holds NaN or infinity, or has a loss of {MAX_LOSS:.0f} nats per token or more; try --dtype float32"
 RESAMPLES, BOOTSTRAP_SEED, CONFIDENCE = 2000, 0, 0.95  # settings of the bootstrap intervals
@@ -177,6 +179,9 @@ def compare(
         tokens, read_windows(data, read_tokenizer(original_folder, trust_remote_code), seq_len, windows)
     ):
         raise InputError(f"the tokenizers of {model} and {original} give different tokens; is it the original?")
+    kinds = [str(config.model_type) for config in configs]
+    if kinds[0] != kinds[1]:
+        logger.warning("%s is of type %s, and %s of type %s; is it the original?", model, kinds[0], original, kinds[1])
     network = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return summarize(measure_windows(network, original_folder, tokens, dtype, trust_remote_code, progress), seq_len)
 

@@ -352,10 +352,10 @@ def _find_lost(folder: Path, record: WrittenRecord) -> Iterator[str]:
     missing = record.tensors.keys() - readable_tensors(folder)
     layers = {name.rpartition(".")[0] for name in missing} & {layer.stored for layer in record.layers}
     for layer in sorted(layers):
-        yield f"{layer} is missing, wholly or in part: a file that it was in is gone or damaged"
+        yield f"{layer} cannot be read, wholly or in part: a file that it was in is gone or damaged"
     for name in sorted(missing):
         if name.rpartition(".")[0] not in layers:
-            yield f"the tensor {name} is missing: the file that it was in is gone or damaged"
+            yield f"the tensor {name} cannot be read: the file that it was in is gone or damaged"
 
 
 def _find_changed_headers(source: Source, recorded: dict[str, str]) -> Iterator[str]:

@@ -103,8 +103,8 @@ class Journal:
             return ""
         kept = f"{finished} finished of" if finished else f"what was measured in {measured} of"
         return (
-            f"{self.file.parent} keeps {kept} {blocks} blocks, and the same command goes on from there; remove it to "
-            "start anew"
+            f"{self.file.parent} keeps {kept} {blocks} blocks, and the command that began it goes on from there; "
+            "remove it to start anew"
         )
 
     def append(self, kind: str, content: dict[str, Any]) -> None:

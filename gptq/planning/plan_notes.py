@@ -66,7 +66,8 @@ def _remarks(plan: LayerPlan, config: QuantConfig) -> Iterator[str]:
     if plan.group_size == plan.inputs < config.group_size:
         yield f"{plan.inputs} inputs are one group, smaller than the group size of {config.group_size}"
     if rest:
-        yield f"{plan.inputs} inputs are {whole} groups of {plan.group_size} and a last one of {rest}; {readers}"
+        groups = f"{whole} groups" if whole > 1 else "1 group"
+        yield f"{plan.inputs} inputs are {groups} of {plan.group_size} and a last one of {rest}; {readers}"
     if not formats.FORMATS[plan.format].needs_whole_words:
         return
     for count, what in ((plan.inputs, "inputs"), (plan.outputs, "outputs")):

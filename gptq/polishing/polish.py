@@ -232,7 +232,7 @@ def _resume(working: PartialFolder, begun: dict[str, Any]) -> None:
         working.clear()
         write_file(file, json.dumps(begun))
     working.describe_kept = lambda: (
-        f"{working.root} keeps the steps that were taken, and the same command goes on from there"
+        f"{working.root} keeps the steps that were taken, and the command that began it goes on from there"
         if state.is_file()
         else ""
     )
