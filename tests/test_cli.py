@@ -226,6 +226,9 @@ MISTAKES = {
     "eval model --data text.txt --against {missing}": "missing: no such folder",
     "eval model --data text.txt --seq-len 1": "--seq-len is 1; a window has at least 2 tokens",
     "eval model --data text.txt --windows 0": "argument --windows: 0 is less than 1",
+    "quantize model out --calibraton x": "gptq quantize: unknown argument --calibraton, did you mean --calibration?",
+    "quantize model out --memory-limit 3 GB": "gptq quantize: unknown argument GB; see `gptq quantize --help`",
+    "quantize model": "gptq quantize: the following arguments are required: OUT; see `gptq quantize --help`",
     "eval nobody/nothing --data text.txt --save": "nobody/nothing: no such folder; --save needs a folder",
     "eval model --data text.txt --card": "--card writes into the model card of a result of gptq, and model has no",
     "inspect nobody/nothing": "nobody/nothing: no such folder; inspect needs a folder on this machine",
@@ -253,7 +256,7 @@ def test_a_mistake_that_needs_no_library_is_found_before_torch_is_imported(tmp_p
     for (code, said, imported), (arguments, message) in zip(json.loads(done.stdout), MISTAKES.items(), strict=True):
         assert (code, imported) == (2, False), arguments
         assert message.format(**paths) in said, arguments
-        assert re.search(r"^gptq( \w+)?: [^\n]*\n\Z", said, re.MULTILINE), said  # the last line, after a usage
+        assert re.fullmatch(r"gptq( \w+)?: [^\n]*\n", said), said
     assert {path.name for path in tmp_path.iterdir()} == {
         "model", "broken", "list", "hollow", "nested", "full", "empty.txt", "text.txt",
     }  # fmt: skip

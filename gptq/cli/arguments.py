@@ -3,12 +3,13 @@
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gptq.cli.early import check
 from gptq.config import FORMATS, Flag, PolishConfig, QuantConfig, flags, parse_integer, parse_positive, parse_size
@@ -19,10 +20,7 @@ from gptq.version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code, which docs/reference/commands.md explains."""
-    own = parser()
-    args = own.parse_args(arguments)
-    if "bits" in args and ("target_bits" in args or "target_size" in args):
-        own.error("--bits is the width of all layers, and --target-bits and --target-size choose each layer's")
+    args = parse(arguments)
     try:
         check(args)
     except InputError as error:
@@ -37,6 +35,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(args)
 
 
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return a command's arguments; a mistake in them is told with the command's name, and exits with 2."""
+    made = parser()
+    args, unknown = made.parse_known_args(arguments)
+    own = made.commands[args.command]
+    if unknown:
+        known = [flag for action in own._actions for flag in action.option_strings]
+        near = get_close_matches(unknown[0].partition("=")[0], known, 1)
+        own.error(f"unknown argument {unknown[0]}{f', did you mean {near[0]}?' if near else ''}")
+    if "bits" in args and ("target_bits" in args or "target_size" in args):
+        own.error("--bits is the width of all layers, and --target-bits and --target-size choose each layer's")
+    return args
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells of a mistake in a line, and not in a screen with all flags."""
+
+    commands: Mapping[str, "_Parser"]  # of the outermost
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Inside, Python does not search for unreachable objects, which takes a fifth of the time of imports."""
@@ -49,11 +70,12 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> _Parser:
     """Make the parser of the command line."""
-    made = argparse.ArgumentParser(prog="gptq", description="Quantize Hugging Face checkpoints with GPTQ.")
+    made = _Parser(prog="gptq", description="Quantize Hugging Face checkpoints with GPTQ.")
     made.add_argument("--version", action="version", version=f"gptq {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made.commands = commands.choices
     source_help = (
         "a .txt, .jsonl, .csv or .parquet file (column `text`), a folder that datasets loads (FOLDER:SPLIT), "
         "or a Hub data set (wikitext:wikitext-2-raw-v1:test)"
