@@ -5,11 +5,13 @@
     python scripts/sweep_architectures.py --group image-text --minutes 20
     python scripts/sweep_architectures.py --format gptq pack-quantized
     python scripts/sweep_architectures.py --group encoder --format use
+    python scripts/sweep_architectures.py --dtype bfloat16
 
 Each model is built from a configuration with small sizes, with random numbers in every buffer and bias, and saved. Then
 the use of its tensors is checked (see `use_problems`), and it is quantized to 8 bits (in a format that has no 8 bits to
 4), verified, loaded and run; then loaded by its own class's `from_pretrained` and saved again. The format `use` stands
-for the check of the tensors' use alone. The script prints a line for each model and format, and counts the outcomes:
+for the check of the tensors' use alone. With --dtype, models are stored, calibrated and run in fewer bits, but for what
+they keep in float32. The script prints a line for each model and format, and counts the outcomes:
 
     fine      outputs differ from the original's by less than a tenth (at 4 bits by less than a half), from_pretrained
               gives the same outputs, and what it saves holds the same tensors
@@ -48,7 +50,7 @@ from gptq.config import FORMATS, GROUP_SIZES, Format
 from gptq.evaluation.original_logits import run_by_block
 from gptq.formats.original import open_original
 from gptq.models.build import open_model
-from gptq.models.forward import forward_without_cache
+from gptq.models.forward import forward_without_cache, to_device
 from gptq.output import verify
 from gptq.planning.plan import Plan, plan_checkpoint
 
@@ -302,17 +304,23 @@ def main_output(made: Any) -> torch.Tensor:
 Built = tuple[PreTrainedModel, dict[str, torch.Tensor]]  # a model, and inputs that it runs on
 
 
-def build_and_save(kind: str, auto: str, folder: Path) -> Built | str:
-    """Build a model and save it in `folder`; if that does not work, return why."""
+def build_and_save(kind: str, auto: str, folder: Path, dtype: torch.dtype = torch.float32) -> Built | str:
+    """Build a model and save it in `folder`; return it as transformers loads it, or why that does not work."""
     try:
         try:
             model, inputs = small_model(kind, auto)
         except RuntimeError:  # of shapes that do not fit
             model, inputs = small_model(kind, auto, axes=True)
-        model.save_pretrained(folder)
+        model.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
         loaded: Any = type(model).from_pretrained(folder, output_loading_info=True)
         if missing := loaded[1]["missing_keys"]:  # as for ShieldGemma 2, which its table builds as another class
             raise ValueError(f"transformers does not find {min(missing)}, which it has saved")
+        if dtype != torch.float32:
+            model, inputs = loaded[0].eval(), to_device(inputs, torch.device("cpu"), dtype)
+            outputs(model, inputs)
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()  # which may lie in the file
+            model.save_pretrained(folder)  # now with what it keeps in float32
     except Exception as error:  # of any type: the architecture is not tested
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return model, inputs
@@ -385,18 +393,18 @@ def change_tensors(source: Path, plan: Plan, out: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def outcome(built: Built, source: Path, out: Path, chosen: Format) -> tuple[str, str]:
+def outcome(built: Built, source: Path, out: Path, chosen: Format, dtype: str = "float32") -> tuple[str, str]:
     """Try one architecture in one format; return its outcome and a description."""
     model, inputs = built
     windows, bits = [other_window(inputs, seed) for seed in range(WINDOWS)], 4 if chosen in FOUR_BITS else 8
     config = QuantConfig(bits=bits, group_size=(GROUPS_OF | GROUP_SIZES).get(chosen, 16), format=chosen)
     try:
-        result = quantize(source, out, config, calibration=windows)
-        found = outputs(load(out, dtype="float32"), inputs)
+        result = quantize(source, out, config, calibration=windows, dtype=dtype)
+        found = outputs(load(out, dtype=dtype), inputs)
         packed = {f"{layer.name}.weight" for layer in verify.inspect(out).layers}  # some formats call the codes so
         problems = [*verify.verify(out).problems, *changed_tensors(source, out, packed)]
         if not formats.FORMATS[chosen].is_assembled:  # those are for other engines
-            problems += from_pretrained_problems(type(model), out, inputs, found)
+            problems += from_pretrained_problems(type(model), out, inputs, found, getattr(torch, dtype))
         if problems:
             return "failed", problems[0]
     except InputError as error:
@@ -413,14 +421,14 @@ def outcome(built: Built, source: Path, out: Path, chosen: Format) -> tuple[str,
 
 
 def from_pretrained_problems(
-    kind: Any, out: Path, inputs: dict[str, torch.Tensor], expected: torch.Tensor
+    kind: Any, out: Path, inputs: dict[str, torch.Tensor], expected: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[str]:
     """Load with transformers and save again; yield a sentence for each difference.
 
     Args:
         expected: the outputs of the model that `gptq.load` returns.
     """
-    model = kind.from_pretrained(out, dtype=torch.float32).eval()
+    model = kind.from_pretrained(out, dtype=dtype).eval()
     for tensor in model.parameters():  # which lie where the file has them; torch's convolutions round by the address
         tensor.data = tensor.data.clone()
     found = outputs(model, inputs)
@@ -457,6 +465,7 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", help="model types; all of the group if none is given")
     parser.add_argument("--group", choices=[*GROUPS], default="causal", help="default: %(default)s")
     parser.add_argument("--format", nargs="+", choices=[USE, *FORMATS], default=["gptq"], help="default: gptq")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -469,7 +478,7 @@ def main() -> None:
         if time.monotonic() - began > 60 * args.minutes:
             print(f"stopped after {tried} of {len(kinds)}")
             break
-        for became, chosen in try_formats(kind, GROUPS[args.group][1], args.format):
+        for became, chosen in try_formats(kind, GROUPS[args.group][1], args.format, args.dtype):
             counts[became, chosen] += 1
     unbuilt = counts.pop(("unbuilt", None), 0)
     for chosen in args.format:
@@ -478,15 +487,17 @@ def main() -> None:
     print(f"{unbuilt} unbuilt")
 
 
-def try_formats(kind: str, auto: str, chosen: list[Any]) -> Iterator[tuple[str, str | None]]:
+def try_formats(kind: str, auto: str, chosen: list[Any], dtype: str) -> Iterator[tuple[str, str | None]]:
     """Try an architecture in each format, and print and yield the outcomes."""
     with tempfile.TemporaryDirectory() as folder:
-        built = build_and_save(kind, auto, Path(folder) / "model")
+        built = build_and_save(kind, auto, Path(folder) / "model", getattr(torch, dtype))
         if isinstance(built, str):
             print(f"{kind:26} unbuilt {'':16} {built}", flush=True)
             yield "unbuilt", None
             return
-        used, unused = use_outcome(built, Path(folder) / "model")
+        used, unused = "fine", "use not checked"
+        if dtype == "float32":
+            used, unused = use_outcome(built, Path(folder) / "model")
         if used != "fine" or USE in chosen:
             print(f"{kind:26} {used:7} {USE:16} {unused}", flush=True)
         for one in chosen:
@@ -494,7 +505,7 @@ def try_formats(kind: str, auto: str, chosen: list[Any]) -> Iterator[tuple[str, 
                 yield used, one
                 continue
             with tempfile.TemporaryDirectory(dir=folder) as own:
-                became, words = outcome(built, Path(folder) / "model", Path(own) / "out", one)
+                became, words = outcome(built, Path(folder) / "model", Path(own) / "out", one, dtype)
             print(f"{kind:26} {became:7} {one:16} {words}, {unused}", flush=True)
             yield became, one
 
