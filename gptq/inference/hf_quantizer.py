@@ -30,6 +30,7 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = False
     _checkpoint: tuple[Source, PackedModel, list[Any]] | None = None  # while it is being loaded
     _conversions: list[Any]  # for loading its files; those in `_checkpoint` are for saving
+    _packed_names: frozenset[str]  # of the tensors of packed layers, in the model
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any
@@ -66,6 +67,8 @@ class PackedQuantizer(HfQuantizer):
             if any(isinstance(child, Experts) for child in module.children()):
                 vars(module)["_is_hf_initialized"] = True  # else Qwen3-Omni's code initializes tensors that are fused
         self._checkpoint = source, packed, names.conversions()
+        stored_as = {name: packed.layers[own].suffixes for name, own in packed.stored.items()}
+        self._packed_names = frozenset(f"{name}.{key}" for name, keys in stored_as.items() for key in keys)
         self._conversions = file_conversions(stored, names)
         if hasattr(HfQuantizer, "update_weight_conversions"):
             return
@@ -88,6 +91,12 @@ class PackedQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         """Add to the table, in releases of transformers where it cannot be replaced."""
         return [] if self._checkpoint is None else self._conversions[:1]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Return None for what a packed layer stores: it stays as it is, also where the layer is kept in float32."""
+        if self._checkpoint is not None and {*converter.target_patterns} & self._packed_names:
+            return None
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Check the values that were loaded, and prepare the layers.
