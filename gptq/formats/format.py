@@ -164,16 +164,12 @@ class FileFormat(ABC):
 
     def model_notes(self, hf_config: Any) -> list[str]:
         """Return notes for the user on what the format's engine does otherwise than config.json says."""
-        if (
-            hf_config.model_type not in self.ignores_windows_of
-        ):  # others may have a window for each layer, and no common one
-            return []
+        if hf_config.model_type not in self.ignores_windows_of:
+            return []  # other models may have a window for each layer, and no common one to ask for
         window = getattr(hf_config, "sliding_window", None)
-        return (
-            []
-            if not window
-            else [f"engines that read {self.name} let this model attend to everything, not to the last {window} tokens"]
-        )
+        if not window:
+            return []
+        return [f"engines that read {self.name} let this model attend to everything, not to the last {window} tokens"]
 
     def model_refusal(self, folder: Path, tensors: Collection[str]) -> str | None:
         """Return why the model in a source folder, with these tensors, cannot be written in the format, or None."""
