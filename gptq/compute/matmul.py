@@ -160,7 +160,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
 
 class _SharedSetting:
-    """A setting of the process, which several threads change for a time: the last one that is still inside has its way.
+    """A setting of the process that several threads change for a time: the last of those inside decides.
 
     When none is inside, it is as it was before. A thread that saved and restored it alone could restore what another
     thread had set, for good.
