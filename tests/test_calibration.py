@@ -481,7 +481,20 @@ def test_a_folder_of_texts_is_its_files(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "a.txt").write_text("one line\n\nand another", encoding="utf-8")
     (folder / "b.txt").write_text("the second\nbook", encoding="utf-8")
-    assert calibration.documents(str(folder), "train") == ["one line\n\nand another", "the second\nbook"]
+    texts = ["one line\n\nand another", "the second\nbook"]
+    assert [*calibration.documents(str(folder), "train")] == texts
+    (folder / "meta.json").write_text("{}", encoding="utf-8")
+    assert [*calibration.documents(str(folder), "train")] == texts
+    parts = "- split: train\n    path: a.txt\n  - split: test\n    path: b.txt"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n  {parts}\n---\n")
+    assert [*calibration.documents(str(folder), "test")] == texts[1:]
+
+
+def test_a_licence_beside_tables_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE.txt").write_text("all rights", encoding="utf-8")
+    (tmp_path / "train.tsv").write_text("text\tb\nwords\t1\n", encoding="utf-8")
+    (tmp_path / "more.tsv").write_text("text\tb\nother\t1\n", encoding="utf-8")
+    assert "all rights" not in [*calibration.documents(str(tmp_path), "train")]
 
 
 def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:

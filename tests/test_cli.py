@@ -367,6 +367,10 @@ def test_a_file_with_code_of_its_own_is_verified_without_running_it(
     assert "its tensors were not compared with what it describes; --trust-remote-code runs it" in printed
     assert "every tensor compared" not in printed
     assert not (tmp_path / "ran").exists()
+    known = {**config, "model_type": "llama", "num_hidden_layers": 4000}  # needs no code of its own, and is wrong
+    (out / "config.json").write_text(json.dumps(known))
+    assert run(capsys, "verify", out)[0] == 1
+    (out / "config.json").write_text(json.dumps(config))
     code, printed, _ = run(capsys, "verify", out, "--trust-remote-code")
     assert code == 0
     assert "every tensor compared with the model that config.json describes" in printed

@@ -82,11 +82,13 @@ def test_weights_of_a_sentence_encoders_further_modules_come_along(make_model: M
     for name in ("2_Dense", "other"):
         (source / name).mkdir()
         save_file({"linear.weight": torch.ones(2, 2)}, source / name / "model.safetensors")
-    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "2_Dense"}, {"idx": 2, "path": "../out"}]
+        (source / name / "pytorch_model.bin").write_bytes(b"a pickle is a program, which is not handed on")
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "./2_Dense/"}, {"idx": 2, "path": "../out"}]
     (source / "modules.json").write_text(json.dumps(modules))
     quantize(source, out, QuantConfig(method="rtn", group_size=32, format="gptq"))
     weights = [file.relative_to(out).as_posix() for file in out.rglob("*.safetensors")]
     assert sorted(weights) == ["2_Dense/model.safetensors", "model.safetensors"]
+    assert not [*out.rglob("*.bin")]
     os.truncate(out / "2_Dense" / "model.safetensors", 8)
     assert verify.verify(out).problems == ["2_Dense/model.safetensors was changed after it was written"]
     for broken in ("[", "3", '[{"path": 3}, 4]', "[" * 100_000):

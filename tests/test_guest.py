@@ -232,6 +232,22 @@ def test_a_packed_layer_is_one_graph_for_a_compiler(packed: Packed) -> None:
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_packed_layer_is_traced_by_fx(packed: Packed) -> None:
+    layer, x = packed.layer(), torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(torch.fx.symbolic_trace(Doubled(layer))(x), 2 * layer(x), rtol=1e-3, atol=1e-3)
+
+
+class Doubled(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        doubled: Tensor = self.layer(x) * 2
+        return doubled
+
+
 @pytest.mark.slow
 def test_a_packed_layer_is_exported_without_this_package(packed: Packed) -> None:
     layer, x = packed.layer(), torch.randn(3, 96, generator=torch.Generator().manual_seed(0))

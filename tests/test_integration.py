@@ -305,15 +305,25 @@ def test_another_head_on_a_packed_model(lm_head: bool, make_model: MakeModel, tm
         assert sum(isinstance(module, QuantLinear) for module in network.modules()) == 14
         assert torch.equal(base(IDS).last_hidden_state, expected)
     assert network.score.weight.shape == (3, 64)
-    drop(out, "model.norm.weight")
-    with pytest.raises(InputError, match=r"lacks model\.norm\.weight"):
-        AutoModelForTokenClassification.from_pretrained(out)
 
 
-def drop(folder: Path, name: str) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors[name]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForTokenClassification])
+def test_another_head_is_no_excuse_for_what_the_base_model_lacks(
+    kind: Any, make_model: MakeModel, tmp_path: Path
+) -> None:
+    source = make_model("llama")
+    for name, dropped in (("norm", "model.norm.weight"), ("layer", "model.layers.0.mlp.down_proj.")):
+        quantize(source, tmp_path / name, QuantConfig.from_dict(RTN))
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(dropped)}
+        save_file(kept, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match=r"lacks .*(norm|down_proj)\.weight"):
+            kind.from_pretrained(tmp_path / name)
+    quantize(source, tmp_path / "shallow", QuantConfig.from_dict(RTN))
+    config = json.loads((tmp_path / "shallow" / "config.json").read_text())
+    (tmp_path / "shallow" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(InputError, match=r"holds model\.layers\.1\..*, for which its config.json has no layer"):
+        kind.from_pretrained(tmp_path / "shallow")
 
 
 def test_what_accelerate_cannot_offload_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
@@ -325,8 +335,10 @@ def test_what_accelerate_cannot_offload_is_refused(make_model: MakeModel, tmp_pa
     with torch.no_grad():
         offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", **options)(IDS).logits
         assert torch.equal(offloaded, load(tmp_path / "gptq", dtype="float32")(IDS).logits)
-    with pytest.raises(InputError, match=r"q_proj is stored as int-quantized, which accelerate cannot offload"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "int-quantized", **options)
+    chosen_later = {**options, "device_map": "auto", "max_memory": {"cpu": "20KB"}}
+    for own in (options, chosen_later):
+        with pytest.raises(InputError, match=r"_proj is stored as int-quantized, which accelerate cannot offload"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "int-quantized", **own)
 
 
 @pytest.mark.parametrize("lm_head", [False, True])

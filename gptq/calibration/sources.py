@@ -184,11 +184,11 @@ def _local_dataset(source: str, path: Path, split: str) -> "Dataset | list[dict[
 
 
 def _load_folder(path: Path) -> Any:
-    """Let `datasets` load a folder; of .txt files, each is one row."""
-    kinds = {Path(file.name.removesuffix(".gz")).suffix for file in path.rglob("*") if file.is_file()}
-    if ".txt" in kinds and kinds.isdisjoint(READERS):
-        return load_dataset("text", data_dir=str(path), sample_by="document")
-    return load_dataset(str(path))
+    """Let `datasets` load a folder; if it takes the .txt files, each is one row."""
+    import datasets
+
+    reads_text = hasattr(datasets.load_dataset_builder(str(path)).config, "sample_by")
+    return load_dataset(str(path), **({"sample_by": "document"} if reads_text else {}))
 
 
 def _check_beginning(file: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gptq.checkpoint.atomic_folder import MARKER
 from gptq.errors import InputError
@@ -15,7 +15,7 @@ WEIGHTS = (  # of any tool; archives too
 )  # fmt: skip
 RECORD, REPORT = "quantization_record.json", "report"  # what a result has, and what is drawn of it
 ADAPTER = "adapter_config.json"
-MODULES, MODULE_WEIGHTS = "modules.json", ("model.safetensors", "pytorch_model.bin")  # of sentence-transformers
+MODULES, MODULE_WEIGHTS = "modules.json", "model.safetensors"  # of sentence-transformers
 MAX_LISTING = 2**20  # bytes of `modules.json`
 MAX_FILES = 1000  # in a folder inside the checkpoint; one with more is no part of it
 MAX_DEPTH = 8
@@ -64,7 +64,7 @@ def _further_modules(folder: Path) -> set[str]:
         return set()
     paths = [one.get("path") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     folders = [path for path in paths if isinstance(path, str) and path and path.isprintable()]
-    return {f"{path}/{name}" for path in folders for name in MODULE_WEIGHTS}
+    return {(PurePosixPath(path) / MODULE_WEIGHTS).as_posix() for path in folders}
 
 
 def _sort_in(name: str, taken: list[str], left: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -56,19 +56,27 @@ def same_gradients(device: torch.device) -> Iterator[None]:
 def _float32_as_default() -> Iterator[None]:
     """Make float32 the default dtype, which is one for all threads, until the last caller has left.
 
-    Wait while a model is built, which changes it too (`BUILDING`). Leave it alone where it is float32 already: another
-    thread, of code that does not know of this, may change it to build a model of its own.
+    The first caller waits while a model is built, which changes it too (`BUILDING`). It is left alone where it is
+    float32 already: another thread, of code that does not know of this, may change it to build a model of its own.
     """
+    _enter()
+    try:
+        yield
+    finally:
+        with nullcontext() if _before[0] == torch.float32 else BUILDING, _lock:
+            _users[0] -= 1
+            if not _users[0] and _before[0] != torch.float32:
+                torch.set_default_dtype(_before[0])
+
+
+def _enter() -> None:
+    with _lock:
+        if _users[0]:  # as the thread is that loads a model now, for however long
+            _users[0] += 1
+            return
     with BUILDING, _lock:
         if not _users[0]:
             _before[0] = torch.get_default_dtype()
             if _before[0] != torch.float32:
                 torch.set_default_dtype(torch.float32)
         _users[0] += 1
-    try:
-        yield
-    finally:
-        with BUILDING, _lock:
-            _users[0] -= 1
-            if not _users[0] and _before[0] != torch.float32:
-                torch.set_default_dtype(_before[0])

@@ -66,14 +66,15 @@ def _find(stored: Source, declared: Declared) -> Mapping[str, Derived]:
     check_keys(str(declared.where), declared.values)
     read_options(_Options, declared.values, str(declared.where))
     layers = [name.removesuffix(".qweight") for name in stored.tensors if name.endswith(".qweight")]
-    schemes = read_schemes(declared.where, declared.values, GptqV1.name).schemes(layers)  # their options are GPTQ's
+    said = {key: value for key, value in declared.values.items() if value is not None}
+    schemes = read_schemes(declared.where, said, GptqV1.name).schemes(layers)  # their options are GPTQ's
     found: dict[str, Derived] = {}
     for layer in layers:
         name, scheme = f"{layer}.qweight", schemes[layer]
         info = stored.tensors[name]
         if scheme is None or scheme.bits != BITS:
-            said = f"{scheme.bits} bits" if scheme else "not quantized"
-            raise InputError(f"{declared.where} says {said} of {layer}; of AWQ files those of {BITS} bits are read")
+            width = f"{scheme.bits} bits" if scheme else "not quantized"
+            raise InputError(f"{declared.where} says {width} of {layer}; of AWQ files those of {BITS} bits are read")
         if len(info.shape) != 2 or 0 in info.shape:
             raise InputError(f"{name} in {stored.file_of(name)} has the shape {info.shape}, not that of a matrix")
         require_dtype(stored, name, (torch.int32,))

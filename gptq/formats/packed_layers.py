@@ -1,5 +1,6 @@
 """Find and read the packed layers of a checkpoint from any tool, and check them against its configuration."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from gptq.models.blocks import is_linear, shape_of
 from gptq.models.check_tensors import check_tensors
 from gptq.models.tensor_names import Names
 
+IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")  # found in names of layers of numbered modules
 SCALES_OF_CODES = ("weight_scale", "weight_scale_inv", "scale", "qscale_weight")  # beside a weight of FP8 codes
 
 
@@ -191,7 +193,7 @@ def match_layers(
     """Map the names of a model's linear layers to the stored names of the packed layers that replace them.
 
     Args:
-        has_new_head: the model need not have every packed layer.
+        has_new_head: the model need not have packed layers outside its blocks.
     Raises:
         InputError: the model has no linear layer for a packed layer, or a linear layer of another shape.
     """
@@ -204,7 +206,9 @@ def match_layers(
             if shape_of(module) != found:
                 raise InputError(f"{own} is packed for {found}, but config.json describes {shape_of(module)}")
     extra = layers.keys() - set(stored.values())
-    if extra and not has_new_head:
+    if has_new_head:
+        extra = {name for name in extra if IN_BLOCK.search(name)}
+    if extra:
         name = f"{min(extra)}.{layers[min(extra)].suffixes[0]}"
         raise InputError(f"{source.folder} holds {name}, for which its config.json has no layer")
     return stored

@@ -51,8 +51,9 @@ class PackedQuantizer(HfQuantizer):
     def _replace_layers(self, model: PreTrainedModel, stored: Source) -> None:
         quantization = read_quantization(stored.folder / "config.json", self.quantization_config.to_dict())
         source, names, _ = match_checkpoint(stored, model)
-        described = model.config.architectures or [type(model).__name__]
-        packed = fit_packed(model, names, source, quantization, has_new_head=type(model).__name__ not in described)
+        described, kinds = model.config.architectures or [], {kind.__name__ for kind in type(model).__mro__}
+        has_new_head = bool(described) and kinds.isdisjoint(described)
+        packed = fit_packed(model, names, source, quantization, has_new_head)
         warn_of_unused(source, packed)
         for name, own in packed.stored.items():
             layer, linear = packed.layers[own], model.get_submodule(name)
@@ -102,7 +103,8 @@ class PackedQuantizer(HfQuantizer):
         """Check the values that were loaded, and prepare the layers.
 
         Raises:
-            InputError: a tensor holds NaN or infinity, or what the configuration says it does not.
+            InputError: a tensor holds NaN or infinity, or what the configuration says it does not; or layers that
+                accelerate cannot offload are to be offloaded.
         """
         if self._checkpoint is not None:
             source, packed, conversions = self._checkpoint
@@ -110,6 +112,8 @@ class PackedQuantizer(HfQuantizer):
                 layer = model.get_submodule(name)
                 if isinstance(layer, QuantLinear) and not any(tensor.is_meta for tensor in layer.packed().values()):
                     check_packed(layer.packed(), own, packed.layers[own], source)
+            if _offloads(getattr(model, "hf_device_map", None)):  # as transformers has chosen it, for "auto"
+                _refuse_offloading(model)
             biases = [(f"{n}.bias", m.bias) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
             for name, parameter in [*model.named_parameters(), *((n, bias) for n, bias in biases if bias is not None)]:
                 if not (parameter.is_meta or bool(torch.isfinite(parameter).all())):

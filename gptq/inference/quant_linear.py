@@ -111,14 +111,18 @@ class QuantLinear(nn.Module):
         return dense
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features or not x.is_floating_point():
-            raise RuntimeError(f"a layer of {self.in_features} inputs was called on {x.dtype} {tuple(x.shape)}")
+        if isinstance(x, Tensor):  # and not a torch.fx.Proxy
+            self._require_input(x)
         if not self.rounds_activations:
             return self._multiply(x)
         rounded = round_to_int8(x)
         if torch.is_grad_enabled() and x.requires_grad:
             rounded = rounded.detach() + (x - x.detach())  # rounding has gradient 1
         return self._multiply(rounded).to(x.dtype)
+
+    def _require_input(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise RuntimeError(f"a layer of {self.in_features} inputs was called on {x.dtype} {tuple(x.shape)}")
 
     def _multiply(self, x: Tensor) -> Tensor:
         """x W^T + bias."""

@@ -24,14 +24,14 @@ def check_tensors(
 
     Args:
         packed: names of the model's layers whose weight is stored packed and so not checked.
-        has_new_head: the checkpoint need not have what is outside the base model.
+        has_new_head: the checkpoint need not have what is outside the base model inside this one.
     Raises:
         InputError: a tensor is missing, has another shape, or is not of a floating-point dtype.
     """
     used: set[str | None] = set()
     without = {f"{name}.weight" for name in packed}
     without |= names.computed.keys()
-    if has_new_head:
+    if has_new_head and network.base_model is not network:
         outside = (n for n, _ in network.named_parameters() if not n.startswith(f"{network.base_model_prefix}."))
         without |= {name for name in outside if not names.find_all(name)}
     needed = [(name, tensor) for name, tensor in network.named_parameters() if name not in without]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from gptq import formats
 from gptq.checkpoint.assembled import open_source
@@ -199,7 +200,8 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verificati
         try:
             opened = open_model(open_source(folder), trust_remote_code)
         except InputError as error:
-            is_own = not trust_remote_code and read_json(folder / "config.json").get("auto_map")
+            values = read_json(folder / "config.json")
+            is_own = not trust_remote_code and values.get("auto_map") and values.get("model_type") not in CONFIG_MAPPING
             (notes if is_own else problems).append(CODE_NOT_RUN if is_own else str(error))
         else:
             problems += _find_misfits(opened, packed)
