@@ -480,7 +480,7 @@ def test_a_folder_of_texts_is_its_files(tmp_path: Path) -> None:
     folder = tmp_path / "books"
     folder.mkdir()
     (folder / "a.txt").write_text("one line\n\nand another", encoding="utf-8")
-    (folder / "b.txt").write_text("the second\nbook", encoding="utf-8")
+    (folder / "b.txt").write_text("the second\nbook", encoding="utf-8-sig")
     texts = ["one line\n\nand another", "the second\nbook"]
     assert [*calibration.documents(str(folder), "train")] == texts
     (folder / "meta.json").write_text("{}", encoding="utf-8")

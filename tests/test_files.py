@@ -123,14 +123,18 @@ def test_a_card_says_what_became_of_the_rest(make_model: MakeModel, windows: Ten
 def test_a_perplexity_stays_with_the_numbers_it_was_measured_of(
     make_model: MakeModel, windows: Tensor, tmp_path: Path
 ) -> None:
-    source, out = make_model(), tmp_path / "out"
-    quantize(source, out, QuantConfig(method="rtn", bits=8, group_size=-1, format="gptq"))
-    verify.record_perplexity(out, PerplexityRecord(perplexity=7.5, data="text", tokens=9, seq_len=10))
-    convert(out, tmp_path / "same", "pack-quantized")
-    convert(out, tmp_path / "rounds", "int-quantized")
-    polish(out, source, tmp_path / "polished", PolishConfig(steps=2, seq_len=32), calibration=windows.repeat(3, 1))
+    source, measured = make_model(), PerplexityRecord(perplexity=7.5, data="text", tokens=9, seq_len=10)
+    for name, bits, group_size in (("out", 8, -1), ("coarse", 2, 32)):
+        config = QuantConfig(method="rtn", bits=bits, group_size=group_size, format="gptq")
+        quantize(source, tmp_path / name, config)
+        verify.record_perplexity(tmp_path / name, measured)
+    convert(tmp_path / "out", tmp_path / "same", "pack-quantized")
+    convert(tmp_path / "out", tmp_path / "rounds", "int-quantized")
+    options = PolishConfig(steps=8, seq_len=32)
+    polish(tmp_path / "coarse", source, tmp_path / "polished", options, calibration=windows.repeat(3, 1))
+    assert read_record(tmp_path / "polished").polish.steps > 0  # type: ignore[union-attr]
     found = {name: read_record(tmp_path / name).perplexity for name in ("out", "same", "rounds", "polished")}
-    assert [name for name, measured in found.items() if measured] == ["out", "same"]
+    assert [name for name, own in found.items() if own] == ["out", "same"]
 
 
 @pytest.mark.parametrize(

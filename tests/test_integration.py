@@ -34,6 +34,7 @@ from tests.conftest import VOCAB, MakeModel
 
 RTN = {"method": "rtn", "group_size": 32}
 MIXED = {"overrides": [["down_proj", {"bits": 8, "group_size": -1}], [r"layers\.0\..*o_proj", {"skip": True}]]}
+FP8_HEAD = {"lm_head": True, "format": "float-quantized", "bits": 8, "group_size": -1}
 IDS = torch.randint(1, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -293,11 +294,11 @@ def test_a_layout_of_mlx_that_is_not_read_is_a_sentence_in_transformers_too(
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("lm_head", [False, True])
-def test_another_head_on_a_packed_model(lm_head: bool, make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"lm_head": True}, FP8_HEAD])
+def test_another_head_on_a_packed_model(options: dict[str, Any], make_model: MakeModel, tmp_path: Path) -> None:
     """What the checkpoint lacks is new, as of a plain one; a packed head that the class lacks is left out."""
     out = tmp_path / "out"
-    quantize(make_model("llama", num_labels=3), out, QuantConfig.from_dict({**RTN, "lm_head": lm_head}))
+    quantize(make_model("llama", num_labels=3), out, QuantConfig.from_dict({**RTN, **options}))
     expected = load(out, dtype="float32").model(IDS).last_hidden_state
     for kind in (AutoModel, AutoModelForTokenClassification):
         network: Any = kind.from_pretrained(out)

@@ -188,7 +188,7 @@ def _load_folder(path: Path) -> Any:
     import datasets
 
     reads_text = hasattr(datasets.load_dataset_builder(str(path)).config, "sample_by")
-    return load_dataset(str(path), **({"sample_by": "document"} if reads_text else {}))
+    return load_dataset(str(path), **({"sample_by": "document", "encoding": "utf-8-sig"} if reads_text else {}))
 
 
 def _check_beginning(file: Path) -> None:

@@ -156,7 +156,7 @@ def _convert(folder: Path, files: list[Path], out: Path) -> None:
         descriptors = [file.fileno() for file in opened]
         seconds = SECONDS + sum(file.stat().st_size for file in files) // BYTES_PER_SECOND
         request = {"files": [str(file.resolve()) for file in files], "descriptors": descriptors, "seconds": seconds}
-        reply = _run({**request, "drop_tied": _may_tie(folder)}, descriptors)
+        reply = _run({**request, "drop_tied": _may_tie(folder)}, descriptors, folder)
     if not single:
         weight_map = {name: file for file in names for name in _names_in(out / file)}
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
@@ -178,15 +178,16 @@ def _names_in(file: Path) -> list[str]:
     return [name for name in header if name != "__metadata__"]
 
 
-def _run(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
-    """Run the process that unpickles; return its reply.
+def _run(request: dict[str, Any], descriptors: list[int], folder: Path) -> dict[str, Any]:
+    """Run the process that unpickles, with no module of the checkpoint in `folder`; return its reply.
 
     Raises:
         InputError: a file holds something else than tensors, or the process died.
     """
     environment = {name: value for name in ENVIRONMENT if (value := os.getenv(name)) is not None}
-    strange = {str(Path(file).parent) for file in request["files"]}  # `python -m` looks for modules in its own folder
-    modules = [path for path in sys.path if path and str(Path(path).resolve()) not in strange]
+    places = [*(Path(path or ".").resolve() for path in sys.path), Path(__file__).resolve().parents[2]]
+    strange = {folder.resolve(), *(Path(file).parent for file in request["files"])}
+    modules = [str(place) for place in places if place not in strange]
     done = subprocess.run(
         [sys.executable, "-I", "-c", CHILD, json.dumps(modules)],
         input=json.dumps(request),

@@ -113,7 +113,7 @@ def parser() -> _Parser:
     p.add_argument("--format", required=True, choices=FORMATS, help="of the new file")
     _add_upload_flags(p)
     p.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
-    p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
+    _add_trust_flag(p)
     p.add_argument("--json", action="store_true", help="one JSON object to stdout")
 
     p = commands.add_parser(
@@ -153,7 +153,8 @@ def parser() -> _Parser:
         p = commands.add_parser(name, help=does)
         p.add_argument("out", metavar="OUT", type=Path, help="folder of a quantized checkpoint")
         p.add_argument("--json", action="store_true", help="one JSON object to stdout")
-    p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
+        if name == "verify":
+            _add_trust_flag(p)
 
     p = commands.add_parser(
         "report", help="draw what was recorded: one HTML page, and its charts as SVG files beside it"
@@ -249,11 +250,15 @@ def _add_common_flags(parser: argparse.ArgumentParser, revision: bool = True) ->
     parser.add_argument("--dtype", default="auto", help="of forward passes: float32, bfloat16, float16")
     if revision:
         parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint"
-    )
+    _add_trust_flag(parser)
     parser.add_argument(
         "--allow-pickle", action="store_true",
         help="convert pytorch_model*.bin to safetensors first, in a confined process of its own",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object to stdout")
+
+
+def _add_trust_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint"
+    )

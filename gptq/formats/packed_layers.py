@@ -243,16 +243,17 @@ def fit_packed(
     left_over = {*check_tensors(network, names, source.tensors, stored, has_new_head)}
     left_over -= {f"{name}.{suffix}" for name in stored.values() for suffix in (*layers[name].suffixes, "bias")}
     if layers:
-        _refuse_codes(source, left_over)
+        _refuse_codes(source, left_over, layers)
     return PackedModel(layers, stored, left_over)
 
 
-def _refuse_codes(source: Source, left_over: set[str]) -> None:
+def _refuse_codes(source: Source, left_over: set[str], layers: Mapping[str, PackedLayer]) -> None:
     """Raises InputError for a weight of FP8 codes that no format reads: its scales are among the tensors left over."""
     for name in sorted(left_over):
         layer, _, key = name.rpartition(".")
         weight = f"{layer}.{PLAIN_KEY}"
-        if key in SCALES_OF_CODES and weight in source.tensors and source.tensors[weight].dtype in FP8:
+        is_known = layer in layers  # a head that the model does not have
+        if key in SCALES_OF_CODES and not is_known and weight in source.tensors and source.tensors[weight].dtype in FP8:
             raise InputError(
                 f"{weight} in {source.folder} holds FP8 codes beside packed layers, and its quantization_config does "
                 "not say so; `gptq quantize` reads such a checkpoint"

@@ -40,7 +40,8 @@ def _any_of(parts: list[str] | set[str] | None) -> re.Pattern[str]:
 
 def _made_in_float32(model: PreTrainedModel) -> set[str]:
     """Return the tensors that are float32 in a model that was built in fewer bits; none if parts were built in more."""
-    built = {config.dtype for config in _configs(model.config)} - {None}
+    built = {config.dtype for config in _configs(model.config)} - {None}  # each a torch.dtype, or its name
+    built = {getattr(torch, dtype, None) if isinstance(dtype, str) else dtype for dtype in built}
     if len(built) != 1 or built.isdisjoint(FEW_BITS):
         return set()
     tensors = chain(model.named_parameters(), model.named_buffers())
@@ -49,5 +50,5 @@ def _made_in_float32(model: PreTrainedModel) -> set[str]:
 
 def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """Return a model's configuration and those of the models inside it."""
-    inner = [getattr(config, key, None) for key in config.sub_configs]
+    inner = [getattr(config, key, None) for key in config.sub_configs or ()]
     return [config, *(part for one in inner if isinstance(one, PreTrainedConfig) for part in _configs(one))]

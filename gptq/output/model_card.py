@@ -94,7 +94,7 @@ def _list_measurements(record: Record) -> list[str]:
         f"({measured.tokens} tokens in windows of {measured.seq_len})"
         for measured in record.perplexity or []
     ]
-    if record.polish:
+    if record.polish and record.polish.steps:
         told = f"{record.polish.kl_before:.4g} nats per token, after {record.polish.steps} steps of polishing"
         lines.append(f"- KL divergence from the original on held-out text: {told} {record.polish.kl_after:.4g}")
     errors = [(layer.error, layer.name or layer.stored) for layer in record.layers if layer.error is not None]

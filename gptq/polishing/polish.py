@@ -159,7 +159,8 @@ def polish_folder(
             notes.append("no step brought the model closer to the original, so it stays as it was")
             observer.note(notes[-1])
             codes, tensors, after = {}, {}, reached.before
-        record = inherit_record(names.model, folder).without_perplexity().model_copy(
+        inherited = inherit_record(names.model, folder)
+        record = (inherited.without_perplexity() if codes or tensors else inherited).model_copy(
             update={"polish": PolishRecord(
                 original=model_name(names.original), calibration=public_name(names.calibration or name),
                 config=config.to_dict(),
