@@ -43,8 +43,10 @@ def companions(folder: Path) -> tuple[list[str], list[str]]:
                 name = file.relative_to(folder).as_posix()
                 if name in modules:
                     taken.append(name)
-                    continue
-                left.append(f"{name}/") if _is_of_a_run(file) else _sort_in(name, taken, left)
+                elif _is_of_a_run(file):
+                    left.append(f"{name}/")
+                else:
+                    _sort_in(name, taken, left)
             if inside is None:
                 left.append(f"{path.name}/")
     return taken, left

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from gptq.compute.background import to_host
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NUMBERED = re.compile(r"(^|\.)\d+\.")  # found in names of tensors and layers of blocks
 # In the order in which safetensors lays out a file: wide types first, so that every tensor is aligned.
 DTYPES = {
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,

@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import re
 import resource
 import signal
 import sys
@@ -25,12 +24,11 @@ import torch
 from torch import Tensor
 
 from gptq.checkpoint.confinement import confine
-from gptq.checkpoint.tensors import DTYPE_CODES, TensorInfo, tensor_bytes
+from gptq.checkpoint.tensors import DTYPE_CODES, NUMBERED, TensorInfo, tensor_bytes
 from gptq.checkpoint.writer import encode_header
 
 CHUNK_BYTES = 2**24  # bytes that are written at a time
 ZIP = b"PK\x03\x04"  # at the start of what torch has written since 1.6
-NUMBERED = re.compile(r"(^|\.)\d+\.")  # found in names of tensors of blocks
 GRACE_SECONDS = 10  # of the processor, from the sentence that it took too long until the process is killed
 COPIES = 4  # of a tensor under several names that are written: T5's encoder, decoder and head share embeddings
 ROOM = 2**32  # bytes of addresses beyond the files: unpickling itself needs little

@@ -1,6 +1,5 @@
 """Find and read the packed layers of a checkpoint from any tool, and check them against its configuration."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from gptq import formats
 from gptq.checkpoint.reader import Source, is_finite
 from gptq.checkpoint.sources.decoded import FP8
+from gptq.checkpoint.tensors import NUMBERED
 from gptq.errors import InputError
 from gptq.formats.format import PLAIN_KEY, SCALE_DTYPE
 from gptq.formats.name_rules import Quantization
@@ -21,7 +21,6 @@ from gptq.models.blocks import is_linear, shape_of
 from gptq.models.check_tensors import check_tensors
 from gptq.models.tensor_names import Names
 
-IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")  # found in names of layers of numbered modules
 SCALES_OF_CODES = ("weight_scale", "weight_scale_inv", "scale", "qscale_weight")  # beside a weight of FP8 codes
 
 
@@ -207,7 +206,7 @@ def match_layers(
                 raise InputError(f"{own} is packed for {found}, but config.json describes {shape_of(module)}")
     extra = layers.keys() - set(stored.values())
     if has_new_head:
-        extra = {name for name in extra if IN_BLOCK.search(name)}
+        extra = {name for name in extra if NUMBERED.search(name)}
     if extra:
         name = f"{min(extra)}.{layers[min(extra)].suffixes[0]}"
         raise InputError(f"{source.folder} holds {name}, for which its config.json has no layer")
