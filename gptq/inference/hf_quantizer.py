@@ -12,7 +12,7 @@ from gptq import formats
 from gptq.checkpoint.assembled import INDEX_FILE, AssembledSource, open_source
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
-from gptq.formats.packed_layers import PackedModel, check_packed, fit_packed
+from gptq.formats.packed_layers import PackedLayer, PackedModel, check_packed, fit_packed
 from gptq.formats.quantization_config import read_quantization
 from gptq.inference.load import replace_linear, warn_of_unused
 from gptq.inference.quant_linear import QuantLinear, dequantize_layers, prepare_for_inference
@@ -30,7 +30,6 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = False
     _checkpoint: tuple[Source, PackedModel, list[Any]] | None = None  # while it is being loaded
     _conversions: list[Any]  # for loading its files; those in `_checkpoint` are for saving
-    _packed_names: frozenset[str]  # of the tensors of packed layers, in the model
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any
@@ -68,8 +67,6 @@ class PackedQuantizer(HfQuantizer):
             if any(isinstance(child, Experts) for child in module.children()):
                 vars(module)["_is_hf_initialized"] = True  # else Qwen3-Omni's code initializes tensors that are fused
         self._checkpoint = source, packed, names.conversions()
-        stored_as = {name: packed.layers[own].suffixes for name, own in packed.stored.items()}
-        self._packed_names = frozenset(f"{name}.{key}" for name, keys in stored_as.items() for key in keys)
         self._conversions = file_conversions(stored, names)
         if hasattr(HfQuantizer, "update_weight_conversions"):
             return
@@ -93,12 +90,6 @@ class PackedQuantizer(HfQuantizer):
         """Add to the table, in releases of transformers where it cannot be replaced."""
         return [] if self._checkpoint is None else self._conversions[:1]
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Return None for what a packed layer stores: it stays as it is, also where the layer is kept in float32."""
-        if self._checkpoint is not None and {*converter.target_patterns} & self._packed_names:
-            return None
-        return super().get_new_dtype(converter, param, dtype)
-
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Check the values that were loaded, and prepare the layers.
 
@@ -111,6 +102,7 @@ class PackedQuantizer(HfQuantizer):
             for name, own in packed.stored.items():
                 layer = model.get_submodule(name)
                 if isinstance(layer, QuantLinear) and not any(tensor.is_meta for tensor in layer.packed().values()):
+                    _restore_dtypes(layer, packed.layers[own])
                     check_packed(layer.packed(), own, packed.layers[own], source)
             if _offloads(getattr(model, "hf_device_map", None)):  # as transformers has chosen it, for "auto"
                 _refuse_offloading(model)
@@ -138,6 +130,14 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters can be trained: gradients flow through packed layers, which stay as they are."""
         return True
+
+
+def _restore_dtypes(layer: QuantLinear, stored: PackedLayer) -> None:
+    """Give a layer that transformers keeps in float32 its tensors as the file has them; the way there loses no bit."""
+    held = formats.layout(stored.scheme, stored.outputs, stored.inputs, stored.scale_dtype)
+    for suffix, tensor in layer.packed().items():
+        if tensor.dtype != held[suffix].dtype:
+            setattr(layer, suffix, tensor.to(held[suffix].dtype))
 
 
 def _offloads(device_map: Any) -> bool:
