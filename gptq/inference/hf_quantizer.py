@@ -12,13 +12,14 @@ from gptq import formats
 from gptq.checkpoint.assembled import INDEX_FILE, AssembledSource, open_source
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
-from gptq.formats.packed_layers import PackedLayer, PackedModel, check_packed, fit_packed
+from gptq.formats.packed_layers import PackedModel, check_packed, fit_packed
 from gptq.formats.quantization_config import read_quantization
 from gptq.inference.load import replace_linear, warn_of_unused
 from gptq.inference.quant_linear import QuantLinear, dequantize_layers, prepare_for_inference
 from gptq.models.assembled_names import file_conversions
 from gptq.models.build import match_checkpoint
 from gptq.models.experts import Experts
+from gptq.models.kept_in_float32 import exempt_from_float32
 
 
 class PackedQuantizer(HfQuantizer):
@@ -66,6 +67,8 @@ class PackedQuantizer(HfQuantizer):
         for module in model.modules():
             if any(isinstance(child, Experts) for child in module.children()):
                 vars(module)["_is_hf_initialized"] = True  # else Qwen3-Omni's code initializes tensors that are fused
+        stored_as = {name: packed.layers[own].suffixes for name, own in packed.stored.items()}
+        exempt_from_float32(model, {f"{name}.{suffix}" for name, own in stored_as.items() for suffix in own})
         self._checkpoint = source, packed, names.conversions()
         self._conversions = file_conversions(stored, names)
         if hasattr(HfQuantizer, "update_weight_conversions"):
@@ -99,13 +102,12 @@ class PackedQuantizer(HfQuantizer):
         """
         if self._checkpoint is not None:
             source, packed, conversions = self._checkpoint
+            if _offloads(getattr(model, "hf_device_map", None)):  # as transformers has chosen it, for "auto"
+                _refuse_offloading(model)
             for name, own in packed.stored.items():
                 layer = model.get_submodule(name)
                 if isinstance(layer, QuantLinear) and not any(tensor.is_meta for tensor in layer.packed().values()):
-                    _restore_dtypes(layer, packed.layers[own])
                     check_packed(layer.packed(), own, packed.layers[own], source)
-            if _offloads(getattr(model, "hf_device_map", None)):  # as transformers has chosen it, for "auto"
-                _refuse_offloading(model)
             biases = [(f"{n}.bias", m.bias) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
             for name, parameter in [*model.named_parameters(), *((n, bias) for n, bias in biases if bias is not None)]:
                 if not (parameter.is_meta or bool(torch.isfinite(parameter).all())):
@@ -130,14 +132,6 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters can be trained: gradients flow through packed layers, which stay as they are."""
         return True
-
-
-def _restore_dtypes(layer: QuantLinear, stored: PackedLayer) -> None:
-    """Give a layer that transformers keeps in float32 its tensors as the file has them; the way there loses no bit."""
-    held = formats.layout(stored.scheme, stored.outputs, stored.inputs, stored.scale_dtype)
-    for suffix, tensor in layer.packed().items():
-        if tensor.dtype != held[suffix].dtype:
-            setattr(layer, suffix, tensor.to(held[suffix].dtype))
 
 
 def _offloads(device_map: Any) -> bool:

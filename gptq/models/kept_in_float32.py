@@ -10,10 +10,11 @@ Source: transformers 5.23, modeling_utils.py, `_get_dtype_plan`, and core_model_
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 FEW_BITS = (torch.float16, torch.bfloat16)
@@ -32,6 +33,20 @@ def dtype_rule(model: PreTrainedModel) -> Callable[[str, torch.dtype], torch.dty
     return dtype_of
 
 
+def exempt_from_float32(model: PreTrainedModel, names: set[str]) -> None:
+    """Have from_pretrained read some tensors of a model as they are stored, though its class keeps them in float32.
+
+    Without it, transformers casts the words of a packed layer (5.0), or its scales (5.20, 5.23), like a weight.
+    """
+    others = [name for name, _ in _tensors(model) if name not in names]
+    for listed in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "dtype_plan"):  # the last one in 5.0
+        parts = getattr(model, listed, None) or ()
+        kept = _any_of([*parts])
+        if any(map(kept.search, names)):
+            left = [re.escape(name) for name in others if kept.search(name)]
+            vars(model)[listed] = dict.fromkeys(left, torch.float32)  # transformers reads the keys of all three
+
+
 def _any_of(parts: list[str] | set[str] | None) -> re.Pattern[str]:
     """Return an expression that is found in names with one of these parts; * stands for anything."""
     listed = [part.replace("*", ".*") for part in sorted(parts or ())]
@@ -44,8 +59,11 @@ def _made_in_float32(model: PreTrainedModel) -> set[str]:
     built = {getattr(torch, dtype, None) if isinstance(dtype, str) else dtype for dtype in built}
     if len(built) != 1 or built.isdisjoint(FEW_BITS):
         return set()
-    tensors = chain(model.named_parameters(), model.named_buffers())
-    return {name for name, tensor in tensors if tensor.dtype == torch.float32}
+    return {name for name, tensor in _tensors(model) if tensor.dtype == torch.float32}
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
