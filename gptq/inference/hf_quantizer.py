@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from gptq import formats
-from gptq.checkpoint.assembled import INDEX_FILE, AssembledSource, open_source
+from gptq.checkpoint.assembled import open_source
 from gptq.checkpoint.reader import Source
 from gptq.errors import InputError
 from gptq.formats.packed_layers import PackedModel, check_packed, fit_packed
@@ -71,27 +71,10 @@ class PackedQuantizer(HfQuantizer):
         exempt_from_float32(model, {f"{name}.{suffix}" for name, own in stored_as.items() for suffix in own})
         self._checkpoint = source, packed, names.conversions()
         self._conversions = file_conversions(stored, names)
-        if hasattr(HfQuantizer, "update_weight_conversions"):
-            return
-        if isinstance(stored, AssembledSource):
-            raise InputError(
-                f"{stored.folder / INDEX_FILE}: this release of transformers cannot load what is named there; use "
-                "gptq.load, or transformers 5.20 or newer"
-            )
-        converted = names.find_converted()
-        if converted is not None:
-            raise InputError(
-                f"this release of transformers would fuse {converted} with other experts' tensors; load it with "
-                "gptq.load, convert it to 'gptq', or take transformers 5.20 or newer"
-            )
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Replace transformers' table: the experts that it would fuse are separate. 5.20 gives no model, 5.23 does."""
         return weight_conversions if self._checkpoint is None else self._conversions
-
-    def get_weight_conversions(self) -> list[Any]:
-        """Add to the table, in releases of transformers where it cannot be replaced."""
-        return [] if self._checkpoint is None else self._conversions[:1]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Check the values that were loaded, and prepare the layers.

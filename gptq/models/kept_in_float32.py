@@ -36,15 +36,13 @@ def dtype_rule(model: PreTrainedModel) -> Callable[[str, torch.dtype], torch.dty
 def exempt_from_float32(model: PreTrainedModel, names: set[str]) -> None:
     """Have from_pretrained read some tensors of a model as they are stored, though its class keeps them in float32.
 
-    Without it, transformers casts the words of a packed layer (5.0), or its scales (5.20, 5.23), like a weight.
+    Without it, transformers casts the scales of a packed layer like a weight.
     """
     others = [name for name, _ in _tensors(model) if name not in names]
-    for listed in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "dtype_plan"):  # the last one in 5.0
-        parts = getattr(model, listed, None) or ()
-        kept = _any_of([*parts])
+    for listed in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        kept = _any_of(getattr(model, listed, None))
         if any(map(kept.search, names)):
-            left = [re.escape(name) for name in others if kept.search(name)]
-            vars(model)[listed] = dict.fromkeys(left, torch.float32)  # transformers reads the keys of all three
+            vars(model)[listed] = {re.escape(name) for name in others if kept.search(name)}
 
 
 def _any_of(parts: list[str] | set[str] | None) -> re.Pattern[str]:

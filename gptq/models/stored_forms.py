@@ -38,8 +38,7 @@ class SplitTensor:
         converter = copy.deepcopy(self.converter)
         for pattern, stored in self.parts:
             converter.add_tensor(self.name, stored, pattern, partial(read, stored))
-        found = converter.convert(self.name, model=_ModelOfOne(self.shape), config=self.config)
-        (made,) = (found[0] if isinstance(found, tuple) else found).values()  # transformers 5.0 returns errors too
+        (made,) = converter.convert(self.name, model=_ModelOfOne(self.shape), config=self.config).values()
         whole: Tensor = made[0] if isinstance(made, list) else made
         return whole
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from gptq.errors import InputError
 from gptq.models.computed_tensors import compute_tensors
@@ -17,7 +16,6 @@ from gptq.models.experts import ExpertForm
 from gptq.models.kept_in_float32 import dtype_rule
 from gptq.models.stored_forms import Division, ExpertSlice, FusedTensor, SplitTensor
 from gptq.models.table_lookup import (
-    PACKED,
     PACKED_MARKERS,
     divides,
     find_expert_name,
@@ -166,26 +164,16 @@ class Names:
 
         They translate exactly the names of this checkpoint, and convert what is still fused in the model.
         """
-        exact = dict(self._in_model)
-        for stored, in_model in self._in_model.items():  # transformers 5.0 applies its own renamings before these
-            exact.setdefault(renamed(stored, self._table), in_model)
         divided = {stored: renamed(stored, self._table) for stored in self.divisions}
+        named = self._in_model | divided
         fused: list[SplitTensor | Division] = [*self._split.values(), *self.divisions.values()]
         converters = {id(one.converter): one.converter for one in fused}
         whole = {*(split.name for split in self._split.values()), *divided.values()}
         known = frozenset(possible for name in whole for possible in self._possible_names(name))
         return [
-            StoredNames(exact | divided, self._in_model | divided),
+            StoredNames(named, named),
             *(CheckpointConverter.of(converter, known) for converter in converters.values()),
         ]
-
-    def find_converted(self) -> str | None:
-        """Return a packed tensor that transformers' own table would convert, if it were used; None without one."""
-        converters = [entry for entry in self._table if isinstance(entry, WeightConverter)]
-        for stored, key in self._in_model.items():
-            if PACKED.search(stored) and any(one.rename_source_key(key)[1] is not None for one in converters):
-                return stored
-        return None
 
     def holds_packed(self) -> bool:
         """Whether a layer of the checkpoint is packed."""
