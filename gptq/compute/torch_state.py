@@ -27,7 +27,7 @@ def fresh_torch_state() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0, dtype=torch.uint8).device.type != "cpu":  # torch 2.6 does not tell a device of `with`
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(_float32_as_default())
         yield
