@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gptq import QuantConfig, load, quantize
+from gptq.evaluation.original_logits import compute_logits_by_block
 from gptq.output.record import read_record
 from tests.conftest import VOCAB, MakeModel
 
@@ -78,3 +79,20 @@ def test_a_layer_that_is_kept_is_solved_in_float32(make_model: MakeModel, window
     with torch.no_grad():
         found, expected = ours(**inputs).logits.float(), theirs(**inputs).logits.float()
     assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_what_no_file_holds_is_made_in_the_dtype_that_is_asked_for(make_model: MakeModel, tmp_path: Path) -> None:
+    """Gemma multiplies its embeddings by a root, which bfloat16 rounds."""
+    source = make_model("gemma2", dtype=torch.bfloat16, hidden_size=96)
+    quantize(source, tmp_path / "out", QuantConfig(method="rtn", group_size=32))
+    for folder in (source, tmp_path / "out"):
+        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        ours: Any = load(folder, dtype="float32")
+        for network in (theirs, ours):
+            assert float(network.model.embed_tokens.embed_scale) == pytest.approx(96**0.5, rel=1e-7)
+        with torch.no_grad():
+            assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+    by_block = compute_logits_by_block(source, IDS, torch.device("cpu"), "float32")
+    with torch.no_grad():
+        original = load(source, dtype="float32")(IDS).logits[:, :-1]
+    assert torch.allclose(torch.stack([*by_block]), original, rtol=0, atol=1e-5)

@@ -104,10 +104,10 @@ def compute_logits_by_block(
 
     All windows run through a block before the next one is read. The output head runs window by window at the end.
     """
-    opened = open_model(open_original(folder), trust_remote_code)
+    compute = choose_dtype(dtype, read_config(folder, trust_remote_code), device)
+    opened = open_model(open_original(folder), trust_remote_code, compute)
     require_causal(opened.network)
     check_tokens(tokens, opened.network)
-    compute = choose_dtype(dtype, opened.hf_config, device)
     for output in run_by_block(opened, [{"input_ids": window[None]} for window in tokens], device, compute, progress):
         yield output.logits[0, :-1]
 

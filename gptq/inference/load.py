@@ -66,7 +66,7 @@ def load(
     stored_as, source = _choose_reader(folder, quantization)
     if stored_as is None and not isinstance(source, DerivedSource):
         return _load_plain(source, hf_config, where, compute, trust_remote_code)
-    opened = open_model(source, trust_remote_code)
+    opened = open_model(source, trust_remote_code, compute)
     network = opened.network
     _fill(opened, stored_as, where, compute)
     prepare_for_inference(network)

@@ -29,7 +29,7 @@ from gptq.errors import InputError
 from gptq.models.blocks import Block
 from gptq.models.divided_tensors import show_divided
 from gptq.models.experts import Experts, StaysFusedError, unfuse_experts
-from gptq.models.hf_config import read_config
+from gptq.models.hf_config import all_configs, read_config
 from gptq.models.tensor_names import Names
 
 # Limits on what config.json may ask for, relative to the checkpoint's safetensors files.
@@ -73,22 +73,29 @@ def _is_class_of(named: type[PreTrainedModel], config: PreTrainedConfig) -> bool
 
 
 def build_empty_model(
-    config: PreTrainedConfig, trust_remote_code: bool, source: Source | None = None
+    config: PreTrainedConfig, trust_remote_code: bool, source: Source | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Build the model in evaluation mode, with parameters on the meta device and buffers in memory.
+
+    It is built in `dtype`, by default in that of its configuration. What no file holds, and is not made again, keeps
+    that precision: the factor of Gemma's embeddings, for one.
 
     Raises:
         InputError: transformers cannot build a model from this configuration, or the model is far larger than `source`.
     """
+    own = copy.deepcopy(config)
+    if dtype is not None:
+        for part in all_configs(own):
+            part.dtype = dtype
     try:
         size_guard = _SizeGuard(source) if source else nullcontext()
         with size_guard, parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # weights on the meta device cannot be initialized
             kind = find_model_class(config, trust_remote_code)
             if issubclass(kind, PreTrainedModel):
-                model: PreTrainedModel = kind._from_config(copy.deepcopy(config))
+                model: PreTrainedModel = kind._from_config(own)
             else:
-                model = kind.from_config(config, trust_remote_code=trust_remote_code)
+                model = kind.from_config(own, trust_remote_code=trust_remote_code)
     except InputError:
         raise
     except Exception as error:  # any type, depending on what config.json says
@@ -134,8 +141,8 @@ class OpenModel:
     notes: list[str]  # for the user, on experts that stay fused
 
 
-def open_model(source: Source, trust_remote_code: bool) -> OpenModel:
-    """Read a checkpoint's config.json, and build the model on the meta device.
+def open_model(source: Source, trust_remote_code: bool, dtype: torch.dtype | None = None) -> OpenModel:
+    """Read a checkpoint's config.json, and build the model on the meta device, in `dtype` if one is given.
 
     Experts that the checkpoint stores one by one become separate modules.
 
@@ -144,7 +151,7 @@ def open_model(source: Source, trust_remote_code: bool) -> OpenModel:
     """
     with BUILDING:
         hf_config = read_config(source.folder, trust_remote_code)
-        network = build_empty_model(hf_config, trust_remote_code, source)
+        network = build_empty_model(hf_config, trust_remote_code, source, dtype)
         source, names, notes = match_checkpoint(source, network)
     return OpenModel(source, hf_config, network, names, notes)
 

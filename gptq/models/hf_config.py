@@ -85,6 +85,12 @@ def choose_device(device: str) -> torch.device:
         raise InputError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+def all_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return a model's configuration and those of the models inside it."""
+    inner = [getattr(config, key, None) for key in config.sub_configs or ()]
+    return [config, *(part for one in inner if isinstance(one, PreTrainedConfig) for part in all_configs(one))]
+
+
 def choose_dtype(dtype: str, hf_config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of forward passes; `quantize` documents the choices.
 

@@ -15,7 +15,9 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+
+from gptq.models.hf_config import all_configs
 
 FEW_BITS = (torch.float16, torch.bfloat16)
 
@@ -53,7 +55,7 @@ def _any_of(parts: list[str] | set[str] | None) -> re.Pattern[str]:
 
 def _made_in_float32(model: PreTrainedModel) -> set[str]:
     """Return the tensors that are float32 in a model that was built in fewer bits; none if parts were built in more."""
-    built = {config.dtype for config in _configs(model.config)} - {None}  # each a torch.dtype, or its name
+    built = {config.dtype for config in all_configs(model.config)} - {None}  # each a torch.dtype, or its name
     built = {getattr(torch, dtype, None) if isinstance(dtype, str) else dtype for dtype in built}
     if len(built) != 1 or built.isdisjoint(FEW_BITS):
         return set()
@@ -62,9 +64,3 @@ def _made_in_float32(model: PreTrainedModel) -> set[str]:
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
-
-
-def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """Return a model's configuration and those of the models inside it."""
-    inner = [getattr(config, key, None) for key in config.sub_configs or ()]
-    return [config, *(part for one in inner if isinstance(one, PreTrainedConfig) for part in _configs(one))]
