@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,16 @@ def test_printed_for_people(
     code, printed, _ = run(capsys, "verify", out)
     assert code == 0
     assert "as it was written" in printed
+    shutil.copytree(out, tmp_path / "damaged")
+    (shard,) = (tmp_path / "damaged").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    code, printed, _ = run(capsys, "verify", tmp_path / "damaged")
+    lines, found = (
+        printed.splitlines(),
+        json.loads(run(capsys, "verify", tmp_path / "damaged", "--json")[1])["problems"],
+    )
+    assert (code, lines[:20]) == (1, found[:20])  # of thousands, say, the first
+    assert lines[20] == f"... and {len(found) - 20} more; --json has all of them"
     code, printed, _ = run(capsys, "report", out)
     assert code == 0
     assert printed.startswith(f"{out / 'report' / 'index.html'}\n{out / 'report' / 'errors.svg'}\n")

@@ -32,6 +32,7 @@ from gptq.polishing.polish import polish
 from gptq.polishing.quantize import quantize
 
 BAD_INPUT, UNEXPECTED, PIPE_CLOSED = 2, 3, 141  # exit codes; the last is that of shells, 128 and a signal's number
+MOST_PROBLEMS = 20  # lines of `verify`; a damaged file of a large model makes thousands
 PACKAGE = Path(__file__).parents[1]
 NO_MEMORY = ("allocate memory", "could not create a primitive", "can't start new thread")  # torch, oneDNN, Python
 
@@ -218,8 +219,10 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found.to_dict())
     else:
-        for problem in found.problems:
+        for problem in found.problems[:MOST_PROBLEMS]:
             print(printable(problem))
+        if more := len(found.problems[MOST_PROBLEMS:]):
+            print(f"... and {more:,} more; --json has all of them")
         for note in found.notes:
             print(f"note: {printable(note)}")
         for engine, what in found.checked.items():
