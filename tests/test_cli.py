@@ -96,10 +96,8 @@ def test_printed_for_people(
     (shard,) = (tmp_path / "damaged").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1000])
     code, printed, _ = run(capsys, "verify", tmp_path / "damaged")
-    lines, found = (
-        printed.splitlines(),
-        json.loads(run(capsys, "verify", tmp_path / "damaged", "--json")[1])["problems"],
-    )
+    found = json.loads(run(capsys, "verify", tmp_path / "damaged", "--json")[1])["problems"]
+    lines = printed.splitlines()
     assert (code, lines[:20]) == (1, found[:20])  # of thousands, say, the first
     assert lines[20] == f"... and {len(found) - 20} more; --json has all of them"
     code, printed, _ = run(capsys, "report", out)

@@ -67,8 +67,8 @@ class PackedQuantizer(HfQuantizer):
         for module in model.modules():
             if any(isinstance(child, Experts) for child in module.children()):
                 vars(module)["_is_hf_initialized"] = True  # else Qwen3-Omni's code initializes tensors that are fused
-        stored_as = {name: packed.layers[own].suffixes for name, own in packed.stored.items()}
-        exempt_from_float32(model, {f"{name}.{suffix}" for name, own in stored_as.items() for suffix in own})
+        named = {f"{name}.{suffix}" for name, own in packed.stored.items() for suffix in packed.layers[own].suffixes}
+        exempt_from_float32(model, named)
         self._checkpoint = source, packed, names.conversions()
         self._conversions = file_conversions(stored, names)
 

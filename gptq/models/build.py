@@ -83,11 +83,11 @@ def build_empty_model(
     Raises:
         InputError: transformers cannot build a model from this configuration, or the model is far larger than `source`.
     """
-    own = copy.deepcopy(config)
-    if dtype is not None:
-        for part in all_configs(own):
-            part.dtype = dtype
     try:
+        own = copy.deepcopy(config)
+        if dtype is not None:
+            for part in all_configs(own):
+                part.dtype = dtype
         size_guard = _SizeGuard(source) if source else nullcontext()
         with size_guard, parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # weights on the meta device cannot be initialized

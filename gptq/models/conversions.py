@@ -38,11 +38,8 @@ class CheckpointConverter(WeightConverter):
     @classmethod
     def of(cls, converter: Any, whole: frozenset[str], saves: bool = False) -> "CheckpointConverter":
         """Return a converter like transformers' `converter`."""
-
-        def patterns(side: str) -> list[str]:
-            return [*(getattr(converter, f"_original_{side}_patterns", None) or getattr(converter, f"{side}_patterns"))]
-
-        own = cls(patterns("source"), patterns("target"), copy.deepcopy(converter.operations))
+        sources, targets = converter._original_source_patterns, converter._original_target_patterns
+        own = cls([*sources], [*targets], copy.deepcopy(converter.operations))
         for attribute in ("scope_prefix", "base_model_prefix", "force_cpu"):
             if hasattr(converter, attribute):
                 setattr(own, attribute, getattr(converter, attribute))

@@ -64,11 +64,11 @@ def _name_of_expert_matrix(key: str, fused: str, pattern: str, converter: Any) -
 
 def find_expert_name(fused: str, part: str, table: list[Any]) -> str | None:
     """Return how transformers' table names a matrix of one expert that it stacks to `fused`, with * for the number."""
-    for converter in table:
-        sources = getattr(converter, "_original_source_patterns", None) or getattr(converter, "source_patterns", [])
-        parts = FUSED_PARTS.get(fused.rpartition(".")[2], ())
-        if not isinstance(converter, WeightConverter) or part not in parts or len(sources) != len(parts):
+    parts = FUSED_PARTS.get(fused.rpartition(".")[2], ())
+    for converter in table if part in parts else []:
+        if not isinstance(converter, WeightConverter) or len(converter._original_source_patterns) != len(parts):
             continue
+        sources = converter._original_source_patterns
         if {type(operation).__name__ for operation in converter.operations} <= STACKING:
             key, pattern = converter.reverse_transform().rename_source_key(fused)
             if pattern is not None:
